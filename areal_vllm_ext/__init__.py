@@ -1,0 +1,36 @@
+"""Weight updates and pause/resume for every vLLM engine of a cluster: all engines move to a new version, or none does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .client.group import AsyncEngineGroup, EngineGroup, UpdateResult
+    from .errors import ArealError, EnginesMissing, EngineUnreachable, InvalidWeights, PauseFailed, UpdateAborted
+
+__all__ = [
+    "ArealError",
+    "AsyncEngineGroup",
+    "EngineGroup",
+    "EngineUnreachable",
+    "EnginesMissing",
+    "InvalidWeights",
+    "PauseFailed",
+    "UpdateAborted",
+    "UpdateResult",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # vLLM imports this package in every process for its plugin: the client's imports wait until somebody uses it.
+    if name in ("EngineGroup", "AsyncEngineGroup", "UpdateResult"):
+        from .client import group
+
+        return getattr(group, name)
+    if name in __all__:
+        from . import errors
+
+        return getattr(errors, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,127 @@
+"""What a checkpoint is made of: the names, shapes and dtypes in its safetensors headers, read without the tensors."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from .protocol import TensorMeta
+
+# safetensors' names of dtypes (its README, "Format") and torch's.
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_LONGEST_HEADER = 100 << 20  # safetensors' own limit
+
+
+class NotACheckpoint(ValueError):
+    """The folder holds no complete safetensors checkpoint; the message says what is missing."""
+
+
+def files(directory: str | os.PathLike[str]) -> list[Path]:
+    """The safetensors files of a Hugging Face checkpoint directory, as its index names them.
+
+    Raises:
+        NotACheckpoint: where there are none, or one that the index names is missing.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise NotACheckpoint(f"{folder} is not a directory (on this node)")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise NotACheckpoint(f"{index} is no safetensors index: {error}") from None
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise NotACheckpoint(f"{folder}: {missing[0]}, which the index names, is missing")
+        return [folder / name for name in names]
+    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if not found:
+        raise NotACheckpoint(f"{folder} holds no *.safetensors file: it is not a checkpoint that engines can load")
+    return found
+
+
+def read_header(file: Path) -> Iterator[TensorMeta]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        NotACheckpoint: where it is cut off or no safetensors file.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > _LONGEST_HEADER:
+                raise NotACheckpoint(f"{file} is not a safetensors file")
+            header = json.loads(stream.read(length))
+        size = file.stat().st_size - 8 - length
+    except (struct.error, ValueError, OSError) as error:
+        raise NotACheckpoint(f"{file} cannot be read as safetensors: {error}") from None
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["data_offsets"][1] > size:
+            raise NotACheckpoint(f"{file} is cut off: {name} lies beyond its end; is it still being written?")
+        if entry["dtype"] not in _DTYPES:
+            raise NotACheckpoint(f"{file}: {name} has dtype {entry['dtype']}, which is not supported")
+        yield TensorMeta(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+
+
+def describe(model: str, revision: str | None = None) -> list[TensorMeta]:
+    """The tensors of a checkpoint directory, or of a hub model in the local cache.
+
+    Raises:
+        NotACheckpoint: where they cannot be told.
+    """
+    folder = model
+    if not os.path.isdir(model):
+        try:
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(model, revision=revision, local_files_only=True)
+        except Exception as error:
+            raise NotACheckpoint(f"{model} is neither a directory nor in the local hub cache: {error}") from None
+    return [tensor for file in files(folder) for tensor in read_header(file)]
+
+
+def misfit(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtypes: Iterable[str]) -> str:
+    """Why ``tensor`` cannot be loaded by engines whose checkpoint is ``expected``; empty where it can.
+
+    Args:
+        tensor: what would be sent.
+        expected: the checkpoint's tensors by name.
+        dtypes: dtypes that are welcome beside the checkpoint's own (the dtype that the engines compute in).
+    """
+    if (known := expected.get(tensor.name)) is None:
+        near = difflib.get_close_matches(tensor.name, expected, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{tensor.name} is not a weight of the engines' checkpoint ({len(expected)} tensors){hint}"
+    if tensor.shape != known.shape:
+        return f"{tensor.name} has shape {list(tensor.shape)}, the engines' checkpoint {list(known.shape)}"
+    if tensor.dtype not in {known.dtype, *dtypes}:
+        return f"{tensor.name} has dtype {tensor.dtype}, the engines' checkpoint {known.dtype}: send with dtype={known.dtype!r}"
+    return ""
+
+
+def missing(sent: Iterable[str], expected: Mapping[str, TensorMeta]) -> str:
+    """Which of the ``expected`` tensors were not sent, as a message; empty where none is missing."""
+    absent = sorted(set(expected) - set(sent))
+    if not absent:
+        return ""
+    more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+    return f"{len(absent)} of {len(expected)} tensors are missing: {', '.join(absent[:3])}{more}"

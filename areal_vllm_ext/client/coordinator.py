@@ -1,0 +1,176 @@
+"""The trainer's side of an update: a state machine with no I/O, no clock and no randomness.
+
+    BEGIN ──all ready──▶ SEND ──sent──▶ PREPARE ──all yes──▶ PAUSE ──all paused──▶ COMMIT ──all answered──▶ RESUME ──▶ DONE
+      │                   │               │ one no, or silence  │                    (an engine lost here is dropped)
+      └───────────────────┴───────────────┴────────────────────┴──▶ ABORT ──all answered──▶ DONE
+
+Answers and time-outs go in; the requests to send come out. Commit is sent only after every engine has acknowledged the
+pause: until then every engine can still be told to keep its old weights, and is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from ..protocol import (
+    Abort,
+    Ack,
+    Answer,
+    Begin,
+    Commit,
+    EngineRequest,
+    Error,
+    KVPolicy,
+    Pause,
+    PauseMode,
+    Prepare,
+    Resume,
+    Transfer,
+    Version,
+)
+
+Phase = Literal["begin", "send", "prepare", "pause", "commit", "resume", "abort", "done"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """An engine of the update: its epoch of the lease, and whether it was generating when the update began."""
+
+    epoch: int
+    running: bool = True
+
+
+class Coordinator:
+    """One update of one group.
+
+    Attributes:
+        phase: where the update is.
+        reason: why it was given up; empty where it was not.
+        committed: the engines that switched.
+        lost: the engines that did not answer or failed from the first commit on, with the cause.
+    """
+
+    def __init__(
+        self,
+        update: str,
+        version: Version,
+        members: Mapping[str, Member],
+        mode: PauseMode = "keep",
+        kv: KVPolicy = "recompute",
+    ) -> None:
+        self.update = update
+        self.version = version
+        self.members = dict(members)
+        self.mode: PauseMode = mode
+        self.kv: KVPolicy = kv
+        self.phase: Phase = "begin"
+        self.reason = ""
+        self.committed: list[str] = []
+        self.lost: dict[str, str] = {}
+        self._awaited: set[str] = set()
+        self._pause_sent = False
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """The engines whose answer the phase waits for."""
+        return frozenset(self._awaited)
+
+    def begin(self, transfers: Mapping[str, Transfer], timeout: float) -> dict[str, EngineRequest]:
+        """Open the update everywhere."""
+        self._awaited = set(self.members)
+        return {
+            name: Begin(
+                epoch=member.epoch,
+                update=self.update,
+                version=self.version,
+                transfer=transfers[name],
+                timeout=timeout,
+            )
+            for name, member in self.members.items()
+        }
+
+    def sent(self, buckets: int) -> dict[str, EngineRequest]:
+        """All bytes were sent: ask for the votes."""
+        assert self.phase == "send", self.phase
+        self.phase, self._awaited = "prepare", set(self.members)
+        return {
+            name: Prepare(epoch=member.epoch, update=self.update, buckets=buckets)
+            for name, member in self.members.items()
+        }
+
+    def answered(self, name: str, answer: Answer, timeout: float) -> dict[str, EngineRequest]:
+        """An engine answered the phase's request; ``timeout`` is what is left for the update, in seconds."""
+        if name not in self._awaited:
+            return {}
+        problem = "" if isinstance(answer, Ack) else describe(answer)
+        if problem and self.phase in ("begin", "prepare", "pause"):
+            return self.give_up(f"{name}: {problem}")
+        self._awaited.discard(name)
+        if self.phase == "commit":
+            if problem:
+                self.lost[name] = problem
+            else:
+                self.committed.append(name)
+        elif self.phase == "resume" and problem:
+            self.lost[name] = f"did not resume: {problem}"
+        return {} if self._awaited else self._advance(timeout)
+
+    def silent(self, name: str, cause: str, timeout: float) -> dict[str, EngineRequest]:
+        """An engine did not answer the phase's request in time."""
+        if name not in self._awaited:
+            return {}
+        if self.phase in ("begin", "prepare", "pause"):
+            return self.give_up(f"{name}: {cause}")
+        self._awaited.discard(name)
+        if self.phase in ("commit", "resume"):
+            self.lost[name] = cause
+        return {} if self._awaited else self._advance(timeout)
+
+    def give_up(self, reason: str) -> dict[str, EngineRequest]:
+        """Back to the old weights everywhere. Not possible once a commit was sent."""
+        assert self.phase in ("begin", "send", "prepare", "pause"), self.phase
+        self.phase, self.reason, self._awaited = "abort", reason, set(self.members)
+        return {
+            name: Abort(epoch=member.epoch, update=self.update, reason=reason) for name, member in self.members.items()
+        }
+
+    def _advance(self, timeout: float) -> dict[str, EngineRequest]:
+        """Every awaited engine has answered."""
+        match self.phase:
+            case "begin":
+                self.phase = "send"
+                return {}
+            case "prepare":
+                self.phase, self._awaited, self._pause_sent = "pause", set(self.members), True
+                return {
+                    name: Pause(epoch=member.epoch, mode=self.mode, kv=self.kv, timeout=timeout)
+                    for name, member in self.members.items()
+                }
+            case "pause":
+                self.phase, self._awaited = "commit", set(self.members)
+                return {name: Commit(epoch=member.epoch, update=self.update) for name, member in self.members.items()}
+            case "commit":
+                return self._resume([name for name in self.members if name not in self.lost], "resume", timeout)
+            case "abort" if self._pause_sent:
+                self._pause_sent = False
+                return self._resume(list(self.members), "abort", timeout)
+            case _:
+                self.phase = "done"
+                return {}
+
+    def _resume(self, names: list[str], phase: Phase, timeout: float) -> dict[str, EngineRequest]:
+        """Let those run again that ran before."""
+        requests: dict[str, EngineRequest] = {
+            name: Resume(epoch=self.members[name].epoch, timeout=timeout)
+            for name in names
+            if self.members[name].running
+        }
+        self.phase, self._awaited = (phase, set(requests)) if requests else ("done", set())
+        return requests
+
+
+def describe(answer: Answer) -> str:
+    """An unwelcome answer, for people."""
+    return answer.message if isinstance(answer, Error) else f"unexpected answer {type(answer).__name__}"

@@ -1,0 +1,333 @@
+"""One update, from the trainer's side: carries out what ``coordinator.py`` says, and sends the bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import protocol
+from ..errors import ArealError, EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
+from ..protocol import Answer, Bucket, EngineInfo, EngineRequest, KVPolicy, PauseMode, TensorMeta, Transfer, Version
+from ..transport import Cancelled
+from ..transport.buckets import bucketed, pack
+from .coordinator import Coordinator, Member
+from .weights import Checker, check_values, named_weights, warn_unchecked
+
+if TYPE_CHECKING:
+    from .group import AsyncEngineGroup
+
+# After its deadline an update still tells every engine to keep the old weights, for so long at most.
+_GRACE_SECONDS = 0.8
+# Once the first commit is out there is no way back: engines get so long to answer, however little is left.
+_COMMIT_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateResult:
+    """What an update took.
+
+    Attributes:
+        version: the version that every engine in ``engines`` serves now.
+        engines: names of the engines that switched.
+        lost: engines that were lost after the first had switched, with the cause. They are out of the group.
+        nbytes: bytes of the weights.
+        total_ms: from the first request of the update to the last engine's resume.
+        pause_ms: from the first request to pause to the last engine's resume, as the trainer sees it.
+        commit_ms: the longest switch of an engine, within the pause.
+    """
+
+    version: Version
+    engines: tuple[str, ...]
+    lost: Mapping[str, str]
+    nbytes: int
+    total_ms: float
+    pause_ms: float
+    commit_ms: float
+
+
+class AsyncUpdate:
+    """An update under way; made by ``AsyncEngineGroup.update``."""
+
+    def __init__(
+        self,
+        group: AsyncEngineGroup,
+        version: Version,
+        *,
+        deadline: float,
+        transport: str,
+        mode: PauseMode,
+        kv: KVPolicy,
+        bucket_bytes: int,
+    ) -> None:
+        if transport not in ("auto", "broadcast", "shared_memory"):
+            raise ValueError(f"transport must be 'auto', 'broadcast' or 'shared_memory', not {transport!r}")
+        self._group = group
+        self._version = version
+        self._deadline = deadline
+        self._transport = transport
+        self._mode: PauseMode = mode
+        self._kv: KVPolicy = kv
+        self._bucket_bytes = bucket_bytes
+        self._command = contextlib.AsyncExitStack()
+        self._engines: dict[str, EngineInfo] = {}
+        self._epochs: dict[str, int] = {}
+        self._coordinator: Coordinator | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ends = 0.0
+        self._nbytes = 0
+        self._buckets = 0
+        self._started = 0.0
+        self._pause_started = 0.0
+        self._commit_seconds = 0.0
+        self._result: UpdateResult | None = None
+
+    @property
+    def result(self) -> UpdateResult:
+        """What it took; set when the block has been left."""
+        if self._result is None:
+            raise ArealError("the update has no result yet: it is set when its block has been left")
+        return self._result
+
+    async def __aenter__(self) -> AsyncUpdate:
+        self._loop = asyncio.get_running_loop()
+        self._started = time.monotonic()
+        self._ends = self._started + self._deadline
+        engines = await self._command.enter_async_context(self._group.command(self._deadline))
+        self._engines = {name: engine for name, (engine, _) in engines.items()}
+        self._epochs = {name: epoch for name, (_, epoch) in engines.items()}
+        return self
+
+    async def send(self, weights: Any, *, dtype: str | None = None) -> None:
+        """Bring new weights to every engine's staging. The engines generate meanwhile.
+
+        Args:
+            weights: an ``nn.Module``, a state dict, an iterable of (name, tensor), or the path of a Hugging Face
+                checkpoint directory that every engine can read.
+            dtype: cast floating-point tensors to this (``"bfloat16"``) on the way.
+
+        Raises:
+            InvalidWeights: they do not fit the engines' model; nothing changed.
+            UpdateAborted: an engine failed or the deadline is over; nothing changed.
+        """
+        await asyncio.to_thread(self.send_blocking, weights, dtype=dtype)
+
+    def send_blocking(self, weights: Any, *, dtype: str | None = None) -> None:
+        """``send``, from a thread that is not the event loop's."""
+        if self._coordinator is not None:
+            raise ArealError("an update sends once; begin another update")
+        if isinstance(weights, (str, os.PathLike)):
+            self._open({name: protocol.Disk(path=os.path.abspath(weights)) for name in self._engines})
+            return
+        expected = self._await(self._expected())
+        checker = Checker(expected, next(iter(self._engines.values())).dtype, dtype)
+        if isinstance(weights, (torch.nn.Module, Mapping)):
+            weights = list(named_weights(weights))
+            checker.check_ahead(weights)
+        pairs = checker.check(named_weights(weights))
+        try:
+            self._send_buckets(pairs, expected)
+        except (InvalidWeights, UpdateAborted):
+            raise
+        except (Cancelled, TimeoutError, RuntimeError) as error:
+            cause = self._coordinator.reason if self._coordinator and self._coordinator.reason else str(error)
+            raise UpdateAborted(f"update to version {self._version}: {cause or type(error).__name__}") from error
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            coordinator = self._coordinator
+            if coordinator is None:
+                if error is None:
+                    raise InvalidWeights("the update sent nothing: call update.send(...) inside its block")
+                return
+            if coordinator.phase == "send":
+                requests = (
+                    coordinator.sent(self._buckets)
+                    if error is None
+                    else coordinator.give_up(f"{type(error).__name__}: {error}")
+                )
+                await self._drive(requests)
+            if error is not None:
+                return
+            if coordinator.reason:
+                raise UpdateAborted(f"update to version {self._version} was given up: {coordinator.reason}")
+            if not coordinator.committed:
+                raise UpdateAborted(f"no engine switched to version {self._version}: {coordinator.lost}")
+            finished = time.monotonic()
+            self._result = UpdateResult(
+                version=self._version,
+                engines=tuple(coordinator.committed),
+                lost=dict(coordinator.lost),
+                nbytes=self._nbytes,
+                total_ms=(finished - self._started) * 1e3,
+                pause_ms=(finished - self._pause_started) * 1e3,
+                commit_ms=self._commit_seconds * 1e3,
+            )
+        finally:
+            if error is not None or self._result is None:
+                self._group.drop_sink()
+            await self._command.aclose()
+
+    # The protocol
+
+    def _left(self) -> float:
+        return self._ends - time.monotonic()
+
+    def _await(self, work: Any) -> Any:
+        """From the sending thread: run ``work`` on the event loop and wait for it."""
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _expected(self) -> tuple[TensorMeta, ...]:
+        """The engines' checkpoint, as the first engine describes it."""
+        name, engine = next(iter(self._engines.items()))
+        answer = await self._group.request(engine.address, protocol.DescribeWeights(), self._left())
+        assert isinstance(answer, protocol.Weights), (name, answer)
+        if answer.error:
+            warn_unchecked(answer.error)
+        return answer.tensors
+
+    def _open(self, transfers: dict[str, Transfer]) -> None:
+        """Begin on every engine; returns when every worker is ready to receive.
+
+        Raises:
+            UpdateAborted: an engine is not.
+        """
+        self._await(self._begin(transfers))
+
+    async def _begin(self, transfers: dict[str, Transfer]) -> None:
+        statuses = await asyncio.gather(
+            *(self._group.request(e.address, protocol.GetStatus(), self._left()) for e in self._engines.values())
+        )
+        members = {
+            name: Member(self._epochs[name], running=status.flow == "running")
+            for name, status in zip(self._engines, statuses, strict=True)
+            if isinstance(status, protocol.Status)
+        }
+        self._coordinator = Coordinator(uuid.uuid4().hex, self._version, members, self._mode, self._kv)
+        await self._drive(self._coordinator.begin(transfers, self._left()))
+        if self._coordinator.reason:
+            raise UpdateAborted(f"update to version {self._version} was given up: {self._coordinator.reason}")
+
+    async def _drive(self, requests: dict[str, EngineRequest]) -> None:
+        """Send ``requests`` and what the coordinator answers to their outcome, until it waits for no engine."""
+        coordinator = self._coordinator
+        assert coordinator is not None
+        tasks: dict[asyncio.Task[Answer], str] = {}
+
+        def launch(more: dict[str, EngineRequest]) -> None:
+            if more and coordinator.phase == "pause":
+                self._pause_started = time.monotonic()
+            for name, message in more.items():
+                timeout = self._timeout_of(coordinator.phase)
+                task = asyncio.create_task(self._group.request(self._engines[name].address, message, timeout))
+                tasks[task] = name
+
+        launch(requests)
+        while tasks:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                name = tasks.pop(task)
+                phase = coordinator.phase
+                try:
+                    answer: Answer = task.result()
+                    if phase == "commit" and isinstance(answer, protocol.Ack):
+                        self._commit_seconds = max(self._commit_seconds, answer.seconds)
+                    more = coordinator.answered(name, answer, self._left())
+                except RequestError as error:
+                    refusal = protocol.Error(kind="failed", message=str(error))
+                    more = coordinator.answered(name, refusal, self._left())
+                except EngineUnreachable as error:
+                    more = coordinator.silent(name, str(error), self._left())
+                if coordinator.phase != phase:
+                    # What is still on the way belongs to a phase that is over.
+                    for late in tasks:
+                        late.cancel()
+                    tasks.clear()
+                launch(more)
+
+    def _timeout_of(self, phase: str) -> float:
+        if phase in ("commit", "resume"):
+            return max(self._left(), _COMMIT_SECONDS)
+        if phase == "abort":
+            return min(max(self._left(), _GRACE_SECONDS), 5.0)
+        return max(self._left(), 0.05)
+
+    # The bytes
+
+    def _send_buckets(
+        self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]
+    ) -> None:
+        first = next(pairs)
+        device = first[1].device
+        sink = self._group.sink(self._choose(device), self._engines, device, self._bucket_bytes, expected, self._left())
+        opening = self._submit(self._begin(dict(zip(self._engines, sink.transfers, strict=True))))
+        sink.meet(opening)
+        opening.result()
+        announced: list[Future[None]] = []
+
+        def failed() -> bool:
+            return any(future.done() and future.exception() is not None for future in announced) or self._left() <= 0
+
+        for segments, nbytes, tensors in bucketed(itertools.chain([first], pairs), sink.bucket_bytes):
+            check_values([segment.tensor for segment in segments], tensors)
+            # A slot is free again when the workers have copied what lay in it two buckets ago.
+            if len(announced) >= sink.slots:
+                announced[-sink.slots].result(timeout=max(self._left(), 0))
+            location, buffer = sink.buffer(self._buckets, nbytes)
+            pack(segments, tensors, buffer)
+            # Shared memory is read as soon as it is announced, so the copy into it must be complete.
+            if buffer.device != device:
+                torch.accelerator.synchronize(device)
+            announced.append(self._submit(self._announce(self._buckets, segments, nbytes, location)))
+            sink.push(buffer, self._left(), failed)
+            self._buckets += 1
+            self._nbytes += sum(tensor.nbytes for tensor in tensors)
+        for future in announced:
+            future.result(timeout=max(self._left(), 0))
+        sink.release()
+
+    def _submit(self, work: Any) -> Future[None]:
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _announce(self, index: int, segments: tuple[protocol.Segment, ...], nbytes: int, location: int) -> None:
+        """Tell every engine of a bucket; returns when every worker holds it.
+
+        Raises:
+            UpdateAborted: naming the engine that failed.
+        """
+        assert self._coordinator is not None
+        update = self._coordinator.update
+
+        async def ask(name: str, engine: EngineInfo) -> None:
+            bucket = Bucket(
+                epoch=self._epochs[name], update=update, index=index, nbytes=nbytes, segments=segments, location=location
+            )
+            try:
+                await self._group.request(engine.address, bucket, max(self._left(), 0.05))
+            except (EngineUnreachable, RequestError) as error:
+                raise UpdateAborted(f"update to version {self._version}: {name}: {error}") from None
+
+        await asyncio.gather(*(ask(name, engine) for name, engine in self._engines.items()))
+
+    def _choose(self, device: torch.device) -> str:
+        """The transport that ``auto`` means for tensors on ``device``."""
+        if self._transport != "auto":
+            return self._transport
+        # NCCL has one rank a device: a worker on the trainer's own device is reached by memory.
+        if device.type == "cuda":
+            own = str(torch.cuda.get_device_properties(device).uuid)
+            if any(worker.device_id == own for engine in self._engines.values() for worker in engine.workers):
+                return "shared_memory"
+        return "broadcast"
+

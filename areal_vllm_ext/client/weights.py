@@ -1,0 +1,124 @@
+"""What a trainer sends: checkpoint names and full tensors, checked against the engines' checkpoint before anything moves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Union
+
+import torch
+
+from .. import checkpoint
+from ..errors import InvalidWeights
+from ..protocol import TensorMeta
+
+WeightSource = Union[torch.nn.Module, Mapping[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
+
+
+def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint tensors of a module, a state dict or an iterable, one at a time.
+
+    A Hugging Face model's tensors get the names under which it saves them (transformers 5 holds the experts of an MoE
+    fused, and saves them one by one). A ``DTensor`` is gathered: a collective, so in a sharded trainer every rank walks
+    through this iterator at the same time, and rank 0 hands its walk to ``update.send``.
+    """
+    if isinstance(source, torch.nn.Module):
+        module = source.module if isinstance(source, torch.nn.parallel.DistributedDataParallel) else source
+        source = checkpoint_format(module, dict(module.state_dict()))
+    pairs = source.items() if isinstance(source, Mapping) else source
+    for name, tensor in pairs:
+        yield name, (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def checkpoint_format(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` under the names that ``save_pretrained`` would write; unchanged for other modules than Hugging Face's."""
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return state
+    if not isinstance(module, PreTrainedModel):
+        return state
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(module, state)
+    return converted
+
+
+class Checker:
+    """Checks tensors on their way, by name, shape, dtype and value."""
+
+    def __init__(self, expected: Iterable[TensorMeta], engine_dtype: str, cast: str | None) -> None:
+        """
+        Args:
+            expected: the engines' checkpoint; empty where it cannot be told, then only values are checked.
+            engine_dtype: the dtype in which the engines compute, welcome beside the checkpoint's own.
+            cast: dtype to cast floating-point tensors to, if any.
+        """
+        self._expected = {tensor.name: tensor for tensor in expected}
+        self._dtypes = (engine_dtype,)
+        self._cast: torch.dtype | None = getattr(torch, cast) if cast else None
+        self._sent: dict[str, tuple[object, ...]] = {}
+        self._unknown: list[tuple[str, tuple[object, ...], str]] = []
+
+    def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+        """Yield what is to be sent.
+
+        Raises:
+            InvalidWeights: for a tensor that the engines could not load, and at the end for one that is missing.
+        """
+        for name, tensor in weights:
+            identity = _identity(tensor)
+            if self._cast is not None and tensor.is_floating_point():
+                tensor = tensor.to(self._cast)
+            if name in self._sent:
+                raise InvalidWeights(f"{name} is there twice")
+            meta = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if self._expected and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
+                if name in self._expected:
+                    raise InvalidWeights(problem)
+                # Maybe the other name of a tied weight, which checkpoints leave out: known once all have been seen.
+                self._unknown.append((name, identity, problem))
+                continue
+            self._sent[name] = identity
+            yield meta, tensor
+        self._check_complete()
+
+    def _check_complete(self) -> None:
+        identities = set(self._sent.values())
+        for name, identity, problem in self._unknown:
+            if identity not in identities:
+                raise InvalidWeights(f"{problem}; nor is it tied to one that is ({name})" if identities else problem)
+        if not self._sent:
+            raise InvalidWeights("there was no tensor to send")
+        if self._expected and (problem := checkpoint.missing(self._sent, self._expected)):
+            raise InvalidWeights(problem)
+
+    def check_ahead(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Check names, shapes and dtypes of all of ``weights`` now, so that an error comes before any engine hears of it."""
+        for _ in self.check(weights):
+            pass
+        self._sent, self._unknown = {}, []
+
+
+def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def check_values(metas: Iterable[TensorMeta], tensors: Iterable[torch.Tensor]) -> None:
+    """Refuse NaN and infinite values.
+
+    Raises:
+        InvalidWeights: naming the tensor.
+    """
+    floating = [(meta, tensor) for meta, tensor in zip(metas, tensors, strict=True) if tensor.is_floating_point()]
+    # One look at the device for the whole bucket; which tensor it was is asked only where one was bad.
+    flags = [torch.isfinite(tensor).all() for _, tensor in floating]
+    if flags and not bool(torch.stack(flags).all()):
+        bad = next(meta for (meta, _), flag in zip(floating, flags, strict=True) if not flag)
+        raise InvalidWeights(f"{bad.name} holds NaN or infinite values")
+
+
+def warn_unchecked(reason: str) -> None:
+    """Say that names and shapes are not checked ahead."""
+    warnings.warn(
+        f"names and shapes cannot be checked before they are sent: {reason}", RuntimeWarning, stacklevel=3
+    )

@@ -1,0 +1,1 @@
+"""What lives in an EngineCore process."""

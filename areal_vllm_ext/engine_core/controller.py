@@ -1,0 +1,255 @@
+"""Joins endpoint and engine: starts them together, and runs calls on the engine's own loop, between two steps.
+
+Everything here that touches the engine runs on the thread that steps it. What ``Endpoint`` asks returns at once; the
+outcome is posted back to the endpoint's thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine.core import EngineCore
+from vllm.version import __version__ as vllm_version
+
+from .. import __version__, security
+from ..config import DEFAULT_DIRECTORY_PORT, Settings, split_address
+from ..directory import DirectoryServer, new_incarnation
+from ..errors import SettingsError
+from ..protocol import EngineInfo, PauseMode, Version
+from . import hooks
+from .endpoint import Endpoint, Identity
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+_ATTACH_SECONDS = 60.0
+
+
+def directory_address(settings: Settings, config: VllmConfig) -> str:
+    """Where this engine's directory is: the setting, or the default port of the data-parallel head."""
+    return settings.directory or f"tcp://{config.parallel_config.data_parallel_master_ip}:{DEFAULT_DIRECTORY_PORT}"
+
+
+def check_settings(config: VllmConfig) -> tuple[Settings, str, security.ClusterKey]:
+    """Read and check what an engine needs before its model loads; returns settings, own address and key.
+
+    Raises:
+        SettingsError: naming the setting that is missing or wrong.
+    """
+    additional = config.additional_config if isinstance(config.additional_config, dict) else {}
+    settings = Settings.load(additional)
+    directory_host = split_address(directory_address(settings, config))[0]
+    try:
+        host = settings.host or security.own_address_toward(directory_host)
+    except OSError as error:
+        raise SettingsError(f"the directory's host {directory_host} cannot be resolved or reached: {error}") from None
+    security.key_for(directory_host, settings.key_file)
+    return settings, host, security.key_for(host, settings.key_file)
+
+
+class Controller:
+    """The control side of one EngineCore."""
+
+    def __init__(self, engine: EngineCore, run_on_loop: Callable[[Callable[[], None]], None]) -> None:
+        """Bind, attach the workers and register.
+
+        Args:
+            engine: the engine, whose model is loaded.
+            run_on_loop: has a function run on the engine's thread, between two steps.
+
+        Raises:
+            SettingsError: where an address, a key or a port stands in the way.
+        """
+        self._engine: Any = engine
+        self._run_on_loop = run_on_loop
+        self._idle_callback: Callable[..., None] | None = None
+        self._calls: dict[int, float] = {}
+        self._call_ids = itertools.count()
+        config = engine.vllm_config
+        settings, host, key = check_settings(config)
+        address = directory_address(settings, config)
+        info = describe_engine(config, settings, host)
+        self.endpoint = Endpoint(
+            identity=Identity(info, config.model_config.model, config.model_config.revision),
+            host=host,
+            port=settings.port,
+            directory=address,
+            key=key,
+            world_size=config.parallel_config.world_size,
+            version=getattr(engine, "_weight_version", "default"),
+            max_message_bytes=settings.max_message_mib << 20,
+            engine=self,
+        )
+        if info.dp_rank == 0:
+            self._host_directory(address, key, explicit=settings.directory is not None)
+        self.endpoint.start()
+        self._engine.collective_rpc("areal_attach", args=(self.endpoint.address,))
+        if not self.endpoint.wait_attached(_ATTACH_SECONDS):
+            raise SettingsError(
+                f"not every worker of {info.name} reached its control endpoint {self.endpoint.address} in "
+                f"{_ATTACH_SECONDS:.0f} s; do the workers' nodes have the same key file, and reach that address?"
+            )
+        logger.info("%s is under control at %s (directory %s)", info.name, self.endpoint.address, address)
+
+    def _host_directory(self, address: str, key: security.ClusterKey, explicit: bool) -> None:
+        try:
+            self.directory = DirectoryServer(self.endpoint.context, *split_address(address), key)
+        except SettingsError as error:
+            cause = getattr(error.__cause__, "errno", None)
+            # With an address that the user chose, the directory may be another replica's, or run on another node.
+            if explicit and cause in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENODEV):
+                logger.info("the directory %s is served elsewhere (%s)", address, error)
+                return
+            self.endpoint.stop()
+            raise SettingsError(
+                f"{error}; the directory needs a free port: set AREAL_VLLM_DIRECTORY=tcp://HOST:PORT on every node (the same "
+                "address for replicas that belong together)"
+            ) from error
+
+    def stop(self) -> None:
+        self.endpoint.stop()
+
+    # What the endpoint asks of the engine
+
+    def pause(self, call: int, mode: PauseMode, clear_cache: bool) -> None:
+        def on_loop() -> None:
+            before = list(self._idle_callbacks)
+            result = self._engine.pause_scheduler(mode=mode, clear_cache=clear_cache)
+            self._idle_callback = next((one for one in self._idle_callbacks if one not in before), self._idle_callback)
+            if isinstance(result, Future):
+                result.add_done_callback(lambda future: report(error_of(future.exception())))
+            else:
+                report("")
+
+        def report(error: str) -> None:
+            self.endpoint.post(functools.partial(self.endpoint.participant.pause_done, call, error))
+
+        self._call(on_loop, failed=report)
+
+    def resume(self, call: int) -> None:
+        def on_loop() -> None:
+            if not self._take_pause_back():
+                self._engine.resume_scheduler()
+            report("")
+
+        def report(error: str) -> None:
+            self.endpoint.post(functools.partial(self.endpoint.participant.resume_done, call, error))
+
+        self._call(on_loop, failed=report)
+
+    def cancel_pause(self, call: int) -> None:
+        def report(cancelled: bool) -> None:
+            self.endpoint.post(functools.partial(self.endpoint.participant.cancel_done, call, cancelled))
+
+        self._call(lambda: report(self._take_pause_back()), failed=lambda _: report(False))
+
+    def commit(self, update: str, version: Version) -> None:
+        started = time.perf_counter()
+
+        def on_loop() -> None:
+            self._engine.collective_rpc("areal_commit", args=(update,))
+            # Outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call.
+            if set_version := getattr(self._engine, "set_weight_version", None):
+                set_version(str(version))
+            report("")
+
+        def report(error: str) -> None:
+            seconds = time.perf_counter() - started
+            self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds))
+
+        self._call(on_loop, failed=report)
+
+    def oldest_call_seconds(self) -> float:
+        """For how long the engine has not come to the oldest call: how stuck it is."""
+        oldest = min(self._calls.copy().values(), default=None)
+        return 0.0 if oldest is None else time.monotonic() - oldest
+
+    def request_counts(self) -> tuple[int, int]:
+        """Running and waiting requests; read from another thread, so a moment old."""
+        running, waiting = self._engine.scheduler.get_request_counts()
+        return running, waiting
+
+    # On the engine's loop
+
+    @property
+    def _idle_callbacks(self) -> list[Callable[..., None]]:
+        callbacks: list[Callable[..., None]] = getattr(self._engine, "_idle_state_callbacks", [])
+        return callbacks
+
+    def _take_pause_back(self) -> bool:
+        """Undo a pause that has not completed; False where none is pending."""
+        if self._idle_callback not in self._idle_callbacks:
+            return False
+        self._idle_callbacks.remove(self._idle_callback)
+        self._idle_callback = None
+        # The rest is what vLLM's resume does, without its barrier over the DP ranks, which a pending pause forbids.
+        self._engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+        if hasattr(self._engine, "pending_pause"):
+            self._engine.pending_pause = False
+            self._engine.ignore_start_dp_wave = False
+        return True
+
+    def _call(self, on_loop: Callable[[], None], failed: Callable[[str], None]) -> None:
+        number = next(self._call_ids)
+        self._calls[number] = time.monotonic()
+
+        def run() -> None:
+            try:
+                on_loop()
+            except Exception as error:
+                logger.exception("a call of the control endpoint failed")
+                failed(error_of(error))
+            finally:
+                self._calls.pop(number, None)
+
+        self._run_on_loop(run)
+
+
+def error_of(error: BaseException | None) -> str:
+    """One line that names the error; empty for None."""
+    return "" if error is None else f"{type(error).__name__}: {error}"
+
+
+def describe_engine(config: VllmConfig, settings: Settings, host: str) -> EngineInfo:
+    """Who this engine is; its address and workers are added when they are known."""
+    parallel, model = config.parallel_config, config.model_config
+    launch = hooks.launch_facts()
+    dp_size = max(parallel.data_parallel_size, launch.data_parallel_size)
+    head = f"{parallel.data_parallel_master_ip}:{parallel.data_parallel_rpc_port}"
+    return EngineInfo(
+        # Deployments of one engine share vLLM's default address and port: told apart by their launching process.
+        replica=settings.replica or (head if dp_size > 1 else f"{host}:{os.getppid()}"),
+        dp_rank=parallel.data_parallel_index,
+        dp_size=dp_size,
+        headless=launch.headless,
+        node=f"{socket.gethostname()}/{host}",
+        pid=os.getpid(),
+        incarnation=new_incarnation(time.time()),
+        address="",
+        model=model.served_model_name if isinstance(model.served_model_name, str) else model.model,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(config.device_config.device_type),
+        vllm_version=vllm_version,
+        package_version=__version__,
+    )
+
+
+@contextlib.contextmanager
+def under_control(engine: EngineCore, run_on_loop: Callable[[Callable[[], None]], None]) -> Iterator[Controller]:
+    """Keep ``engine`` under control while the body runs."""
+    controller = Controller(engine, run_on_loop)
+    try:
+        yield controller
+    finally:
+        controller.stop()

@@ -1,0 +1,302 @@
+"""An engine's control endpoint: one thread that owns the socket and the participant, and never touches the engine.
+
+``hello`` and ``status`` are answered here, so an engine that is busy, paused or stuck stays visible. What needs the
+engine is handed to ``controller.py``, which runs it on the engine's own loop and posts the outcome back.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+import zmq
+
+from .. import __version__, checkpoint, protocol, security, wire
+from ..directory import BEAT_SECONDS, wrong_protocol
+from ..protocol import (
+    Attach,
+    DescribeWeights,
+    EngineInfo,
+    GetStatus,
+    Hello,
+    Register,
+    Status,
+    Weights,
+    Welcome,
+    WorkerDone,
+)
+from .participant import (
+    CallCancelPause,
+    CallCommit,
+    CallPause,
+    CallResume,
+    Effect,
+    Order,
+    Participant,
+    Reply,
+)
+
+if TYPE_CHECKING:
+    from ..protocol import Version, WorkerInfo
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+_TICK_MILLISECONDS = 100
+
+
+class Engine(Protocol):
+    """What the endpoint asks of its engine: calls return at once and report through ``Endpoint.post``."""
+
+    def pause(self, call: int, mode: protocol.PauseMode, clear_cache: bool) -> None: ...
+    def resume(self, call: int) -> None: ...
+    def cancel_pause(self, call: int) -> None: ...
+    def commit(self, update: str, version: Version) -> None: ...
+    def oldest_call_seconds(self) -> float: ...
+    def request_counts(self) -> tuple[int, int]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What the endpoint tells of its engine, before the workers are known."""
+
+    info: EngineInfo
+    model: str
+    revision: str | None
+
+
+class Endpoint:
+    """Serves one engine. Use: construct, ``start``, later ``stop``."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        host: str,
+        port: int,
+        directory: str,
+        key: security.ClusterKey,
+        world_size: int,
+        version: Version,
+        max_message_bytes: int,
+        engine: Engine,
+    ) -> None:
+        """Bind the socket, so that an address in use is an error here.
+
+        Raises:
+            SettingsError: where the address cannot be bound.
+        """
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._gatekeeper = security.Gatekeeper(self._context, key)
+        self._server = wire.Server(self._context, host, port, key, protocol.engine_decoder, max_message_bytes)
+        self._key = key
+        self._directory_address = directory
+        self._identity = identity
+        self._engine = engine
+        self.info = msgspec.structs.replace(identity.info, address=self._server.address)
+        self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
+        self._world_size = world_size
+        self._participant = Participant(version, frozenset(range(world_size)))
+        self._weights: Weights | None = None
+        self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._all_attached = threading.Event()
+        self._directory_complaint = ""
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="areal-endpoint", daemon=True)
+
+    @property
+    def context(self) -> zmq.Context[zmq.Socket[bytes]]:
+        return self._context
+
+    @property
+    def address(self) -> str:
+        return self._server.address
+
+    @property
+    def participant(self) -> Participant:
+        """For outcomes that are posted from the engine's loop; touched by the endpoint's thread only."""
+        return self._participant
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_attached(self, timeout: float) -> bool:
+        """Wait until every worker has attached; False where one did not."""
+        return self._all_attached.wait(timeout)
+
+    def stop(self) -> None:
+        """End the thread and close every socket; safe to call twice."""
+        self._stopping = True
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+        else:
+            self._server.socket.close()
+        # The threads of the gatekeeper and the directory close their sockets when the context ends, and only then
+        # does ``term`` return: never let an engine's exit hang on that.
+        closing = threading.Thread(target=self._context.term, name="areal-close", daemon=True)
+        closing.start()
+        closing.join(timeout=5)
+
+    def post(self, outcome: Callable[[], list[Effect]]) -> None:
+        """Have the endpoint's thread run ``outcome`` and carry out its effects. Callable from any thread."""
+        self._posted.append(outcome)
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._wake_write.send(b"\0")
+        except OSError:
+            pass  # the buffer is full, so the thread wakes anyway; or it has ended
+
+    def _run(self) -> None:
+        directory = wire.connect(self._context, self._directory_address, self._key, self.info.incarnation.encode())
+        try:
+            poller = zmq.Poller()
+            poller.register(self._server.socket, zmq.POLLIN)
+            poller.register(self._wake_read.fileno(), zmq.POLLIN)
+            poller.register(directory, zmq.POLLIN)
+            next_beat = 0.0
+            while not self._stopping:
+                ready = dict(poller.poll(_TICK_MILLISECONDS))
+                if self._wake_read.fileno() in ready:
+                    self._drain_wakes()
+                while self._posted:
+                    self._carry_out(self._posted.popleft()())
+                if directory in ready:
+                    self._read_directory(directory)
+                while (request := self._server.receive()) is not None:
+                    self._handle(*request)
+                now = monotonic()
+                self._carry_out(self._participant.tick(now))
+                if now >= next_beat and self._all_attached.is_set():
+                    next_beat = now + BEAT_SECONDS
+                    self._register(directory)
+        except zmq.ContextTerminated:
+            pass
+        except Exception:
+            # Without its endpoint an engine would drift out of the group unseen: better it ends, loudly.
+            logger.critical("the control endpoint of this engine failed; ending the engine", exc_info=True)
+            os._exit(70)
+        finally:
+            directory.close()
+            self._server.socket.close()
+
+    def _read_directory(self, directory: zmq.Socket[bytes]) -> None:
+        while directory.get(zmq.EVENTS) & zmq.POLLIN:
+            answer = protocol.answer_decoder.decode(directory.recv_multipart()[-1])
+            if isinstance(answer, protocol.Error) and answer.message != self._directory_complaint:
+                self._directory_complaint = answer.message
+                logger.error("the directory %s refuses this engine: %s", self._directory_address, answer.message)
+
+    def _drain_wakes(self) -> None:
+        try:
+            while self._wake_read.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _register(self, directory: zmq.Socket[bytes]) -> None:
+        beat = Register(engine=self.info, epoch=self._participant.epoch)
+        try:
+            directory.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(beat)], zmq.NOBLOCK)
+        except zmq.Again:
+            pass  # the directory is away; the queue holds beats enough
+
+    def _handle(self, caller: wire.Caller, message: protocol.EngineRequest | protocol.WorkerMessage) -> None:
+        match message:
+            case Hello():
+                if message.protocol != protocol.PROTOCOL_VERSION:
+                    self._server.answer(caller, wrong_protocol(message.protocol))
+                else:
+                    self._server.answer(
+                        caller,
+                        Welcome(protocol=protocol.PROTOCOL_VERSION, package_version=__version__, engine=self.info),
+                    )
+            case GetStatus():
+                self._server.answer(caller, self._status())
+            case DescribeWeights():
+                self._describe(caller)
+            case Attach():
+                self._attach(caller, message)
+            case WorkerDone():
+                self._carry_out(self._participant.worker_done(message))
+            case _:
+                self._carry_out(self._participant.handle(caller, message, monotonic()))
+
+    def _attach(self, caller: wire.Caller, message: Attach) -> None:
+        self._workers[message.worker.rank] = (caller.peer, message.worker)
+        workers = tuple(worker for _, (_, worker) in sorted(self._workers.items()))
+        self.info = msgspec.structs.replace(self.info, workers=workers)
+        self._server.answer(caller, protocol.Ack())
+        if len(self._workers) == self._world_size:
+            self._all_attached.set()
+
+    def _describe(self, caller: wire.Caller) -> None:
+        if self._weights is not None:
+            self._server.answer(caller, self._weights)
+            return
+
+        def read() -> None:
+            # A checkpoint of many files on a network file system takes seconds to look through: not on this thread.
+            try:
+                weights = Weights(tensors=tuple(checkpoint.describe(self._identity.model, self._identity.revision)))
+            except checkpoint.NotACheckpoint as error:
+                weights = Weights(tensors=(), error=str(error))
+            except Exception as error:
+                weights = Weights(tensors=(), error=f"{type(error).__name__}: {error}")
+            self.post(lambda: keep(weights))
+
+        def keep(weights: Weights) -> list[Effect]:
+            self._weights = weights
+            return [Reply(caller, weights)]
+
+        threading.Thread(target=read, name="areal-describe", daemon=True).start()
+
+    def _status(self) -> Status:
+        state = self._participant
+        running, waiting = self._engine.request_counts()
+        return Status(
+            engine=self.info,
+            version=state.version,
+            phase=state.phase,
+            flow=state.flow,
+            pause_mode=state.pause_mode,
+            epoch=state.epoch,
+            update=state.update.begin.update if state.update else "",
+            update_version=state.update.begin.version if state.update else None,
+            last_update=state.last_update,
+            requests_running=running,
+            requests_waiting=waiting,
+            waiting_for_engine=self._engine.oldest_call_seconds(),
+            error=state.error,
+        )
+
+    def _carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Reply():
+                    self._server.answer(effect.caller, effect.answer)
+                case Order():
+                    for peer, _ in self._workers.values():
+                        self._server.tell(peer, effect.message)
+                case CallPause():
+                    self._engine.pause(effect.call, effect.mode, effect.clear_cache)
+                case CallResume():
+                    self._engine.resume(effect.call)
+                case CallCancelPause():
+                    self._engine.cancel_pause(effect.call)
+                case CallCommit():
+                    self._engine.commit(effect.update, effect.version)
+                case _:
+                    raise AssertionError(f"no way to carry out {effect!r}")
+
+

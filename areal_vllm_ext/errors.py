@@ -1,0 +1,47 @@
+"""The errors that users meet. Each message names the engine or the setting, the cause, and the way out."""
+
+from __future__ import annotations
+
+
+class ArealError(RuntimeError):
+    """Base of every error that this package raises on purpose."""
+
+
+class SettingsError(ArealError):
+    """A setting is missing or wrong; the message says which one and what to write instead."""
+
+
+class HookError(ArealError):
+    """The hook could not be put into this vLLM, so the engine must not start."""
+
+
+class RequestError(ArealError):
+    """An engine or the directory refused a request.
+
+    Attributes:
+        kind: the machine-readable cause, one of ``protocol.ErrorKind``.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class EngineUnreachable(ArealError):
+    """An engine or the directory did not answer before the deadline."""
+
+
+class EnginesMissing(ArealError):
+    """Not every expected engine registered before the deadline."""
+
+
+class InvalidWeights(ArealError):
+    """The weights to send do not fit the model that the engines serve. No engine was touched."""
+
+
+class UpdateAborted(ArealError):
+    """The update was given up: every engine still serves the version that it served before."""
+
+
+class PauseFailed(ArealError):
+    """Not every engine paused (or resumed) before the deadline; the message names those that did not."""

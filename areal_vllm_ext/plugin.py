@@ -1,0 +1,10 @@
+"""Entry point ``vllm.general_plugins``: vLLM calls ``register`` in its front end, in every EngineCore and in every worker."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Put the hooks in place. Inert unless an engine was started with our ``--worker-extension-cls``."""
+    from .engine_core import hooks
+
+    hooks.install()

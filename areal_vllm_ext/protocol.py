@@ -1,0 +1,329 @@
+"""Every message on the wire, and nothing else.
+
+A request travels as the frames ``[request id, msgpack]`` and its answer as ``[request id, msgpack]``. Messages are
+``msgspec`` structs with a type tag; unknown fields and unknown tags are refused. Durations are seconds and relative,
+because clocks of different nodes differ. ``docs/protocol.md`` describes each message.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Union
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+REQUEST_ID_BYTES = 16
+
+Version = Union[int, str]
+PauseMode = Literal["abort", "wait", "keep"]
+KVPolicy = Literal["keep", "recompute"]
+ErrorKind = Literal[
+    "malformed",  # the frames or the message could not be read
+    "protocol",  # another protocol number
+    "fenced",  # a higher epoch has been seen
+    "busy",  # something that excludes the request is under way
+    "state",  # the engine's state does not allow the request
+    "timeout",  # the engine gave up at the request's deadline
+    "failed",  # the engine tried and failed
+    "held",  # another holder has the lease
+]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages: immutable, tagged with its class name, closed to unknown fields."""
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of what messages carry."""
+
+
+# What messages carry
+
+
+class WorkerInfo(Part):
+    """One device process (a TP/PP rank) of an engine."""
+
+    rank: int
+    node: str
+    pid: int
+    device: str
+    device_id: str
+
+
+class EngineInfo(Part):
+    """One EngineCore: a DP rank of a replica. ``incarnation`` is new each time that the process starts."""
+
+    replica: str
+    dp_rank: int
+    dp_size: int
+    headless: bool
+    node: str
+    pid: int
+    incarnation: str
+    address: str
+    model: str
+    dtype: str
+    device: str
+    vllm_version: str
+    package_version: str
+    workers: tuple[WorkerInfo, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How people are told about this engine."""
+        return f"DP rank {self.dp_rank} of replica {self.replica} (node {self.node}, pid {self.pid})"
+
+
+class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
+    """Name, shape and dtype (``torch`` name, such as ``bfloat16``) of one checkpoint tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major."""
+
+    tensor: TensorMeta
+    offset: int
+
+
+# How the bytes travel: one struct a transport
+
+
+class Broadcast(Part, tag=True):
+    """Rank 0 of a communicator, the trainer, broadcasts buckets. Ranks are assigned by the client, never computed.
+
+    ``ranks`` maps a worker's rank inside its engine to its rank in the communicator. ``rendezvous`` is a
+    ``host:port`` of the trainer's store (gloo) or a unique id in hexadecimal (NCCL).
+    """
+
+    backend: Literal["gloo", "nccl"]
+    communicator: str
+    world_size: int
+    ranks: dict[int, int]
+    rendezvous: str
+
+
+class SharedMemory(Part, tag=True):
+    """Buckets lie in ``segment``, ``nbytes`` bytes of POSIX shared memory that trainer and workers of one host share."""
+
+    segment: str
+    nbytes: int
+
+
+class Disk(Part, tag=True):
+    """A Hugging Face checkpoint directory that every worker can read."""
+
+    path: str
+
+
+Transfer = Union[Broadcast, SharedMemory, Disk]
+
+
+# Requests to an engine
+
+
+class Hello(Message):
+    protocol: int = PROTOCOL_VERSION
+
+
+class GetStatus(Message):
+    pass
+
+
+class DescribeWeights(Message):
+    """Ask for the checkpoint tensors that the engine's model is made of."""
+
+
+class Pause(Message):
+    epoch: int
+    mode: PauseMode
+    kv: KVPolicy
+    timeout: float
+
+
+class Resume(Message):
+    epoch: int
+    timeout: float
+
+
+class Begin(Message):
+    """Open an update. The answer comes when every worker of the engine is ready to receive."""
+
+    epoch: int
+    update: str
+    version: Version
+    transfer: Transfer
+    timeout: float
+
+
+class Bucket(Message):
+    """Announce one bucket of ``nbytes`` bytes. The answer comes when every worker of the engine holds it.
+
+    ``location`` is the bucket's offset in a shared memory segment, in bytes; other transports leave it 0.
+    """
+
+    epoch: int
+    update: str
+    index: int
+    nbytes: int
+    segments: tuple[Segment, ...]
+    location: int = 0
+
+
+class Prepare(Message):
+    """Ask for the vote, after ``buckets`` buckets were sent."""
+
+    epoch: int
+    update: str
+    buckets: int
+
+
+class Commit(Message):
+    epoch: int
+    update: str
+
+
+class Abort(Message):
+    epoch: int
+    update: str
+    reason: str
+
+
+class Fence(Message):
+    """Raise the epoch that the engine obeys, and ask for its state."""
+
+    epoch: int
+
+
+EngineRequest = Union[
+    Hello, GetStatus, DescribeWeights, Pause, Resume, Begin, Bucket, Prepare, Commit, Abort, Fence
+]
+
+
+# A worker and its engine
+
+
+class Attach(Message):
+    """A worker's first word to its engine."""
+
+    worker: WorkerInfo
+
+
+class WorkerDone(Message):
+    """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked."""
+
+    update: str
+    rank: int
+    step: str
+    error: str = ""
+    nbytes: int = 0
+
+
+WorkerMessage = Union[Attach, WorkerDone]
+WorkerOrder = Union[Begin, Bucket, Prepare, Abort]
+
+
+# Requests to the directory
+
+
+class Register(Message):
+    """An engine says that it lives, who it is, and the highest epoch that it has seen. Repeated every second."""
+
+    engine: EngineInfo
+    epoch: int
+
+
+class Discover(Message):
+    pass
+
+
+class AcquireLease(Message):
+    holder: str
+    seconds: float
+    above: int = 0
+
+
+class RenewLease(Message):
+    epoch: int
+    seconds: float
+
+
+class ReleaseLease(Message):
+    epoch: int
+
+
+DirectoryRequest = Union[Hello, Register, Discover, AcquireLease, RenewLease, ReleaseLease]
+
+
+# Answers
+
+
+class Welcome(Message):
+    protocol: int
+    package_version: str
+    engine: EngineInfo | None = None
+
+
+class Status(Message):
+    """What an engine says of itself. It answers by itself even while the engine is busy, paused or stuck."""
+
+    engine: EngineInfo
+    version: Version
+    phase: Literal["idle", "receiving", "prepared", "committing", "tainted"]
+    flow: Literal["running", "pausing", "paused", "resuming"]
+    pause_mode: PauseMode | None
+    epoch: int
+    update: str
+    update_version: Version | None
+    last_update: str
+    requests_running: int
+    requests_waiting: int
+    waiting_for_engine: float
+    error: str = ""
+
+
+class Weights(Message):
+    """The checkpoint's tensors; empty with ``error`` where they cannot be told (a model loaded with dummy weights)."""
+
+    tensors: tuple[TensorMeta, ...]
+    error: str = ""
+
+
+class Ack(Message):
+    seconds: float = 0.0
+
+
+class Engines(Message):
+    """The directory's answer: who is alive; who was, with the seconds since it was last heard; and who lives, but lost
+    its place because another replica uses the same name.
+    """
+
+    alive: tuple[EngineInfo, ...]
+    lost: tuple[tuple[EngineInfo, float], ...] = ()
+    usurped: tuple[EngineInfo, ...] = ()
+
+
+class Lease(Message):
+    epoch: int
+    seconds: float
+
+
+class Error(Message):
+    kind: ErrorKind
+    message: str
+    holder: str = ""
+    epoch: int = 0
+
+
+Answer = Union[Welcome, Status, Weights, Ack, Engines, Lease, Error]
+
+encoder = msgspec.msgpack.Encoder()
+engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(
+    Union[EngineRequest, WorkerMessage]
+)
+directory_decoder: msgspec.msgpack.Decoder[DirectoryRequest] = msgspec.msgpack.Decoder(DirectoryRequest)
+worker_decoder: msgspec.msgpack.Decoder[WorkerOrder | Answer] = msgspec.msgpack.Decoder(Union[WorkerOrder, Answer])
+answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)

@@ -1,0 +1,102 @@
+"""How bytes get from the trainer to the workers: one file a transport, both of its ends in it.
+
+A worker opens a ``Source`` for an update's ``Transfer``; a trainer opens a ``Sink``. Both are kept from one update to the
+next while they work, and closed after the first failure, so that the next update builds new ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ..protocol import Broadcast, Bucket, Disk, SharedMemory, Transfer
+
+if TYPE_CHECKING:
+    from ..worker.receiver import Receiver
+
+
+class Cancelled(Exception):
+    """The update was given up while its bytes were on the way."""
+
+
+class Source(Protocol):
+    """The worker's end.
+
+    Attributes:
+        reusable: whether it can serve another update.
+        unchecked: whether the trainer could not look at the values (so the worker must).
+    """
+
+    reusable: bool
+    unchecked: bool
+
+    def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
+        """One bucket, as a ``uint8`` tensor of ``bucket.nbytes`` that is the caller's to keep.
+
+        Raises:
+            Cancelled: ``cancelled`` was set. TimeoutError: the sender was silent for ``timeout`` seconds.
+        """
+        ...
+
+    def load_all(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """What this transport brings without buckets."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sink(Protocol):
+    """The trainer's end.
+
+    Attributes:
+        transfers: what each engine is told, in the order of the engines.
+        bucket_bytes: size of a bucket; a larger tensor gets a bucket of its own.
+        slots: how many buckets can be on the way at once.
+    """
+
+    transfers: Sequence[Transfer]
+    bucket_bytes: int
+    slots: int
+
+    def meet(self, opening: Future[None]) -> None:
+        """Connect to the workers; ``opening`` is done when all have connected, or has the error of one that could not."""
+        ...
+
+    def buffer(self, index: int, nbytes: int) -> tuple[int, torch.Tensor]:
+        """Location (see ``protocol.Bucket``) and memory for bucket ``index``: ``nbytes`` of ``uint8``."""
+        ...
+
+    def push(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
+        """Bring a filled ``buffer``, which was announced to the engines, on its way.
+
+        Raises:
+            Cancelled: ``cancelled()`` became true. TimeoutError: it took longer than ``timeout`` seconds.
+        """
+        ...
+
+    def release(self) -> None:
+        """The update is over: free the buffers, keep the connections."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_source(transfer: Transfer, receiver: Receiver, timeout: float, cancelled: threading.Event) -> Source:
+    """The worker's end of ``transfer``."""
+    match transfer:
+        case Broadcast():
+            from .broadcast import BroadcastSource
+
+            return BroadcastSource(transfer, receiver, timeout, cancelled)
+        case SharedMemory():
+            from .shared_memory import SharedMemorySource
+
+            return SharedMemorySource(transfer, receiver.device)
+        case Disk():
+            from .disk import DiskSource
+
+            return DiskSource(transfer)

@@ -1,0 +1,32 @@
+"""``WorkerExtension``: the methods that ``collective_rpc`` reaches. vLLM mixes this class into its worker class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker, whose attributes (``rank``, ``device``, ``vllm_config``, ...) it uses.
+
+    Names start with ``areal_``: vLLM refuses an extension that hides a name of the worker's.
+    """
+
+    def areal_attach(self: Any, endpoint: str) -> None:
+        """Start the receiver thread and connect it to this engine's endpoint at ``endpoint``."""
+        from .receiver import Receiver
+
+        self._areal_receiver = Receiver(self, endpoint)
+
+    def areal_commit(self: Any, update: str) -> None:
+        """Switch to the staged weights of ``update``. Runs on the worker's own thread, while the engine is paused.
+
+        Raises:
+            RuntimeError: where the staged weights are not those of ``update``, or loading them failed.
+        """
+        from .loader import load
+
+        receiver = self._areal_receiver
+        try:
+            load(self, receiver.staged(update))
+        finally:
+            receiver.discard(update)
