@@ -150,8 +150,8 @@ class Gatekeeper:
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0
         self._socket.bind("inproc://zeromq.zap.01")
-        self._thread = threading.Thread(target=self._run, name="areal-gatekeeper", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="areal-gatekeeper", daemon=True)
+        self.thread.start()
 
     def _run(self) -> None:
         try:

@@ -1,0 +1,36 @@
+# Each target does the set-up that it needs (tools/set-up); when that stands already, it starts at once.
+SHELL := bash
+BIN := .venv/bin
+# Many images set it; each engine would then compile all of vLLM's modules again at its start, 25 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+.PHONY: help set-up demo test test-deep lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
+
+set-up: ## Make .venv: vLLM for CPU, the tools, this package (minutes, once)
+	@tools/set-up
+
+# exec: a signal for make reaches the demo itself, which ends what it started.
+demo: set-up ## Train a model while a head and a headless engine generate (ARGS=--moe: a MoE model)
+	@exec $(BIN)/areal-vllm demo $(ARGS)
+
+test: set-up ## Run the tests (ARGS="-k pause": some of them)
+	@exec $(BIN)/pytest -q $(ARGS)
+
+test-deep: set-up ## Run the tests with many more hypothesis examples
+	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q $(ARGS)
+
+lint: set-up ## Check style (ruff) and types (mypy)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: set-up ## Measure on this machine (ARGS: see benchmarks/)
+	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## Remove all that the targets made, .venv too
+	flock .venv.lock rm -rf .venv
+	rm -rf build dist *.egg-info tools/*/build tools/*/*.egg-info .*_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

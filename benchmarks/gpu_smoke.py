@@ -1,0 +1,187 @@
+"""The acceptance run on GPUs: three updates of a real vLLM, dense and MoE, each compared token by token with Hugging Face.
+
+    python -m benchmarks.gpu_smoke --out results.json               # one GPU: shared memory, disk (two dense engines, one MoE)
+    python -m benchmarks.gpu_smoke --transport broadcast            # more GPUs: trainer on the first, an engine on each other
+
+The model has Qwen3's shape and some 100 MB in float32, random weights. Prints a line a run; the last line is JSON. Exits
+with 1 where a token was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import areal_vllm_ext
+from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.demo.deployment import Deployment, Node
+
+PROMPTS = [[10, 20, 30], list(range(500, 540)), [7] * 5, [1000 + 3 * i for i in range(100)]]
+TOKENS = 24
+UPDATES = 3
+
+
+def make_model(folder: Path, moe: bool, dtype: torch.dtype) -> PreTrainedModel:
+    """A Qwen3 of some 100 MB, saved to ``folder`` without a tokenizer (requests carry token ids)."""
+    shape: dict[str, Any] = {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.05,
+        "tie_word_embeddings": False,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+        "dtype": dtype,
+    }
+    torch.manual_seed(0)
+    model: PreTrainedModel
+    if moe:
+        experts = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "norm_topk_prob": True}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, intermediate_size=1024))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, intermediate_size=1536))
+    model = model.to(dtype).eval()
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    model.save_pretrained(folder)
+    return model
+
+
+def expected_tokens(model: PreTrainedModel) -> list[list[int]]:
+    """The oracle: greedy tokens of the trainer's model."""
+    tokens = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt], device=model.device)
+        tokens.append(model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, len(prompt) :].tolist())
+    return tokens
+
+
+def served_tokens(deployment: Deployment, rank: int) -> list[list[int]]:
+    """Greedy tokens of the engine of DP rank ``rank``."""
+    tokens = []
+    for prompt in PROMPTS:
+        body = {"model": str(deployment.model_dir), "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+        request = urllib.request.Request(
+            f"{deployment.url}/v1/completions",
+            json.dumps({**body, "return_token_ids": True, "ignore_eos": True}).encode(),
+            {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            tokens.append(json.load(answer)["choices"][0]["token_ids"])
+    return tokens
+
+
+def run(moe: bool, transports: list[str], device: torch.device, dtype: str, folder: Path, logs: Path) -> list[dict[str, Any]]:
+    """Start engines and update them by each transport; returns a row for each update."""
+    kind = "moe" if moe else "dense"
+    model = make_model(folder / kind, moe, getattr(torch, dtype)).to(device)
+    gpus = torch.cuda.device_count()
+    # An engine on each further GPU; on a single one two engines, unless they need NCCL between them (MoE).
+    devices = [str(i) for i in range(1, gpus)] or ["0"] * (1 if moe or not gpus else 2)
+    nodes = [Node(env={"CUDA_VISIBLE_DEVICES": index} if gpus else {}) for index in devices]
+    arguments = ["--dtype", dtype, "--skip-tokenizer-init"]
+    rows = []
+    with Deployment(folder / kind, nodes, log_dir=logs / kind, vllm_args=arguments) as deployment:
+        deployment.wait(timeout=240)
+        with EngineGroup.connect(deployment.directory) as group:
+            group.wait_ready(engines=len(nodes), timeout=60)
+            start = expected_tokens(model)
+            print(f"{kind}: as loaded, exact on each engine: {[served_tokens(deployment, r) == start for r in range(len(nodes))]}")
+            for transport in transports:
+                for number in range(1, UPDATES + 1):
+                    with torch.no_grad():
+                        for parameter in model.parameters():
+                            parameter.add_(torch.randn_like(parameter) * 0.02)
+                    before, after = start, expected_tokens(model)
+                    source: Any = model
+                    if transport == "disk":
+                        source = folder / f"{kind}-checkpoint"
+                        model.save_pretrained(source)
+                    options = {} if transport == "disk" else {"transport": transport}
+                    with group.update(f"{transport}-{number}", deadline=120, **options) as update:
+                        update.send(source)
+                    exact = [served_tokens(deployment, rank) == after for rank in range(len(nodes))]
+                    rows.append(
+                        {
+                            "model": kind,
+                            "transport": transport,
+                            "engines": len(nodes),
+                            "update": number,
+                            "bytes": update.result.nbytes,
+                            "total_ms": round(update.result.total_ms, 1),
+                            "pause_ms": round(update.result.pause_ms, 1),
+                            "commit_ms": round(update.result.commit_ms, 1),
+                            "token_exact": all(exact),
+                            "tokens_changed": before != after,
+                        }
+                    )
+                    start = after
+                    print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--transport", action="append", help="broadcast, shared_memory, disk (default: all that fit)")
+    parser.add_argument("--model", action="append", choices=("dense", "moe"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    parser.add_argument("--logs", type=Path, help="keep the engines' logs here")
+    options = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+    transports = options.transport or (["shared_memory", "disk"] if gpus == 1 else ["broadcast", "shared_memory", "disk"])
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-gpu-smoke-")))
+        for kind in options.model or ["dense", "moe"]:
+            try:
+                rows += run(kind == "moe", transports, device, options.dtype, folder, options.logs or folder)
+            except Exception as error:  # noqa: BLE001 - the other model is still worth its run
+                failures.append(f"{kind}: {type(error).__name__}: {error}")
+                print(failures[-1], file=sys.stderr, flush=True)
+    import vllm
+
+    result = {
+        "command": " ".join(["python -m benchmarks.gpu_smoke", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "gpus": gpus,
+        "device": torch.cuda.get_device_name(0) if gpus else "cpu",
+        "versions": {
+            "areal-vllm-ext": areal_vllm_ext.__version__,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "seconds": round(time.monotonic() - started, 1),
+        "rows": rows,
+        "failures": failures,
+        "token_exact": bool(rows) and not failures and all(row["token_exact"] and row["tokens_changed"] for row in rows),
+    }
+    text = json.dumps(result)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(text)
+    return 0 if result["token_exact"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""A real two-engine deployment for tests, its clients, and the oracle: Hugging Face's ``generate`` on the trainer's model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from network import Namespaces, missing
+from transformers import PreTrainedModel
+
+from areal_vllm_ext import EngineGroup, security
+from areal_vllm_ext.demo.deployment import Deployment, Node
+from areal_vllm_ext.demo.model import make_model
+
+PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
+TOKENS = 16
+
+
+class Cluster:
+    """Two engines that serve, one of them headless on the other node, and the trainer's model."""
+
+    def __init__(self, deployment: Deployment, model: PreTrainedModel, key_file: str | None, two_nodes: bool) -> None:
+        self.deployment = deployment
+        self.model = model
+        self.key_file = key_file
+        self.two_nodes = two_nodes
+        self._steps = 0
+
+    def connect(self) -> EngineGroup:
+        return EngineGroup.connect(self.deployment.directory, key_file=self.key_file)
+
+    def train(self) -> int:
+        """Move the trainer's weights far enough to change its tokens; returns the number of the step."""
+        self._steps += 1
+        generator = torch.Generator().manual_seed(self._steps)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        return self._steps
+
+    def oracle(self, prompts: Any = PROMPTS, tokens: int = TOKENS) -> list[list[int]]:
+        """The tokens that the trainer's model would generate."""
+        return [
+            self.model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[0, len(prompt) :].tolist()
+            for prompt in prompts
+        ]
+
+    def generated(self, rank: int, prompts: Any = PROMPTS, tokens: int = TOKENS) -> list[list[int]]:
+        """The tokens that the engine of DP rank ``rank`` generates."""
+        return [self.complete(rank, prompt, tokens)["token_ids"] for prompt in prompts]
+
+    def complete(self, rank: int, prompt: list[int], tokens: int = TOKENS) -> dict[str, Any]:
+        """One request to the engine of DP rank ``rank``; returns the choice of the completions API."""
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{self.deployment.url}/v1/completions",
+            json.dumps({"model": str(self.deployment.model_dir), **body}).encode(),
+            {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            choice: dict[str, Any] = json.load(answer)["choices"][0]
+        return choice
+
+    def start(self, rank: int, prompt: list[int], tokens: int) -> Future[dict[str, Any]]:
+        """``complete``, on a thread."""
+        pool = ThreadPoolExecutor(1)
+        future = pool.submit(self.complete, rank, prompt, tokens)
+        pool.shutdown(wait=False)
+        return future
+
+    def assert_serves_trainers_weights(self) -> None:
+        """Every engine's greedy tokens are the trainer's."""
+        expected = self.oracle()
+        for rank in (0, 1):
+            assert self.generated(rank) == expected, f"DP rank {rank} generates other tokens than the trainer's model"
+
+
+@contextlib.contextmanager
+def start_cluster(folder: Path, *, moe: bool) -> Iterator[Cluster]:
+    """Two nodes as namespaces where that is possible, else two on loopback. The caller lives on the head's node meanwhile."""
+    model = make_model(folder / "model", moe=moe)
+    with contextlib.ExitStack() as stack:
+        key_file = None
+        if missing():
+            nodes = [Node(), Node()]
+        else:
+            namespaces = Namespaces()
+            stack.callback(namespaces.remove)
+            namespaces.make()
+            key_file = str(folder / "cluster.key")
+            security.write_key(key_file)
+            nodes = [
+                Node(
+                    address=namespaces.addresses[node],
+                    prefix=namespaces.prefix(node),
+                    env={"AREAL_VLLM_KEY_FILE": key_file, "GLOO_SOCKET_IFNAME": namespaces.links[node]},
+                )
+                for node in ("a", "b")
+            ]
+            stack.enter_context(namespaces.inside("a"))
+        deployment = stack.enter_context(Deployment(folder / "model", nodes, log_dir=folder / "logs"))
+        deployment.wait(timeout=240)
+        yield Cluster(deployment, model, key_file, two_nodes=not missing())
+
+
+def process_of(pid: int) -> str:
+    """The state letter of a process from /proc, or empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+

@@ -1,0 +1,72 @@
+"""Two nodes on one machine: two network namespaces joined by a veth pair, each with an address of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+_CLONE_NEWNET = 0x40000000
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def missing() -> str:
+    """Why namespaces cannot be made here; empty where they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    return "" if shutil.which("ip") else "network namespaces need iproute2"
+
+
+class Namespaces:
+    """Nodes ``a`` and ``b``; ``inside`` puts the calling thread, and what it starts, onto one of them."""
+
+    addresses = {"a": "10.77.0.1", "b": "10.77.0.2"}
+
+    def __init__(self) -> None:
+        self.names = {node: f"areal-{os.getpid()}-{node}" for node in self.addresses}
+        self.links = {node: f"ar{os.getpid() % 100000}{node}" for node in self.addresses}
+
+    def make(self) -> None:
+        for name in self.names.values():
+            ip("netns", "add", name)
+        ip("link", "add", self.links["a"], "type", "veth", "peer", "name", self.links["b"])
+        for node, name in self.names.items():
+            ip("link", "set", self.links[node], "netns", name)
+            ip("-n", name, "addr", "add", f"{self.addresses[node]}/24", "dev", self.links[node])
+            ip("-n", name, "link", "set", self.links[node], "up")
+            ip("-n", name, "link", "set", "lo", "up")
+
+    def remove(self) -> None:
+        for name in self.names.values():
+            with contextlib.suppress(subprocess.CalledProcessError):
+                ip("netns", "del", name)
+
+    def prefix(self, node: str) -> list[str]:
+        """Put before a command to run it on ``node``."""
+        return ["ip", "netns", "exec", self.names[node]]
+
+    def set_link(self, node: str, state: str) -> None:
+        """Cut ``node`` off (``down``) or join it again (``up``)."""
+        ip("-n", self.names[node], "link", "set", self.links[node], state)
+
+    @contextlib.contextmanager
+    def inside(self, node: str) -> Iterator[None]:
+        """The calling thread lives on ``node`` meanwhile; threads and processes that it starts do too."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        there = os.open(Path("/run/netns") / self.names[node], os.O_RDONLY)
+        try:
+            if libc.setns(there, _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
+            yield
+        finally:
+            libc.setns(home, _CLONE_NEWNET)
+            os.close(home)
+            os.close(there)

@@ -1,0 +1,128 @@
+"""An MoE model: two DP ranks in lockstep, on two nodes."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cluster import Cluster
+
+from areal_vllm_ext import EngineGroup, PauseFailed
+
+MOE = True
+PROMPT = [10, 20, 30, 40]
+
+pytestmark = [pytest.mark.vllm, pytest.mark.netns, pytest.mark.timeout(400)]
+
+
+def test_three_updates_are_token_exact(cluster: Cluster, group: EngineGroup) -> None:
+    cluster.assert_serves_trainers_weights()
+    for _ in range(3):
+        version = cluster.train()
+        with group.update(version, deadline=60) as update:
+            update.send(cluster.model)
+        assert {state.version for state in group.status()} == {version}
+        cluster.assert_serves_trainers_weights()
+
+
+def test_update_with_requests_on_one_rank_only(cluster: Cluster, group: EngineGroup) -> None:
+    requests = [cluster.start(0, PROMPT, 200), cluster.start(0, PROMPT[1:], 200)]
+    time.sleep(0.3)
+    with group.update(cluster.train(), deadline=60) as update:
+        update.send(cluster.model)
+    for request in requests:
+        assert len(request.result(timeout=60)["token_ids"]) == 200
+    cluster.assert_serves_trainers_weights()
+
+
+@pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
+def test_pause_and_resume_under_load(cluster: Cluster, group: EngineGroup, mode: str) -> None:
+    requests = [cluster.start(rank, PROMPT, 60) for rank in (0, 1)]
+    time.sleep(0.2)
+    group.pause(mode, deadline=30)  # type: ignore[arg-type]
+    late = cluster.start(1, PROMPT, 4)
+    time.sleep(0.3)
+    assert not late.done()
+    assert {state.state for state in group.status()} == {"paused"}
+    group.resume(deadline=30)
+    for request in requests:
+        choice = request.result(timeout=60)
+        assert len(choice["token_ids"]) == 60 or (mode == "abort" and choice["finish_reason"] == "abort")
+    assert late.result(timeout=60)["token_ids"] == cluster.oracle([PROMPT], tokens=4)[0]
+
+
+def test_pause_of_an_idle_group_and_again(cluster: Cluster, group: EngineGroup) -> None:
+    for _ in range(5):
+        group.pause("keep", deadline=10)
+        group.pause("keep", deadline=10)
+        group.pause("abort", deadline=10)
+        group.resume(deadline=10)
+        group.resume(deadline=10)
+    cluster.assert_serves_trainers_weights()
+
+
+def test_two_clients_pause_and_resume_at_once(cluster: Cluster, group: EngineGroup) -> None:
+    with cluster.connect() as other, ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for call in ("pause", "resume"):
+                for future in [pool.submit(getattr(one, call), deadline=20) for one in (group, other)]:
+                    future.result(timeout=30)
+    assert {state.state for state in group.status()} == {"running"}
+    cluster.assert_serves_trainers_weights()
+
+
+def test_pause_that_only_some_ranks_got_is_taken_back(cluster: Cluster, group: EngineGroup) -> None:
+    """A rank pauses only with the consent of all: asked alone it waits, and runs again after its deadline."""
+    import asyncio
+
+    from areal_vllm_ext import AsyncEngineGroup, protocol
+    from areal_vllm_ext.errors import RequestError
+
+    async def pause_rank_0_alone() -> None:
+        async with AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file) as one:
+            async with one.command(10) as engines:
+                engine, epoch = next(iter(engines.values()))
+                message = protocol.Pause(epoch=epoch, mode="keep", kv="keep", timeout=1.0)
+                with pytest.raises(RequestError, match="taken back"):
+                    await one.request(engine.address, message, 5.0)
+
+    asyncio.run(pause_rank_0_alone())
+    cluster.assert_serves_trainers_weights()
+    group.pause("keep", deadline=10)
+    group.resume(deadline=10)
+    cluster.assert_serves_trainers_weights()
+
+
+def test_staggered_arrival(cluster: Cluster, group: EngineGroup) -> None:
+    """Rank 1 hears of the pause, and of the resume, a second after rank 0."""
+    import asyncio
+
+    from areal_vllm_ext import AsyncEngineGroup, protocol
+
+    async def staggered() -> None:
+        async with AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file) as one:
+            async with one.command(30) as engines:
+                for make in (
+                    lambda epoch: protocol.Pause(epoch=epoch, mode="keep", kv="keep", timeout=20.0),
+                    lambda epoch: protocol.Resume(epoch=epoch, timeout=20.0),
+                ):
+                    tasks = []
+                    for engine, epoch in engines.values():
+                        tasks.append(asyncio.create_task(one.request(engine.address, make(epoch), 20.0)))
+                        await asyncio.sleep(1.0)
+                    await asyncio.gather(*tasks)
+
+    requests = [cluster.start(rank, PROMPT, 100) for rank in (0, 1)]
+    asyncio.run(staggered())
+    for request in requests:
+        assert request.result(timeout=60)["token_ids"] == cluster.oracle([PROMPT], tokens=100)[0]
+
+
+def test_wait_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGroup) -> None:
+    request = cluster.start(1, PROMPT, 400)
+    time.sleep(0.2)
+    with pytest.raises(PauseFailed):
+        group.pause("wait", deadline=0.3)
+    assert len(request.result(timeout=100)["token_ids"]) == 400
+    cluster.assert_serves_trainers_weights()
