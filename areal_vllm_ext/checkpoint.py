@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .protocol import TensorMeta
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Mapping
 
 # safetensors' names of dtypes (its README, "Format") and torch's.
 _DTYPES = {
@@ -89,7 +92,7 @@ def describe(model: str, revision: str | None = None) -> list[TensorMeta]:
         NotACheckpoint: where they cannot be told.
     """
     folder = model
-    if not os.path.isdir(model):
+    if not Path(model).is_dir():
         try:
             from huggingface_hub import snapshot_download
 

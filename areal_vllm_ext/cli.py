@@ -11,10 +11,13 @@ import dataclasses
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .errors import ArealError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +184,7 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.run(moe=options.moe, steps=options.steps, seed=options.seed, keep_logs=options.keep_logs)
 
 
-def _report(options: argparse.Namespace, facts: dict[str, object], sentence: str) -> int:
+def _report(options: argparse.Namespace, facts: Mapping[str, object], sentence: str) -> int:
     print(json.dumps(facts) if options.json else sentence.format(**facts))
     return 0
 

@@ -50,10 +50,14 @@ class Settings:
         """
         given = (additional_config or {}).get("areal", {})
         if not isinstance(given, Mapping):
-            raise SettingsError('--additional-config: "areal" must be an object, such as {"areal": {"key_file": "..."}}')
+            raise SettingsError(
+                '--additional-config: "areal" must be an object, such as {"areal": {"key_file": "..."}}'
+            )
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(set(given) - set(fields)):
-            raise SettingsError(f'--additional-config: "areal" has no setting {unknown[0]!r}; known: {", ".join(fields)}')
+            raise SettingsError(
+                f'--additional-config: "areal" has no setting {unknown[0]!r}; known: {", ".join(fields)}'
+            )
         values: dict[str, Any] = dict(given)
         for name in fields:
             if text := environ.get(ENV_PREFIX + name.upper()):
@@ -65,7 +69,7 @@ class Settings:
                 except (TypeError, ValueError):
                     raise SettingsError(f"setting {ENV_PREFIX}{name.upper()} must be a number, not {value!r}") from None
             elif not isinstance(value, str):
-                raise SettingsError(f'--additional-config: areal.{name} must be a string, not {value!r}')
+                raise SettingsError(f"--additional-config: areal.{name} must be a string, not {value!r}")
         return cls(**values)
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable
 from time import monotonic
+from typing import TYPE_CHECKING
 
 import zmq
 
 from . import __version__, protocol, security, wire
 from .protocol import (
-    AcquireLease,
     Ack,
+    AcquireLease,
     Answer,
     DirectoryRequest,
     Discover,
@@ -31,10 +31,13 @@ from .protocol import (
     Welcome,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 BEAT_SECONDS = 1.0
 # An engine that was not heard for so long is reported as lost, and forgotten after the second time.
 LOST_AFTER = 5.0
-FORGOTTEN_AFTER = 600.0
+FORGOTTEN_AFTER = 60.0
 
 
 class Directory:

@@ -7,14 +7,14 @@ because clocks of different nodes differ. ``docs/protocol.md`` describes each me
 
 from __future__ import annotations
 
-from typing import Literal, Union
+from typing import Literal
 
 import msgspec
 
 PROTOCOL_VERSION = 1
 REQUEST_ID_BYTES = 16
 
-Version = Union[int, str]
+Version = int | str
 PauseMode = Literal["abort", "wait", "keep"]
 KVPolicy = Literal["keep", "recompute"]
 ErrorKind = Literal[
@@ -119,7 +119,7 @@ class Disk(Part, tag=True):
     path: str
 
 
-Transfer = Union[Broadcast, SharedMemory, Disk]
+Transfer = Broadcast | SharedMemory | Disk
 
 
 # Requests to an engine
@@ -138,10 +138,13 @@ class DescribeWeights(Message):
 
 
 class Pause(Message):
+    """Pause generation. ``update`` names the update that needs the pause; empty for a user's own pause."""
+
     epoch: int
     mode: PauseMode
     kv: KVPolicy
     timeout: float
+    update: str = ""
 
 
 class Resume(Message):
@@ -193,14 +196,12 @@ class Abort(Message):
 
 
 class Fence(Message):
-    """Raise the epoch that the engine obeys, and ask for its state."""
+    """Raise the epoch that the engine obeys, and ask for its status."""
 
     epoch: int
 
 
-EngineRequest = Union[
-    Hello, GetStatus, DescribeWeights, Pause, Resume, Begin, Bucket, Prepare, Commit, Abort, Fence
-]
+EngineRequest = Hello | GetStatus | DescribeWeights | Pause | Resume | Begin | Bucket | Prepare | Commit | Abort | Fence
 
 
 # A worker and its engine
@@ -222,8 +223,8 @@ class WorkerDone(Message):
     nbytes: int = 0
 
 
-WorkerMessage = Union[Attach, WorkerDone]
-WorkerOrder = Union[Begin, Bucket, Prepare, Abort]
+WorkerMessage = Attach | WorkerDone
+WorkerOrder = Begin | Bucket | Prepare | Abort
 
 
 # Requests to the directory
@@ -255,7 +256,7 @@ class ReleaseLease(Message):
     epoch: int
 
 
-DirectoryRequest = Union[Hello, Register, Discover, AcquireLease, RenewLease, ReleaseLease]
+DirectoryRequest = Hello | Register | Discover | AcquireLease | RenewLease | ReleaseLease
 
 
 # Answers
@@ -275,6 +276,7 @@ class Status(Message):
     phase: Literal["idle", "receiving", "prepared", "committing", "tainted"]
     flow: Literal["running", "pausing", "paused", "resuming"]
     pause_mode: PauseMode | None
+    paused_for: str
     epoch: int
     update: str
     update_version: Version | None
@@ -318,12 +320,12 @@ class Error(Message):
     epoch: int = 0
 
 
-Answer = Union[Welcome, Status, Weights, Ack, Engines, Lease, Error]
+Answer = Welcome | Status | Weights | Ack | Engines | Lease | Error
 
 encoder = msgspec.msgpack.Encoder()
 engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(
-    Union[EngineRequest, WorkerMessage]
+    EngineRequest | WorkerMessage
 )
 directory_decoder: msgspec.msgpack.Decoder[DirectoryRequest] = msgspec.msgpack.Decoder(DirectoryRequest)
-worker_decoder: msgspec.msgpack.Decoder[WorkerOrder | Answer] = msgspec.msgpack.Decoder(Union[WorkerOrder, Answer])
+worker_decoder: msgspec.msgpack.Decoder[WorkerOrder | Answer] = msgspec.msgpack.Decoder(WorkerOrder | Answer)
 answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)

@@ -14,7 +14,7 @@ import socket
 import stat
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import zmq
 from zmq.utils import z85
@@ -62,7 +62,7 @@ def read_key(path: str | os.PathLike[str]) -> ClusterKey:
         SettingsError: where it is missing, readable by others, or no key file.
     """
     try:
-        mode = stat.S_IMODE(os.stat(path).st_mode)
+        mode = stat.S_IMODE(Path(path).stat().st_mode)
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else "not a text file"
@@ -79,18 +79,18 @@ def read_key(path: str | os.PathLike[str]) -> ClusterKey:
 
 def user_key() -> ClusterKey:
     """The key of this user for loopback, made at first use."""
-    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    path = os.path.join(state, "areal-vllm-ext", "loopback.key")
-    if not os.path.exists(path):
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    path = state / "areal-vllm-ext" / "loopback.key"
+    if not path.exists():
         # Engines of one node start together: each writes its own, the first link wins, all read that one.
-        draft = f"{path}.{os.getpid()}.{threading.get_ident()}"
+        draft = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         write_key(draft)
         try:
-            os.link(draft, path)
+            path.hardlink_to(draft)
         except FileExistsError:
             pass
         finally:
-            os.unlink(draft)
+            draft.unlink()
     return read_key(path)
 
 
@@ -135,7 +135,7 @@ def serve_curve(socket_: zmq.Socket[bytes], key: ClusterKey) -> None:
     socket_.zap_domain = b"areal"
 
 
-def join_curve(socket_: zmq.Socket[bytes], key: ClusterKey) -> None:
+def join_curve(socket_: zmq.Socket[Any], key: ClusterKey) -> None:
     """Prove ``key`` to the server, and demand the same of it (before ``connect``)."""
     socket_.curve_serverkey = key.public
     socket_.curve_publickey = key.public

@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 # A caller repeats a request whose answer it has not seen, under the same id: so many answers are kept for that.
 _KEPT_ANSWERS = 4096
+_LONGEST_KEPT_ANSWER = 16 << 10
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -60,7 +61,7 @@ class Server(Generic[T]):
         except zmq.ZMQError as error:
             self.socket.close()
             raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        bound_port = self.socket.last_endpoint.decode().rpartition(":")[2].rstrip("\0")
+        bound_port = bytes(self.socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rpartition(":")[2].rstrip("\0")
         self.address = f"tcp://{bracketed}:{bound_port}"
 
     def receive(self) -> tuple[Caller, T] | None:
@@ -72,7 +73,9 @@ class Server(Generic[T]):
                 return None
             if len(frames) != 3 or len(frames[1]) != REQUEST_ID_BYTES:
                 caller = Caller(frames[0], bytes(REQUEST_ID_BYTES))
-                self._send(caller, encoder.encode(Error(kind="malformed", message="frames must be [request id, msgpack]")))
+                self._send(
+                    caller, encoder.encode(Error(kind="malformed", message="frames must be [request id, msgpack]"))
+                )
                 continue
             caller = Caller(frames[0], frames[1])
             if caller in self._answers:
@@ -90,7 +93,10 @@ class Server(Generic[T]):
     def answer(self, caller: Caller, message: Answer) -> None:
         """Send the answer to a request, and keep it for a repetition."""
         encoded = encoder.encode(message)
-        self._remember(caller, encoded)
+        if len(encoded) <= _LONGEST_KEPT_ANSWER:
+            self._remember(caller, encoded)
+        else:  # only questions have long answers, and a question may be asked again
+            self._answers.pop(caller, None)
         self._send(caller, encoded)
 
     def tell(self, peer: bytes, message: Message) -> None:

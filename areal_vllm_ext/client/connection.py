@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import os
 import uuid
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -16,7 +15,11 @@ from zmq.utils.monitor import parse_monitor_message
 
 from .. import protocol, security, wire
 from ..errors import EngineUnreachable
-from ..protocol import Answer, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..protocol import Answer, Message
 
 # A request whose answer is late is sent again under its id: a cut link may have swallowed it. Engines answer an id once.
 _REPEAT_SECONDS = 1.0
@@ -84,9 +87,9 @@ class Connection:
             self._pending.pop(request_id, None)
         raise EngineUnreachable(f"{address} did not answer within {timeout:.1f} s{self._why(address)}")
 
-    def forget(self, address: str) -> None:
-        """Stop reconnecting to an engine that is gone."""
-        if address in self._peers:
+    def keep_only(self, addresses: set[str]) -> None:
+        """Stop reconnecting to engines that are gone."""
+        for address in self._peers.keys() - addresses:
             del self._peers[address]
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.disconnect(address)
@@ -130,7 +133,7 @@ class Connection:
 
     async def _watch(self) -> None:
         while True:
-            event: dict[str, Any] = parse_monitor_message(await self._monitor.recv_multipart())
+            event = parse_monitor_message(await self._monitor.recv_multipart())
             address, kind = event["endpoint"].decode(), zmq.Event(event["event"])
             # A refused handshake ends in a disconnect: the cause is worth more than its consequence.
             refused = self._events.get(address) in (

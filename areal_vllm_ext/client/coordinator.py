@@ -11,8 +11,7 @@ pause: until then every engine can still be told to keep its old weights, and is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..protocol import (
     Abort,
@@ -30,6 +29,9 @@ from ..protocol import (
     Transfer,
     Version,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Phase = Literal["begin", "send", "prepare", "pause", "commit", "resume", "abort", "done"]
 
@@ -145,7 +147,7 @@ class Coordinator:
             case "prepare":
                 self.phase, self._awaited, self._pause_sent = "pause", set(self.members), True
                 return {
-                    name: Pause(epoch=member.epoch, mode=self.mode, kv=self.kv, timeout=timeout)
+                    name: Pause(epoch=member.epoch, mode=self.mode, kv=self.kv, timeout=timeout, update=self.update)
                     for name, member in self.members.items()
                 }
             case "pause":

@@ -12,19 +12,21 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import protocol, security
 from ..config import Settings, split_address
 from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError
-from ..protocol import Answer, EngineInfo, EngineRequest, KVPolicy, Message, PauseMode, TensorMeta, Version
+from . import recovery
 from .connection import Connection
 from .update import AsyncUpdate, UpdateResult
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+
     import torch
 
+    from ..protocol import Answer, EngineInfo, EngineRequest, KVPolicy, Message, PauseMode, TensorMeta, Version
     from ..transport import Sink
 
 __all__ = ["AsyncEngineGroup", "EngineGroup", "EngineState", "Update", "UpdateResult"]
@@ -76,14 +78,29 @@ class EngineState:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """An engine under command: the epoch that requests to it carry, and its status when it was taken over."""
+
+    engine: EngineInfo
+    epoch: int
+    status: protocol.Status
+
+
+def resume_all(targets: Mapping[str, Target], timeout: float) -> dict[str, EngineRequest]:
+    """A resume for every target."""
+    return {name: protocol.Resume(epoch=target.epoch, timeout=timeout) for name, target in targets.items()}
+
+
 class AsyncEngineGroup:
     """Every engine that the directories know. All calls have deadlines, in seconds.
 
     Calls of one group run one after the other; other groups and the command line are kept out by a lease meanwhile.
     """
 
-    def __init__(self, addresses: tuple[str, ...], key_file: str | None) -> None:
+    def __init__(self, addresses: tuple[str, ...], key_file: str | None, max_message_bytes: int) -> None:
         self._addresses = addresses
+        self._max_message_bytes = max_message_bytes
         self._key_file = key_file
         self._connection: Connection | None = None
         self._lock = asyncio.Lock()
@@ -104,7 +121,7 @@ class AsyncEngineGroup:
         key = os.fspath(key_file) if key_file else settings.key_file
         for address in given:
             security.key_for(split_address(address)[0], key)
-        return cls(tuple(dict.fromkeys(given)), key)
+        return cls(tuple(dict.fromkeys(given)), key, settings.max_message_mib << 20)
 
     # Discovery
 
@@ -173,12 +190,17 @@ class AsyncEngineGroup:
             PauseFailed: naming the engines that did not pause; the others run again.
         """
         ends = time.monotonic() + deadline
-        async with self.command(deadline) as engines:
+        async with self.command(deadline) as targets:
             failed = await self._ask_all(
-                engines, lambda epoch: protocol.Pause(epoch=epoch, mode=mode, kv=kv, timeout=deadline), ends
+                targets,
+                {
+                    name: protocol.Pause(epoch=target.epoch, mode=mode, kv=kv, timeout=deadline)
+                    for name, target in targets.items()
+                },
+                ends,
             )
             if failed:
-                await self._ask_all(engines, lambda epoch: protocol.Resume(epoch=epoch, timeout=1.0), time.monotonic() + 0.8)
+                await self._ask_all(targets, resume_all(targets, 1.0), time.monotonic() + 0.8)
                 raise PauseFailed(f"pause was taken back after {deadline:.1f} s: {join(failed)}")
 
     async def resume(self, *, deadline: float = 60.0) -> None:
@@ -187,11 +209,9 @@ class AsyncEngineGroup:
         Raises:
             PauseFailed: naming the engines that did not resume.
         """
-        async with self.command(deadline) as engines:
-            ends = time.monotonic() + deadline
-            if failed := await self._ask_all(
-                engines, lambda epoch: protocol.Resume(epoch=epoch, timeout=deadline), ends
-            ):
+        ends = time.monotonic() + deadline
+        async with self.command(deadline) as targets:
+            if failed := await self._ask_all(targets, resume_all(targets, deadline), ends):
                 raise PauseFailed(f"not every engine resumed: {join(failed)}")
 
     # Update
@@ -243,7 +263,7 @@ class AsyncEngineGroup:
             EngineUnreachable: no answer. RequestError: it was refused.
         """
         if self._connection is None:
-            self._connection = Connection(lambda host: security.key_for(host, self._key_file))
+            self._connection = Connection(lambda host: security.key_for(host, self._key_file), self._max_message_bytes)
         answer = await self._connection.request(address, message, timeout)
         if isinstance(answer, protocol.Error):
             raise RequestError(answer.kind, answer.message)
@@ -265,7 +285,8 @@ class AsyncEngineGroup:
             if kind == "shared_memory":
                 from ..transport.shared_memory import SharedMemorySink
 
-                largest = max((tensor_bytes(tensor) for tensor in expected), default=0)
+                dtype = next(iter(engines.values())).dtype
+                largest = max((largest_bytes(tensor, dtype) for tensor in expected), default=0)
                 made: Sink = SharedMemorySink(len(engines), bucket_bytes, max(bucket_bytes, largest))
             else:
                 from ..transport.broadcast import BroadcastSink
@@ -290,11 +311,12 @@ class AsyncEngineGroup:
         return own[-1]
 
     @contextlib.asynccontextmanager
-    async def command(self, deadline: float) -> AsyncIterator[dict[str, tuple[EngineInfo, int]]]:
-        """Hold the lease; yields every engine by name, with the epoch that commands to it carry.
+    async def command(self, deadline: float) -> AsyncIterator[dict[str, Target]]:
+        """Hold the lease; yields every engine by name, fenced, and free of what an earlier client left behind.
 
         Raises:
-            EnginesMissing: an engine is lost or was never there. RequestError: another client holds the lease.
+            EnginesMissing: an engine is lost or was never there. EngineUnreachable: one does not answer.
+            RequestError: another client holds the lease.
         """
         ends = time.monotonic() + deadline
         async with self._lock:
@@ -302,12 +324,40 @@ class AsyncEngineGroup:
             if problem := describe_missing([answer for _, answer in found], None):
                 raise EnginesMissing(problem)
             async with contextlib.AsyncExitStack() as leases:
-                engines: dict[str, tuple[EngineInfo, int]] = {}
+                engines: dict[str, EngineInfo] = {}
+                epochs: dict[str, int] = {}
                 # In one order for everybody: two clients of the same directories never wait for each other in a ring.
                 for directory, answer in sorted(found, key=lambda entry: entry[0]):
                     epoch = await leases.enter_async_context(self._lease(directory, ends))
-                    engines.update({engine.name: (engine, epoch) for engine in answer.alive})
-                yield engines
+                    engines.update({engine.name: engine for engine in answer.alive})
+                    epochs.update({engine.name: epoch for engine in answer.alive})
+                yield await self._take_over(engines, epochs, ends)
+
+    async def _take_over(
+        self, engines: dict[str, EngineInfo], epochs: dict[str, int], ends: float
+    ) -> dict[str, Target]:
+        """Fence every engine, and settle an update that its client left behind."""
+
+        async def fence(name: str, engine: EngineInfo) -> Target:
+            left = min(max(ends - time.monotonic(), 0.1), _DISCOVER_SECONDS)
+            try:
+                status = await self.request(engine.address, protocol.Fence(epoch=epochs[name]), left)
+            except EngineUnreachable as error:
+                raise EngineUnreachable(f"{name}: {error}") from None
+            assert isinstance(status, protocol.Status)
+            return Target(engine, epochs[name], status)
+
+        while True:
+            fenced = await asyncio.gather(*(fence(name, engine) for name, engine in engines.items()))
+            targets = dict(zip(engines, fenced, strict=True))
+            statuses = {name: target.status for name, target in targets.items()}
+            plan = recovery.plan(statuses, epochs, max(ends - time.monotonic(), 0.1))
+            if not (plan.settle or plan.resume or plan.wait) or time.monotonic() > ends:
+                return targets
+            for requests in (plan.settle, plan.resume if not plan.wait else {}):
+                if failed := await self._ask_all(targets, requests, ends):
+                    raise PauseFailed(f"an earlier update cannot be settled: {join(failed)}")
+            await asyncio.sleep(_POLL_SECONDS / 20)
 
     @contextlib.asynccontextmanager
     async def _lease(self, directory: str, ends: float) -> AsyncIterator[int]:
@@ -349,7 +399,11 @@ class AsyncEngineGroup:
             assert isinstance(answer, protocol.Engines)
             return directory, answer
 
-        return list(await asyncio.gather(*(ask(directory) for directory in self._addresses)))
+        found = list(await asyncio.gather(*(ask(directory) for directory in self._addresses)))
+        if self._connection:
+            known = {engine.address for _, answer in found for engine in answer.alive}
+            self._connection.keep_only(known.union(self._addresses))
+        return found
 
     async def _hello(self, engine: EngineInfo, timeout: float) -> None:
         try:
@@ -358,27 +412,29 @@ class AsyncEngineGroup:
             raise EngineUnreachable(f"{engine.name} is registered, but {error}") from None
 
     async def _ask_all(
-        self, engines: dict[str, tuple[EngineInfo, int]], make: Callable[[int], EngineRequest], ends: float
+        self, targets: Mapping[str, Target], requests: Mapping[str, EngineRequest], ends: float
     ) -> dict[str, str]:
-        """Ask every engine at once; returns the problem of each that failed."""
+        """Ask engines all at once; returns the problem of each that failed."""
 
-        async def ask(name: str, engine: EngineInfo, epoch: int) -> tuple[str, str]:
+        async def ask(name: str, request: EngineRequest) -> tuple[str, str]:
             try:
-                await self.request(engine.address, make(epoch), max(ends - time.monotonic(), 0.05))
+                await self.request(targets[name].engine.address, request, max(ends - time.monotonic(), 0.05))
             except (EngineUnreachable, RequestError) as error:
                 return name, str(error)
             return name, ""
 
-        answers = await asyncio.gather(*(ask(name, engine, epoch) for name, (engine, epoch) in engines.items()))
+        answers = await asyncio.gather(*(ask(name, request) for name, request in requests.items()))
         return {name: problem for name, problem in answers if problem}
 
 
-def tensor_bytes(meta: TensorMeta) -> int:
-    """Bytes of a tensor of this shape and dtype."""
+def largest_bytes(meta: TensorMeta, engine_dtype: str) -> int:
+    """Bytes that a tensor can take in a bucket: as the checkpoint has it, or in the dtype that the engines compute in."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, meta.dtype)
-    return math.prod(meta.shape) * dtype.itemsize
+    from ..transport import buckets
+
+    dtypes: list[torch.dtype] = [getattr(torch, meta.dtype), getattr(torch, engine_dtype)]
+    return buckets.aligned(math.prod(meta.shape) * max(dtype.itemsize for dtype in dtypes))
 
 
 def join(problems: dict[str, str]) -> str:
@@ -433,7 +489,7 @@ class Update:
         self._group.run(self._update.__aenter__())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._group.run(self._update.__aexit__(kind, error, trace))
 
 

@@ -10,7 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ from .coordinator import Coordinator, Member
 from .weights import Checker, check_values, named_weights, warn_unchecked
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from .group import AsyncEngineGroup
 
 # After its deadline an update still tells every engine to keep the old weights, for so long at most.
@@ -80,7 +82,7 @@ class AsyncUpdate:
         self._bucket_bytes = bucket_bytes
         self._command = contextlib.AsyncExitStack()
         self._engines: dict[str, EngineInfo] = {}
-        self._epochs: dict[str, int] = {}
+        self._members: dict[str, Member] = {}
         self._coordinator: Coordinator | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ends = 0.0
@@ -102,9 +104,11 @@ class AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self._ends = self._started + self._deadline
-        engines = await self._command.enter_async_context(self._group.command(self._deadline))
-        self._engines = {name: engine for name, (engine, _) in engines.items()}
-        self._epochs = {name: epoch for name, (_, epoch) in engines.items()}
+        targets = await self._command.enter_async_context(self._group.command(self._deadline))
+        self._engines = {name: target.engine for name, target in targets.items()}
+        self._members = {
+            name: Member(target.epoch, running=target.status.flow == "running") for name, target in targets.items()
+        }
         return self
 
     async def send(self, weights: Any, *, dtype: str | None = None) -> None:
@@ -126,7 +130,7 @@ class AsyncUpdate:
         if self._coordinator is not None:
             raise ArealError("an update sends once; begin another update")
         if isinstance(weights, (str, os.PathLike)):
-            self._open({name: protocol.Disk(path=os.path.abspath(weights)) for name in self._engines})
+            self._open({name: protocol.Disk(path=str(Path(weights).absolute())) for name in self._engines})
             return
         expected = self._await(self._expected())
         checker = Checker(expected, next(iter(self._engines.values())).dtype, dtype)
@@ -139,24 +143,20 @@ class AsyncUpdate:
         except (InvalidWeights, UpdateAborted):
             raise
         except (Cancelled, TimeoutError, RuntimeError) as error:
-            cause = self._coordinator.reason if self._coordinator and self._coordinator.reason else str(error)
-            raise UpdateAborted(f"update to version {self._version}: {cause or type(error).__name__}") from error
+            raise UpdateAborted(f"update to version {self._version}: {str(error) or type(error).__name__}") from error
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             coordinator = self._coordinator
             if coordinator is None:
                 if error is None:
                     raise InvalidWeights("the update sent nothing: call update.send(...) inside its block")
                 return
-            if coordinator.phase == "send":
-                requests = (
-                    coordinator.sent(self._buckets)
-                    if error is None
-                    else coordinator.give_up(f"{type(error).__name__}: {error}")
-                )
-                await self._drive(requests)
-            if error is not None:
+            if coordinator.phase in ("begin", "send") and error is not None:
+                await self._drive(coordinator.give_up(f"{type(error).__name__}: {error}"))
+            elif coordinator.phase == "send":
+                await self._drive(coordinator.sent(self._buckets))
+            if kind is not None:
                 return
             if coordinator.reason:
                 raise UpdateAborted(f"update to version {self._version} was given up: {coordinator.reason}")
@@ -173,7 +173,7 @@ class AsyncUpdate:
                 commit_ms=self._commit_seconds * 1e3,
             )
         finally:
-            if error is not None or self._result is None:
+            if self._result is None:
                 self._group.drop_sink()
             await self._command.aclose()
 
@@ -205,15 +205,7 @@ class AsyncUpdate:
         self._await(self._begin(transfers))
 
     async def _begin(self, transfers: dict[str, Transfer]) -> None:
-        statuses = await asyncio.gather(
-            *(self._group.request(e.address, protocol.GetStatus(), self._left()) for e in self._engines.values())
-        )
-        members = {
-            name: Member(self._epochs[name], running=status.flow == "running")
-            for name, status in zip(self._engines, statuses, strict=True)
-            if isinstance(status, protocol.Status)
-        }
-        self._coordinator = Coordinator(uuid.uuid4().hex, self._version, members, self._mode, self._kv)
+        self._coordinator = Coordinator(uuid.uuid4().hex, self._version, self._members, self._mode, self._kv)
         await self._drive(self._coordinator.begin(transfers, self._left()))
         if self._coordinator.reason:
             raise UpdateAborted(f"update to version {self._version} was given up: {self._coordinator.reason}")
@@ -264,9 +256,7 @@ class AsyncUpdate:
 
     # The bytes
 
-    def _send_buckets(
-        self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]
-    ) -> None:
+    def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         first = next(pairs)
         device = first[1].device
         sink = self._group.sink(self._choose(device), self._engines, device, self._bucket_bytes, expected, self._left())
@@ -311,7 +301,12 @@ class AsyncUpdate:
 
         async def ask(name: str, engine: EngineInfo) -> None:
             bucket = Bucket(
-                epoch=self._epochs[name], update=update, index=index, nbytes=nbytes, segments=segments, location=location
+                epoch=self._members[name].epoch,
+                update=update,
+                index=index,
+                nbytes=nbytes,
+                segments=segments,
+                location=location,
             )
             try:
                 await self._group.request(engine.address, bucket, max(self._left(), 0.05))
@@ -330,4 +325,3 @@ class AsyncUpdate:
             if any(worker.device_id == own for engine in self._engines.values() for worker in engine.workers):
                 return "shared_memory"
         return "broadcast"
-

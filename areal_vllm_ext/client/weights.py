@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Union
 
 import torch
 
@@ -12,7 +11,7 @@ from .. import checkpoint
 from ..errors import InvalidWeights
 from ..protocol import TensorMeta
 
-WeightSource = Union[torch.nn.Module, Mapping[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
+WeightSource = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
 
 def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
@@ -39,8 +38,18 @@ def checkpoint_format(module: torch.nn.Module, state: dict[str, torch.Tensor]) -
         return state
     if not isinstance(module, PreTrainedModel):
         return state
-    converted: dict[str, torch.Tensor] = revert_weight_conversion(module, state)
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(module, without_ties(module, state))
     return converted
+
+
+def without_ties(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` without the second names of tied weights, as ``save_pretrained`` leaves them out. A broken tie stays."""
+    ties: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not ((source := state.get(ties.get(name, ""))) is not None and _identity(source) == _identity(tensor))
+    }
 
 
 class Checker:
@@ -67,11 +76,10 @@ class Checker:
         """
         for name, tensor in weights:
             identity = _identity(tensor)
-            if self._cast is not None and tensor.is_floating_point():
-                tensor = tensor.to(self._cast)
+            sent = tensor if self._cast is None or not tensor.is_floating_point() else tensor.to(self._cast)
             if name in self._sent:
                 raise InvalidWeights(f"{name} is there twice")
-            meta = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            meta = TensorMeta(name, str(sent.dtype).removeprefix("torch."), tuple(sent.shape))
             if self._expected and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
                 if name in self._expected:
                     raise InvalidWeights(problem)
@@ -79,7 +87,7 @@ class Checker:
                 self._unknown.append((name, identity, problem))
                 continue
             self._sent[name] = identity
-            yield meta, tensor
+            yield meta, sent
         self._check_complete()
 
     def _check_complete(self) -> None:
@@ -100,6 +108,8 @@ class Checker:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    if hasattr(tensor, "to_local"):  # a DTensor: ties are seen in its own part, before it is gathered
+        tensor = tensor.to_local()
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
@@ -119,6 +129,4 @@ def check_values(metas: Iterable[TensorMeta], tensors: Iterable[torch.Tensor]) -
 
 def warn_unchecked(reason: str) -> None:
     """Say that names and shapes are not checked ahead."""
-    warnings.warn(
-        f"names and shapes cannot be checked before they are sent: {reason}", RuntimeWarning, stacklevel=3
-    )
+    warnings.warn(f"names and shapes cannot be checked before they are sent: {reason}", RuntimeWarning, stacklevel=3)

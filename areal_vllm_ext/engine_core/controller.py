@@ -14,13 +14,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.config import VllmConfig
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.engine.core import EngineCore
 from vllm.version import __version__ as vllm_version
 
 from .. import __version__, security
@@ -30,6 +27,12 @@ from ..errors import SettingsError
 from ..protocol import EngineInfo, PauseMode, Version
 from . import hooks
 from .endpoint import Endpoint, Identity
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.core import EngineCore
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -61,7 +64,7 @@ def check_settings(config: VllmConfig) -> tuple[Settings, str, security.ClusterK
 class Controller:
     """The control side of one EngineCore."""
 
-    def __init__(self, engine: EngineCore, run_on_loop: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, engine: EngineCore, run_on_loop: Callable[[Callable[[], None]], object]) -> None:
         """Bind, attach the workers and register.
 
         Args:
@@ -246,7 +249,7 @@ def describe_engine(config: VllmConfig, settings: Settings, host: str) -> Engine
 
 
 @contextlib.contextmanager
-def under_control(engine: EngineCore, run_on_loop: Callable[[Callable[[], None]], None]) -> Iterator[Controller]:
+def under_control(engine: EngineCore, run_on_loop: Callable[[Callable[[], None]], object]) -> Iterator[Controller]:
     """Keep ``engine`` under control while the body runs."""
     controller = Controller(engine, run_on_loop)
     try:

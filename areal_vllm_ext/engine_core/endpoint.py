@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +24,7 @@ from ..protocol import (
     Attach,
     DescribeWeights,
     EngineInfo,
+    Fence,
     GetStatus,
     Hello,
     Register,
@@ -45,6 +45,8 @@ from .participant import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..protocol import Version, WorkerInfo
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
@@ -191,8 +193,11 @@ class Endpoint:
             self._server.socket.close()
 
     def _read_directory(self, directory: zmq.Socket[bytes]) -> None:
-        while directory.get(zmq.EVENTS) & zmq.POLLIN:
-            answer = protocol.answer_decoder.decode(directory.recv_multipart()[-1])
+        while directory.poll(0):
+            try:
+                answer = protocol.answer_decoder.decode(directory.recv_multipart()[-1])
+            except msgspec.DecodeError as error:
+                answer = protocol.Error(kind="malformed", message=f"its answer cannot be read: {error}")
             if isinstance(answer, protocol.Error) and answer.message != self._directory_complaint:
                 self._directory_complaint = answer.message
                 logger.error("the directory %s refuses this engine: %s", self._directory_address, answer.message)
@@ -207,7 +212,9 @@ class Endpoint:
     def _register(self, directory: zmq.Socket[bytes]) -> None:
         beat = Register(engine=self.info, epoch=self._participant.epoch)
         try:
-            directory.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(beat)], zmq.NOBLOCK)
+            directory.send_multipart(
+                [os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(beat)], zmq.NOBLOCK
+            )
         except zmq.Again:
             pass  # the directory is away; the queue holds beats enough
 
@@ -225,6 +232,9 @@ class Endpoint:
                 self._server.answer(caller, self._status())
             case DescribeWeights():
                 self._describe(caller)
+            case Fence():
+                refusal = self._participant.fence(message.epoch)
+                self._server.answer(caller, refusal or self._status())
             case Attach():
                 self._attach(caller, message)
             case WorkerDone():
@@ -267,9 +277,10 @@ class Endpoint:
         return Status(
             engine=self.info,
             version=state.version,
-            phase=state.phase,
+            phase="tainted" if state.tainted and state.phase == "idle" else state.phase,
             flow=state.flow,
             pause_mode=state.pause_mode,
+            paused_for=state.paused_for,
             epoch=state.epoch,
             update=state.update.begin.update if state.update else "",
             update_version=state.update.begin.version if state.update else None,
@@ -277,7 +288,7 @@ class Endpoint:
             requests_running=running,
             requests_waiting=waiting,
             waiting_for_engine=self._engine.oldest_call_seconds(),
-            error=state.error,
+            error=state.tainted or state.error,
         )
 
     def _carry_out(self, effects: list[Effect]) -> None:
@@ -298,5 +309,3 @@ class Endpoint:
                     self._engine.commit(effect.update, effect.version)
                 case _:
                     raise AssertionError(f"no way to carry out {effect!r}")
-
-

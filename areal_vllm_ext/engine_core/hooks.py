@@ -1,5 +1,6 @@
 """The only file that patches vLLM: one function a patch, each with its reason, the versions it was checked on, and a
-guard against patching twice. ``install`` applies them; each is inert unless ``worker_extension_cls`` is ours.
+guard against patching twice. Each is inert unless ``worker_extension_cls`` is ours: ``install`` applies those of front end
+and EngineCore, which look at the configuration; ``require`` those of workers, in workers that have our extension.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ import functools
 import json
 import os
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import HookError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm.config import VllmConfig
 
 _LAUNCH_FACTS = "_AREAL_VLLM_LAUNCH_FACTS"
@@ -59,11 +61,12 @@ def start_endpoint_with_busy_loop() -> None:
         @functools.wraps(original)
         def run_busy_loop(self: Any) -> None:
             if not is_ours(self.vllm_config):
-                return original(self)
+                original(self)
+                return
             from .controller import under_control
 
             with under_control(self, lambda call: self.input_queue.put_nowait((CALL, call))):
-                return original(self)
+                original(self)
 
         return run_busy_loop
 
@@ -196,7 +199,7 @@ def hand_launch_facts_to_engines() -> None:
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             config, local = kwargs.get("vllm_config"), kwargs.get("local_client")
-            if config is not None and local is not None:
+            if config is not None and local is not None and is_ours(config):
                 facts = LaunchFacts(headless=not local, data_parallel_size=config.parallel_config.data_parallel_size)
                 os.environ[_LAUNCH_FACTS] = json.dumps(facts._asdict())
             original(self, *args, **kwargs)
@@ -269,12 +272,14 @@ def gather_variable_sizes_on_cpu() -> None:
             setattr(CpuCommunicator, name, function)
 
 
-PATCHES: tuple[Callable[[], None], ...] = (
+ENGINE_PATCHES: tuple[Callable[[], None], ...] = (
     start_endpoint_with_busy_loop,
     run_calls_from_input_queue,
     control_in_process_engines,
     check_settings_before_model_load,
     hand_launch_facts_to_engines,
+)
+WORKER_PATCHES: tuple[Callable[[], None], ...] = (
     repack_cpu_experts_on_reload,
     gather_variable_sizes_on_cpu,
 )
@@ -284,27 +289,31 @@ missing_because = "vLLM did not load the plugin areal_vllm_ext (is VLLM_PLUGINS 
 
 
 def install() -> None:
-    """Apply every patch. A failure is kept, for ``require`` to raise where the hook is really wanted."""
-    global missing_because
+    """Apply the patches of front end and EngineCore. A failure is kept, for ``require`` to raise where it matters."""
+    global missing_because  # noqa: PLW0603 - one process, one hook
+    missing_because = _apply(ENGINE_PATCHES)
+
+
+def _apply(patches: tuple[Callable[[], None], ...]) -> str:
+    """Apply ``patches``; returns why one could not be, with the way out, or an empty string."""
     from vllm.version import __version__ as vllm_version
 
-    for patch in PATCHES:
+    for patch in patches:
         try:
             patch()
         except Exception as error:
-            missing_because = (
+            return (
                 f"vLLM {vllm_version} cannot be hooked: patch {patch.__name__} failed ({type(error).__name__}: {error}); "
-                "use a vLLM from 0.28 to 0.33, or an areal-vllm-ext made for yours"
+                "use vLLM 0.32, or an areal-vllm-ext made for yours"
             )
-            return
-    missing_because = ""
+    return ""
 
 
 def require() -> None:
-    """Refuse to go on without the hook. Every worker asks, before it loads its model.
+    """Refuse to go on without the hook, and apply the patches of workers. Every worker asks, before it loads its model.
 
     Raises:
         HookError: with the vLLM version, the patch and the way out.
     """
-    if missing_because:
-        raise HookError(f"areal_vllm_ext: {missing_because}")
+    if problem := missing_because or _apply(WORKER_PATCHES):
+        raise HookError(f"areal_vllm_ext: {problem}")

@@ -2,7 +2,7 @@
 
     phase:  IDLE ──Begin──▶ RECEIVING ──Prepare, all workers yes──▶ PREPARED ──Commit──▶ COMMITTING ──▶ IDLE (new version)
               ▲                 │ Abort, timeout, worker error          │ Abort, timeout     │ a worker failed
-              └─────────────────┴───────────────────────────────────────┘                    └──▶ TAINTED
+              └─────────────────┴───────────────────────────────────────┘                    └──▶ IDLE, tainted
     flow:   RUNNING ──Pause──▶ PAUSING ──engine idle──▶ PAUSED ──Resume──▶ RESUMING ──▶ RUNNING
 
 Messages, completed calls and clock readings go in; effects come out, for ``endpoint.py`` to carry out in order. Rules:
@@ -11,12 +11,13 @@ Messages, completed calls and clock readings go in; effects come out, for ``endp
 - Commit needs PREPARED and PAUSED. So an engine that is PREPARED but was never paused knows that nobody committed, and
   gives up by itself when its time is over; one that is PREPARED and PAUSED waits for the coordinator or its successor.
 - A repeated request is answered like the first one and done once.
+- An engine whose commit failed is tainted: its weights are nobody's. It stays paused until a later update commits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Union
+from typing import TYPE_CHECKING, Literal
 
 from ..protocol import (
     Abort,
@@ -27,7 +28,6 @@ from ..protocol import (
     Commit,
     Error,
     ErrorKind,
-    Fence,
     Pause,
     PauseMode,
     Prepare,
@@ -36,12 +36,14 @@ from ..protocol import (
     WorkerDone,
     WorkerOrder,
 )
-from ..wire import Caller
 
-Phase = Literal["idle", "receiving", "prepared", "committing", "tainted"]
+if TYPE_CHECKING:
+    from ..wire import Caller
+
+Phase = Literal["idle", "receiving", "prepared", "committing"]
 Flow = Literal["running", "pausing", "paused", "resuming"]
 
-ParticipantRequest = Union[Pause, Resume, Begin, Bucket, Prepare, Commit, Abort, Fence]
+ParticipantRequest = Pause | Resume | Begin | Bucket | Prepare | Commit | Abort
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ class CallCommit:
     version: Version
 
 
-Effect = Union[Reply, Order, CallPause, CallResume, CallCancelPause, CallCommit]
+Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit
 
 
 @dataclasses.dataclass
@@ -100,7 +102,6 @@ class _Update:
     begin: Begin
     ends: float
     failure: str = ""
-    prepared: bool = False
     # Who waits for which step ("begin", "bucket 3", "prepare"), and which workers have finished it.
     waiting: dict[str, list[Caller]] = dataclasses.field(default_factory=dict)
     finished: dict[str, set[int]] = dataclasses.field(default_factory=dict)
@@ -119,7 +120,9 @@ class Participant:
         self._cache_cleared = False
         self.update: _Update | None = None
         self.last_update = ""
+        self.paused_for = ""
         self.error = ""
+        self.tainted = ""
         self._call = 0
         self._pause_ends = 0.0
         self._pause_waiting: list[Caller] = []
@@ -130,22 +133,9 @@ class Participant:
 
     def handle(self, caller: Caller, message: ParticipantRequest, now: float) -> list[Effect]:
         """A request came; returns what to do."""
-        if message.epoch < self.epoch:
-            return [
-                Reply(
-                    caller,
-                    Error(
-                        kind="fenced",
-                        epoch=self.epoch,
-                        message=f"this request is of epoch {message.epoch}, but a newer client (epoch {self.epoch}) commands "
-                        "this engine now",
-                    ),
-                )
-            ]
-        self.epoch = message.epoch
+        if refusal := self.fence(message.epoch):
+            return [Reply(caller, refusal)]
         match message:
-            case Fence():
-                return [Reply(caller, Ack())]
             case Pause():
                 return self._pause(caller, message, now)
             case Resume():
@@ -161,6 +151,17 @@ class Participant:
             case Abort():
                 return self._abort(caller, message)
 
+    def fence(self, epoch: int) -> Error | None:
+        """Obey ``epoch`` and higher ones from now on; returns the refusal of a lower one."""
+        if epoch < self.epoch:
+            return Error(
+                kind="fenced",
+                epoch=self.epoch,
+                message=f"this request is of epoch {epoch}, but a newer client (epoch {self.epoch}) commands this engine now",
+            )
+        self.epoch = epoch
+        return None
+
     def _refuse(self, caller: Caller, kind: ErrorKind, message: str) -> list[Effect]:
         return [Reply(caller, Error(kind=kind, message=message, epoch=self.epoch))]
 
@@ -168,6 +169,9 @@ class Participant:
         if self.flow == "resuming":
             return self._refuse(caller, "busy", "the engine is resuming")
         clear = message.kv == "recompute"
+        # A pause of the user's own outlasts the updates that come in it.
+        if self.flow == "running" or not message.update:
+            self.paused_for = message.update
         same = self.flow != "running" and self.pause_mode == message.mode and (self._cache_cleared or not clear)
         if same and self.flow == "paused":
             return [Reply(caller, Ack())]
@@ -184,15 +188,16 @@ class Participant:
     def _resume(self, caller: Caller) -> list[Effect]:
         if self.phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
-        if self.phase == "tainted":
-            return self._refuse(caller, "state", f"the weights are tainted ({self.error}): send a full update or restart it")
+        if self.tainted:
+            return self._refuse(caller, "state", f"the weights are tainted ({self.tainted}): send another update")
         if self.flow == "running":
             return [Reply(caller, Ack())]
         self._resume_waiting.append(caller)
         if self.flow == "resuming":
             return []
         effects: list[Effect] = [
-            Reply(waiting, Error(kind="state", message="the pause was taken back by a resume")) for waiting in self._pause_waiting
+            Reply(waiting, Error(kind="state", message="the pause was taken back by a resume"))
+            for waiting in self._pause_waiting
         ]
         self._pause_waiting.clear()
         self._call += 1
@@ -202,26 +207,30 @@ class Participant:
     def _begin(self, caller: Caller, message: Begin, now: float) -> list[Effect]:
         if self.phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
-        if self.phase == "tainted":
-            return self._refuse(caller, "state", f"the weights are tainted ({self.error}): restart the engine")
+        if self.update and self.update.begin.update == message.update:
+            return self._wait_for_workers(caller, self.update, "begin", [])
         if self.phase == "prepared" and self.flow != "running":
             return self._refuse(caller, "state", "an update is in doubt on this engine: commit or abort it first")
         effects = self._give_up("a newer update began") if self.update else []
         self.update = _Update(message, ends=now + message.timeout)
         self.phase = "receiving"
-        self.update.waiting["begin"] = [caller]
-        return [*effects, Order(message)]
+        return [*effects, *self._wait_for_workers(caller, self.update, "begin", [Order(message)])]
 
     def _step(self, caller: Caller, message: Bucket | Prepare, step: str) -> list[Effect]:
         update = self.update
         if update is None or update.begin.update != message.update:
             return self._refuse(caller, "state", self.error or f"update {message.update} is not under way here")
+        return self._wait_for_workers(caller, update, step, [Order(message)])
+
+    def _wait_for_workers(self, caller: Caller, update: _Update, step: str, orders: list[Effect]) -> list[Effect]:
+        """Answer when every worker has finished ``step``; ``orders`` go out the first time only."""
         if update.failure:
             return self._refuse(caller, "failed", update.failure)
-        if step == "prepare" and update.prepared:
+        if update.finished.get(step, set()) >= self.workers:
             return [Reply(caller, Ack())]
+        asked_before = step in update.waiting
         update.waiting.setdefault(step, []).append(caller)
-        return [Order(message)] if len(update.waiting[step]) == 1 else []
+        return [] if asked_before else orders
 
     def _commit(self, caller: Caller, message: Commit) -> list[Effect]:
         if message.update == self.last_update:
@@ -232,7 +241,9 @@ class Participant:
             self._commit_waiting.append(caller)
             return []
         if self.phase != "prepared" or self.flow != "paused":
-            return self._refuse(caller, "state", f"commit needs a prepared, paused engine; this one is {self.phase}, {self.flow}")
+            return self._refuse(
+                caller, "state", f"commit needs a prepared, paused engine; this one is {self.phase}, {self.flow}"
+            )
         self.phase = "committing"
         self._commit_waiting = [caller]
         return [CallCommit(message.update, self.update.begin.version)]
@@ -270,14 +281,12 @@ class Participant:
             # Kept until the coordinator aborts: whatever it asks meanwhile is answered with the cause.
             update.failure = update.failure or f"worker {message.rank}: {message.error}"
             self.phase = "receiving"
-            update.prepared = False
             return self._answer_all(update, Error(kind="failed", message=update.failure))
         finished = update.finished.setdefault(message.step, set())
         finished.add(message.rank)
         if finished < self.workers:
             return []
         if message.step == "prepare" and not update.failure:
-            update.prepared = True
             self.phase = "prepared"
         return [Reply(caller, Ack()) for caller in update.waiting.pop(message.step, [])]
 
@@ -298,7 +307,7 @@ class Participant:
             return []
         self.flow = "paused" if error else "running"
         if not error:
-            self.pause_mode = None
+            self.pause_mode, self.paused_for = None, ""
         answer: Answer = Error(kind="failed", message=error) if error else Ack()
         callers, self._resume_waiting = self._resume_waiting, []
         return [Reply(caller, answer) for caller in callers]
@@ -308,21 +317,22 @@ class Participant:
         if call != self._call or self.flow != "resuming":
             return []
         self.flow = "running" if cancelled else "paused"
-        answer: Answer = Ack() if cancelled else Error(kind="busy", message="the engine had just paused: resume it again")
+        answer: Answer = (
+            Ack() if cancelled else Error(kind="busy", message="the engine had just paused: resume it again")
+        )
         callers, self._resume_waiting = self._resume_waiting, []
         return [Reply(caller, answer) for caller in callers]
 
     def commit_done(self, error: str, seconds: float) -> list[Effect]:
         """Every worker switched, or one failed and left weights that nobody can vouch for."""
         assert self.update is not None
-        update, self.update = self.update, None
+        update, self.update, self.phase = self.update, None, "idle"
         answer: Answer
         if error:
-            self.phase = "tainted"
-            self.error = f"commit of update {update.begin.update} failed: {error}"
-            answer = Error(kind="failed", message=self.error)
+            self.tainted = f"commit of update {update.begin.update} failed: {error}"
+            answer = Error(kind="failed", message=self.tainted)
         else:
-            self.phase, self.error = "idle", ""
+            self.tainted, self.error = "", ""
             self.version, self.last_update = update.begin.version, update.begin.update
             answer = Ack(seconds=seconds)
         callers, self._commit_waiting = self._commit_waiting, []

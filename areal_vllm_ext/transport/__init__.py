@@ -6,16 +6,17 @@ next while they work, and closed after the first failure, so that the next updat
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
-
-import torch
 
 from ..protocol import Broadcast, Bucket, Disk, SharedMemory, Transfer
 
 if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterable, Sequence
+    from concurrent.futures import Future
+
+    import torch
+
     from ..worker.receiver import Receiver
 
 
@@ -58,9 +59,11 @@ class Sink(Protocol):
         slots: how many buckets can be on the way at once.
     """
 
-    transfers: Sequence[Transfer]
     bucket_bytes: int
     slots: int
+
+    @property
+    def transfers(self) -> Sequence[Transfer]: ...
 
     def meet(self, opening: Future[None]) -> None:
         """Connect to the workers; ``opening`` is done when all have connected, or has the error of one that could not."""

@@ -12,10 +12,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,8 @@ from ..protocol import Broadcast, Bucket
 from . import Cancelled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from ..worker.receiver import Receiver
 
 
@@ -60,15 +61,16 @@ class GlooCommunicator:
 
     # Unfinished collectives of communicators that were given up. Freeing one blocks until its own deadline, so they are
     # kept until they have failed by themselves.
-    _abandoned: list[tuple[Any, Any, torch.Tensor]] = []
+    _abandoned: ClassVar[list[tuple[Any, Any, torch.Tensor]]] = []
 
     def __init__(self, store: dist.Store, communicator: str, rank: int, size: int, host: str, timeout: float) -> None:
         """Meet the other ranks at ``store``; blocks for ``timeout`` seconds at most."""
         GlooCommunicator._abandoned = [entry for entry in GlooCommunicator._abandoned if not entry[1].is_completed()]
         self.device = torch.device("cpu")
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout)
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        # torch has no public way to choose the address that gloo listens on.
+        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001
+        options._timeout = timedelta(seconds=timeout)  # noqa: SLF001
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
         self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore(communicator, store), rank, size, options)
 
     def broadcast(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
@@ -189,13 +191,10 @@ class BroadcastSink:
         """
         self.bucket_bytes = bucket_bytes
         self._host, self._device, self._timeout = host, device, timeout
-        self._store: dist.TCPStore | None = None
+        self._door: dist.TCPStore | None = None
         self._communicator: Communicator | None = None
         self._buffers: dict[int, torch.Tensor] = {}
-        if backend == "nccl":
-            rendezvous = bytes(_nccl().ncclGetUniqueId().internal).hex()
-        else:
-            rendezvous = self._open_store()
+        rendezvous = bytes(_nccl().ncclGetUniqueId().internal).hex() if backend == "nccl" else self._open_door()
         name = uuid.uuid4().hex
         size = 1 + sum(len(ranks) for ranks in members)
         self.transfers: list[Broadcast] = []
@@ -213,11 +212,13 @@ class BroadcastSink:
                 )
             )
 
-    def _open_store(self) -> str:
+    def _open_door(self) -> str:
         # On the one address that the workers use, not on all of this machine.
-        listener = socket.create_server((self._host, 0), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET)
+        listener = socket.create_server(
+            (self._host, 0), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        )
         port = listener.getsockname()[1]
-        self._store = dist.TCPStore(
+        self._door = dist.TCPStore(
             self._host,
             port,
             is_master=True,
@@ -241,18 +242,20 @@ class BroadcastSink:
                 joining.result(timeout=0.005)
         self._communicator = joining.result()
         opening.result()
-        self._store = None  # all have met: the door is closed
+        self._door = None  # all have met: nobody else gets in
 
     def _join(self, joining: Future[Communicator]) -> None:
         transfer = self.transfers[0]
         try:
-            if self._store is None:
+            if self._door is None:
                 joining.set_result(NcclCommunicator(transfer.rendezvous, 0, transfer.world_size, self._device))
             else:
+                # The group keeps its store for life: a guest of the door, so that the door can be closed.
+                guest = dist.TCPStore(
+                    self._host, self._door.port, is_master=False, timeout=timedelta(seconds=self._timeout)
+                )
                 joining.set_result(
-                    GlooCommunicator(
-                        self._store, transfer.communicator, 0, transfer.world_size, self._host, self._timeout
-                    )
+                    GlooCommunicator(guest, transfer.communicator, 0, transfer.world_size, self._host, self._timeout)
                 )
         except Exception as error:
             joining.set_exception(error)
@@ -273,7 +276,7 @@ class BroadcastSink:
 
     def close(self) -> None:
         self.release()
-        self._store = None
+        self._door = None
         if self._communicator is not None:
             with contextlib.suppress(Exception):
                 self._communicator.close()

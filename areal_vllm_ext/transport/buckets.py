@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..protocol import Segment, TensorMeta
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
 # Tensors start at multiples of this inside a bucket, so that any dtype can be viewed in place.
 _ALIGNMENT = 256
+
+
+def aligned(nbytes: int) -> int:
+    """``nbytes`` up to where the next tensor may start."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def bucketed(
@@ -29,7 +37,7 @@ def bucketed(
             segments, tensors, filled = [], [], 0
         segments.append(Segment(meta, filled))
         tensors.append(tensor)
-        filled += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        filled += aligned(tensor.nbytes)
     if segments:
         yield tuple(segments), filled, tensors
 
@@ -51,7 +59,7 @@ def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[
         meta = segment.tensor
         dtype = getattr(torch, meta.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{meta.name} has unknown dtype {meta.dtype!r}")
+            raise ValueError(f"{meta.name} has unknown dtype {meta.dtype!r}")  # noqa: TRY004 - a value, from the wire
         count = 1
         for size in meta.shape:
             if size < 0:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from .. import checkpoint
-from ..protocol import Bucket, Disk
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Iterator
+
+    import torch
+
+    from ..protocol import Bucket, Disk
 
 
 class DiskSource:
@@ -36,7 +40,7 @@ class DiskSource:
 
         for file in self._files:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict: it has no iterator
+                for name in tensors.keys():  # noqa: SIM118 - no dict: it has no iterator
                     # A copy: what lies in a mapped file changes when somebody writes to the file.
                     yield name, tensors.get_tensor(name).clone()
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 import mmap
 import os
 import re
-import threading
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..protocol import Bucket, SharedMemory
 
-_FOLDER = "/dev/shm"
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterable
+    from concurrent.futures import Future
+from pathlib import Path
+
+_FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _NAME = re.compile(r"areal-[0-9a-f]{32}")
 
 
@@ -32,7 +36,7 @@ class SharedMemorySource:
         if not _NAME.fullmatch(transfer.segment):
             raise ValueError(f"{transfer.segment!r} is no name of a segment")
         try:
-            descriptor = os.open(os.path.join(_FOLDER, transfer.segment), os.O_RDWR | os.O_NOFOLLOW)
+            descriptor = os.open(_FOLDER / transfer.segment, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             raise RuntimeError(
                 "the trainer's shared memory is not on this host (or not in this container): use transport='broadcast'"
@@ -76,7 +80,7 @@ class SharedMemorySink:
         self.transfers = [transfer] * engines
         self.bucket_bytes = bucket_bytes
         self._slot_bytes = slot_bytes
-        self._path: str | None = os.path.join(_FOLDER, name)
+        self._path: Path | None = _FOLDER / name
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "rb+") as file:
             # Reserved now: a full /dev/shm is an error here, not a SIGBUS in the middle.
@@ -85,7 +89,7 @@ class SharedMemorySink:
             except OSError as error:
                 self.close()
                 raise RuntimeError(
-                    f"/dev/shm has no room for {transfer.nbytes >> 20} MiB ({error.strerror}): use a smaller "
+                    f"{_FOLDER} has no room for {transfer.nbytes >> 20} MiB ({error.strerror}): use a smaller "
                     "bucket_mib, or transport='broadcast'"
                 ) from None
             self._map = mmap.mmap(file.fileno(), transfer.nbytes)
@@ -112,5 +116,5 @@ class SharedMemorySink:
     def close(self) -> None:
         """Take the name away; the memory is freed with the last process that uses it."""
         if self._path:
-            os.unlink(self._path)
+            self._path.unlink()
             self._path = None

@@ -7,10 +7,12 @@ wrong, ``engine_core/hooks.py`` corrects it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def load(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -15,6 +15,7 @@ import threading
 from time import monotonic
 from typing import Any
 
+import msgspec
 import torch
 import zmq
 
@@ -25,6 +26,10 @@ from ..transport import Cancelled, Source, open_source
 from ..transport.buckets import unpack
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
+
+
+# Trainers that take turns each keep their connection, so many at most.
+_KEPT_SOURCES = 4
 
 
 class Intake:
@@ -56,6 +61,7 @@ class Intake:
 
     def _run(self) -> None:
         step = "begin"
+        source: Source | None = None
         try:
             source = self._receiver.source(self.begin.transfer, self._ends - monotonic(), self._cancelled)
             self._report(step)
@@ -70,10 +76,10 @@ class Intake:
                     self._received += 1
                 self._report(step)
         except Cancelled:
-            self._receiver.drop_sources()
+            self._receiver.drop(source)
         except Exception as error:
             logger.warning("areal_vllm_ext: update %s failed in step %s", self.begin.update, step, exc_info=True)
-            self._receiver.drop_sources()
+            self._receiver.drop(source)
             if not self._cancelled.is_set():
                 self._report(step, f"{step}: {type(error).__name__}: {error}")
         finally:
@@ -131,13 +137,17 @@ class Receiver:
         self.own_host = settings.host or security.own_address_toward(host)
         self._model = (config.model_config.model, config.model_config.revision)
         self._expected: dict[str, TensorMeta] | None = None
-        self._source: tuple[protocol.Transfer, Source] | None = None
+        self._sources: list[tuple[protocol.Transfer, Source]] = []
+        self._sources_lock = threading.Lock()
         self._intake: Intake | None = None
         self._reports: queue.SimpleQueue[WorkerDone] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = wire.connect(
-            self._context, endpoint, security.key_for(host, settings.key_file), f"worker-{self.rank}-{os.getpid()}".encode()
+            self._context,
+            endpoint,
+            security.key_for(host, settings.key_file),
+            f"worker-{self.rank}-{os.getpid()}".encode(),
         )
         self._info = WorkerInfo(
             rank=self.rank,
@@ -171,18 +181,29 @@ class Receiver:
     # Called from intakes
 
     def source(self, transfer: protocol.Transfer, timeout: float, cancelled: threading.Event) -> Source:
-        """The sender's other end; kept from one update to the next where the transport allows it."""
-        if self._source and self._source[0] == transfer and self._source[1].reusable:
-            return self._source[1]
-        self.drop_sources()
+        """The worker's end of ``transfer``; kept from one update to the next where the transport allows it."""
+        with self._sources_lock:
+            for known, source in self._sources:
+                if known == transfer:
+                    return source
         source = open_source(transfer, self, timeout, cancelled)
-        self._source = (transfer, source)
+        if cancelled.is_set():
+            source.close()
+            raise Cancelled
+        if source.reusable:
+            with self._sources_lock:
+                self._sources.append((transfer, source))
+                outdated, self._sources = self._sources[:-_KEPT_SOURCES], self._sources[-_KEPT_SOURCES:]
+            for _, old in outdated:
+                old.close()
         return source
 
-    def drop_sources(self) -> None:
-        if self._source:
-            self._source[1].close()
-            self._source = None
+    def drop(self, source: Source | None) -> None:
+        """Close a source that failed: the next update opens a new one."""
+        with self._sources_lock:
+            self._sources = [entry for entry in self._sources if entry[1] is not source]
+        if source is not None:
+            source.close()
 
     def expected(self) -> dict[str, TensorMeta] | None:
         """The checkpoint that this engine was started from, or None where it cannot be told."""
@@ -212,7 +233,12 @@ class Receiver:
                 while not self._reports.empty():
                     self._send(self._reports.get())
             if self._socket in ready:
-                self._handle(protocol.worker_decoder.decode(self._socket.recv_multipart()[-1]))
+                try:
+                    message = protocol.worker_decoder.decode(self._socket.recv_multipart()[-1])
+                except msgspec.DecodeError:
+                    logger.exception("areal_vllm_ext: the engine's endpoint sent what this worker cannot read")
+                else:
+                    self._handle(message)
 
     def _send(self, message: Attach | WorkerDone) -> None:
         self._socket.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(message)])

@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from network import Namespaces, missing
-from transformers import PreTrainedModel
 
 from areal_vllm_ext import EngineGroup, security
 from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import make_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
 
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
 TOKENS = 16
@@ -47,7 +50,9 @@ class Cluster:
     def oracle(self, prompts: Any = PROMPTS, tokens: int = TOKENS) -> list[list[int]]:
         """The tokens that the trainer's model would generate."""
         return [
-            self.model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[0, len(prompt) :].tolist()
+            self.model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[
+                0, len(prompt) :
+            ].tolist()
             for prompt in prompts
         ]
 
@@ -115,5 +120,3 @@ def process_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return ""
-
-

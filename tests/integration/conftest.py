@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cluster import Cluster, start_cluster  # noqa: E402 - the folder of the tests is not a package
+from typing import TYPE_CHECKING
 
-from areal_vllm_ext import EngineGroup  # noqa: E402
+from cluster import Cluster, start_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from areal_vllm_ext import EngineGroup
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,11 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _CLONE_NEWNET = 0x40000000
 
@@ -27,7 +30,7 @@ def missing() -> str:
 class Namespaces:
     """Nodes ``a`` and ``b``; ``inside`` puts the calling thread, and what it starts, onto one of them."""
 
-    addresses = {"a": "10.77.0.1", "b": "10.77.0.2"}
+    addresses: ClassVar = {"a": "10.77.0.1", "b": "10.77.0.2"}
 
     def __init__(self) -> None:
         self.names = {node: f"areal-{os.getpid()}-{node}" for node in self.addresses}

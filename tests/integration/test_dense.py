@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -24,6 +24,9 @@ from areal_vllm_ext import (
     PauseFailed,
     UpdateAborted,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = [pytest.mark.vllm, pytest.mark.netns, pytest.mark.timeout(400)]
 
@@ -122,7 +125,8 @@ def test_request_in_flight_goes_on_with_the_new_weights(cluster: Cluster, group:
         # With its keys and values recomputed, the rest is what the new model says after what was generated so far. Where
         # exactly the switch was, cannot be seen from outside if both models agree on some tokens.
         continuations = [
-            cluster.oracle([PROMPT + tokens[:k]], tokens=400 - k)[0] == tokens[k:] for k in range(max(same - 8, 0), same + 1)
+            cluster.oracle([PROMPT + tokens[:k]], tokens=400 - k)[0] == tokens[k:]
+            for k in range(max(same - 8, 0), same + 1)
         ]
         assert any(continuations)
 

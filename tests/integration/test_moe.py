@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pytest
-from cluster import Cluster
 
 from areal_vllm_ext import EngineGroup, PauseFailed
+
+if TYPE_CHECKING:
+    from cluster import Cluster
 
 MOE = True
 PROMPT = [10, 20, 30, 40]
@@ -80,12 +83,12 @@ def test_pause_that_only_some_ranks_got_is_taken_back(cluster: Cluster, group: E
     from areal_vllm_ext.errors import RequestError
 
     async def pause_rank_0_alone() -> None:
-        async with AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file) as one:
-            async with one.command(10) as engines:
-                engine, epoch = next(iter(engines.values()))
-                message = protocol.Pause(epoch=epoch, mode="keep", kv="keep", timeout=1.0)
-                with pytest.raises(RequestError, match="taken back"):
-                    await one.request(engine.address, message, 5.0)
+        one = AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file)
+        async with one, one.command(10) as targets:
+            target = next(iter(targets.values()))
+            message = protocol.Pause(epoch=target.epoch, mode="keep", kv="keep", timeout=1.0)
+            with pytest.raises(RequestError, match="taken back"):
+                await one.request(target.engine.address, message, 5.0)
 
     asyncio.run(pause_rank_0_alone())
     cluster.assert_serves_trainers_weights()
@@ -101,17 +104,18 @@ def test_staggered_arrival(cluster: Cluster, group: EngineGroup) -> None:
     from areal_vllm_ext import AsyncEngineGroup, protocol
 
     async def staggered() -> None:
-        async with AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file) as one:
-            async with one.command(30) as engines:
-                for make in (
-                    lambda epoch: protocol.Pause(epoch=epoch, mode="keep", kv="keep", timeout=20.0),
-                    lambda epoch: protocol.Resume(epoch=epoch, timeout=20.0),
-                ):
-                    tasks = []
-                    for engine, epoch in engines.values():
-                        tasks.append(asyncio.create_task(one.request(engine.address, make(epoch), 20.0)))
-                        await asyncio.sleep(1.0)
-                    await asyncio.gather(*tasks)
+        one = AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file)
+        async with one, one.command(30) as targets:
+            for make in (
+                lambda epoch: protocol.Pause(epoch=epoch, mode="keep", kv="keep", timeout=20.0),
+                lambda epoch: protocol.Resume(epoch=epoch, timeout=20.0),
+            ):
+                tasks = []
+                for target in targets.values():
+                    request = one.request(target.engine.address, make(target.epoch), 20.0)
+                    tasks.append(asyncio.create_task(request))
+                    await asyncio.sleep(1.0)
+                await asyncio.gather(*tasks)
 
     requests = [cluster.start(rank, PROMPT, 100) for rank in (0, 1)]
     asyncio.run(staggered())

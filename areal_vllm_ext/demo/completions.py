@@ -1,0 +1,85 @@
+"""vLLM's OpenAI completions API, with token ids in and out, so that no tokenizer stands between trainer and engine."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ..errors import ArealError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One continuation of a prompt.
+
+    Attributes:
+        logprobs: of each token, under the policy that generated it.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+class Completions:
+    """A client of the server at ``url``. ``engine`` is the DP rank that must answer; without it vLLM chooses one."""
+
+    def __init__(self, url: str, timeout: float = 120.0) -> None:
+        self._server = urlsplit(url).netloc
+        self._timeout = timeout
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], *, tokens: int, n: int = 1, engine: int | None = None
+    ) -> list[list[Answer]]:
+        """``n`` answers of ``tokens`` tokens to each prompt, drawn from the policy as it is (temperature 1)."""
+        choices = self._complete(prompts, tokens, engine, n=n, temperature=1.0)
+        answers = [Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
+        return [answers[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def greedy(self, prompts: Sequence[Sequence[int]], *, tokens: int, engine: int | None = None) -> list[list[int]]:
+        """The most likely continuation of each prompt."""
+        choices = self._complete(prompts, tokens, engine, temperature=0.0)
+        return [choice["token_ids"] for choice in choices]
+
+    def weight_versions(self, prompt: Sequence[int], *, tokens: int, engine: int | None = None) -> list[str]:
+        """The weight versions that an answer was generated with, as vLLM says. Needs ``--enable-scale-out``."""
+        body = {"token_ids": list(prompt), "sampling_params": {"max_tokens": tokens, "ignore_eos": True}}
+        spans = self._post("/inference/v1/generate", body, engine)["choices"][0]["weight_versions"] or []
+        return [span["version"] for span in spans]
+
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], tokens: int, engine: int | None, **sampling: Any
+    ) -> list[dict[str, Any]]:
+        body = {
+            "prompt": [list(prompt) for prompt in prompts],
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "logprobs": 0,  # of the chosen token only
+            "return_token_ids": True,
+            **sampling,
+        }
+        choices: list[dict[str, Any]] = self._post("/v1/completions", body, engine)["choices"]
+        return sorted(choices, key=lambda choice: choice["index"])
+
+    def _post(self, path: str, body: dict[str, Any], engine: int | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if engine is not None:
+            headers["X-data-parallel-rank"] = str(engine)
+        with closing(http.client.HTTPConnection(self._server, timeout=self._timeout)) as connection:
+            try:
+                connection.request("POST", path, json.dumps(body), headers)
+                response = connection.getresponse()
+                text = response.read()
+            except (OSError, http.client.HTTPException) as error:
+                raise ArealError(f"no answer from http://{self._server}{path}: {error!r}") from error
+        if response.status != http.HTTPStatus.OK:
+            detail = text[:2000].decode(errors="replace")
+            raise ArealError(f"http://{self._server}{path} answered {response.status}: {detail}")
+        answer: dict[str, Any] = json.loads(text)
+        return answer

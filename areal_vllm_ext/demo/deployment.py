@@ -1,0 +1,327 @@
+"""A real vLLM deployment of one or more nodes, each a ``vllm serve`` process tree; nothing is left of it when it ends.
+
+    with Deployment(model_dir, [Node(), Node()], log_dir=logs) as deployment:  # a head and a headless node
+        deployment.wait(timeout=300)
+        ... deployment.url, deployment.directory ...
+
+Every node runs under a supervisor of its own (``supervisor.py``), which ends the node's whole process tree when this
+process closes its pipe, and therefore also when this process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ArealError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+WORKER_EXTENSION = "areal_vllm_ext.worker.WorkerExtension"
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+GRACE_SECONDS = 8.0
+
+# What a node is doing, by which of these it logged last. A vLLM that words one otherwise shows the one before.
+STAGES = {
+    "Resolved architecture": "starting the engine",
+    "Initializing a V1 LLM engine": "starting the worker",
+    "Starting to load model": "loading the model",
+    "init engine (": "engine is up",
+    "Starting vLLM server": "serving",
+}
+
+
+class DeploymentError(ArealError):
+    """The deployment did not come up, or a part of it has ended. The message ends with the last lines of the logs."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of a deployment, or what stands for one.
+
+    Attributes:
+        address: its own; the other nodes reach it there.
+        prefix: put before the command, for example ``["ip", "netns", "exec", "areal-a"]``.
+        env: environment variables of this node only.
+        vllm_args: arguments of ``vllm serve`` on this node only.
+        engines: how many engines (DP ranks) it holds.
+    """
+
+    address: str = "127.0.0.1"
+    prefix: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    vllm_args: Sequence[str] = ()
+    engines: int = 1
+
+
+@dataclass
+class NodeProcess:
+    """The ``vllm serve`` of one node.
+
+    Attributes:
+        name: ``head``, ``headless``; with more than one headless node ``headless-1`` and so on.
+        pid: of ``vllm serve`` itself. Its engines are children of it: when it ends, the supervisor ends them.
+    """
+
+    name: str
+    node: Node
+    command: list[str]
+    log: Path
+    pid: int
+    supervisor: subprocess.Popen[bytes]
+
+    @property
+    def running(self) -> bool:
+        """Whether any of it is still there."""
+        return self.supervisor.poll() is None
+
+    def send_signal(self, number: int) -> None:
+        """Signal ``vllm serve`` itself."""
+        os.kill(self.pid, number)
+
+    def last_lines(self, count: int = 15) -> str:
+        """The end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+
+    def doing(self) -> str:
+        """How far its start is, in a few words."""
+        log = self.log.read_text(errors="replace")
+        return next((stage for mark, stage in reversed(STAGES.items()) if mark in log), "importing vLLM")
+
+    def end(self, timeout: float) -> None:
+        """Wait until the supervisor, whose pipe is closed, has ended everything."""
+        try:
+            self.supervisor.wait(timeout)
+        except subprocess.TimeoutExpired:
+            # A supervisor that does not come back (stopped, say) is not left behind either.
+            for pid in (self.pid, self.supervisor.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+            self.supervisor.wait()
+
+
+class Deployment:
+    """Starts its nodes on entering (or ``start()``), ends them on leaving (or ``close()``).
+
+    The first node is the head and serves HTTP, the others are headless. One node with one engine is a plain server.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        nodes: Sequence[Node] = (Node(), Node()),
+        *,
+        log_dir: Path | str,
+        vllm_args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        worker_extension: str | None = WORKER_EXTENSION,
+    ) -> None:
+        """
+        Args:
+            model_dir: a Hugging Face checkpoint.
+            nodes: the head first.
+            log_dir: a log file for each node is written there.
+            vllm_args: further arguments of ``vllm serve``, on all nodes.
+            env: further environment variables, on all nodes.
+            worker_extension: None starts a vLLM that this package leaves alone.
+        """
+        self.model_dir = Path(model_dir)
+        self.nodes = tuple(nodes)
+        self.engines = sum(node.engines for node in self.nodes)
+        self.log_dir = Path(log_dir)
+        self.processes: list[NodeProcess] = []
+        self._vllm_args = tuple(vllm_args)
+        self._env = dict(env or {})
+        self._worker_extension = worker_extension
+        self._http_port, self._rpc_port, self._directory_port = free_ports(3)
+
+    @property
+    def url(self) -> str:
+        """Where the head serves the OpenAI API."""
+        return f"http://{self.nodes[0].address}:{self._http_port}"
+
+    @property
+    def directory(self) -> str:
+        """Where the engines register, for ``EngineGroup.connect``."""
+        return f"tcp://{self.nodes[0].address}:{self._directory_port}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start all nodes; returns at once."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            for index in range(len(self.nodes)):
+                self.processes.append(self._start_node(index))
+        except BaseException:
+            self.close()
+            raise
+
+    def wait(self, timeout: float = 300.0, report: Callable[[str], None] = print, every: float = 5.0) -> None:
+        """Wait until all engines serve, and ``report`` every few seconds what each node is doing.
+
+        Raises:
+            DeploymentError: a node ended, or time is up.
+        """
+        started = time.monotonic()
+        next_report = started + every
+        while not self.healthy():
+            self.check()
+            now = time.monotonic()
+            if now - started > timeout:
+                raise DeploymentError(f"vLLM does not serve after {timeout:.0f} s\n{self._logs()}")
+            if now >= next_report:
+                next_report = now + every
+                doing = "; ".join(f"{process.name}: {process.doing()}" for process in self.processes)
+                report(f"{now - started:4.0f} s  {doing}")
+            time.sleep(0.25)
+
+    def check(self) -> None:
+        """See whether every node is there.
+
+        Raises:
+            DeploymentError: naming those that have ended.
+        """
+        ended = [process.name for process in self.processes if not process.running]
+        if ended:
+            raise DeploymentError(f"vLLM has ended on {' and '.join(ended)}\n{self._logs()}")
+
+    def healthy(self) -> bool:
+        """Whether the head answers that all engines serve."""
+        head = self.nodes[0]
+        if head.prefix:  # ask from where the head is: its address need not be reachable from here
+            ask = f"import urllib.request as r; r.urlopen('{self.url}/health', timeout=5)"
+            command = [*head.prefix, sys.executable, "-I", "-S", "-c", ask]
+            return subprocess.run(command, check=False, capture_output=True).returncode == 0
+        connection = http.client.HTTPConnection(head.address, self._http_port, timeout=5)
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        return False
+
+    def close(self) -> None:
+        """End every process of every node, politely, then by force. Can be called again, also when interrupted."""
+        for process in self.processes:  # all of them first, so that they end at the same time
+            _close_pipe(process.supervisor)
+        for process in self.processes:
+            process.end(GRACE_SECONDS + 10)
+
+    def _start_node(self, index: int) -> NodeProcess:
+        node = self.nodes[index]
+        name = "head" if index == 0 else "headless" if len(self.nodes) == 2 else f"headless-{index}"
+        log = self.log_dir / f"{name}.log"
+        command = [*node.prefix, sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *self._arguments(index)]
+        with log.open("w") as output:
+            print("$", *command, file=output, flush=True)
+            supervisor = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(GRACE_SECONDS), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=self._environment(index),
+                start_new_session=True,  # Ctrl-C at the terminal is for this process, which ends the others in order
+            )
+        assert supervisor.stdout is not None
+        with supervisor.stdout as answer:
+            pid = answer.readline()
+        if not pid:
+            _close_pipe(supervisor)
+            supervisor.wait()
+            raise DeploymentError(f"could not start {command[0]}\n{log.read_text(errors='replace')}")
+        return NodeProcess(name, node, command, log, int(pid), supervisor)
+
+    def _arguments(self, index: int) -> list[str]:
+        node, head = self.nodes[index], self.nodes[0]
+        arguments = [str(self.model_dir), "--enforce-eager", "--max-model-len", "512", "--dtype", "float32"]
+        if index == 0:
+            arguments += ["--host", head.address, "--port", str(self._http_port)]
+        if self.engines > 1:
+            arguments += ["--data-parallel-size", str(self.engines), "--data-parallel-size-local", str(node.engines)]
+            arguments += ["--data-parallel-address", head.address, "--data-parallel-rpc-port", str(self._rpc_port)]
+            if index == 0:
+                arguments += ["--api-server-count", "1"]  # else one for each engine, which only costs memory here
+            else:
+                arguments += ["--headless", "--data-parallel-start-rank", str(self._engines_before(index))]
+        if self._worker_extension:
+            arguments += ["--worker-extension-cls", self._worker_extension]
+        if gpu_count():
+            # A fixed size leaves out memory profiling, in which engines that start on one GPU disturb one another.
+            arguments += ["--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(1 << 28)]
+        return [*arguments, *self._vllm_args, *node.vllm_args]
+
+    def _environment(self, index: int) -> dict[str, str]:
+        node = self.nodes[index]
+        environment = {
+            # Defaults, for whoever has not said otherwise.
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            # Engines share this machine's cores with each other and with a trainer. Each would bind itself to cores of
+            # its choice, and all would choose the same.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **os.environ,
+            # What this deployment decides.
+            "VLLM_HOST_IP": node.address,
+            "AREAL_VLLM_DIRECTORY": self.directory,
+        }
+        if node.address.startswith("127.") and sys.platform == "linux":
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        if gpus := gpu_count():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(str(i) for i in range(gpus))
+            devices = visible.split(",")
+            first = self._engines_before(index)
+            own = [devices[rank % len(devices)] for rank in range(first, first + node.engines)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+        return {**environment, **self._env, **node.env}
+
+    def _engines_before(self, index: int) -> int:
+        return sum(node.engines for node in self.nodes[:index])
+
+    def _logs(self) -> str:
+        return "\n".join(f"--- the end of {process.log} ---\n{process.last_lines()}" for process in self.processes)
+
+
+def gpu_count() -> int:
+    """How many CUDA devices there are for engines to use."""
+    import torch  # takes seconds, and not everyone who imports this module starts engines
+
+    return torch.cuda.device_count()
+
+
+def free_ports(count: int) -> list[int]:
+    """Free TCP ports, below the range from which the kernel takes those of outgoing connections."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            ports.add(port)
+    return list(ports)
+
+
+def _close_pipe(supervisor: subprocess.Popen[bytes]) -> None:
+    assert supervisor.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        supervisor.stdin.close()

@@ -1,0 +1,139 @@
+"""A trainer loop: each step changes the model, and every engine moves to the new weights.
+
+    vllm serve DIR --worker-extension-cls areal_vllm_ext.worker.WorkerExtension
+    python examples/train_loop.py --model DIR --steps 3                               # blocking
+    python examples/train_loop.py --model DIR --steps 3 --form async                  # asyncio
+    torchrun --nproc-per-node 2 examples/train_loop.py --model DIR --form sharded     # FSDP2
+
+On other nodes than the engines': ``--connect tcp://HEAD:29700``, and AREAL_VLLM_KEY_FILE set (``areal-vllm keygen``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from areal_vllm_ext import AsyncEngineGroup, EngineGroup, UpdateAborted, UpdateResult
+from areal_vllm_ext.client.weights import named_weights
+
+
+def blocking(options: argparse.Namespace) -> None:
+    """The plain form: the trainer waits while its weights are sent."""
+    model, optimizer = load(options)
+    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+        group.wait_ready(engines=options.engines, timeout=600)
+        for step in range(1, options.steps + 1):
+            loss = train_one_step(model, optimizer)
+            try:
+                with group.update(version=step, deadline=options.deadline) as update:
+                    update.send(model)  # the engines generate meanwhile
+                # Leaving the block is the switch: votes, pause, commit, resume. Every engine is on `step` here ...
+                report(loss, update.result)
+            except UpdateAborted as error:
+                # ... or still on the version before. The next step tries again, with newer weights.
+                print(f"step {step}: {error}")
+
+
+async def asynchronous(options: argparse.Namespace) -> None:
+    """The same on an event loop: other tasks, such as those that collect rollouts, go on while weights are sent."""
+    model, optimizer = load(options)
+    async with AsyncEngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+        await group.wait_ready(engines=options.engines, timeout=600)
+        for step in range(1, options.steps + 1):
+            loss = await asyncio.to_thread(train_one_step, model, optimizer)
+            async with group.update(version=step, deadline=options.deadline) as update:
+                # Tensors are read in a thread of asyncio's pool. Do not train before the block is left.
+                await update.send(model)
+            report(loss, update.result)
+
+
+def sharded(options: argparse.Namespace) -> None:
+    """A trainer of several ranks (FSDP2): all of them gather, rank 0 sends."""
+    dist.init_process_group()
+    rank = dist.get_rank()
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(rank % torch.accelerator.device_count())
+    model, _ = load(options)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate)  # after sharding: of the DTensors
+    tied = set(getattr(model, "all_tied_weights_keys", ()))  # such as lm_head.weight, which the checkpoint lacks
+
+    group = EngineGroup.connect(*options.connect, key_file=options.key_file) if rank == 0 else None
+    if group:
+        group.wait_ready(engines=options.engines, timeout=600)
+    for step in range(1, options.steps + 1):
+        loss = train_one_step(model, optimizer)
+        # Gathered one at a time (`DTensor.full_tensor`, a collective), so no rank ever holds the whole model. The other
+        # name of a tied weight is left out: gathered twice, the two would not be recognised as one.
+        walk = ((name, tensor) for name, tensor in named_weights(model) if name not in tied)
+        try:
+            if group:
+                with group.update(version=step, deadline=options.deadline) as update:
+                    update.send(walk)  # an iterator, not a dict: a dict is gathered as a whole, to be checked ahead
+                report(loss, update.result)
+        finally:
+            # The other ranks walk through all of it; so does rank 0, even if it gave up half-way: else they would hang.
+            for _ in walk:
+                pass
+        dist.barrier()
+    if group:
+        group.close()
+    dist.destroy_process_group()
+
+
+def load(options: argparse.Namespace) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    """The model, in the checkpoint's dtype. (A trainer in float32 says ``update.send(model, dtype="bfloat16")``.)"""
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    return model, torch.optim.SGD(model.parameters(), lr=options.learning_rate)
+
+
+def train_one_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> float:
+    """Stands for the real thing: one gradient step on random tokens."""
+    tokens = torch.randint(model.config.vocab_size, (2, 16), device=model.device)
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def report(loss: float, result: UpdateResult) -> None:
+    print(
+        f"version {result.version}: loss {loss:.3f}, {len(result.engines)} engines, {result.nbytes / 1e6:.1f} MB, "
+        f"{result.total_ms:.0f} ms, paused for {result.pause_ms:.0f} ms (switch {result.commit_ms:.0f} ms)",
+        flush=True,
+    )
+    for engine, cause in result.lost.items():  # did not switch, after others had
+        print(f"  lost: {engine}: {cause}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--connect", action="append", default=[], metavar="ADDRESS", help="tcp://host:port; repeatable")
+    parser.add_argument("--key-file", metavar="FILE", help="default: AREAL_VLLM_KEY_FILE")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the engines' checkpoint")
+    parser.add_argument("--engines", type=int, metavar="N", help="wait for N engines (default: all ranks seen)")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--deadline", type=float, default=60.0, metavar="SECONDS", help="of one update")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--form", choices=("blocking", "async", "sharded"), default="blocking")
+    options = parser.parse_args()
+    if options.form == "async":
+        asyncio.run(asynchronous(options))
+    elif options.form == "sharded":
+        sharded(options)
+    else:
+        blocking(options)
+
+
+if __name__ == "__main__":
+    main()
