@@ -71,10 +71,11 @@ class Directory:
                 return Ack()
 
     def _register(self, message: Register, now: float) -> Answer:
-        # The newest incarnation of a rank replaces an older one, whose late beats must not bring it back.
+        # The newest incarnation of a rank replaces an older one, whose late beats must not bring it back. A lost one is
+        # replaced by any: its successor may run on a node whose clock is behind.
         key = (message.engine.replica, message.engine.dp_rank)
         known = self._engines.get(key)
-        if known and known[0].incarnation > message.engine.incarnation:
+        if known and known[0].incarnation > message.engine.incarnation and now - known[1] <= LOST_AFTER:
             self._usurped[message.engine.incarnation] = (message.engine, now)
             return Error(
                 kind="state",
@@ -129,7 +130,7 @@ def wrong_protocol(theirs: int) -> Error:
 
 def new_incarnation(now: float) -> str:
     """A name for a process that sorts after the names of earlier processes."""
-    return f"{int(now * 1000):015d}-{uuid.uuid4().hex[:8]}"
+    return f"{round(now * 1e6):020d}-{uuid.uuid4().hex[:8]}"
 
 
 class DirectoryServer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
     from .group import AsyncEngineGroup
 
-# After its deadline an update still tells every engine to keep the old weights, for so long at most.
-_GRACE_SECONDS = 0.8
+# After its deadline an update still tells every engine to keep the old weights and, in a second round, to resume: for so
+# long at most each.
+_GRACE_SECONDS = 0.45
 # Once the first commit is out there is no way back: engines get so long to answer, however little is left.
 _COMMIT_SECONDS = 30.0
 
@@ -142,7 +144,7 @@ class AsyncUpdate:
             self._send_buckets(pairs, expected)
         except (InvalidWeights, UpdateAborted):
             raise
-        except (Cancelled, TimeoutError, RuntimeError) as error:
+        except (Cancelled, TimeoutError, concurrent.futures.TimeoutError, RuntimeError) as error:
             raise UpdateAborted(f"update to version {self._version}: {str(error) or type(error).__name__}") from error
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:

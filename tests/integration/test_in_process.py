@@ -1,0 +1,130 @@
+"""An engine inside the user's own process (``LLM`` without multiprocessing), and engines that must refuse to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from areal_vllm_ext.demo.deployment import free_ports
+from areal_vllm_ext.demo.model import make_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+START = """
+import json, os, sys, threading
+import torch
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+
+folder = sys.argv[1]
+llm = LLM(folder, enforce_eager=True, max_model_len=512, dtype="float32",
+          worker_extension_cls="areal_vllm_ext.worker.WorkerExtension")
+"""
+
+UPDATE = START + """
+from transformers import AutoModelForCausalLM
+from areal_vllm_ext import EngineGroup
+
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+prompt = [10, 20, 30]
+
+def oracle(tokens=16):
+    return model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[0, len(prompt):].tolist()
+
+def generate(tokens=16):
+    options = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return llm.generate(TokensPrompt(prompt_token_ids=prompt), options, use_tqdm=False)[0].outputs[0]
+
+def train():
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+
+facts = {"loaded": list(generate().token_ids) == oracle()}
+with EngineGroup.connect() as group:
+    group.wait_ready(engines=1, timeout=30)
+    train()
+    with group.update("one", deadline=30) as update:
+        update.send(model)
+    facts["updated"] = list(generate().token_ids) == oracle()
+    # A request in flight: frozen, switched under, and finished with the new weights.
+    group.pause("keep")
+    thread = threading.Thread(target=lambda: facts.update(output=generate(400)))
+    thread.start()
+    group.resume()
+    while not llm.llm_engine.engine_core.engine_core.scheduler.running:
+        pass
+    train()
+    with group.update("two", deadline=30) as update:
+        update.send(model)
+    thread.join()
+    output = facts.pop("output")
+    facts["spans"] = [(span.version if hasattr(span, "version") else str(span)) for span in output.weight_versions]
+    facts["versions"] = [state.version for state in group.status()]
+    facts["again"] = list(generate().token_ids) == oracle()
+print(json.dumps(facts))
+"""
+
+
+def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "AREAL_VLLM_DIRECTORY": f"tcp://127.0.0.1:{free_ports(1)[0]}",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        env={**os.environ, **settings, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_engine_in_the_users_process_is_updated_between_its_steps(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    done = run(UPDATE, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["loaded"]
+    assert facts["updated"]
+    assert facts["again"]
+    assert facts["versions"] == ["two"]
+    assert [text for text in ("one", "two") if any(text in str(span) for span in facts["spans"])] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"VLLM_PLUGINS": "another"}, r"VLLM_PLUGINS"),
+        ({"AREAL_VLLM_HOST": "0.0.0.0"}, r"AREAL_VLLM_KEY_FILE"),
+        ({"AREAL_VLLM_KEY_FILE": "/nowhere/cluster.key"}, r"areal-vllm keygen /nowhere/cluster.key"),
+        ({"AREAL_VLLM_PORT": "many"}, r"AREAL_VLLM_PORT must be a number"),
+        ({"_AREAL_TEST_BREAK": "1"}, r"vLLM 0\.\d+.* cannot be hooked: patch run_calls_from_input_queue failed"),
+    ],
+)
+def test_engine_refuses_to_start_without_its_hook_or_key(
+    tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    import re
+
+    make_model(tmp_path)
+    script = START
+    if environment.pop("_AREAL_TEST_BREAK", ""):
+        # A vLLM that this package does not know: the method that a patch needs is gone.
+        script = "import vllm.v1.engine.core as core\ndel core.EngineCoreProc._handle_client_request\n" + START
+    done = run(script, tmp_path, **environment)
+    assert done.returncode != 0
+    assert re.search(message, done.stderr + done.stdout), done.stderr[-3000:]
+    assert "Loading weights took" not in done.stderr + done.stdout, "it refused only after the model was loaded"
