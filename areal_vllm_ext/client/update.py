@@ -230,7 +230,8 @@ class AsyncUpdate:
         while tasks:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                name = tasks.pop(task)
+                if (name := tasks.pop(task, None)) is None:
+                    continue  # of a phase that an answer before it has ended
                 phase = coordinator.phase
                 try:
                     answer: Answer = task.result()

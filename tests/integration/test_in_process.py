@@ -29,7 +29,9 @@ llm = LLM(folder, enforce_eager=True, max_model_len=512, dtype="float32",
           worker_extension_cls="areal_vllm_ext.worker.WorkerExtension")
 """
 
-UPDATE = START + """
+UPDATE = (
+    START
+    + """
 from transformers import AutoModelForCausalLM
 from areal_vllm_ext import EngineGroup
 
@@ -72,6 +74,7 @@ with EngineGroup.connect() as group:
     facts["again"] = list(generate().token_ids) == oracle()
 print(json.dumps(facts))
 """
+)
 
 
 def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:

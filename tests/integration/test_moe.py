@@ -124,9 +124,9 @@ def test_staggered_arrival(cluster: Cluster, group: EngineGroup) -> None:
 
 
 def test_wait_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGroup) -> None:
-    request = cluster.start(1, PROMPT, 400)
+    request = cluster.start(1, PROMPT, 250)
     time.sleep(0.2)
     with pytest.raises(PauseFailed):
         group.pause("wait", deadline=0.3)
-    assert len(request.result(timeout=100)["token_ids"]) == 400
+    assert len(request.result(timeout=100)["token_ids"]) == 250
     cluster.assert_serves_trainers_weights()
