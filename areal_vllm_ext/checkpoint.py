@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from .protocol import TensorMeta
 
@@ -32,6 +33,16 @@ _DTYPES = {
 _LONGEST_HEADER = 100 << 20  # safetensors' own limit
 
 
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
 class NotACheckpoint(ValueError):
     """The folder holds no complete safetensors checkpoint; the message says what is missing."""
 
@@ -48,8 +59,8 @@ def files(directory: str | os.PathLike[str]) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise NotACheckpoint(f"{index} is no safetensors index: {error}") from None
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise NotACheckpoint(f"{folder}: {missing[0]}, which the index names, is missing")
@@ -71,18 +82,18 @@ def read_header(file: Path) -> Iterator[TensorMeta]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > _LONGEST_HEADER:
                 raise NotACheckpoint(f"{file} is not a safetensors file")
-            header = json.loads(stream.read(length))
+            header = msgspec.json.decode(stream.read(length), type=dict[str, msgspec.Raw])
+        header.pop("__metadata__", None)
+        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
         size = file.stat().st_size - 8 - length
-    except (struct.error, ValueError, OSError) as error:
+    except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         raise NotACheckpoint(f"{file} cannot be read as safetensors: {error}") from None
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["data_offsets"][1] > size:
+    for name, entry in entries.items():
+        if entry.data_offsets[1] > size:
             raise NotACheckpoint(f"{file} is cut off: {name} lies beyond its end; is it still being written?")
-        if entry["dtype"] not in _DTYPES:
-            raise NotACheckpoint(f"{file}: {name} has dtype {entry['dtype']}, which is not supported")
-        yield TensorMeta(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        if entry.dtype not in _DTYPES:
+            raise NotACheckpoint(f"{file}: {name} has dtype {entry.dtype}, which is not supported")
+        yield TensorMeta(name, _DTYPES[entry.dtype], entry.shape)
 
 
 def describe(model: str, revision: str | None = None) -> list[TensorMeta]:

@@ -7,7 +7,7 @@ because clocks of different nodes differ. ``docs/protocol.md`` describes each me
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -15,6 +15,10 @@ PROTOCOL_VERSION = 1
 REQUEST_ID_BYTES = 16
 
 Version = int | str
+# Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever.
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Seconds = Annotated[float, msgspec.Meta(ge=-1e7, le=1e7)]
+LeaseSeconds = Annotated[float, msgspec.Meta(ge=0, le=300)]
 PauseMode = Literal["abort", "wait", "keep"]
 KVPolicy = Literal["keep", "recompute"]
 ErrorKind = Literal[
@@ -140,26 +144,26 @@ class DescribeWeights(Message):
 class Pause(Message):
     """Pause generation. ``update`` names the update that needs the pause; empty for a user's own pause."""
 
-    epoch: int
+    epoch: Epoch
     mode: PauseMode
     kv: KVPolicy
-    timeout: float
+    timeout: Seconds
     update: str = ""
 
 
 class Resume(Message):
-    epoch: int
-    timeout: float
+    epoch: Epoch
+    timeout: Seconds
 
 
 class Begin(Message):
     """Open an update. The answer comes when every worker of the engine is ready to receive."""
 
-    epoch: int
+    epoch: Epoch
     update: str
     version: Version
     transfer: Transfer
-    timeout: float
+    timeout: Seconds
 
 
 class Bucket(Message):
@@ -168,7 +172,7 @@ class Bucket(Message):
     ``location`` is the bucket's offset in a shared memory segment, in bytes; other transports leave it 0.
     """
 
-    epoch: int
+    epoch: Epoch
     update: str
     index: int
     nbytes: int
@@ -179,18 +183,18 @@ class Bucket(Message):
 class Prepare(Message):
     """Ask for the vote, after ``buckets`` buckets were sent."""
 
-    epoch: int
+    epoch: Epoch
     update: str
     buckets: int
 
 
 class Commit(Message):
-    epoch: int
+    epoch: Epoch
     update: str
 
 
 class Abort(Message):
-    epoch: int
+    epoch: Epoch
     update: str
     reason: str
 
@@ -198,7 +202,7 @@ class Abort(Message):
 class Fence(Message):
     """Raise the epoch that the engine obeys, and ask for its status."""
 
-    epoch: int
+    epoch: Epoch
 
 
 EngineRequest = Hello | GetStatus | DescribeWeights | Pause | Resume | Begin | Bucket | Prepare | Commit | Abort | Fence
@@ -234,7 +238,7 @@ class Register(Message):
     """An engine says that it lives, who it is, and the highest epoch that it has seen. Repeated every second."""
 
     engine: EngineInfo
-    epoch: int
+    epoch: Epoch
 
 
 class Discover(Message):
@@ -243,17 +247,17 @@ class Discover(Message):
 
 class AcquireLease(Message):
     holder: str
-    seconds: float
-    above: int = 0
+    seconds: LeaseSeconds
+    above: Epoch = 0
 
 
 class RenewLease(Message):
-    epoch: int
-    seconds: float
+    epoch: Epoch
+    seconds: LeaseSeconds
 
 
 class ReleaseLease(Message):
-    epoch: int
+    epoch: Epoch
 
 
 DirectoryRequest = Hello | Register | Discover | AcquireLease | RenewLease | ReleaseLease

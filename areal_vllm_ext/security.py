@@ -45,6 +45,9 @@ def write_key(path: str | os.PathLike[str]) -> ClusterKey:
     public, secret = zmq.curve_keypair()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot write a key to {path}: {error.strerror}") from None
+    try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise SettingsError(f"{path} exists already: give another path, or remove it first") from None

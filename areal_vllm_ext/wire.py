@@ -17,6 +17,8 @@ T = TypeVar("T")
 # A caller repeats a request whose answer it has not seen, under the same id: so many answers are kept for that.
 _KEPT_ANSWERS = 4096
 _LONGEST_KEPT_ANSWER = 16 << 10
+# What encryption adds to a frame.
+_CURVE_OVERHEAD = 33
 
 
 class Caller(msgspec.Struct, frozen=True):
@@ -50,7 +52,7 @@ class Server(Generic[T]):
         self.socket.ipv6 = ":" in host
         # A peer that comes back after a cut link takes its own routing id over from its dead connection.
         self.socket.router_handover = True
-        self.socket.maxmsgsize = max_message_bytes
+        self.socket.maxmsgsize = max_message_bytes + _CURVE_OVERHEAD
         self.socket.heartbeat_ivl = 1000
         self.socket.heartbeat_timeout = 5000
         self.socket.handshake_ivl = 5000
@@ -84,7 +86,7 @@ class Server(Generic[T]):
                 continue
             try:
                 message = self._decoder.decode(frames[2])
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 self._send(caller, encoder.encode(Error(kind="malformed", message=str(error))))
                 continue
             self._remember(caller, None)

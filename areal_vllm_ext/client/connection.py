@@ -128,7 +128,7 @@ class Connection:
                 continue
             try:
                 answer.set_result(protocol.answer_decoder.decode(frames[2]))
-            except msgspec.DecodeError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 answer.set_result(protocol.Error(kind="malformed", message=f"the answer cannot be read: {error}"))
 
     async def _watch(self) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import math
 import os
 import socket
 import threading
@@ -283,10 +282,11 @@ class AsyncEngineGroup:
         if self._sink is None or self._sink[0] != key:
             self.drop_sink()
             if kind == "shared_memory":
+                from ..transport import buckets
                 from ..transport.shared_memory import SharedMemorySink
 
                 dtype = next(iter(engines.values())).dtype
-                largest = max((largest_bytes(tensor, dtype) for tensor in expected), default=0)
+                largest = max((buckets.tensor_bytes(tensor, dtype) for tensor in expected), default=0)
                 made: Sink = SharedMemorySink(len(engines), bucket_bytes, max(bucket_bytes, largest))
             else:
                 from ..transport.broadcast import BroadcastSink
@@ -425,16 +425,6 @@ class AsyncEngineGroup:
 
         answers = await asyncio.gather(*(ask(name, request) for name, request in requests.items()))
         return {name: problem for name, problem in answers if problem}
-
-
-def largest_bytes(meta: TensorMeta, engine_dtype: str) -> int:
-    """Bytes that a tensor can take in a bucket: as the checkpoint has it, or in the dtype that the engines compute in."""
-    import torch
-
-    from ..transport import buckets
-
-    dtypes: list[torch.dtype] = [getattr(torch, meta.dtype), getattr(torch, engine_dtype)]
-    return buckets.aligned(math.prod(meta.shape) * max(dtype.itemsize for dtype in dtypes))
 
 
 def join(problems: dict[str, str]) -> str:

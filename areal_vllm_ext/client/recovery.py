@@ -33,6 +33,7 @@ def plan(statuses: Mapping[str, Status], epochs: Mapping[str, int], timeout: flo
         timeout: seconds that a resume may take.
     """
     committed = {status.last_update for status in statuses.values()}
+    committed |= {status.update for status in statuses.values() if status.phase == "committing"}
     settle: dict[str, EngineRequest] = {}
     for name, status in statuses.items():
         if status.phase == "prepared" and status.update in committed:

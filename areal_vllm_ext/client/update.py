@@ -19,10 +19,10 @@ import torch
 from .. import protocol
 from ..errors import ArealError, EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
 from ..protocol import Answer, Bucket, EngineInfo, EngineRequest, KVPolicy, PauseMode, TensorMeta, Transfer, Version
-from ..transport import Cancelled
-from ..transport.buckets import bucketed, pack
+from ..transport import Cancelled, buckets
+from ..transport.buckets import filled_buckets, total_bytes
 from .coordinator import Coordinator, Member
-from .weights import Checker, check_values, named_weights, warn_unchecked
+from .weights import Checker, warn_unchecked
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -135,11 +135,8 @@ class AsyncUpdate:
             self._open({name: protocol.Disk(path=str(Path(weights).absolute())) for name in self._engines})
             return
         expected = self._await(self._expected())
-        checker = Checker(expected, next(iter(self._engines.values())).dtype, dtype)
-        if isinstance(weights, (torch.nn.Module, Mapping)):
-            weights = list(named_weights(weights))
-            checker.check_ahead(weights)
-        pairs = checker.check(named_weights(weights))
+        checker = Checker(expected, self._dtype(), dtype)
+        pairs = checker.check_source(weights)
         try:
             self._send_buckets(pairs, expected)
         except (InvalidWeights, UpdateAborted):
@@ -183,6 +180,10 @@ class AsyncUpdate:
 
     def _left(self) -> float:
         return self._ends - time.monotonic()
+
+    def _dtype(self) -> str:
+        """The dtype in which the engines compute."""
+        return next(iter(self._engines.values())).dtype
 
     def _await(self, work: Any) -> Any:
         """From the sending thread: run ``work`` on the event loop and wait for it."""
@@ -271,20 +272,27 @@ class AsyncUpdate:
         def failed() -> bool:
             return any(future.done() and future.exception() is not None for future in announced) or self._left() <= 0
 
-        for segments, nbytes, tensors in bucketed(itertools.chain([first], pairs), sink.bucket_bytes):
-            check_values([segment.tensor for segment in segments], tensors)
-            # A slot is free again when the workers have copied what lay in it two buckets ago.
+        location = 0
+
+        def memory(nbytes: int) -> torch.Tensor:
+            nonlocal location
+            # A slot is free again when the workers have copied what lay in it some buckets ago.
             if len(announced) >= sink.slots:
                 announced[-sink.slots].result(timeout=max(self._left(), 0))
             location, buffer = sink.buffer(self._buckets, nbytes)
-            pack(segments, tensors, buffer)
+            return buffer
+
+        bucket_bytes = min(sink.bucket_bytes, total_bytes(expected, self._dtype()) or sink.bucket_bytes)
+        for bucket in filled_buckets(itertools.chain([first], pairs), bucket_bytes, memory):
+            if name := bucket.not_finite():
+                raise InvalidWeights(f"{name} holds NaN or infinite values")
             # Shared memory is read as soon as it is announced, so the copy into it must be complete.
-            if buffer.device != device:
+            if bucket.filled.device != device:
                 torch.accelerator.synchronize(device)
-            announced.append(self._submit(self._announce(self._buckets, segments, nbytes, location)))
-            sink.push(buffer, self._left(), failed)
+            announced.append(self._submit(self._announce(self._buckets, bucket, location)))
+            sink.push(bucket.filled, self._left(), failed)
             self._buckets += 1
-            self._nbytes += sum(tensor.nbytes for tensor in tensors)
+            self._nbytes += bucket.nbytes
         for future in announced:
             future.result(timeout=max(self._left(), 0))
         sink.release()
@@ -293,7 +301,7 @@ class AsyncUpdate:
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _announce(self, index: int, segments: tuple[protocol.Segment, ...], nbytes: int, location: int) -> None:
+    async def _announce(self, index: int, filled: buckets.Bucket, location: int) -> None:
         """Tell every engine of a bucket; returns when every worker holds it.
 
         Raises:
@@ -307,8 +315,8 @@ class AsyncUpdate:
                 epoch=self._members[name].epoch,
                 update=update,
                 index=index,
-                nbytes=nbytes,
-                segments=segments,
+                nbytes=filled.nbytes,
+                segments=tuple(filled.segments),
                 location=location,
             )
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -65,8 +65,7 @@ class Checker:
         self._expected = {tensor.name: tensor for tensor in expected}
         self._dtypes = (engine_dtype,)
         self._cast: torch.dtype | None = getattr(torch, cast) if cast else None
-        self._sent: dict[str, tuple[object, ...]] = {}
-        self._unknown: list[tuple[str, tuple[object, ...], str]] = []
+        self._tied: set[str] = set()
 
     def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """Yield what is to be sent.
@@ -74,57 +73,51 @@ class Checker:
         Raises:
             InvalidWeights: for a tensor that the engines could not load, and at the end for one that is missing.
         """
-        for name, tensor in weights:
-            identity = _identity(tensor)
-            sent = tensor if self._cast is None or not tensor.is_floating_point() else tensor.to(self._cast)
-            if name in self._sent:
-                raise InvalidWeights(f"{name} is there twice")
-            meta = TensorMeta(name, str(sent.dtype).removeprefix("torch."), tuple(sent.shape))
-            if self._expected and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
-                if name in self._expected:
-                    raise InvalidWeights(problem)
-                # Maybe the other name of a tied weight, which checkpoints leave out: known once all have been seen.
-                self._unknown.append((name, identity, problem))
+        sent: set[str] = set()
+        for name, original in weights:
+            if name in self._tied:
                 continue
-            self._sent[name] = identity
-            yield meta, sent
-        self._check_complete()
-
-    def _check_complete(self) -> None:
-        identities = set(self._sent.values())
-        for name, identity, problem in self._unknown:
-            if identity not in identities:
-                raise InvalidWeights(f"{problem}; nor is it tied to one that is ({name})" if identities else problem)
-        if not self._sent:
+            if name in sent:
+                raise InvalidWeights(f"{name} is there twice")
+            cast = self._cast is not None and original.is_floating_point()
+            tensor = original.to(self._cast) if cast else original
+            meta = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if self._expected and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
+                hint = "" if name in self._expected else "; if it is tied to one that is, leave it out of an iterable"
+                raise InvalidWeights(problem + hint)
+            sent.add(name)
+            yield meta, tensor
+        if not sent:
             raise InvalidWeights("there was no tensor to send")
-        if self._expected and (problem := checkpoint.missing(self._sent, self._expected)):
+        if self._expected and (problem := checkpoint.missing(sent, self._expected)):
             raise InvalidWeights(problem)
 
-    def check_ahead(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Check names, shapes and dtypes of all of ``weights`` now, so that an error comes before any engine hears of it."""
+    def check_source(self, source: WeightSource) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+        """``check`` all of ``source``; what is there at once is checked ahead."""
+        if isinstance(source, (torch.nn.Module, Mapping, list, tuple)):
+            weights = list(named_weights(source))
+            self.check_ahead(weights)
+            return self.check(weights)
+        return self.check(named_weights(source))
+
+    def check_ahead(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Check names, shapes and dtypes of all of ``weights`` now, so that an error comes before any engine hears of it.
+
+        Second names of tied weights, which checkpoints leave out, are found here, where all tensors are alive: memory that
+        an iterable has freed, or used again, would look tied.
+        """
+        identities = {_identity(tensor) for name, tensor in weights if name in self._expected}
+        self._tied = {
+            name for name, tensor in weights if name not in self._expected and _identity(tensor) in identities
+        }
         for _ in self.check(weights):
             pass
-        self._sent, self._unknown = {}, []
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     if hasattr(tensor, "to_local"):  # a DTensor: ties are seen in its own part, before it is gathered
         tensor = tensor.to_local()
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def check_values(metas: Iterable[TensorMeta], tensors: Iterable[torch.Tensor]) -> None:
-    """Refuse NaN and infinite values.
-
-    Raises:
-        InvalidWeights: naming the tensor.
-    """
-    floating = [(meta, tensor) for meta, tensor in zip(metas, tensors, strict=True) if tensor.is_floating_point()]
-    # One look at the device for the whole bucket; which tensor it was is asked only where one was bad.
-    flags = [torch.isfinite(tensor).all() for _, tensor in floating]
-    if flags and not bool(torch.stack(flags).all()):
-        bad = next(meta for (meta, _), flag in zip(floating, flags, strict=True) if not flag)
-        raise InvalidWeights(f"{bad.name} holds NaN or infinite values")
 
 
 def warn_unchecked(reason: str) -> None:

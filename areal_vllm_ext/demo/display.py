@@ -20,7 +20,7 @@ def waiting(text: str) -> Iterator[Callable[[str], None]]:
     """Say what is waited for; gives a function that says how far it is."""
     if CONSOLE.is_terminal:
         with CONSOLE.status(text) as status:
-            yield lambda news: status.update(f"{text}  {news}")
+            yield lambda news: status.update(f"{text}\n  {news}")
     else:
         CONSOLE.print(text)
         yield CONSOLE.print

@@ -109,7 +109,7 @@ def main() -> int:
             stdout=sys.stderr,
             start_new_session=True,
             # Should this process itself be killed, the command is at least told to end. (This process has one thread.)
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
         )
     except OSError as error:
         sys.exit(f"{command[0]}: {error.strerror}")

@@ -196,7 +196,7 @@ class Endpoint:
         while directory.poll(0):
             try:
                 answer = protocol.answer_decoder.decode(directory.recv_multipart()[-1])
-            except msgspec.DecodeError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 answer = protocol.Error(kind="malformed", message=f"its answer cannot be read: {error}")
             if isinstance(answer, protocol.Error) and answer.message != self._directory_complaint:
                 self._directory_complaint = answer.message

@@ -8,8 +8,9 @@
 Messages, completed calls and clock readings go in; effects come out, for ``endpoint.py`` to carry out in order. Rules:
 
 - A request with an epoch lower than the highest seen is refused (``fenced``).
-- Commit needs PREPARED and PAUSED. So an engine that is PREPARED but was never paused knows that nobody committed, and
-  gives up by itself when its time is over; one that is PREPARED and PAUSED waits for the coordinator or its successor.
+- A pause for an update needs PREPARED, and Commit needs PREPARED and PAUSED. So an engine that is PREPARED but was never
+  paused knows that nobody committed, and gives up by itself when its time is over; one that is PREPARED and PAUSED waits
+  for the coordinator or its successor.
 - A repeated request is answered like the first one and done once.
 - An engine whose commit failed is tainted: its weights are nobody's. It stays paused until a later update commits.
 """
@@ -118,6 +119,7 @@ class Participant:
         self.flow: Flow = "running"
         self.pause_mode: PauseMode | None = None
         self._cache_cleared = False
+        self._paused_before = False
         self.update: _Update | None = None
         self.last_update = ""
         self.paused_for = ""
@@ -168,6 +170,10 @@ class Participant:
     def _pause(self, caller: Caller, message: Pause, now: float) -> list[Effect]:
         if self.flow == "resuming":
             return self._refuse(caller, "busy", "the engine is resuming")
+        held = self.update.begin.update if self.update and self.phase == "prepared" else ""
+        if message.update and message.update != held:
+            # A second vote: the coordinator commits once all have paused, so this engine must still be able to.
+            return self._refuse(caller, "state", self.error or f"update {message.update} is not prepared here")
         clear = message.kv == "recompute"
         # A pause of the user's own outlasts the updates that come in it.
         if self.flow == "running" or not message.update:
@@ -182,6 +188,7 @@ class Participant:
         if same:
             return []
         self._call += 1
+        self._paused_before = self.flow == "paused" or (self.flow == "pausing" and self._paused_before)
         self.flow, self.pause_mode, self._cache_cleared = "pausing", message.mode, clear
         return [CallPause(self._call, message.mode, clear)]
 
@@ -284,7 +291,7 @@ class Participant:
             return self._answer_all(update, Error(kind="failed", message=update.failure))
         finished = update.finished.setdefault(message.step, set())
         finished.add(message.rank)
-        if finished < self.workers:
+        if not finished >= self.workers:
             return []
         if message.step == "prepare" and not update.failure:
             self.phase = "prepared"
@@ -296,7 +303,10 @@ class Participant:
         """The engine completed a pause, or failed to."""
         if call != self._call or self.flow != "pausing":
             return []
-        self.flow = "running" if error else "paused"
+        if error and not self._paused_before:
+            self._runs()
+        else:
+            self.flow = "paused"
         answer: Answer = Error(kind="failed", message=error) if error else Ack()
         callers, self._pause_waiting = self._pause_waiting, []
         return [Reply(caller, answer) for caller in callers]
@@ -305,9 +315,10 @@ class Participant:
         """The engine runs again, or failed to resume."""
         if call != self._call or self.flow != "resuming":
             return []
-        self.flow = "paused" if error else "running"
-        if not error:
-            self.pause_mode, self.paused_for = None, ""
+        if error:
+            self.flow = "paused"
+        else:
+            self._runs()
         answer: Answer = Error(kind="failed", message=error) if error else Ack()
         callers, self._resume_waiting = self._resume_waiting, []
         return [Reply(caller, answer) for caller in callers]
@@ -316,12 +327,18 @@ class Participant:
         """A pause that took too long was taken back; or it had completed after all, and then it stands."""
         if call != self._call or self.flow != "resuming":
             return []
-        self.flow = "running" if cancelled else "paused"
-        answer: Answer = (
-            Ack() if cancelled else Error(kind="busy", message="the engine had just paused: resume it again")
-        )
-        callers, self._resume_waiting = self._resume_waiting, []
-        return [Reply(caller, answer) for caller in callers]
+        if cancelled:
+            self._runs()
+            callers, self._resume_waiting = self._resume_waiting, []
+            return [Reply(caller, Ack()) for caller in callers]
+        if not self._resume_waiting:
+            self.flow = "paused"
+            return []
+        self._call += 1
+        return [CallResume(self._call)]
+
+    def _runs(self) -> None:
+        self.flow, self.pause_mode, self.paused_for = "running", None, ""
 
     def commit_done(self, error: str, seconds: float) -> list[Effect]:
         """Every worker switched, or one failed and left weights that nobody can vouch for."""
@@ -347,9 +364,11 @@ class Participant:
             waited = Error(kind="timeout", message="the engine did not become idle in time, the pause was taken back")
             effects += [Reply(caller, waited) for caller in self._pause_waiting]
             self._pause_waiting.clear()
-            self._call += 1
-            self.flow = "resuming"
-            effects.append(CallCancelPause(self._call))
+            # Where an earlier pause was complete it stands, and this one joins it late.
+            if not self._paused_before:
+                self._call += 1
+                self.flow = "resuming"
+                effects.append(CallCancelPause(self._call))
         in_doubt = self.phase == "committing" or (self.phase == "prepared" and self.flow != "running")
         if self.update and not in_doubt and now >= self.update.ends:
             effects += self._give_up("its time was over before it was committed")

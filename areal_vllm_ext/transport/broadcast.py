@@ -14,7 +14,7 @@ import time
 import uuid
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -56,16 +56,27 @@ def _watch(done: Callable[[], bool], timeout: float, cancelled: Callable[[], boo
         pause = min(pause * 1.5, 1e-3)
 
 
+# Unfinished collectives of gloo communicators that were given up. Freeing one blocks until its own deadline, so they are
+# kept until they have failed by themselves.
+_abandoned: list[tuple[Any, Any, torch.Tensor]] = []
+_abandoned_lock = threading.Lock()
+
+
+def _free_abandoned() -> None:
+    """Free what has failed by now. Freeing a group lets other threads run: it is out of the list, and of the lock, by then."""
+    with _abandoned_lock:
+        failed = [entry for entry in _abandoned if entry[1].is_completed()]
+        kept = [entry for entry in _abandoned if not any(entry is one for one in failed)]
+        _abandoned[:] = kept
+    del failed
+
+
 class GlooCommunicator:
     """gloo, over TCP between the addresses that each rank names."""
 
-    # Unfinished collectives of communicators that were given up. Freeing one blocks until its own deadline, so they are
-    # kept until they have failed by themselves.
-    _abandoned: ClassVar[list[tuple[Any, Any, torch.Tensor]]] = []
-
     def __init__(self, store: dist.Store, communicator: str, rank: int, size: int, host: str, timeout: float) -> None:
         """Meet the other ranks at ``store``; blocks for ``timeout`` seconds at most."""
-        GlooCommunicator._abandoned = [entry for entry in GlooCommunicator._abandoned if not entry[1].is_completed()]
+        _free_abandoned()
         self.device = torch.device("cpu")
         # torch has no public way to choose the address that gloo listens on.
         options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001
@@ -81,7 +92,8 @@ class GlooCommunicator:
         try:
             _watch(work.is_completed, timeout, cancelled)
         except BaseException:
-            GlooCommunicator._abandoned.append((self._group, work, buffer))
+            with _abandoned_lock:
+                _abandoned.append((self._group, work, buffer))
             raise
         work.wait()
 
@@ -154,6 +166,11 @@ class BroadcastSource:
             self._communicator = NcclCommunicator(transfer.rendezvous, rank, transfer.world_size, receiver.device)
         else:
             host, _, port = transfer.rendezvous.rpartition(":")
+            # TCPStore tries again for longer than it is told to, and says less of the cause.
+            try:
+                socket.create_connection((host, int(port)), timeout=max(timeout, 0.01)).close()
+            except OSError as error:
+                raise RuntimeError(f"the trainer cannot be met at {transfer.rendezvous}: {error}") from None
             store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
             self._communicator = GlooCommunicator(
                 store, transfer.communicator, rank, transfer.world_size, receiver.own_host, timeout

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from ..protocol import Segment, TensorMeta
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
 
 # Tensors start at multiples of this inside a bucket, so that any dtype can be viewed in place.
 _ALIGNMENT = 256
@@ -20,33 +18,72 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def bucketed(
-    weights: Iterable[tuple[TensorMeta, torch.Tensor]], bucket_bytes: int
-) -> Iterator[tuple[tuple[Segment, ...], int, list[torch.Tensor]]]:
-    """Group tensors into buckets of at most ``bucket_bytes`` (a larger tensor gets a bucket of its own).
-
-    Yields:
-        (segments, bytes of the bucket, its tensors in the order of the segments).
-    """
-    segments: list[Segment] = []
-    tensors: list[torch.Tensor] = []
-    filled = 0
-    for meta, tensor in weights:
-        if segments and filled + tensor.nbytes > bucket_bytes:
-            yield tuple(segments), filled, tensors
-            segments, tensors, filled = [], [], 0
-        segments.append(Segment(meta, filled))
-        tensors.append(tensor)
-        filled += aligned(tensor.nbytes)
-    if segments:
-        yield tuple(segments), filled, tensors
+def tensor_bytes(meta: TensorMeta, engine_dtype: str) -> int:
+    """Bytes that a tensor can take in a bucket: as the checkpoint has it, or in the dtype that the engines compute in."""
+    dtypes: list[torch.dtype] = [getattr(torch, meta.dtype), getattr(torch, engine_dtype)]
+    return aligned(math.prod(meta.shape) * max(dtype.itemsize for dtype in dtypes))
 
 
-def pack(segments: Sequence[Segment], tensors: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
-    """Copy ``tensors`` to their places in ``buffer`` (``uint8``, of any device)."""
-    for segment, tensor in zip(segments, tensors, strict=True):
-        place = buffer[segment.offset : segment.offset + tensor.nbytes]
+def total_bytes(metas: Iterable[TensorMeta], engine_dtype: str) -> int:
+    """Bytes that all tensors can take in one bucket."""
+    return sum(tensor_bytes(meta, engine_dtype) for meta in metas)
+
+
+class Bucket:
+    """A bucket that is being filled. A tensor is copied in at once: its memory may be used again after that."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        """``buffer``: ``uint8``, of any device."""
+        self._buffer = buffer
+        self.segments: list[Segment] = []
+        self.nbytes = 0
+        self._finite: list[tuple[str, torch.Tensor]] = []
+
+    def fits(self, tensor: torch.Tensor) -> bool:
+        return self.nbytes + tensor.nbytes <= self._buffer.numel()
+
+    def add(self, meta: TensorMeta, tensor: torch.Tensor) -> None:
+        place = self._buffer[self.nbytes : self.nbytes + tensor.nbytes]
         place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        if tensor.is_floating_point():
+            # torch has no isfinite for the 8-bit dtypes.
+            wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+            self._finite.append((meta.name, torch.isfinite(wide).all()))
+        self.segments.append(Segment(meta, self.nbytes))
+        self.nbytes += aligned(tensor.nbytes)
+
+    def not_finite(self) -> str:
+        """The name of a tensor with NaN or infinite values, or an empty string. One look at the device for all of them."""
+        flags = [flag for _, flag in self._finite]
+        if not flags or bool(torch.stack(flags).all()):
+            return ""
+        return next(name for name, flag in self._finite if not flag)
+
+    @property
+    def filled(self) -> torch.Tensor:
+        return self._buffer[: self.nbytes]
+
+
+def filled_buckets(
+    weights: Iterable[tuple[TensorMeta, torch.Tensor]], bucket_bytes: int, memory: Callable[[int], torch.Tensor]
+) -> Iterator[Bucket]:
+    """Put tensors into buckets of ``bucket_bytes``; a larger tensor gets a bucket of its own.
+
+    Args:
+        weights: the tensors; each is done with when the next is asked for.
+        bucket_bytes: size of a bucket.
+        memory: gives a ``uint8`` buffer of so many bytes for the next bucket.
+    """
+    bucket: Bucket | None = None
+    for meta, tensor in weights:
+        if bucket is not None and not bucket.fits(tensor):
+            yield bucket
+            bucket = None
+        if bucket is None:
+            bucket = Bucket(memory(max(bucket_bytes, aligned(tensor.nbytes))))
+        bucket.add(meta, tensor)
+    if bucket is not None:
+        yield bucket
 
 
 def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -47,7 +47,7 @@ class SharedMemorySource:
         self._device = device
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
-        if bucket.location < 0 or bucket.location + bucket.nbytes > self._memory.numel():
+        if min(bucket.location, bucket.nbytes) < 0 or bucket.location + bucket.nbytes > self._memory.numel():
             raise ValueError("the bucket does not lie inside the shared memory")
         slot = self._memory[bucket.location : bucket.location + bucket.nbytes]
         return slot.to(self._device, copy=True)

@@ -235,7 +235,7 @@ class Receiver:
             if self._socket in ready:
                 try:
                     message = protocol.worker_decoder.decode(self._socket.recv_multipart()[-1])
-                except msgspec.DecodeError:
+                except (msgspec.MsgspecError, UnicodeDecodeError):
                     logger.exception("areal_vllm_ext: the engine's endpoint sent what this worker cannot read")
                 else:
                     self._handle(message)

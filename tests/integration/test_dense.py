@@ -25,8 +25,10 @@ from areal_vllm_ext import (
     PauseFailed,
     UpdateAborted,
 )
+from areal_vllm_ext.client.weights import named_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = [pytest.mark.vllm, pytest.mark.netns, pytest.mark.timeout(400)]
@@ -66,6 +68,13 @@ def test_update_from_a_module(cluster: Cluster, group: EngineGroup, transport: s
     assert cluster.oracle() != before
 
 
+def one_at_a_time(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """As a trainer gathers that uses the same memory for every tensor of a shape."""
+    memory: dict[torch.Size, torch.Tensor] = {}
+    for name, tensor in named_weights(model):
+        yield name, memory.setdefault(tensor.shape, torch.empty_like(tensor)).copy_(tensor)
+
+
 def test_update_from_a_state_dict_and_from_an_iterable(cluster: Cluster, group: EngineGroup) -> None:
     version = cluster.train()
     with group.update(version, deadline=60) as update:
@@ -73,7 +82,7 @@ def test_update_from_a_state_dict_and_from_an_iterable(cluster: Cluster, group: 
     cluster.assert_serves_trainers_weights()
     version = cluster.train()
     with group.update(f"step-{version}", deadline=60) as update:
-        update.send((name, tensor) for name, tensor in cluster.model.state_dict().items())
+        update.send(one_at_a_time(cluster.model))
     cluster.assert_serves_trainers_weights()
     assert {state.version for state in group.status()} == {f"step-{version}"}
 
@@ -285,11 +294,12 @@ import sys, time
 import torch
 from transformers import AutoModelForCausalLM
 from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.client.weights import named_weights
 directory, key_file, model_dir = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 group = EngineGroup.connect(directory, key_file=key_file or None)
 def slowly():
-    for i, (name, tensor) in enumerate(model.state_dict().items()):
+    for i, (name, tensor) in enumerate(named_weights(model)):
         if i == 5:
             print("sending", flush=True)
             time.sleep(3600)

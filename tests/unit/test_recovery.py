@@ -81,3 +81,9 @@ def test_a_tainted_engine_is_not_resumed() -> None:
 
 def test_an_engine_that_is_switching_is_waited_for() -> None:
     assert plan(a=status(phase="committing", flow="paused", update="u", paused_for="u")).wait
+
+
+def test_an_update_that_one_engine_is_switching_to_is_not_aborted_elsewhere() -> None:
+    prepared = status(phase="prepared", flow="paused", update="u", paused_for="u")
+    switching = status(phase="committing", flow="paused", update="u", paused_for="u")
+    assert not any(isinstance(request, Abort) for request in plan(a=prepared, b=switching).settle.values())

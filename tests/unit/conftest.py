@@ -1,0 +1,85 @@
+"""What the unit tests share: settings of hypothesis, a cluster key, a raw client, and clean surroundings."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from raw_client import RawClient
+from simulated_engine import HOST, Deployment, deployed
+
+from areal_vllm_ext import security
+
+# Busy machines stall for seconds, and what hypothesis has found once belongs into a test of its own.
+hypothesis.settings.register_profile(
+    "default", max_examples=500, deadline=None, database=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile("nightly", max_examples=20_000, deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No settings of whoever runs the tests, and a throw-away place for the key of this user."""
+    for name in list(os.environ):
+        if name.startswith("AREAL_VLLM_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_STATE_HOME", os.fspath(tmp_path_factory.mktemp("state")))
+
+
+@pytest.fixture(autouse=True)
+def no_engine_ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An endpoint that fails ends its process: here, its test."""
+    ended: list[int] = []
+
+    def end(status: int) -> None:
+        ended.append(status)
+        raise SystemExit(status)  # ends the endpoint's thread only
+
+    monkeypatch.setattr(os, "_exit", end)
+    yield
+    assert not ended, "an endpoint failed and would have ended its engine (see the log above)"
+
+
+@pytest.fixture(scope="session")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cluster") / "cluster.key"
+    security.write_key(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def key(key_file: Path) -> security.ClusterKey:
+    return security.read_key(key_file)
+
+
+@pytest.fixture
+def deployment(key: security.ClusterKey) -> Iterator[Deployment]:
+    """Two engines of one worker each."""
+    with deployed(key) as two:
+        two.wait_attached()
+        yield two
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server((HOST, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def raw(key: security.ClusterKey) -> Iterator[Callable[..., RawClient]]:
+    """Makes raw clients: ``raw(address)``, with another key ``raw(address, key)``."""
+    made: list[RawClient] = []
+
+    def connect(address: str, other_key: security.ClusterKey | None = None, identity: bytes | None = None) -> RawClient:
+        made.append(RawClient(address, other_key or key, identity))
+        return made[-1]
+
+    yield connect
+    for client in made:
+        client.close()

@@ -1,0 +1,419 @@
+"""Engines without a model: the real endpoint, directory and wire, over an engine loop and workers that are simulated.
+
+``Deployment`` runs any number of them in this process; ``python simulated_engine.py`` runs them in a process of its own,
+which can be killed or stopped (or in several: a thousand engines need some 25 file descriptors and 4 threads each).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import functools
+import heapq
+import itertools
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import zmq
+
+from areal_vllm_ext import __version__, protocol, security, wire
+from areal_vllm_ext.directory import DirectoryServer, new_incarnation
+from areal_vllm_ext.engine_core.endpoint import Endpoint, Identity
+from areal_vllm_ext.protocol import (
+    Attach,
+    Begin,
+    Bucket,
+    EngineInfo,
+    PauseMode,
+    Prepare,
+    Version,
+    WorkerDone,
+    WorkerInfo,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+HOST = "127.0.0.1"
+NEVER = math.inf
+
+
+class Later:
+    """Runs calls when their time has come, on one thread for all engines of the process."""
+
+    def __init__(self) -> None:
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="simulated-later", daemon=True)
+        self._thread.start()
+
+    def call(self, seconds: float, what: Callable[[], None]) -> None:
+        """At once for 0, never for ``NEVER``."""
+        if seconds == 0:
+            what()
+        elif seconds != NEVER:
+            with self._changed:
+                heapq.heappush(self._due, (time.monotonic() + seconds, next(self._numbers), what))
+                self._changed.notify()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._stopping:
+                if self._due and self._due[0][0] <= time.monotonic():
+                    what = heapq.heappop(self._due)[2]
+                    self._changed.release()
+                    try:
+                        what()
+                    finally:
+                        self._changed.acquire()
+                else:
+                    self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
+
+
+class SimulatedEngine:
+    """What ``endpoint.Engine`` asks for, without a model.
+
+    Attributes:
+        seconds: how long a call (``pause``, ``resume``, ``cancel``, ``commit``) or a worker's step (``begin``, ``bucket``,
+            ``prepare``) takes; at once where there is no entry.
+        errors: calls and steps that fail, and what they say.
+        calls: what the endpoint asked of the engine, in order.
+        orders: what the first worker was told, in order.
+        commits: every version that was switched to, with whether the engine was paused then.
+        staged: called with the update's id at commit (a test with real receivers takes the tensors there).
+    """
+
+    def __init__(self, later: Later, version: Version) -> None:
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.errors: dict[str, str] = {}
+        self.calls: list[str] = []
+        self.orders: list[protocol.WorkerOrder] = []
+        self.commits: list[tuple[Version, bool]] = []
+        self.running = True
+        self.version = version
+        self.requests = 0
+        self.staged: Callable[[str], None] = lambda _update: None
+        self.endpoint: Endpoint
+        self._later = later
+        self._pausing: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.endpoint.info.name
+
+    def pause(self, call: int, mode: PauseMode, clear_cache: bool) -> None:
+        self.calls.append(f"pause {mode}{' clear' if clear_cache else ''}")
+        self._pausing = call
+
+        def done() -> None:
+            if self._pausing == call:
+                self._pausing = None
+                error = self.errors.get("pause", "")
+                self.running = bool(error)
+                self.endpoint.post(functools.partial(self.endpoint.participant.pause_done, call, error))
+
+        self._later.call(self.seconds["pause"], done)
+
+    def resume(self, call: int) -> None:
+        self.calls.append("resume")
+
+        def done() -> None:
+            error = self.errors.get("resume", "")
+            if not error:
+                self._pausing, self.running = None, True
+            self.endpoint.post(functools.partial(self.endpoint.participant.resume_done, call, error))
+
+        self._later.call(self.seconds["resume"], done)
+
+    def cancel_pause(self, call: int) -> None:
+        self.calls.append("cancel")
+
+        def done() -> None:
+            pending, self._pausing = self._pausing is not None, None
+            self.running = self.running or pending
+            self.endpoint.post(functools.partial(self.endpoint.participant.cancel_done, call, pending))
+
+        self._later.call(self.seconds["cancel"], done)
+
+    def commit(self, update: str, version: Version) -> None:
+        self.calls.append(f"commit {version}")
+
+        def done() -> None:
+            error = self.errors.get("commit", "")
+            if not error:
+                self.staged(update)
+                self.version = version
+                self.commits.append((version, not self.running))
+            self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, self.seconds["commit"]))
+
+        self._later.call(self.seconds["commit"], done)
+
+    def oldest_call_seconds(self) -> float:
+        return 0.0
+
+    def request_counts(self) -> tuple[int, int]:
+        return self.requests, 0
+
+
+class Workers:
+    """The simulated workers of all engines of this process, on one thread: they receive nothing, and vote as told."""
+
+    def __init__(self, key: security.ClusterKey, later: Later) -> None:
+        self._key, self._later = key, later
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._workers: dict[zmq.Socket[bytes], tuple[SimulatedEngine, int]] = {}
+        self._work: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_read.fileno(), zmq.POLLIN)
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="simulated-workers", daemon=True)
+        self._thread.start()
+
+    def attach(self, engine: SimulatedEngine, rank: int) -> None:
+        self._do(lambda: self._attach(engine, rank))
+
+    def detach(self, engine: SimulatedEngine) -> None:
+        self._do(lambda: self._detach(engine))
+
+    def say(self, engine: SimulatedEngine, message: protocol.WorkerMessage) -> None:
+        """Have the worker with the message's rank send it now, whatever it was asked."""
+
+        def send() -> None:
+            for worker, (owner, rank) in self._workers.items():
+                if owner is engine and isinstance(message, WorkerDone) and rank == message.rank:
+                    self._send(worker, message)
+
+        self._do(send)
+
+    def stop(self) -> None:
+        def close() -> None:
+            self._stopping = True
+            for worker in self._workers:
+                worker.close()
+
+        self._do(close)
+        self._thread.join()
+        self._context.term()
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _do(self, what: Callable[[], None]) -> None:
+        self._work.append(what)
+        self._wake_write.send(b"\0")
+
+    def _attach(self, engine: SimulatedEngine, rank: int) -> None:
+        worker = wire.connect(self._context, engine.endpoint.address, self._key, f"worker-{rank}".encode())
+        self._workers[worker] = (engine, rank)
+        self._poller.register(worker, zmq.POLLIN)
+        self._send(
+            worker, Attach(worker=WorkerInfo(rank=rank, node=HOST, pid=os.getpid(), device="cpu", device_id="cpu"))
+        )
+
+    def _detach(self, engine: SimulatedEngine) -> None:
+        for worker in [worker for worker, (owner, _) in self._workers.items() if owner is engine]:
+            del self._workers[worker]
+            self._poller.unregister(worker)
+            worker.close()
+
+    def _send(self, worker: zmq.Socket[bytes], message: protocol.WorkerMessage) -> None:
+        if not worker.closed:
+            worker.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(message)])
+
+    def _run(self) -> None:
+        while not self._stopping:
+            ready = dict(self._poller.poll())
+            if self._wake_read.fileno() in ready:
+                self._wake_read.recv(4096)
+            while self._work:
+                self._work.popleft()()
+            for worker, (engine, rank) in list(self._workers.items()):
+                while not worker.closed and worker in ready and worker.get(zmq.EVENTS) & zmq.POLLIN:
+                    self._handle(worker, engine, rank, protocol.worker_decoder.decode(worker.recv_multipart()[-1]))
+
+    def _handle(
+        self,
+        worker: zmq.Socket[bytes],
+        engine: SimulatedEngine,
+        rank: int,
+        message: protocol.WorkerOrder | protocol.Answer,
+    ) -> None:
+        match message:
+            case Begin():
+                step = "begin"
+            case Bucket():
+                step = f"bucket {message.index}"
+            case Prepare():
+                step = "prepare"
+            case protocol.Abort():
+                engine.orders.append(message)
+                return
+            case _:
+                return
+        if rank == 0:
+            engine.orders.append(message)
+        kind = step.split()[0]
+        done = WorkerDone(update=message.update, rank=rank, step=step, error=engine.errors.get(kind, ""))
+        self._later.call(engine.seconds[kind], lambda: self._do(lambda: self._send(worker, done)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a deployment tells of itself."""
+
+    replica: str = "simulated"
+    dp_size: int | None = None  # default: as many as there are engines
+    workers: int = 1
+    version: Version = 0
+    model: str = ""
+    dtype: str = "float32"
+    max_message_bytes: int = 16 << 20
+
+
+class Deployment:
+    """Engines ``ranks`` of one replica, with a directory (where ``directory`` is not given) and their workers."""
+
+    def __init__(
+        self,
+        key: security.ClusterKey,
+        engines: int = 2,
+        *,
+        shape: Shape | None = None,
+        ranks: Sequence[int] | None = None,
+        directory: str | None = None,
+        directory_port: int = 0,
+        simulate_workers: bool = True,
+    ) -> None:
+        self.key = key
+        self.shape = shape or Shape()
+        self._size = self.shape.dp_size or engines
+        self._simulate_workers = simulate_workers
+        self._directory_context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self.clock_skew = 0.0
+        self.directory = directory or self.start_directory(directory_port)
+        self.later = Later()
+        self.workers = Workers(key, self.later)
+        self.engines: dict[int, SimulatedEngine] = {}
+        for rank in ranks if ranks is not None else range(engines):
+            self.start_engine(rank)
+
+    def start_directory(self, port: int = 0) -> str:
+        """Start the directory; its clock is ``clock_skew`` ahead. Returns its address."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        security.Gatekeeper(context, self.key)
+        self._directory_context = context
+        server = DirectoryServer(context, HOST, port, self.key, clock=lambda: time.monotonic() + self.clock_skew)
+        return server.address
+
+    def stop_directory(self) -> None:
+        if self._directory_context:
+            self._directory_context.term()
+            self._directory_context = None
+
+    def start_engine(self, rank: int) -> SimulatedEngine:
+        """Start an engine, or the next incarnation of one that was stopped."""
+        engine = SimulatedEngine(self.later, self.shape.version)
+        info = EngineInfo(
+            replica=self.shape.replica,
+            dp_rank=rank,
+            dp_size=self._size,
+            headless=rank > 0,
+            node=f"node{rank}",
+            pid=os.getpid(),
+            incarnation=new_incarnation(time.time()),
+            address="",
+            model=self.shape.model,
+            dtype=self.shape.dtype,
+            device="cpu",
+            vllm_version="simulated",
+            package_version=__version__,
+        )
+        engine.endpoint = Endpoint(
+            identity=Identity(info, self.shape.model, None),
+            host=HOST,
+            port=0,
+            directory=self.directory,
+            key=self.key,
+            world_size=self.shape.workers,
+            version=self.shape.version,
+            max_message_bytes=self.shape.max_message_bytes,
+            engine=engine,
+        )
+        engine.endpoint.start()
+        if self._simulate_workers:
+            for worker in range(self.shape.workers):
+                self.workers.attach(engine, worker)
+        self.engines[rank] = engine
+        return engine
+
+    def stop_engine(self, rank: int) -> None:
+        """As a crash: nobody is told."""
+        engine = self.engines.pop(rank)
+        self.workers.detach(engine)
+        engine.endpoint.stop()
+        # Endpoint.stop leaves this pair open (test_endpoint.py): closed here, or every test would warn of it.
+        engine.endpoint._wake_read.close()
+        engine.endpoint._wake_write.close()
+
+    def wait_attached(self, timeout: float = 10.0) -> None:
+        for engine in self.engines.values():
+            assert engine.endpoint.wait_attached(timeout), f"{engine.name} has no worker"
+
+    def stop(self) -> None:
+        for rank in list(self.engines):
+            self.stop_engine(rank)
+        self.workers.stop()
+        self.later.stop()
+        self.stop_directory()
+
+
+@contextlib.contextmanager
+def deployed(key: security.ClusterKey, engines: int = 2, **options: object) -> Iterator[Deployment]:
+    """A deployment for the body."""
+    deployment = Deployment(key, engines, **options)  # type: ignore[arg-type]
+    try:
+        yield deployment
+    finally:
+        deployment.stop()
+
+
+def main() -> None:
+    """Run engines until standard input is closed; the first line of output is the directory's address."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--key-file", required=True)
+    parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--first-rank", type=int, default=0)
+    parser.add_argument("--dp-size", type=int, help="engines of the whole replica (default: those of this process)")
+    parser.add_argument("--directory", help="tcp://host:port of a directory (default: one of its own)")
+    arguments = parser.parse_args()
+    deployment = Deployment(
+        security.read_key(arguments.key_file),
+        arguments.engines,
+        shape=Shape(dp_size=arguments.dp_size or arguments.engines),
+        ranks=range(arguments.first_rank, arguments.first_rank + arguments.engines),
+        directory=arguments.directory,
+    )
+    deployment.wait_attached(60)
+    print(deployment.directory, flush=True)  # noqa: T201 - for whoever started this process
+    sys.stdin.read()
+    deployment.stop()
+
+
+if __name__ == "__main__":
+    main()

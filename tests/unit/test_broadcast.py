@@ -1,0 +1,304 @@
+"""Broadcast over gloo on loopback: the same bytes on every rank, and no wait without an end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from simulated_engine import HOST
+from waiting import eventually, in_thread
+
+from areal_vllm_ext.protocol import Broadcast, Bucket
+from areal_vllm_ext.transport import Cancelled, broadcast
+from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
+
+TIMEOUT = 0.7
+NEVER_CANCELLED = threading.Event()
+
+
+def bucket(nbytes: int, index: int = 0) -> Bucket:
+    return Bucket(epoch=1, update="u", index=index, nbytes=nbytes, segments=())
+
+
+def make_sink(members: list[list[int]], timeout: float = 5.0) -> BroadcastSink:
+    return BroadcastSink("gloo", members, HOST, torch.device("cpu"), 1 << 20, timeout)
+
+
+def join(transfer: Broadcast, rank: int, timeout: float = 5.0) -> BroadcastSource:
+    receiver: Any = SimpleNamespace(rank=rank, device=torch.device("cpu"), own_host=HOST)
+    return BroadcastSource(transfer, receiver, timeout, NEVER_CANCELLED)
+
+
+def opened() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def let_the_abandoned_fail() -> None:
+    """Wait for the collectives that were given up, so that no test has those of another."""
+    for _, work, _ in broadcast._abandoned:
+        eventually(work.is_completed, timeout=30)
+    broadcast._abandoned.clear()
+
+
+class Group:
+    """A sink and its sources, which have met."""
+
+    def __init__(self, members: list[list[int]]) -> None:
+        let_the_abandoned_fail()
+        self.sink = make_sink(members)
+        with ThreadPoolExecutor(8) as pool:
+            joining = [
+                pool.submit(join, transfer, rank)
+                for transfer, ranks in zip(self.sink.transfers, members, strict=True)
+                for rank in ranks
+            ]
+            opening = pool.submit(lambda: [future.result() for future in joining] and None)
+            self.sink.meet(opening)
+            self.sources = [future.result() for future in joining]
+
+    def broadcast(self, payload: torch.Tensor, index: int = 0) -> list[torch.Tensor]:
+        with ThreadPoolExecutor(8) as pool:
+            receiving = [
+                pool.submit(s.receive, bucket(payload.numel(), index), 5.0, NEVER_CANCELLED) for s in self.sources
+            ]
+            _, buffer = self.sink.buffer(index, payload.numel())
+            buffer.copy_(payload)
+            self.sink.push(buffer, 5.0, lambda: False)
+            return [future.result() for future in receiving]
+
+    def close(self) -> None:
+        self.sink.close()
+        for source in self.sources:
+            source.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Group]:
+    group = Group([[0]])
+    yield group
+    group.close()
+
+
+def took(work: Callable[[], object]) -> tuple[float, BaseException | None]:
+    """How long ``work`` took, and its error."""
+    started = time.monotonic()
+    try:
+        work()
+    except Exception as error:
+        return time.monotonic() - started, error
+    return time.monotonic() - started, None
+
+
+# The bytes
+
+
+def test_every_rank_of_every_engine_gets_the_same_bytes() -> None:
+    group = Group([[0, 1], [0]])
+    try:
+        for index, size in enumerate((1, 255, 4097, 3 << 20, 0, 77)):
+            payload = torch.randint(0, 256, (size,), dtype=torch.uint8)
+            for received in group.broadcast(payload, index):
+                assert torch.equal(received, payload)
+    finally:
+        group.close()
+
+
+def test_what_was_received_is_the_callers_to_keep(pair: Group) -> None:
+    (first,) = pair.broadcast(torch.full((1000,), 1, dtype=torch.uint8))
+    pair.broadcast(torch.full((1000,), 2, dtype=torch.uint8), index=2)
+    assert first.eq(1).all()
+
+
+def test_a_connection_serves_the_next_update_too(pair: Group) -> None:
+    pair.broadcast(torch.zeros(10, dtype=torch.uint8))
+    pair.sink.release()
+    pair.sink.meet(opened())
+    (received,) = pair.broadcast(torch.full((10,), 7, dtype=torch.uint8))
+    assert received.eq(7).all()
+
+
+def test_ranks_are_assigned_by_the_client_each_once() -> None:
+    sink = make_sink([[0, 1], [0], [3]])
+    try:
+        assert [transfer.ranks for transfer in sink.transfers] == [{0: 1, 1: 2}, {0: 3}, {3: 4}]
+        assert {transfer.world_size for transfer in sink.transfers} == {5}
+        assert len({transfer.communicator for transfer in sink.transfers}) == 1
+        assert all(transfer.rendezvous.startswith(f"{HOST}:") for transfer in sink.transfers)
+    finally:
+        sink.close()
+
+
+# Nobody comes
+
+
+def test_the_door_is_closed_once_all_have_met(pair: Group) -> None:
+    seconds, error = took(lambda: join(pair.sink.transfers[0], 0, TIMEOUT))
+    assert isinstance(error, RuntimeError)
+    assert seconds < TIMEOUT + 1
+
+
+def test_a_worker_that_says_no_is_heard_at_once() -> None:
+    sink = make_sink([[0], [0]], timeout=20.0)
+    opening: Future[None] = Future()
+    threading.Timer(0.1, opening.set_exception, (RuntimeError("no room"),)).start()
+    try:
+        seconds, error = took(lambda: sink.meet(opening))
+        assert str(error) == "no room"
+        assert seconds < 1.1
+    finally:
+        sink.close()
+
+
+def test_a_worker_that_never_comes_is_given_up_on_both_ends() -> None:
+    sink = make_sink([[0], [0]], timeout=TIMEOUT)
+    joining, joined = in_thread(lambda: took(lambda: join(sink.transfers[0], 0, TIMEOUT)))
+    try:
+        seconds, error = took(lambda: sink.meet(Future()))
+        assert isinstance(error, TimeoutError | RuntimeError)
+        assert seconds < TIMEOUT + 1
+        joining.join(5)
+        seconds, error = joined[0]  # type: ignore[misc]
+        assert isinstance(error, TimeoutError | RuntimeError)
+        assert seconds < TIMEOUT + 1
+    finally:
+        sink.close()
+
+
+def test_a_trainer_that_is_gone_is_given_up(free_port: int) -> None:
+    sink = make_sink([[0]])
+    sink.close()
+    transfer = msgspec.structs.replace(sink.transfers[0], rendezvous=f"{HOST}:{free_port}")
+    seconds, error = took(lambda: join(transfer, 0, TIMEOUT))
+    assert isinstance(error, TimeoutError | RuntimeError)
+    assert seconds < TIMEOUT + 1
+
+
+# Silence
+
+
+def test_a_trainer_that_stalls_is_a_timeout(pair: Group) -> None:
+    seconds, error = took(lambda: pair.sources[0].receive(bucket(1 << 20), TIMEOUT, NEVER_CANCELLED))
+    assert isinstance(error, TimeoutError)
+    assert TIMEOUT <= seconds < TIMEOUT + 1
+
+
+def test_a_worker_that_stalls_is_a_timeout(pair: Group) -> None:
+    _, buffer = pair.sink.buffer(0, 64 << 20)
+    seconds, error = took(lambda: pair.sink.push(buffer, TIMEOUT, lambda: False))
+    assert isinstance(error, TimeoutError)
+    assert TIMEOUT <= seconds < TIMEOUT + 1
+
+
+@pytest.mark.parametrize("end", ["worker", "trainer"])
+def test_a_cancelled_wait_ends_at_once(pair: Group, end: str) -> None:
+    cancelled = threading.Event()
+    threading.Timer(0.2, cancelled.set).start()
+    if end == "worker":
+        seconds, error = took(lambda: pair.sources[0].receive(bucket(1 << 20), 20.0, cancelled))
+    else:
+        _, buffer = pair.sink.buffer(0, 64 << 20)
+        seconds, error = took(lambda: pair.sink.push(buffer, 20.0, cancelled.is_set))
+    assert isinstance(error, Cancelled)
+    assert seconds < 1.0
+
+
+def test_after_a_failure_a_new_communicator_works_at_once(pair: Group) -> None:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        pair.sources[0].receive(bucket(1 << 20), 0.2, NEVER_CANCELLED)
+    pair.close()
+    group = Group([[0]])
+    try:
+        (received,) = group.broadcast(torch.full((10,), 9, dtype=torch.uint8))
+        assert received.eq(9).all()
+    finally:
+        group.close()
+    assert time.monotonic() - started < 3.0
+
+
+REBUILT_BY_TWO_THREADS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_broadcast as this
+group = this.Group([[0]])
+try:
+    this.took(lambda: group.sources[0].receive(this.bucket(3 << 20), 0.1, this.NEVER_CANCELLED))
+    group.close()
+    del group
+    this.time.sleep(0.3)
+    this.let_the_abandoned_fail = lambda: None
+    this.Group([[0]]).close()
+finally:
+    sys.stdout.write("alive")
+"""
+
+
+def test_two_threads_that_rebuild_communicators_do_not_end_the_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", REBUILT_BY_TWO_THREADS, str(Path(__file__).parent)],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, b"alive")
+
+
+# Death
+
+PEER = """
+import sys, threading, types, torch, msgspec
+from areal_vllm_ext.protocol import Broadcast, Bucket
+from areal_vllm_ext.transport.broadcast import BroadcastSource
+transfer = msgspec.json.decode(sys.argv[1], type=Broadcast)
+receiver = types.SimpleNamespace(rank=1, device=torch.device("cpu"), own_host="127.0.0.1")
+source = BroadcastSource(transfer, receiver, 60.0, threading.Event())
+print("met", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_worker_is_an_error_for_trainer_and_others_before_the_time_out() -> None:
+    sink = make_sink([[0, 1]], timeout=60.0)
+    peer = subprocess.Popen(
+        [sys.executable, "-c", PEER, msgspec.json.encode(sink.transfers[0])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        joining, joined = in_thread(lambda: join(sink.transfers[0], 0, 60.0))
+        stdout = peer.stdout
+        assert stdout is not None
+        with ThreadPoolExecutor(1) as pool:
+            # As an engine answers Begin: when its workers have joined. Then the door is closed.
+            said: Any = pool.submit(stdout.readline)
+            sink.meet(said)
+        assert said.result() == b"met\n"
+        joining.join(10)
+        source: Any = joined[0]
+        receiving, received = in_thread(lambda: took(lambda: source.receive(bucket(64 << 20), 2.0, NEVER_CANCELLED)))
+        peer.send_signal(signal.SIGKILL)
+        peer.wait()
+        _, buffer = sink.buffer(0, 64 << 20)
+        seconds, error = took(lambda: sink.push(buffer, 2.0, lambda: False))
+        assert isinstance(error, TimeoutError | RuntimeError)
+        assert seconds < 3.0
+        receiving.join(4)
+        seconds, error = received[0]  # type: ignore[misc]
+        assert seconds < 3.0, "it may have got its bytes, or an error; it must not hang"
+    finally:
+        peer.kill()
+        peer.communicate()
+        sink.close()

@@ -1,0 +1,135 @@
+"""Buckets: what is packed comes out again, bit for bit, and nothing reaches beyond its bucket."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from areal_vllm_ext.protocol import Segment, TensorMeta
+from areal_vllm_ext.transport.buckets import filled_buckets, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+Named = tuple[TensorMeta, torch.Tensor]
+
+
+def meta(name: str, tensor: torch.Tensor) -> TensorMeta:
+    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Any bits: NaNs too."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    bits = torch.randint(0, 2 if dtype == torch.bool else 256, (count,), generator=torch.Generator().manual_seed(seed))
+    return bits.to(torch.uint8).view(dtype).view(shape)
+
+
+def bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
+    flat = tensor.contiguous().view(-1)
+    return tensor.dtype, tensor.shape, bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+
+
+tensors = st.lists(
+    st.builds(
+        tensor_of,
+        st.sampled_from(DTYPES),
+        st.lists(st.integers(0, 7), max_size=3).map(tuple),
+        st.integers(0, 2**16),
+    ),
+    max_size=12,
+)
+
+
+def memory(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def through(weights: list[Named], bucket_bytes: int) -> dict[str, torch.Tensor]:
+    """As a sink sends and a source receives."""
+    received: dict[str, torch.Tensor] = {}
+    for bucket in filled_buckets(iter(weights), bucket_bytes, memory):
+        received.update(unpack(bucket.segments, bucket.filled))
+    return received
+
+
+@settings(max_examples=200)
+@given(tensors=tensors, bucket_bytes=st.sampled_from([1, 256, 300, 1024, 1 << 20]))
+def test_what_goes_in_comes_out_bit_for_bit(tensors: list[torch.Tensor], bucket_bytes: int) -> None:
+    weights = [(meta(f"t{place}", tensor), tensor) for place, tensor in enumerate(tensors)]
+    received = through(weights, bucket_bytes)
+    assert list(received) == [known.name for known, _ in weights], "the order is kept"
+    for known, tensor in weights:
+        assert bits(received[known.name]) == bits(tensor)
+
+
+@settings(max_examples=100)
+@given(tensors=tensors, bucket_bytes=st.sampled_from([256, 512, 1024]))
+def test_a_bucket_is_as_large_as_asked_but_for_one_large_tensor(tensors: list[torch.Tensor], bucket_bytes: int) -> None:
+    for bucket in filled_buckets(((meta("t", t), t) for t in tensors), bucket_bytes, memory):
+        assert bucket.nbytes <= bucket_bytes or sum(0 not in one.tensor.shape for one in bucket.segments) == 1
+
+
+def test_memory_that_the_sender_uses_again_does_no_harm() -> None:
+    def gather() -> Iterator[Named]:
+        again = torch.empty(8)
+        for value in range(5):
+            yield meta(f"w{value}", again), again.fill_(value)
+
+    received = {}
+    for bucket in filled_buckets(gather(), 1024, memory):
+        received.update(unpack(bucket.segments, bucket.filled))
+    assert [float(received[f"w{value}"].unique()) for value in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scalars_and_empty_tensors_keep_their_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = tensor_of(dtype, shape, 1)
+    received = through([(meta("odd", torch.zeros(3)), torch.zeros(3)), (meta("t", tensor), tensor)], 1 << 20)
+    assert bits(received["t"]) == bits(tensor)
+
+
+def test_tensors_that_are_not_contiguous_are_packed_by_value() -> None:
+    base = torch.arange(24.0).view(4, 6)
+    for tensor in (base.t(), base[:, ::2], base[1:3, 1:4], base.expand(2, 4, 6)):
+        assert torch.equal(through([(meta("t", tensor), tensor)], 1 << 20)["t"], tensor)
+
+
+def test_nothing_makes_no_bucket() -> None:
+    assert list(filled_buckets(iter(()), 1024, memory)) == []
+
+
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        (Segment(TensorMeta("w", "float32", (65,)), 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), 256), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), -256), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "uint8", (1,)), 2**63), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "uint8", (2**62, 2**62)), 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), 2), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (-1, -1)), 0), "w has a negative size"),
+        (Segment(TensorMeta("w", "float31", (1,)), 0), "w has unknown dtype 'float31'"),
+        (Segment(TensorMeta("w", "Tensor", (1,)), 0), "w has unknown dtype 'Tensor'"),
+        (Segment(TensorMeta("w", "load", (1,)), 0), "w has unknown dtype 'load'"),
+    ],
+)
+def test_a_segment_outside_of_its_bucket_is_refused(segment: Segment, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(unpack([segment], torch.zeros(256, dtype=torch.uint8)))

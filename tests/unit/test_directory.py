@@ -1,0 +1,317 @@
+"""The directory: who is there, who is lost, and who may command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+from raw_client import RawClient
+from waiting import eventually
+
+from areal_vllm_ext import directory as directory_module
+from areal_vllm_ext import protocol
+from areal_vllm_ext.directory import FORGOTTEN_AFTER, LOST_AFTER, Directory, new_incarnation
+from areal_vllm_ext.protocol import (
+    Ack,
+    AcquireLease,
+    Discover,
+    EngineInfo,
+    Engines,
+    Error,
+    Lease,
+    Pause,
+    Register,
+    ReleaseLease,
+    RenewLease,
+    Welcome,
+)
+
+if TYPE_CHECKING:
+    from simulated_engine import Deployment
+
+Raw = Callable[..., RawClient]
+
+
+def engine(rank: int = 0, incarnation: str = "1", replica: str = "replica") -> EngineInfo:
+    return EngineInfo(
+        replica=replica,
+        dp_rank=rank,
+        dp_size=2,
+        headless=False,
+        node="node",
+        pid=1,
+        incarnation=incarnation,
+        address="tcp://127.0.0.1:1",
+        model="model",
+        dtype="float32",
+        device="cpu",
+        vllm_version="0",
+        package_version="0",
+    )
+
+
+def beat(directory: Directory, info: EngineInfo, now: float, epoch: int = 0) -> protocol.Answer:
+    return directory.handle(Register(engine=info, epoch=epoch), now)
+
+
+def seen(directory: Directory, now: float) -> Engines:
+    answer = directory.handle(Discover(), now)
+    assert isinstance(answer, Engines)
+    return answer
+
+
+def acquire(directory: Directory, holder: str, now: float, seconds: float = 10.0, above: int = 0) -> protocol.Answer:
+    return directory.handle(AcquireLease(holder=holder, seconds=seconds, above=above), now)
+
+
+def granted(directory: Directory, holder: str, now: float, seconds: float = 10.0, above: int = 0) -> int:
+    """The epoch of a lease that must be granted."""
+    answer = acquire(directory, holder, now, seconds, above)
+    assert isinstance(answer, Lease), answer
+    assert answer.seconds == seconds
+    return answer.epoch
+
+
+# Who is there
+
+
+def test_engines_are_told_by_replica_and_rank() -> None:
+    directory = Directory()
+    for info in (engine(1, replica="z"), engine(1), engine(0)):
+        assert isinstance(beat(directory, info, 0.0), Ack)
+    assert seen(directory, 0.0).alive == (engine(0), engine(1), engine(1, replica="z"))
+
+
+def test_an_engine_that_is_silent_is_lost_and_says_since_when() -> None:
+    directory = Directory()
+    beat(directory, engine(), 100.0)
+    assert seen(directory, 100.0 + LOST_AFTER).alive == (engine(),)
+    later = seen(directory, 100.0 + LOST_AFTER + 0.5)
+    assert later.alive == ()
+    assert later.lost == ((engine(), LOST_AFTER + 0.5),)
+    assert LOST_AFTER == 5.0
+
+
+def test_a_lost_engine_that_beats_again_is_alive() -> None:
+    directory = Directory()
+    beat(directory, engine(), 0.0)
+    assert seen(directory, 20.0).lost
+    beat(directory, engine(), 20.0)
+    assert seen(directory, 20.0) == Engines(alive=(engine(),))
+
+
+def test_the_dead_are_forgotten_in_the_end() -> None:
+    directory = Directory()
+    beat(directory, engine(), 0.0)
+    assert seen(directory, FORGOTTEN_AFTER).lost
+    assert seen(directory, FORGOTTEN_AFTER + 1) == Engines(alive=())
+    assert seen(directory, 1.0) == Engines(alive=()), "it came back by itself"
+
+
+def test_a_restarted_engine_replaces_its_former_incarnation() -> None:
+    directory = Directory()
+    beat(directory, engine(incarnation="1"), 0.0)
+    beat(directory, engine(incarnation="2"), 1.0)
+    assert seen(directory, 1.0) == Engines(alive=(engine(incarnation="2"),))
+
+
+def test_a_late_beat_of_a_former_incarnation_does_not_bring_it_back() -> None:
+    directory = Directory()
+    beat(directory, engine(incarnation="2"), 0.0)
+    refusal = beat(directory, engine(incarnation="1"), 1.0)
+    assert isinstance(refusal, Error)
+    assert refusal.kind == "state"
+    assert seen(directory, 1.0).alive == (engine(incarnation="2"),)
+
+
+def test_two_replicas_of_one_name_are_reported_with_the_setting() -> None:
+    directory = Directory()
+    beat(directory, engine(incarnation="1"), 0.0)
+    beat(directory, engine(incarnation="2"), 0.0)
+    refusal = beat(directory, engine(incarnation="1"), 1.0)
+    assert isinstance(refusal, Error)
+    assert "AREAL_VLLM_REPLICA" in refusal.message
+    assert seen(directory, 1.0).usurped == (engine(incarnation="1"),)
+    assert seen(directory, 1.0 + LOST_AFTER + 0.1).usurped == (), "its process has ended meanwhile"
+
+
+def test_a_lost_engine_is_replaced_by_whoever_comes_however_its_clock_goes() -> None:
+    directory = Directory()
+    beat(directory, engine(incarnation="2"), 0.0)
+    now = LOST_AFTER + 1.0
+    assert isinstance(beat(directory, engine(incarnation="1"), now), Ack)
+    assert seen(directory, now).alive == (engine(incarnation="1"),)
+
+
+def test_incarnations_sort_by_their_start() -> None:
+    assert new_incarnation(1.0) < new_incarnation(1.001) < new_incarnation(1e9) < new_incarnation(1e11)
+
+
+# Who may command
+
+
+def test_a_lease_is_for_one_holder() -> None:
+    directory = Directory()
+    epoch = granted(directory, "first", 0.0)
+    refusal = acquire(directory, "second", 4.0)
+    assert isinstance(refusal, Error)
+    assert (refusal.kind, refusal.holder, refusal.epoch) == ("held", "first", epoch)
+    assert "first commands these engines" in refusal.message
+    assert "6.0 s" in refusal.message
+
+
+def test_a_lease_ends_by_itself_and_the_next_epoch_is_higher() -> None:
+    directory = Directory()
+    epoch = granted(directory, "dead", 0.0)
+    assert isinstance(acquire(directory, "next", 9.999), Error)
+    assert granted(directory, "next", 10.0) > epoch
+
+
+def test_a_renewed_lease_goes_on() -> None:
+    directory = Directory()
+    epoch = granted(directory, "first", 0.0)
+    assert directory.handle(RenewLease(epoch=epoch, seconds=10.0), 9.0) == Lease(epoch=epoch, seconds=10.0)
+    assert isinstance(acquire(directory, "second", 18.0), Error)
+    assert isinstance(acquire(directory, "second", 19.0), Lease)
+
+
+def test_a_lease_that_another_got_cannot_be_renewed() -> None:
+    directory = Directory()
+    epoch = granted(directory, "slow", 0.0)
+    newer = granted(directory, "next", 10.0)
+    refusal = directory.handle(RenewLease(epoch=epoch, seconds=10.0), 11.0)
+    assert isinstance(refusal, Error)
+    assert (refusal.kind, refusal.epoch) == ("fenced", newer)
+
+
+def test_a_released_lease_is_free_at_once_and_only_its_own_holder_releases_it() -> None:
+    directory = Directory()
+    first = granted(directory, "first", 0.0)
+    directory.handle(ReleaseLease(epoch=first), 1.0)
+    second = granted(directory, "second", 1.0)
+    directory.handle(ReleaseLease(epoch=first), 2.0)  # late, or twice
+    assert isinstance(acquire(directory, "third", 2.0), Error)
+    assert second > first
+
+
+def test_every_lease_has_an_epoch_of_its_own() -> None:
+    directory = Directory()
+    epochs = [granted(directory, "same", float(now)) for now in range(5)]
+    assert epochs == sorted(set(epochs)), "the same holder twice: its older commands must be fenced too"
+
+
+def test_the_epoch_exceeds_what_the_engines_have_seen() -> None:
+    """A restarted directory begins at 0: its engines bring the epoch back."""
+    directory = Directory()
+    beat(directory, engine(0), 0.0, epoch=41)
+    beat(directory, engine(1), 0.0, epoch=7)
+    assert granted(directory, "trainer", 0.0) == 42
+    assert granted(directory, "trainer", 0.0, above=99) == 100
+
+
+def test_a_lease_that_was_granted_before_a_restart_can_be_renewed_after_it() -> None:
+    directory = Directory()
+    beat(directory, engine(), 0.0, epoch=41)
+    assert directory.handle(RenewLease(epoch=41, seconds=10.0), 0.0) == Lease(epoch=41, seconds=10.0)
+    assert isinstance(acquire(directory, "other", 5.0), Error)
+
+
+def test_no_epoch_is_too_large_for_an_answer() -> None:
+    directory = Directory()
+    encoded = protocol.encoder.encode(AcquireLease(holder="h", seconds=1.0, above=2**64 - 1))
+    try:
+        request = protocol.directory_decoder.decode(encoded)
+    except msgspec.ValidationError:
+        return
+    protocol.encoder.encode(directory.handle(request, 0.0))
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e300])
+def test_no_lease_is_for_ever(seconds: float) -> None:
+    directory = Directory()
+    encoded = protocol.encoder.encode(AcquireLease(holder="h", seconds=seconds))
+    try:
+        directory.handle(protocol.directory_decoder.decode(encoded), 0.0)
+    except msgspec.ValidationError:
+        return
+    assert isinstance(acquire(directory, "next", 86_400.0), Lease)
+
+
+# Behind its socket
+
+
+def test_a_directory_that_restarts_knows_its_engines_and_their_epoch_within_two_seconds(
+    deployment: Deployment, raw: Raw
+) -> None:
+    client = raw(deployment.engines[0].endpoint.address)
+    assert isinstance(client.ask(Pause(epoch=17, mode="keep", kv="keep", timeout=5.0)), Ack)
+    asking = raw(deployment.directory)
+    eventually(lambda: len(asking.ask(Discover()).alive) == 2)  # type: ignore[union-attr]
+    deployment.stop_directory()
+    port = int(deployment.directory.rpartition(":")[2])
+    assert deployment.start_directory(port) == deployment.directory
+    again = raw(deployment.directory)
+    eventually(lambda: len(again.ask(Discover()).alive) == 2, timeout=2.0)  # type: ignore[union-attr]
+    lease = again.ask(AcquireLease(holder="trainer", seconds=1.0))
+    assert isinstance(lease, Lease)
+    assert lease.epoch == 18
+
+
+def test_an_engine_is_told_of_once_its_workers_have_attached(deployment: Deployment, raw: Raw) -> None:
+    client = raw(deployment.directory)
+
+    def alive() -> tuple[EngineInfo, ...]:
+        answer = client.ask(Discover())
+        assert isinstance(answer, Engines)
+        return answer.alive
+
+    eventually(lambda: len(alive()) == 2)
+    for info in alive():
+        assert [worker.rank for worker in info.workers] == [0]
+        assert info.address == deployment.engines[info.dp_rank].endpoint.address
+
+
+def test_an_engine_that_restarts_takes_its_place_back(deployment: Deployment, raw: Raw) -> None:
+    client = raw(deployment.directory)
+
+    def incarnations() -> dict[int, str]:
+        answer = client.ask(Discover())
+        assert isinstance(answer, Engines)
+        return {info.dp_rank: info.incarnation for info in answer.alive}
+
+    eventually(lambda: len(incarnations()) == 2)
+    before = incarnations()
+    deployment.stop_engine(1)
+    deployment.start_engine(1)
+    eventually(lambda: incarnations()[1] > before[1])
+    assert incarnations()[0] == before[0]
+
+
+def test_an_engine_whose_name_is_taken_says_so_in_its_log(
+    deployment: Deployment, raw: Raw, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = raw(deployment.directory)
+    eventually(lambda: len(client.ask(Discover()).alive) == 2)  # type: ignore[union-attr]
+    usurper = msgspec.structs.replace(deployment.engines[0].endpoint.info, incarnation="9")
+    assert isinstance(client.ask(Register(engine=usurper, epoch=0)), Ack)
+    eventually(lambda: "took the place of" in caplog.text)
+    eventually(lambda: client.ask(Discover()).usurped)  # type: ignore[union-attr]
+
+
+def test_a_directory_answers_hello(deployment: Deployment, raw: Raw) -> None:
+    welcome = raw(deployment.directory).ask(protocol.Hello())
+    assert isinstance(welcome, Welcome)
+    assert welcome.engine is None
+
+
+def test_a_directory_answers_a_malformed_request_and_goes_on(deployment: Deployment, raw: Raw) -> None:
+    client = raw(deployment.directory)
+    client.send(os.urandom(16), protocol.encoder.encode(protocol.GetStatus()))
+    answer = client.answer()
+    assert isinstance(answer, Error)
+    assert answer.kind == "malformed"
+    assert isinstance(client.ask(Discover()), Engines)
+    assert directory_module.BEAT_SECONDS < LOST_AFTER / 2, "one lost beat must not make an engine lost"

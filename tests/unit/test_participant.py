@@ -1,0 +1,750 @@
+"""An engine's side of pause and update: every transition of ``participant.py``, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from areal_vllm_ext.engine_core.participant import (
+    CallCancelPause,
+    CallCommit,
+    CallPause,
+    CallResume,
+    Effect,
+    Order,
+    Participant,
+    ParticipantRequest,
+    Reply,
+)
+from areal_vllm_ext.protocol import (
+    Abort,
+    Ack,
+    Answer,
+    Begin,
+    Bucket,
+    Commit,
+    Disk,
+    Error,
+    KVPolicy,
+    Pause,
+    PauseMode,
+    Prepare,
+    Resume,
+    WorkerDone,
+)
+from areal_vllm_ext.wire import Caller
+
+OLD, NEW = "old", "new"
+MINUTE = 60.0
+
+
+class Rig:
+    """A participant, its callers and its clock."""
+
+    def __init__(self, workers: int = 1) -> None:
+        self.participant = Participant(OLD, frozenset(range(workers)))
+        self.now = 0.0
+        self.calls: list[CallPause | CallResume | CallCancelPause | CallCommit] = []
+        self.orders: list[object] = []
+        self.answers: dict[Caller, Answer] = {}
+        self._numbers = itertools.count()
+
+    @property
+    def state(self) -> tuple[str, str]:
+        return self.participant.phase, self.participant.flow
+
+    def ask(self, message: ParticipantRequest) -> Caller:
+        caller = Caller(b"peer", str(next(self._numbers)).encode())
+        self.take(self.participant.handle(caller, message, self.now))
+        return caller
+
+    def take(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Reply():
+                    assert effect.caller not in self.answers, "answered twice"
+                    self.answers[effect.caller] = effect.answer
+                case Order():
+                    self.orders.append(effect.message)
+                case _:
+                    self.calls.append(effect)
+
+    # What is asked
+
+    def begin(self, update: str = "u", epoch: int = 1, timeout: float = MINUTE) -> Caller:
+        return self.ask(Begin(epoch=epoch, update=update, version=NEW, transfer=Disk(path="/"), timeout=timeout))
+
+    def bucket(self, index: int = 0, update: str = "u", epoch: int = 1) -> Caller:
+        return self.ask(Bucket(epoch=epoch, update=update, index=index, nbytes=0, segments=()))
+
+    def prepare(self, update: str = "u", epoch: int = 1) -> Caller:
+        return self.ask(Prepare(epoch=epoch, update=update, buckets=1))
+
+    def pause(
+        self,
+        mode: PauseMode = "keep",
+        kv: KVPolicy = "keep",
+        *,
+        epoch: int = 1,
+        timeout: float = MINUTE,
+        update: str = "",
+    ) -> Caller:
+        return self.ask(Pause(epoch=epoch, mode=mode, kv=kv, timeout=timeout, update=update))
+
+    def commit(self, update: str = "u", epoch: int = 1) -> Caller:
+        return self.ask(Commit(epoch=epoch, update=update))
+
+    def resume(self, epoch: int = 1) -> Caller:
+        return self.ask(Resume(epoch=epoch, timeout=MINUTE))
+
+    def abort(self, update: str = "u", epoch: int = 1) -> Caller:
+        return self.ask(Abort(epoch=epoch, update=update, reason="the trainer says so"))
+
+    # What happens
+
+    def done(self, step: str, rank: int = 0, error: str = "", update: str = "u") -> None:
+        self.take(self.participant.worker_done(WorkerDone(update=update, rank=rank, step=step, error=error)))
+
+    def paused(self, error: str = "") -> None:
+        call = next(call for call in reversed(self.calls) if isinstance(call, CallPause))
+        self.take(self.participant.pause_done(call.call, error))
+
+    def resumed(self, error: str = "") -> None:
+        call = next(call for call in reversed(self.calls) if isinstance(call, CallResume))
+        self.take(self.participant.resume_done(call.call, error))
+
+    def cancelled(self, cancelled: bool) -> None:
+        call = next(call for call in reversed(self.calls) if isinstance(call, CallCancelPause))
+        self.take(self.participant.cancel_done(call.call, cancelled))
+
+    def committed(self, error: str = "") -> None:
+        self.take(self.participant.commit_done(error, 0.25))
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.take(self.participant.tick(self.now))
+
+    # What must have come of it
+
+    def acked(self, caller: Caller) -> bool:
+        return isinstance(self.answers.get(caller), Ack)
+
+    def refusal(self, caller: Caller) -> Error:
+        answer = self.answers[caller]
+        assert isinstance(answer, Error), answer
+        return answer
+
+    def kinds(self) -> list[str]:
+        return [type(call).__name__ for call in self.calls]
+
+
+def in_state(phase: str, flow: str, workers: int = 1) -> Rig:
+    """A participant in the given state, with update ``u`` where one is under way."""
+    rig = Rig(workers)
+    if phase != "idle":
+        rig.begin()
+    if phase in ("prepared", "committing", "tainted"):
+        for rank in range(workers):
+            rig.done("begin", rank)
+        rig.prepare()
+        for rank in range(workers):
+            rig.done("prepare", rank)
+    if flow != "running" or phase in ("committing", "tainted"):
+        rig.pause()
+        if flow != "pausing":
+            rig.paused()
+        if flow == "resuming":
+            rig.resume()
+    if phase in ("committing", "tainted"):
+        rig.commit()
+    if phase == "tainted":
+        rig.committed("a weight did not fit")
+        assert rig.participant.tainted
+        assert rig.state == ("idle", "paused")
+    else:
+        assert rig.state == (phase, flow)
+    rig.calls.clear()
+    rig.orders.clear()
+    return rig
+
+
+FLOWS = ("running", "pausing", "paused", "resuming")
+REACHABLE = [(phase, flow) for phase in ("idle", "receiving", "prepared") for flow in FLOWS] + [
+    ("committing", "paused")
+]
+
+
+# The way of an update
+
+
+def test_an_update_goes_from_begin_to_the_new_version() -> None:
+    rig = Rig()
+    begin = rig.begin()
+    assert rig.state == ("receiving", "running")
+    assert isinstance(rig.orders[-1], Begin)
+    assert begin not in rig.answers, "it is answered when the worker is ready"
+    rig.done("begin")
+    assert rig.acked(begin)
+    bucket = rig.bucket()
+    assert isinstance(rig.orders[-1], Bucket)
+    rig.done("bucket 0")
+    assert rig.acked(bucket)
+    prepare = rig.prepare()
+    assert rig.state == ("receiving", "running"), "asked is not voted"
+    rig.done("prepare")
+    assert rig.acked(prepare)
+    assert rig.state == ("prepared", "running")
+    pause = rig.pause("keep", "recompute", update="u")
+    assert rig.state == ("prepared", "pausing")
+    assert rig.calls == [CallPause(1, "keep", clear_cache=True)]
+    rig.paused()
+    assert rig.acked(pause)
+    commit = rig.commit()
+    assert rig.state == ("committing", "paused")
+    assert rig.calls[-1] == CallCommit("u", NEW)
+    assert rig.participant.version == OLD
+    rig.committed()
+    assert rig.answers[commit] == Ack(seconds=0.25)
+    assert rig.state == ("idle", "paused")
+    assert (rig.participant.version, rig.participant.last_update) == (NEW, "u")
+    resume = rig.resume()
+    assert rig.state == ("idle", "resuming")
+    rig.resumed()
+    assert rig.acked(resume)
+    assert rig.state == ("idle", "running")
+
+
+@pytest.mark.parametrize("step", ["begin", "bucket 0", "prepare"])
+def test_every_worker_must_finish_a_step(step: str) -> None:
+    rig = Rig(workers=3)
+    begin = rig.begin()
+    asked = {"begin": lambda: begin, "bucket 0": rig.bucket, "prepare": rig.prepare}[step]()
+    for rank in (2, 0, 2, 0):  # again is not another worker
+        rig.done(step, rank)
+        assert asked not in rig.answers
+        assert rig.participant.phase == "receiving"
+    rig.done(step, 1)
+    assert rig.acked(asked)
+
+
+def test_a_rank_that_is_no_worker_has_no_vote() -> None:
+    rig = Rig(workers=2)
+    rig.begin()
+    prepare = rig.prepare()
+    rig.done("prepare", 0)
+    rig.done("prepare", 7)
+    assert prepare not in rig.answers
+    assert rig.participant.phase == "receiving"
+
+
+def test_buckets_are_answered_each_by_itself() -> None:
+    rig = Rig()
+    rig.begin()
+    first, second = rig.bucket(0), rig.bucket(1)
+    rig.done("bucket 1")
+    assert rig.acked(second)
+    assert first not in rig.answers
+
+
+# Fencing
+
+REQUESTS: dict[str, Callable[[Rig, int], Caller]] = {
+    "pause": lambda rig, epoch: rig.pause(epoch=epoch),
+    "resume": lambda rig, epoch: rig.resume(epoch),
+    "begin": lambda rig, epoch: rig.begin("other", epoch),
+    "bucket": lambda rig, epoch: rig.bucket(epoch=epoch),
+    "prepare": lambda rig, epoch: rig.prepare(epoch=epoch),
+    "commit": lambda rig, epoch: rig.commit(epoch=epoch),
+    "abort": lambda rig, epoch: rig.abort(epoch=epoch),
+}
+
+
+@pytest.mark.parametrize("state", REACHABLE, ids=" ".join)
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_a_lower_epoch_changes_nothing_in_any_state(state: tuple[str, str], request_name: str) -> None:
+    rig = in_state(*state)
+    assert rig.participant.fence(9) is None
+    caller = REQUESTS[request_name](rig, 8)
+    refusal = rig.refusal(caller)
+    assert (refusal.kind, refusal.epoch) == ("fenced", 9)
+    assert "epoch 8" in refusal.message
+    assert "epoch 9" in refusal.message
+    assert (rig.state, rig.participant.version, rig.calls, rig.orders) == (state, OLD, [], [])
+    assert rig.participant.epoch == 9
+
+
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_every_request_raises_the_epoch_even_one_that_is_refused(request_name: str) -> None:
+    rig = in_state("idle", "running")
+    REQUESTS[request_name](rig, 5)
+    assert rig.participant.epoch == 5
+    assert rig.refusal(rig.pause(epoch=4)).kind == "fenced"
+
+
+# Repetition
+
+
+def test_a_repeated_begin_starts_nothing_again() -> None:
+    rig = Rig()
+    first = rig.begin()
+    rig.done("begin")
+    rig.bucket()
+    rig.done("bucket 0")
+    again = rig.begin()
+    assert rig.acked(first)
+    assert rig.acked(again)
+    assert [type(order) for order in rig.orders] == [Begin, Bucket]
+    assert rig.participant.phase == "receiving"
+
+
+def test_a_step_that_is_asked_twice_is_ordered_once_and_both_are_answered() -> None:
+    rig = Rig()
+    rig.begin()
+    for ask, step in ((rig.bucket, "bucket 0"), (rig.prepare, "prepare")):
+        first, second = ask(), ask()
+        rig.done(step)
+        third = ask()
+        assert all(rig.acked(caller) for caller in (first, second, third)), step
+    assert [type(order) for order in rig.orders] == [Begin, Bucket, Prepare]
+
+
+def test_a_commit_that_is_asked_twice_is_done_once() -> None:
+    rig = in_state("prepared", "paused")
+    first, second = rig.commit(), rig.commit()
+    rig.committed()
+    third = rig.commit()
+    assert all(rig.acked(caller) for caller in (first, second, third))
+    assert rig.kinds() == ["CallCommit"]
+
+
+def test_an_abort_that_is_asked_twice_is_done_once() -> None:
+    rig = in_state("receiving", "running")
+    first, second = rig.abort(), rig.abort()
+    assert rig.acked(first)
+    assert rig.acked(second)
+    assert [type(order) for order in rig.orders] == [Abort]
+
+
+# Commit
+
+
+@pytest.mark.parametrize(
+    "state", [state for state in REACHABLE if state not in (("prepared", "paused"), ("committing", "paused"))]
+)
+def test_commit_needs_a_prepared_and_paused_engine(state: tuple[str, str]) -> None:
+    rig = in_state(*state)
+    assert rig.refusal(rig.commit()).kind == "state"
+    assert rig.kinds() == []
+    assert rig.state == state
+    assert rig.participant.version == OLD
+
+
+def test_commit_of_another_update_is_refused() -> None:
+    rig = in_state("prepared", "paused")
+    assert "other is not under way" in rig.refusal(rig.commit("other")).message
+    assert rig.state == ("prepared", "paused")
+
+
+@pytest.mark.parametrize("ask", [lambda rig: rig.resume(), lambda rig: rig.abort(), lambda rig: rig.begin("other")])
+def test_a_commit_under_way_excludes_resume_abort_and_begin(ask: Callable[[Rig], Caller]) -> None:
+    rig = in_state("committing", "paused")
+    assert rig.refusal(ask(rig)).kind == "busy"
+    assert rig.state == ("committing", "paused")
+    assert rig.calls == []
+
+
+def test_nothing_that_workers_say_disturbs_a_commit() -> None:
+    rig = in_state("committing", "paused")
+    rig.done("prepare", error="too late")
+    rig.pass_time(10 * MINUTE)
+    assert rig.state == ("committing", "paused")
+    rig.committed()
+    assert rig.participant.version == NEW
+
+
+def test_a_commit_cannot_be_aborted_afterwards() -> None:
+    rig = in_state("committing", "paused")
+    rig.committed()
+    assert "committed here" in rig.refusal(rig.abort()).message
+    assert rig.participant.version == NEW
+
+
+def test_a_failed_commit_leaves_a_tainted_engine_that_does_not_resume() -> None:
+    rig = in_state("committing", "paused")
+    waiting = rig.commit()
+    rig.committed("a weight did not fit")
+    assert "a weight did not fit" in rig.refusal(waiting).message
+    assert rig.participant.version == OLD
+    refusal = rig.refusal(rig.resume())
+    assert refusal.kind == "state"
+    assert "tainted" in refusal.message
+    assert rig.participant.flow == "paused"
+
+
+def test_another_update_heals_a_tainted_engine() -> None:
+    rig = in_state("tainted", "paused")
+    rig.begin("healing")
+    rig.prepare("healing")
+    rig.done("prepare", update="healing")
+    assert rig.acked(rig.pause())
+    rig.commit("healing")
+    rig.committed()
+    assert not rig.participant.tainted
+    assert rig.participant.version == NEW
+    rig.resume()
+    rig.resumed()
+    assert rig.state == ("idle", "running")
+
+
+def test_a_healing_update_that_fails_leaves_the_engine_tainted() -> None:
+    rig = in_state("tainted", "paused")
+    rig.begin("healing")
+    rig.abort("healing")
+    assert rig.participant.tainted
+    assert "tainted" in rig.refusal(rig.resume()).message
+
+
+# Abort
+
+
+@pytest.mark.parametrize("state", [state for state in REACHABLE if state[0] in ("receiving", "prepared")], ids=" ".join)
+def test_abort_keeps_the_old_weights_and_the_flow_from_every_state(state: tuple[str, str]) -> None:
+    rig = in_state(*state)
+    caller = rig.abort()
+    assert rig.acked(caller)
+    assert rig.state == ("idle", state[1])
+    assert rig.participant.version == OLD
+    assert [type(order) for order in rig.orders] == [Abort], "the workers free their staging"
+    assert rig.calls == []
+    assert "the trainer says so" in rig.participant.error
+
+
+@pytest.mark.parametrize("state", REACHABLE, ids=" ".join)
+def test_abort_of_an_unknown_update_is_acknowledged_and_does_nothing(state: tuple[str, str]) -> None:
+    rig = in_state(*state)
+    assert rig.acked(rig.abort("unknown"))
+    assert rig.state == state
+    assert rig.orders == []
+
+
+def test_whoever_waits_is_told_of_the_abort() -> None:
+    rig = in_state("receiving", "running")
+    bucket, prepare = rig.bucket(), rig.prepare()
+    rig.abort()
+    assert rig.refusal(bucket).message == "the trainer says so"
+    assert rig.refusal(prepare).message == "the trainer says so"
+
+
+# Begin over another update
+
+
+@pytest.mark.parametrize("state", [("receiving", flow) for flow in FLOWS] + [("prepared", "running")], ids=" ".join)
+def test_a_newer_update_ends_one_that_nobody_can_have_committed(state: tuple[str, str]) -> None:
+    rig = in_state(*state)
+    rig.begin("newer", epoch=2)
+    assert [type(order) for order in rig.orders] == [Abort, Begin]
+    assert rig.participant.update is not None
+    assert rig.participant.update.begin.update == "newer"
+    assert rig.participant.phase == "receiving"
+
+
+@pytest.mark.parametrize("flow", ["pausing", "paused", "resuming"])
+def test_a_newer_update_does_not_end_one_in_doubt(flow: str) -> None:
+    rig = in_state("prepared", flow)
+    refusal = rig.refusal(rig.begin("newer", epoch=2))
+    assert refusal.kind == "state"
+    assert "in doubt" in refusal.message
+    assert rig.state == ("prepared", flow)
+    assert rig.orders == []
+
+
+# Workers that fail
+
+
+@pytest.mark.parametrize("step", ["begin", "bucket 0", "prepare"])
+def test_a_worker_that_fails_is_told_to_whoever_waits_and_to_whoever_asks_later(step: str) -> None:
+    rig = Rig(workers=2)
+    begin = rig.begin()
+    asked = {"begin": lambda: begin, "bucket 0": rig.bucket, "prepare": rig.prepare}[step]()
+    rig.done(step, 0)
+    rig.done(step, 1, error="out of memory")
+    for caller in (asked, rig.bucket(5), rig.prepare()):
+        refusal = rig.refusal(caller)
+        assert refusal.kind == "failed"
+        assert refusal.message == "worker 1: out of memory"
+    assert rig.participant.phase == "receiving"
+    assert rig.acked(rig.abort())
+    assert rig.participant.phase == "idle"
+
+
+@pytest.mark.parametrize("flow", ["running", "paused"])
+def test_a_worker_that_fails_after_its_vote_takes_the_vote_back(flow: str) -> None:
+    rig = in_state("prepared", flow)
+    rig.done("prepare", error="the staging is gone")
+    assert rig.participant.phase == "receiving"
+    rig.pause()
+    if flow == "running":
+        rig.paused()
+    assert rig.refusal(rig.commit()).kind == "state"
+    assert rig.participant.version == OLD
+
+
+def test_a_late_vote_after_a_failure_does_not_count() -> None:
+    rig = Rig(workers=2)
+    rig.begin()
+    rig.prepare()
+    rig.done("prepare", 0, error="broken")
+    rig.done("prepare", 0)
+    rig.done("prepare", 1)
+    assert rig.participant.phase == "receiving"
+    assert "broken" in rig.refusal(rig.prepare()).message
+
+
+@pytest.mark.parametrize("error", ["", "late"])
+@pytest.mark.parametrize("state", REACHABLE, ids=" ".join)
+def test_what_workers_say_of_another_update_is_ignored(state: tuple[str, str], error: str) -> None:
+    rig = in_state(*state)
+    for step in ("begin", "bucket 0", "prepare"):
+        rig.done(step, error=error, update="an older one")
+    assert rig.state == state
+    assert (rig.calls, rig.orders) == ([], [])
+
+
+# Pause and resume
+
+
+def test_a_second_pause_of_the_same_mode_joins_the_first() -> None:
+    rig = Rig()
+    first, second = rig.pause(epoch=1), rig.pause(epoch=2)
+    assert rig.kinds() == ["CallPause"], "a new round would wait for ranks that have paused already"
+    rig.paused()
+    assert rig.acked(first)
+    assert rig.acked(second)
+
+
+def test_a_pause_of_a_paused_engine_is_done_at_once() -> None:
+    rig = in_state("idle", "paused")
+    assert rig.acked(rig.pause())
+    assert rig.calls == []
+
+
+@pytest.mark.parametrize("flow", ["pausing", "paused"])
+@pytest.mark.parametrize(("mode", "kv"), [("abort", "keep"), ("wait", "keep"), ("keep", "recompute")])
+def test_a_pause_of_another_mode_starts_a_new_round_however_far_this_rank_is(
+    flow: str, mode: PauseMode, kv: KVPolicy
+) -> None:
+    rig = in_state("idle", flow)
+    caller = rig.pause(mode, kv)
+    assert [(call.mode, call.clear_cache) for call in rig.calls if isinstance(call, CallPause)] == [
+        (mode, kv == "recompute")
+    ]
+    assert rig.state == ("idle", "pausing")
+    rig.paused()
+    assert rig.acked(caller)
+
+
+def test_a_cleared_cache_needs_no_second_clearing() -> None:
+    rig = Rig()
+    rig.pause("keep", "recompute")
+    rig.paused()
+    assert rig.acked(rig.pause("keep", "recompute"))
+    assert rig.acked(rig.pause("keep", "keep"))
+    assert rig.kinds() == ["CallPause"]
+
+
+def test_the_outcome_of_an_older_pause_does_not_answer_a_newer_one() -> None:
+    rig = Rig()
+    rig.pause("keep")
+    newer = rig.pause("abort")
+    rig.take(rig.participant.pause_done(1, ""))
+    assert newer not in rig.answers
+    assert rig.participant.flow == "pausing"
+
+
+def test_a_pause_that_fails_says_why_and_the_engine_runs() -> None:
+    rig = Rig()
+    caller = rig.pause()
+    rig.paused("no consent")
+    assert rig.refusal(caller).message == "no consent"
+    assert rig.participant.flow == "running"
+
+
+def test_resume_is_done_once_a_pause_and_answers_all() -> None:
+    rig = in_state("idle", "paused")
+    first, second = rig.resume(), rig.resume(epoch=2)
+    rig.resumed()
+    third = rig.resume(epoch=2)
+    assert all(rig.acked(caller) for caller in (first, second, third))
+    assert rig.kinds() == ["CallResume"]
+
+
+def test_resume_takes_back_a_pause_that_has_not_completed() -> None:
+    rig = Rig()
+    pause = rig.pause()
+    resume = rig.resume(epoch=2)
+    assert rig.kinds() == ["CallPause", "CallResume"]
+    assert "taken back" in rig.refusal(pause).message
+    rig.take(rig.participant.pause_done(1, ""))  # it completes late
+    assert rig.participant.flow == "resuming"
+    rig.resumed()
+    assert rig.acked(resume)
+    assert rig.state == ("idle", "running")
+
+
+def test_a_resume_that_fails_says_why_and_the_engine_stays_paused() -> None:
+    rig = in_state("idle", "paused")
+    caller = rig.resume()
+    rig.resumed("stuck")
+    assert rig.refusal(caller).message == "stuck"
+    assert rig.participant.flow == "paused"
+
+
+def test_a_pause_while_resuming_is_refused() -> None:
+    rig = in_state("idle", "resuming")
+    assert rig.refusal(rig.pause()).kind == "busy"
+    assert rig.state == ("idle", "resuming")
+    assert rig.calls == []
+
+
+def test_an_engine_that_runs_has_no_pause_mode() -> None:
+    rig = Rig()
+    rig.pause()
+    rig.paused()
+    assert rig.participant.pause_mode == "keep"
+    rig.resume()
+    rig.resumed()
+    assert rig.participant.pause_mode is None
+
+
+@pytest.mark.parametrize("way", ["failed", "cancelled"])
+def test_an_engine_whose_pause_came_to_nothing_has_no_pause_mode(way: str) -> None:
+    rig = Rig()
+    rig.pause(timeout=1.0)
+    if way == "failed":
+        rig.paused("no consent")
+    else:
+        rig.pass_time(1.0)
+        rig.cancelled(True)
+    assert rig.state == ("idle", "running")
+    assert rig.participant.pause_mode is None
+
+
+# Time
+
+
+def test_a_pause_that_takes_too_long_is_taken_back() -> None:
+    rig = Rig()
+    caller = rig.pause(timeout=5.0)
+    rig.pass_time(4.9)
+    assert caller not in rig.answers
+    rig.pass_time(0.1)
+    assert rig.refusal(caller).kind == "timeout"
+    assert rig.kinds() == ["CallPause", "CallCancelPause"]
+    assert rig.participant.flow == "resuming"
+    rig.cancelled(True)
+    assert rig.participant.flow == "running"
+
+
+def test_a_pause_that_completes_while_it_is_taken_back_stands() -> None:
+    rig = Rig()
+    rig.pause(timeout=5.0)
+    rig.pass_time(5.0)
+    rig.take(rig.participant.pause_done(1, ""))
+    rig.cancelled(False)
+    assert rig.participant.flow == "paused"
+    rig.resume()
+    rig.resumed()
+    assert rig.participant.flow == "running"
+
+
+def test_a_resume_that_comes_while_a_pause_is_taken_back_is_carried_out() -> None:
+    rig = Rig()
+    rig.pause(timeout=5.0)
+    rig.pass_time(5.0)
+    resume = rig.resume()
+    rig.cancelled(False)  # the pause had completed after all
+    assert rig.kinds()[-1] == "CallResume"
+    rig.resumed()
+    assert rig.acked(resume)
+    assert rig.participant.flow == "running"
+
+
+@pytest.mark.parametrize("state", [("receiving", flow) for flow in FLOWS] + [("prepared", "running")], ids=" ".join)
+def test_an_update_that_nobody_can_have_committed_ends_with_its_time(state: tuple[str, str]) -> None:
+    rig = in_state(*state)
+    rig.pass_time(MINUTE - 0.1)
+    assert rig.participant.phase == state[0]
+    rig.pass_time(0.1)
+    assert rig.participant.phase == "idle"
+    assert rig.participant.version == OLD
+    assert Abort in [type(order) for order in rig.orders]
+
+
+def test_a_prepared_engine_that_was_never_paused_lets_nobody_commit_after_its_time() -> None:
+    rig = in_state("prepared", "running")
+    rig.pass_time(MINUTE)
+    rig.pause()
+    rig.paused()
+    assert rig.refusal(rig.commit()).kind == "state"
+
+
+@pytest.mark.parametrize("flow", ["paused", "resuming"])
+def test_an_update_in_doubt_waits_for_the_coordinator_or_its_successor(flow: str) -> None:
+    rig = in_state("prepared", flow)
+    rig.pass_time(1000 * MINUTE)
+    assert rig.participant.phase == "prepared"
+    assert rig.orders == []
+
+
+@pytest.mark.parametrize("state", REACHABLE, ids=" ".join)
+def test_time_that_passes_before_a_deadline_does_nothing(state: tuple[str, str]) -> None:
+    rig = in_state(*state)
+    for _ in range(3):
+        rig.pass_time(1.0)
+    assert rig.state == state
+    assert (rig.calls, rig.orders) == ([], [])
+
+
+# A pause that an update needs
+
+
+@pytest.mark.parametrize("state", [("idle", "running"), ("receiving", "running"), ("idle", "paused")], ids=" ".join)
+def test_a_pause_for_an_update_is_a_second_vote(state: tuple[str, str]) -> None:
+    rig = in_state(*state)
+    refusal = rig.refusal(rig.pause(update="given up before" if state[0] == "idle" else "u"))
+    assert refusal.kind == "state"
+    assert rig.state == state
+    assert rig.calls == []
+
+
+def test_a_pause_for_an_update_remembers_it_and_a_users_own_outlasts_it() -> None:
+    rig = in_state("prepared", "running")
+    rig.pause(update="u")
+    rig.paused()
+    assert rig.participant.paused_for == "u"
+    rig.pause("abort")
+    rig.paused()
+    assert rig.participant.paused_for == ""
+    assert rig.acked(rig.pause("abort", update="u"))
+    assert rig.participant.paused_for == ""
+
+
+# Weights that must not serve
+
+
+@pytest.mark.parametrize("phase", ["tainted", "prepared", "committing"])
+def test_a_pause_of_another_mode_that_times_out_does_not_set_doubtful_weights_running(phase: str) -> None:
+    rig = in_state(phase, "paused")
+    rig.pause("abort", timeout=5.0, epoch=2)
+    rig.pass_time(5.0)
+    assert "CallCancelPause" not in rig.kinds()
+    assert rig.participant.flow != "resuming"
+
+
+def test_a_paused_engine_stays_paused_where_a_pause_of_another_mode_fails() -> None:
+    rig = in_state("idle", "paused")
+    rig.pause("abort")
+    rig.paused("no consent")
+    assert rig.participant.flow == "paused"

@@ -1,0 +1,203 @@
+"""Shared memory: the same bytes, nothing beyond the segment, and nothing left in /dev/shm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from areal_vllm_ext.protocol import Bucket, SharedMemory
+from areal_vllm_ext.transport.buckets import aligned
+from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
+
+CPU = torch.device("cpu")
+SLOT = 4096
+
+
+def segments() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("areal-")}
+
+
+def bucket(nbytes: int, location: int) -> Bucket:
+    return Bucket(epoch=1, update="u", index=0, nbytes=nbytes, segments=(), location=location)
+
+
+def receive(source: SharedMemorySource, nbytes: int, location: int) -> torch.Tensor:
+    return source.receive(bucket(nbytes, location), 1.0, threading.Event())
+
+
+def done(error: Exception | None = None) -> Future[None]:
+    future: Future[None] = Future()
+    future.set_exception(error) if error else future.set_result(None)
+    return future
+
+
+@pytest.fixture
+def sink() -> Iterator[SharedMemorySink]:
+    before = segments()
+    made = SharedMemorySink(2, 1024, SLOT)
+    yield made
+    made.close()
+    assert segments() == before, "something is left in /dev/shm"
+
+
+def test_every_worker_reads_what_was_written(sink: SharedMemorySink) -> None:
+    sources = [SharedMemorySource(transfer, CPU) for transfer in sink.transfers]
+    sink.meet(done())
+    for index, size in enumerate((1, 255, SLOT, 0, 1000)):
+        payload = torch.randint(0, 256, (size,), dtype=torch.uint8)
+        location, buffer = sink.buffer(index, size)
+        buffer.copy_(payload)
+        for source in sources:
+            assert torch.equal(receive(source, size, location), payload)
+
+
+def test_two_buckets_in_a_row_do_not_overlap_and_what_was_read_is_kept(sink: SharedMemorySink) -> None:
+    source = SharedMemorySource(sink.transfers[0], CPU)
+    (first_at, first), (second_at, second) = sink.buffer(0, SLOT), sink.buffer(1, SLOT)
+    first.fill_(1)
+    kept = receive(source, SLOT, first_at)
+    second.fill_(2)
+    assert receive(source, SLOT, first_at).eq(1).all()
+    assert receive(source, SLOT, second_at).eq(2).all()
+    first.fill_(3)  # the third bucket takes the first one's slot
+    assert kept.eq(1).all()
+    assert sink.buffer(2, SLOT)[0] == first_at
+
+
+def test_any_dtype_can_be_viewed_in_either_slot() -> None:
+    sink = SharedMemorySink(1, 1024, aligned(1001))
+    try:
+        for index in range(2):
+            sink.buffer(index, 1000)[1].view(torch.float64).fill_(1.0)
+    finally:
+        sink.close()
+
+
+def test_the_name_is_gone_once_the_workers_have_met_and_the_memory_is_not(sink: SharedMemorySink) -> None:
+    source = SharedMemorySource(sink.transfers[0], CPU)
+    assert sink.transfers[0].segment in segments()
+    sink.meet(done())
+    assert sink.transfers[0].segment not in segments()
+    location, buffer = sink.buffer(0, 8)
+    buffer.fill_(5)
+    assert receive(source, 8, location).eq(5).all()
+    sink.meet(done())  # the next update
+
+
+def test_the_name_is_gone_where_a_worker_says_no(sink: SharedMemorySink) -> None:
+    with pytest.raises(RuntimeError, match="no room"):
+        sink.meet(done(RuntimeError("no room")))
+    assert sink.transfers[0].segment not in segments()
+
+
+def test_only_the_owner_can_open_the_segment(sink: SharedMemorySink) -> None:
+    assert Path("/dev/shm", sink.transfers[0].segment).stat().st_mode & 0o777 == 0o600
+
+
+CREATOR = """
+import sys, msgspec
+from concurrent.futures import Future
+from areal_vllm_ext.transport.shared_memory import SharedMemorySink
+sink = SharedMemorySink(1, 1024, 4096)
+sink.buffer(0, 4096)[1].fill_(7)
+print(msgspec.json.encode(sink.transfers[0]).decode(), flush=True)
+opening = Future()
+sys.stdin.readline()
+opening.set_result(None)
+sink.meet(opening)
+print("met", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_nothing_is_left_where_the_trainer_is_killed_after_the_meeting() -> None:
+    before = segments()
+    creator = subprocess.Popen([sys.executable, "-c", CREATOR], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert creator.stdin is not None
+    assert creator.stdout is not None
+    transfer = None
+    try:
+        transfer = msgspec.json.decode(creator.stdout.readline(), type=SharedMemory)
+        source = SharedMemorySource(transfer, CPU)
+        creator.stdin.write(b"\n")
+        creator.stdin.flush()
+        assert creator.stdout.readline() == b"met\n"
+        creator.send_signal(signal.SIGKILL)
+        creator.wait()
+        assert segments() == before
+        assert receive(source, SLOT, 0).eq(7).all(), "what was sent can still be read"
+    finally:
+        creator.kill()
+        creator.communicate()
+        if transfer is not None:
+            Path("/dev/shm", transfer.segment).unlink(missing_ok=True)
+
+
+# Sizes
+
+
+def test_a_bucket_larger_than_its_slot_is_refused(sink: SharedMemorySink) -> None:
+    with pytest.raises(RuntimeError, match="larger than every tensor"):
+        sink.buffer(0, SLOT + 1)
+
+
+@pytest.mark.parametrize(("nbytes", "location"), [(1, 2 * SLOT), (2 * SLOT + 1, 0), (8, 2 * SLOT - 7), (8, -8)])
+def test_a_bucket_outside_of_the_segment_is_refused(sink: SharedMemorySink, nbytes: int, location: int) -> None:
+    source = SharedMemorySource(sink.transfers[0], CPU)
+    with pytest.raises(ValueError, match="does not lie inside the shared memory"):
+        receive(source, nbytes, location)
+
+
+def test_a_bucket_of_a_negative_size_is_refused(sink: SharedMemorySink) -> None:
+    source = SharedMemorySource(sink.transfers[0], CPU)
+    with pytest.raises(ValueError, match="does not lie inside the shared memory"):
+        receive(source, -8, 16)
+
+
+def test_a_segment_smaller_than_was_said_is_refused(sink: SharedMemorySink) -> None:
+    with pytest.raises(ValueError, match=r"larger than|greater than"):
+        SharedMemorySource(msgspec.structs.replace(sink.transfers[0], nbytes=10 * SLOT), CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "areal-", "areal-" + "g" * 32, "areal-" + "0" * 33, ""]
+)
+def test_a_name_that_is_no_segments_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="no name of a segment"):
+        SharedMemorySource(SharedMemory(segment=name, nbytes=1), CPU)
+
+
+def test_a_link_in_the_place_of_a_segment_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(bytes(16))
+    link = Path("/dev/shm/areal-" + "0" * 32)
+    link.symlink_to(tmp_path / "target")
+    try:
+        with pytest.raises(OSError, match="symbolic link"):
+            SharedMemorySource(SharedMemory(segment=link.name, nbytes=16), CPU)
+    finally:
+        link.unlink()
+
+
+def test_a_worker_on_another_host_is_told_of_broadcast() -> None:
+    with pytest.raises(RuntimeError, match=r"not on this host.*transport='broadcast'"):
+        SharedMemorySource(SharedMemory(segment="areal-" + "0" * 32, nbytes=16), CPU)
+
+
+def test_a_full_shm_is_said_before_anything_is_sent() -> None:
+    room = os.statvfs("/dev/shm")
+    before = segments()
+    if room.f_blocks == 0:
+        pytest.skip("/dev/shm has no limit here")
+    with pytest.raises(RuntimeError, match=r"/dev/shm has no room for \d+ MiB .*bucket_mib"):
+        SharedMemorySink(1, 1024, room.f_blocks * room.f_frsize)
+    assert segments() == before
