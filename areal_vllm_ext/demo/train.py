@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from .completions import Answer
 
-STEPS = 14
+STEPS = 10
 PROMPTS = 16
 ROLLOUTS_PER_PROMPT = 16
 EPOCHS = 2
