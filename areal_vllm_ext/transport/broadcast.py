@@ -87,7 +87,7 @@ class GlooCommunicator:
     def broadcast(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        options.timeout = timedelta(seconds=max(timeout, 0.01))
+        options.timeout = timedelta(seconds=max(timeout, 0.01) + 1)  # later than ours, which says more
         work = self._group.broadcast([buffer], options)
         try:
             _watch(work.is_completed, timeout, cancelled)
