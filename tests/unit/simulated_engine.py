@@ -400,6 +400,7 @@ def main() -> None:
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--first-rank", type=int, default=0)
     parser.add_argument("--dp-size", type=int, help="engines of the whole replica (default: those of this process)")
+    parser.add_argument("--pause-seconds", type=float, default=0.0, help="how long an engine takes to pause")
     parser.add_argument("--directory", help="tcp://host:port of a directory (default: one of its own)")
     arguments = parser.parse_args()
     deployment = Deployment(
@@ -409,6 +410,8 @@ def main() -> None:
         ranks=range(arguments.first_rank, arguments.first_rank + arguments.engines),
         directory=arguments.directory,
     )
+    for engine in deployment.engines.values():
+        engine.seconds["pause"] = arguments.pause_seconds
     deployment.wait_attached(60)
     print(deployment.directory, flush=True)  # noqa: T201 - for whoever started this process
     sys.stdin.read()

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import msgspec
+import peers
 import pytest
 import torch
+from peers import join
 from simulated_engine import HOST
 from waiting import eventually, in_thread
 
-from areal_vllm_ext.protocol import Broadcast, Bucket
+from areal_vllm_ext.protocol import Bucket
 from areal_vllm_ext.transport import Cancelled, broadcast
-from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
+from areal_vllm_ext.transport.broadcast import BroadcastSink
 
 TIMEOUT = 0.7
 NEVER_CANCELLED = threading.Event()
@@ -33,11 +29,6 @@ def bucket(nbytes: int, index: int = 0) -> Bucket:
 
 def make_sink(members: list[list[int]], timeout: float = 5.0) -> BroadcastSink:
     return BroadcastSink("gloo", members, HOST, torch.device("cpu"), 1 << 20, timeout)
-
-
-def join(transfer: Broadcast, rank: int, timeout: float = 5.0) -> BroadcastSource:
-    receiver: Any = SimpleNamespace(rank=rank, device=torch.device("cpu"), own_host=HOST)
-    return BroadcastSource(transfer, receiver, timeout, NEVER_CANCELLED)
 
 
 def opened() -> Future[None]:
@@ -61,7 +52,7 @@ class Group:
         self.sink = make_sink(members)
         with ThreadPoolExecutor(8) as pool:
             joining = [
-                pool.submit(join, transfer, rank)
+                pool.submit(join, transfer, rank, 5.0)
                 for transfer, ranks in zip(self.sink.transfers, members, strict=True)
                 for rank in ranks
             ]
@@ -229,68 +220,31 @@ def test_after_a_failure_a_new_communicator_works_at_once(pair: Group) -> None:
     assert time.monotonic() - started < 3.0
 
 
-REBUILT_BY_TWO_THREADS = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import test_broadcast as this
-group = this.Group([[0]])
-try:
-    this.took(lambda: group.sources[0].receive(this.bucket(3 << 20), 0.1, this.NEVER_CANCELLED))
-    group.close()
-    del group
-    this.time.sleep(0.3)
-    this.let_the_abandoned_fail = lambda: None
-    this.Group([[0]]).close()
-finally:
-    sys.stdout.write("alive")
-"""
-
-
 def test_two_threads_that_rebuild_communicators_do_not_end_the_process() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", REBUILT_BY_TWO_THREADS, str(Path(__file__).parent)],
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, b"alive")
+    """They did: a segmentation fault, where one replaced the list of the abandoned while the other read it."""
+    process, connection = peers.start(peers.rebuild_on_two_threads)
+    try:
+        assert connection.poll(60)
+        assert connection.recv() == "alive"
+    finally:
+        peers.end(process, connection)
 
 
 # Death
 
-PEER = """
-import sys, threading, types, torch, msgspec
-from areal_vllm_ext.protocol import Broadcast, Bucket
-from areal_vllm_ext.transport.broadcast import BroadcastSource
-transfer = msgspec.json.decode(sys.argv[1], type=Broadcast)
-receiver = types.SimpleNamespace(rank=1, device=torch.device("cpu"), own_host="127.0.0.1")
-source = BroadcastSource(transfer, receiver, 60.0, threading.Event())
-print("met", flush=True)
-sys.stdin.read()
-"""
-
 
 def test_a_killed_worker_is_an_error_for_trainer_and_others_before_the_time_out() -> None:
     sink = make_sink([[0, 1]], timeout=60.0)
-    peer = subprocess.Popen(
-        [sys.executable, "-c", PEER, msgspec.json.encode(sink.transfers[0])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+    process, connection = peers.start(peers.join_and_wait, sink.transfers[0], 1)
     try:
-        joining, joined = in_thread(lambda: join(sink.transfers[0], 0, 60.0))
-        stdout = peer.stdout
-        assert stdout is not None
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(2) as pool:
+            joining, _saying = pool.submit(join, sink.transfers[0], 0, 60.0), pool.submit(connection.recv)
             # As an engine answers Begin: when its workers have joined. Then the door is closed.
-            said: Any = pool.submit(stdout.readline)
-            sink.meet(said)
-        assert said.result() == b"met\n"
-        joining.join(10)
-        source: Any = joined[0]
+            sink.meet(pool.submit(lambda: None))
+            source = joining.result()
         receiving, received = in_thread(lambda: took(lambda: source.receive(bucket(64 << 20), 2.0, NEVER_CANCELLED)))
-        peer.send_signal(signal.SIGKILL)
-        peer.wait()
+        process.kill()
+        process.join()
         _, buffer = sink.buffer(0, 64 << 20)
         seconds, error = took(lambda: sink.push(buffer, 2.0, lambda: False))
         assert isinstance(error, TimeoutError | RuntimeError)
@@ -299,6 +253,5 @@ def test_a_killed_worker_is_an_error_for_trainer_and_others_before_the_time_out(
         seconds, error = received[0]  # type: ignore[misc]
         assert seconds < 3.0, "it may have got its bytes, or an error; it must not hang"
     finally:
-        peer.kill()
-        peer.communicate()
+        peers.end(process, connection)
         sink.close()

@@ -42,7 +42,7 @@ def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Te
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
     flat = tensor.contiguous().view(-1)
-    return tensor.dtype, tensor.shape, bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
+    return tensor.dtype, tensor.shape, flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 tensors = st.lists(
@@ -68,7 +68,7 @@ def through(weights: list[Named], bucket_bytes: int) -> dict[str, torch.Tensor]:
     return received
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(tensors=tensors, bucket_bytes=st.sampled_from([1, 256, 300, 1024, 1 << 20]))
 def test_what_goes_in_comes_out_bit_for_bit(tensors: list[torch.Tensor], bucket_bytes: int) -> None:
     weights = [(meta(f"t{place}", tensor), tensor) for place, tensor in enumerate(tensors)]
@@ -78,7 +78,7 @@ def test_what_goes_in_comes_out_bit_for_bit(tensors: list[torch.Tensor], bucket_
         assert bits(received[known.name]) == bits(tensor)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(tensors=tensors, bucket_bytes=st.sampled_from([256, 512, 1024]))
 def test_a_bucket_is_as_large_as_asked_but_for_one_large_tensor(tensors: list[torch.Tensor], bucket_bytes: int) -> None:
     for bucket in filled_buckets(((meta("t", t), t) for t in tensors), bucket_bytes, memory):
@@ -133,3 +133,12 @@ def test_nothing_makes_no_bucket() -> None:
 def test_a_segment_outside_of_its_bucket_is_refused(segment: Segment, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(unpack([segment], torch.zeros(256, dtype=torch.uint8)))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a buffer that is no multiple of 256 is shorter than the bucket that is announced"
+)
+def test_what_is_pushed_is_as_long_as_what_is_announced() -> None:
+    small = torch.zeros(44, dtype=torch.uint8)
+    (bucket,) = filled_buckets([(meta("a", small), small), (meta("b", small), small)], 300, memory)
+    assert bucket.filled.numel() == bucket.nbytes

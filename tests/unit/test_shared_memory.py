@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
 import msgspec
+import peers
 import pytest
 import torch
 
@@ -104,43 +102,21 @@ def test_only_the_owner_can_open_the_segment(sink: SharedMemorySink) -> None:
     assert Path("/dev/shm", sink.transfers[0].segment).stat().st_mode & 0o777 == 0o600
 
 
-CREATOR = """
-import sys, msgspec
-from concurrent.futures import Future
-from areal_vllm_ext.transport.shared_memory import SharedMemorySink
-sink = SharedMemorySink(1, 1024, 4096)
-sink.buffer(0, 4096)[1].fill_(7)
-print(msgspec.json.encode(sink.transfers[0]).decode(), flush=True)
-opening = Future()
-sys.stdin.readline()
-opening.set_result(None)
-sink.meet(opening)
-print("met", flush=True)
-sys.stdin.read()
-"""
-
-
 def test_nothing_is_left_where_the_trainer_is_killed_after_the_meeting() -> None:
     before = segments()
-    creator = subprocess.Popen([sys.executable, "-c", CREATOR], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert creator.stdin is not None
-    assert creator.stdout is not None
-    transfer = None
+    process, connection = peers.start(peers.make_segment)
+    transfer = connection.recv()
     try:
-        transfer = msgspec.json.decode(creator.stdout.readline(), type=SharedMemory)
         source = SharedMemorySource(transfer, CPU)
-        creator.stdin.write(b"\n")
-        creator.stdin.flush()
-        assert creator.stdout.readline() == b"met\n"
-        creator.send_signal(signal.SIGKILL)
-        creator.wait()
+        connection.send("all have met")
+        assert connection.recv() == "met"
+        process.kill()
+        process.join()
         assert segments() == before
         assert receive(source, SLOT, 0).eq(7).all(), "what was sent can still be read"
     finally:
-        creator.kill()
-        creator.communicate()
-        if transfer is not None:
-            Path("/dev/shm", transfer.segment).unlink(missing_ok=True)
+        peers.end(process, connection)
+        Path("/dev/shm", transfer.segment).unlink(missing_ok=True)
 
 
 # Sizes

@@ -92,6 +92,7 @@ class Engine:
         self.orders: list[collections.deque[object]] = [collections.deque() for _ in range(WORKERS)]
         self.words: collections.deque[WorkerDone] = collections.deque()
         self.staged: list[str] = [""] * WORKERS
+        self.whole: set[tuple[int, str]] = set()  # what the workers voted for
         self.answers: dict[Caller, Answer | None] = {}
         self.tainted = False
         self.replies: list[tuple[Caller, Answer]] = []
@@ -175,7 +176,7 @@ class Engine:
                 self.outcomes.append(lambda: participant.cancel_done(call.call, pending))
             case CallCommit():
                 assert not self.running, "a commit was applied on an engine that runs"
-                assert self.staged == [call.update] * WORKERS, f"commit of {call.update}, staged {self.staged}"
+                assert self.whole == {(rank, call.update) for rank in range(WORKERS)}, f"staged are {self.whole}"
                 self.tainted = fails
                 if not fails:
                     self.version = call.version
@@ -198,6 +199,7 @@ class Engine:
         match order := self.orders[rank].popleft():
             case Begin():
                 self.staged[rank] = order.update
+                self.whole = {entry for entry in self.whole if entry[0] != rank}
                 step = "begin"
             case Bucket():
                 step = f"bucket {order.index}"
@@ -207,9 +209,12 @@ class Engine:
                 assert isinstance(order, Abort)
                 if self.staged[rank] == order.update:
                     self.staged[rank] = ""
+                    self.whole.discard((rank, order.update))
                 return
         if self.staged[rank] == order.update:
             error = "out of memory" if fails else ""
+            if step == "prepare" and not fails:
+                self.whole.add((rank, order.update))
             self.words.append(WorkerDone(update=order.update, rank=rank, step=step, error=error))
 
     def hear_worker(self) -> None:
@@ -491,7 +496,12 @@ class Transaction(RuleBasedStateMachine):
         dice = random.Random(seed)
         for _ in range(steps):
             roll = dice.random()
-            if roll < 0.70:
+            if self.critical() and dice.random() < 0.04:
+                if dice.random() < 0.5:
+                    self.next_client(dice.choice(PURPOSES), dead=dice.random() < 0.5)
+                else:
+                    self.pass_time(DEADLINE + 1)
+            elif roll < 0.70:
                 self.go_on(1)
             elif roll < 0.80:
                 what = dice.choice(["call", "idle", "report", "worker", "word"])
@@ -513,6 +523,11 @@ class Transaction(RuleBasedStateMachine):
             elif roll < 0.99 or not self.clients:
                 self.next_client(dice.choice(PURPOSES), dead=dice.random() < 0.5)
             self.no_mixture()
+
+    def critical(self) -> bool:
+        """Whether some engines may have switched and others not: when faults hurt most."""
+        coordinator = self.clients[-1].coordinator if self.clients else None
+        return coordinator is not None and coordinator.phase in ("pause", "commit")
 
     @rule(moment=st.sampled_from(["prepare", "pause", "commit", "switching", "switched", "resume", "abort", "end"]))
     def go_on_until(self, moment: str) -> None:

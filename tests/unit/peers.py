@@ -1,0 +1,96 @@
+"""Other processes, to be killed. They are forked from one that has torch imported already: importing takes seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from areal_vllm_ext.protocol import Broadcast, Bucket, SharedMemory
+from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
+from areal_vllm_ext.transport.shared_memory import SharedMemorySink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+
+HOST = "127.0.0.1"
+CPU = torch.device("cpu")
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch.distributed", "areal_vllm_ext.transport.broadcast"])
+
+
+def start(work: Callable[..., None], *arguments: object) -> tuple[BaseProcess, Connection]:
+    """A process that does ``work(connection, *arguments)``, and the other end of its connection."""
+    ours, theirs = _context.Pipe()
+    process = _context.Process(target=work, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def end(process: BaseProcess, connection: Connection) -> None:
+    process.kill()
+    process.join()
+    process.close()
+    connection.close()
+
+
+def join(transfer: Broadcast, rank: int, timeout: float) -> BroadcastSource:
+    """The worker's end of a broadcast."""
+    receiver: Any = type("Receiver", (), {"rank": rank, "device": CPU, "own_host": HOST})
+    return BroadcastSource(transfer, receiver, timeout, threading.Event())
+
+
+# What they do
+
+
+def join_and_wait(connection: Connection, transfer: Broadcast, rank: int) -> None:
+    """A worker that joins, says so, and does nothing any more."""
+    source = join(transfer, rank, 60.0)
+    connection.send("joined")
+    connection.recv()
+    source.close()
+
+
+def rebuild_on_two_threads(connection: Connection) -> None:
+    """Trainer and worker in one process, twice: the second time after a collective that was given up."""
+
+    def meet() -> tuple[BroadcastSink, BroadcastSource]:
+        sink = BroadcastSink("gloo", [[0]], HOST, CPU, 1 << 20, 5.0)
+        joined: Future[BroadcastSource] = Future()
+        threading.Thread(target=lambda: joined.set_result(join(sink.transfers[0], 0, 5.0))).start()
+        sink.meet(joined)  # type: ignore[arg-type]
+        return sink, joined.result()
+
+    sink, source = meet()
+    bucket = Bucket(epoch=1, update="u", index=0, nbytes=3 << 20, segments=())
+    try:
+        source.receive(bucket, 0.1, threading.Event())
+    except (TimeoutError, RuntimeError):
+        sink.close()
+        source.close()
+    del sink, source
+    time.sleep(0.3)
+    meet()
+    connection.send("alive")
+
+
+def make_segment(connection: Connection) -> None:
+    """A trainer that makes shared memory, meets its workers when it is told so, and does nothing any more."""
+    sink = SharedMemorySink(1, 1024, 4096)
+    sink.buffer(0, 4096)[1].fill_(7)
+    transfer: SharedMemory = sink.transfers[0]
+    connection.send(transfer)
+    opening: Future[None] = Future()
+    connection.recv()
+    opening.set_result(None)
+    sink.meet(opening)
+    connection.send("met")
+    connection.recv()

@@ -1,0 +1,347 @@
+"""Weights on their whole way: a trainer's client, the wire, real receivers, staging and the switch; only vLLM is missing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
+from waiting import eventually, in_thread
+
+from areal_vllm_ext import EngineGroup, InvalidWeights, UpdateAborted, security
+from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, Prepare, SharedMemory
+from areal_vllm_ext.worker.receiver import Receiver
+
+WORKERS = 2
+SHAPES = {"embed": (100, 16), "layer.0": (33, 7), "layer.1": (33, 7), "norm": (16,), "scale": ()}
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {name: torch.randn(shape) for name, shape in SHAPES.items()}
+
+
+class Served:
+    """Engines whose weights are real: what their receivers had staged at the last commit."""
+
+    def __init__(self, deployment: Deployment, checkpoint: Path, key_file: Path) -> None:
+        self.deployment = deployment
+        self.receivers: dict[int, list[Receiver]] = {}
+        self.weights: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        for number, engine in deployment.engines.items():
+            self.receivers[number] = [
+                Receiver(worker(rank, checkpoint, key_file), engine.endpoint.address) for rank in range(WORKERS)
+            ]
+            engine.staged = self.switch(number, engine)
+        deployment.wait_attached()
+
+    def switch(self, number: int, engine: SimulatedEngine) -> Any:
+        def staged(update: str) -> None:
+            for rank, receiver in enumerate(self.receivers[number]):
+                assert not engine.running
+                self.weights[number, rank] = dict(receiver.staged(update))
+                receiver.discard(update)
+
+        return staged
+
+    def serves(self, expected: dict[str, torch.Tensor]) -> bool:
+        """Whether every worker of every engine has exactly these weights."""
+        return len(self.weights) == WORKERS * len(self.deployment.engines) and all(
+            set(held) == set(expected) and all(torch.equal(held[name], expected[name]) for name in expected)
+            for held in self.weights.values()
+        )
+
+    def staging_is_free(self) -> bool:
+        return all(receiver._intake is None for receivers in self.receivers.values() for receiver in receivers)
+
+
+def worker(rank: int, checkpoint: Path, key_file: Path) -> Any:
+    """What a receiver asks of vLLM's worker."""
+    return SimpleNamespace(
+        rank=rank,
+        device="cpu",
+        vllm_config=SimpleNamespace(
+            additional_config={"areal": {"key_file": os.fspath(key_file)}},
+            model_config=SimpleNamespace(model=os.fspath(checkpoint), revision=None, dtype=torch.float32),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_file(weights(0), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared_engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Served]:
+    """Two engines of two workers: receivers live as long as their process, so few are made."""
+    shape = Shape(workers=WORKERS, model=os.fspath(checkpoint))
+    with deployed(key, 2, shape=shape, simulate_workers=False) as deployment:
+        yield Served(deployment, checkpoint, key_file)
+
+
+@pytest.fixture
+def served(shared_engines: Served) -> Served:
+    shared_engines.weights.clear()
+    for engine in shared_engines.deployment.engines.values():
+        engine.calls.clear()
+    return shared_engines
+
+
+@pytest.fixture
+def group(served: Served, key_file: Path) -> Iterator[EngineGroup]:
+    with EngineGroup.connect(served.deployment.directory, key_file=key_file) as client:
+        client.wait_ready(2, timeout=10)
+        yield client
+
+
+def send(group: EngineGroup, source: Any, version: int = 1, dtype: str | None = None, **options: Any) -> None:
+    with group.update(version, **({"deadline": 20.0} | options)) as update:
+        update.send(source, dtype=dtype)
+
+
+def assert_untouched(served: Served) -> None:
+    assert served.weights == {}
+    assert all(engine.calls == [] for engine in served.deployment.engines.values()), "generation was touched"
+    eventually(served.staging_is_free)
+
+
+TRANSPORTS = ["broadcast", "shared_memory", "disk"]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_worker_serves_what_was_sent_update_after_update(
+    served: Served, group: EngineGroup, transport: str, tmp_path: Path
+) -> None:
+    for seed in range(1, 4):
+        new = weights(seed)
+        if transport == "disk":
+            save_file(new, tmp_path / "model.safetensors")
+            send(group, tmp_path, seed)
+        else:
+            send(group, new, seed, transport=transport, bucket_mib=1)
+        assert served.serves(new)
+        assert [state.version for state in group.status()] == [seed, seed]
+        assert served.staging_is_free()
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
+def test_many_small_buckets_bring_the_same(
+    served: Served, group: EngineGroup, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = weights(4)
+    opened = group.update(1, deadline=20, transport=transport)
+    monkeypatch.setattr(opened._update, "_bucket_bytes", 300)
+    with opened:
+        opened.send(new)
+    assert served.serves(new)
+
+
+def test_auto_is_broadcast_where_no_worker_shares_the_trainers_gpu(served: Served, group: EngineGroup) -> None:
+    new = weights(5)
+    send(group, new)
+    assert served.serves(new)
+
+
+def test_an_iterable_is_sent_as_it_is_gathered(served: Served, group: EngineGroup) -> None:
+    new = weights(6)
+    send(group, iter(new.items()))
+    assert served.serves(new)
+
+
+def test_floating_point_is_cast_on_the_way(served: Served, group: EngineGroup) -> None:
+    new = weights(7)
+    send(group, {name: tensor.double() for name, tensor in new.items()}, dtype="float32")
+    assert served.serves(new)
+
+
+def wrong_weights() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
+    good = weights(1)
+    return {
+        "unknown": (good | {"nrom": torch.zeros(16)}, "nrom is not a weight .* did you mean norm"),
+        "shape": (good | {"norm": torch.zeros(17)}, r"norm has shape \[17\]"),
+        "dtype": (good | {"norm": torch.zeros(16, dtype=torch.float64)}, "norm has dtype float64"),
+        "missing": ({name: good[name] for name in list(good)[1:]}, "1 of 5 tensors are missing: embed"),
+        "nan": (good | {"norm": torch.full((16,), float("nan"))}, "norm holds NaN"),
+    }
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
+@pytest.mark.parametrize("form", ["mapping", "iterable"])
+@pytest.mark.parametrize("case", wrong_weights())
+def test_weights_that_do_not_fit_are_refused_by_name_and_nothing_changes(
+    served: Served, group: EngineGroup, case: str, form: str, transport: str
+) -> None:
+    source, message = wrong_weights()[case]
+    with pytest.raises(InvalidWeights, match=message):
+        send(group, source if form == "mapping" else iter(source.items()), transport=transport)
+    assert_untouched(served)
+    new = weights(8)
+    send(group, new)
+    assert served.serves(new), "the next update works"
+
+
+@pytest.mark.parametrize("case", ["unknown", "shape", "dtype", "missing", "nan", "cut off", "absent"])
+def test_a_checkpoint_that_does_not_fit_is_refused_by_the_workers(
+    served: Served, group: EngineGroup, case: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.safetensors"
+    if case == "cut off":
+        save_file(weights(1), file)
+        file.write_bytes(file.read_bytes()[:-10])
+        message = "cut off"
+    elif case == "absent":
+        message = "holds no"
+    else:
+        source, message = wrong_weights()[case]
+        save_file(source, file)
+    with pytest.raises(UpdateAborted, match=message):
+        send(group, tmp_path)
+    assert_untouched(served)
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
+def test_a_trainer_that_stalls_is_given_up_and_the_next_one_works(
+    served: Served, group: EngineGroup, transport: str
+) -> None:
+    new = weights(9)
+
+    def stalling() -> Iterator[tuple[str, torch.Tensor]]:
+        for place, (name, tensor) in enumerate(new.items()):
+            if place == 2:
+                time.sleep(1.2)
+            yield name, tensor
+
+    with pytest.raises(UpdateAborted):
+        send(group, stalling(), deadline=1.0, transport=transport)
+    assert_untouched(served)
+    send(group, new)
+    assert served.serves(new)
+
+
+def test_an_error_of_the_trainers_own_aborts_and_is_not_hidden(served: Served, group: EngineGroup) -> None:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "embed", weights(1)["embed"]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        send(group, broken())
+    assert_untouched(served)
+
+
+def test_an_engine_that_never_pauses_aborts_what_was_received(served: Served, group: EngineGroup) -> None:
+    engine = served.deployment.engines[1]
+    engine.seconds["pause"] = NEVER
+    try:
+        with pytest.raises(UpdateAborted):
+            send(group, weights(1), deadline=1.0)
+    finally:
+        engine.seconds.clear()
+    assert served.weights == {}
+    eventually(served.staging_is_free)
+    eventually(lambda: [state.state for state in group.status()] == ["running", "running"])
+
+
+def test_two_trainers_that_update_at_the_same_time_do_not_mix(served: Served, key_file: Path) -> None:
+    def train(seed: int) -> None:
+        with EngineGroup.connect(served.deployment.directory, key_file=key_file) as client:
+            for version in (seed, seed + 10):
+                send(client, weights(version), version)
+
+    trainers = [in_thread(lambda seed=seed: train(seed)) for seed in (1, 2)]
+    for thread, _ in trainers:
+        thread.join(60)
+    assert [outcome for _, outcome in trainers] == [[None], [None]]
+    last = {engine.version for engine in served.deployment.engines.values()}
+    assert len(last) == 1
+    assert served.serves(weights(int(str(last.pop()))))
+
+
+def test_nothing_is_left_in_shared_memory(served: Served, group: EngineGroup) -> None:
+    send(group, weights(1), transport="shared_memory")
+    assert served.serves(weights(1))
+    assert list(Path("/dev/shm").glob("areal-*")) == []
+
+
+# What a receiver does with orders that do not belong together
+
+
+@pytest.fixture
+def endpointless(served: Served) -> Receiver:
+    return served.receivers[0][0]
+
+
+def reports(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    said: list[tuple[str, str]] = []
+    monkeypatch.setattr(receiver, "report", lambda message: said.append((message.step, message.error)))
+    return said
+
+
+def test_orders_of_another_update_are_not_carried_out(
+    endpointless: Receiver, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    said = reports(endpointless, monkeypatch)
+    endpointless._handle(Begin(epoch=1, update="this", version=1, transfer=Disk(path=str(checkpoint)), timeout=5.0))
+    eventually(lambda: said == [("begin", "")])
+    endpointless._handle(Prepare(epoch=1, update="other", buckets=0))
+    endpointless._handle(Bucket(epoch=1, update="other", index=0, nbytes=0, segments=()))
+    endpointless._handle(Ack())
+    time.sleep(0.05)
+    assert said == [("begin", "")]
+    with pytest.raises(RuntimeError, match="has no staged weights of update other"):
+        endpointless.staged("other")
+    endpointless._handle(Prepare(epoch=1, update="this", buckets=0))
+    eventually(lambda: said[1:] == [("prepare", "")])
+    assert {name for name, _ in endpointless.staged("this")} == set(SHAPES)
+    endpointless.discard("this")
+    with pytest.raises(RuntimeError, match="has no staged weights"):
+        endpointless.staged("this")
+
+
+def test_a_bucket_that_is_missing_is_a_no(
+    endpointless: Receiver, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    said = reports(endpointless, monkeypatch)
+    endpointless._handle(Begin(epoch=1, update="this", version=1, transfer=Disk(path=str(checkpoint)), timeout=5.0))
+    endpointless._handle(Prepare(epoch=1, update="this", buckets=3))
+    eventually(lambda: len(said) == 2)
+    assert said[1][0] == "prepare"
+    assert "3 buckets were sent, 0 arrived" in said[1][1]
+    endpointless.discard("this")
+
+
+def test_a_newer_update_ends_the_one_before_with_its_thread(
+    endpointless: Receiver, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
+) -> None:
+    said = reports(endpointless, monkeypatch)
+    for update in ("first", "second"):
+        endpointless._handle(
+            Begin(epoch=1, update=update, version=1, transfer=Disk(path=str(checkpoint)), timeout=60.0)
+        )
+    eventually(lambda: said.count(("begin", "")) >= 1)
+    eventually(lambda: "areal-intake-first" not in [thread.name for thread in threading.enumerate()])
+    with pytest.raises(RuntimeError, match="no staged weights of update first"):
+        endpointless.staged("first")
+    endpointless.discard("second")
+
+
+def test_a_transfer_that_cannot_be_opened_is_told_to_the_engine(
+    endpointless: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = reports(endpointless, monkeypatch)
+    transfer = SharedMemory(segment="areal-" + "0" * 32, nbytes=16)
+    endpointless._handle(Begin(epoch=1, update="this", version=1, transfer=transfer, timeout=5.0))
+    eventually(lambda: said)
+    assert said[0][0] == "begin"
+    assert "not on this host" in said[0][1]
+    endpointless.discard("this")
