@@ -21,7 +21,7 @@ from .connection import Connection
 from .update import AsyncUpdate, UpdateResult
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 
     import torch
 
@@ -224,6 +224,7 @@ class AsyncEngineGroup:
         mode: PauseMode = "keep",
         kv: KVPolicy = "recompute",
         bucket_mib: int = 256,
+        on_phase: Callable[[str], None] | None = None,
     ) -> AsyncUpdate:
         """Move every engine to new weights, or none. Use: ``async with group.update(v) as update: await update.send(model)``.
 
@@ -235,9 +236,18 @@ class AsyncEngineGroup:
             mode: how engines pause for the switch, see ``pause``.
             kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.
             bucket_mib: size of the pieces in which the weights travel.
+            on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``,
+                ``abort``) before its requests go out, on the event loop's thread.
         """
         return AsyncUpdate(
-            self, version, deadline=deadline, transport=transport, mode=mode, kv=kv, bucket_bytes=bucket_mib << 20
+            self,
+            version,
+            deadline=deadline,
+            transport=transport,
+            mode=mode,
+            kv=kv,
+            bucket_bytes=bucket_mib << 20,
+            on_phase=on_phase,
         )
 
     async def close(self) -> None:

@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ class AsyncUpdate:
         mode: PauseMode,
         kv: KVPolicy,
         bucket_bytes: int,
+        on_phase: Callable[[str], None] | None = None,
     ) -> None:
         if transport not in ("auto", "broadcast", "shared_memory"):
             raise ValueError(f"transport must be 'auto', 'broadcast' or 'shared_memory', not {transport!r}")
@@ -82,6 +83,7 @@ class AsyncUpdate:
         self._mode: PauseMode = mode
         self._kv: KVPolicy = kv
         self._bucket_bytes = bucket_bytes
+        self._on_phase = on_phase
         self._command = contextlib.AsyncExitStack()
         self._engines: dict[str, EngineInfo] = {}
         self._members: dict[str, Member] = {}
@@ -217,17 +219,7 @@ class AsyncUpdate:
         """Send ``requests`` and what the coordinator answers to their outcome, until it waits for no engine."""
         coordinator = self._coordinator
         assert coordinator is not None
-        tasks: dict[asyncio.Task[Answer], str] = {}
-
-        def launch(more: dict[str, EngineRequest]) -> None:
-            if more and coordinator.phase == "pause":
-                self._pause_started = time.monotonic()
-            for name, message in more.items():
-                timeout = self._timeout_of(coordinator.phase)
-                task = asyncio.create_task(self._group.request(self._engines[name].address, message, timeout))
-                tasks[task] = name
-
-        launch(requests)
+        tasks = self._launch(requests)
         while tasks:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -249,7 +241,22 @@ class AsyncUpdate:
                     for late in tasks:
                         late.cancel()
                     tasks.clear()
-                launch(more)
+                tasks.update(self._launch(more))
+
+    def _launch(self, requests: dict[str, EngineRequest]) -> dict[asyncio.Task[Answer], str]:
+        """Send the requests of the coordinator's phase, all at once."""
+        assert self._coordinator is not None
+        phase = self._coordinator.phase
+        if requests and self._on_phase:
+            self._on_phase(phase)
+        if requests and phase == "pause":
+            self._pause_started = time.monotonic()
+        return {
+            asyncio.create_task(
+                self._group.request(self._engines[name].address, message, self._timeout_of(phase))
+            ): name
+            for name, message in requests.items()
+        }
 
     def _timeout_of(self, phase: str) -> float:
         if phase in ("commit", "resume"):

@@ -147,6 +147,9 @@ class Endpoint:
         closing = threading.Thread(target=self._context.term, name="areal-close", daemon=True)
         closing.start()
         closing.join(timeout=5)
+        if not self._thread.is_alive():
+            self._wake_read.close()
+            self._wake_write.close()
 
     def post(self, outcome: Callable[[], list[Effect]]) -> None:
         """Have the endpoint's thread run ``outcome`` and carry out its effects. Callable from any thread."""

@@ -80,7 +80,7 @@ def filled_buckets(
             yield bucket
             bucket = None
         if bucket is None:
-            bucket = Bucket(memory(max(bucket_bytes, aligned(tensor.nbytes))))
+            bucket = Bucket(memory(max(aligned(bucket_bytes), aligned(tensor.nbytes))))
         bucket.add(meta, tensor)
     if bucket is not None:
         yield bucket

@@ -367,9 +367,6 @@ class Deployment:
         engine = self.engines.pop(rank)
         self.workers.detach(engine)
         engine.endpoint.stop()
-        # Endpoint.stop leaves this pair open (test_endpoint.py): closed here, or every test would warn of it.
-        engine.endpoint._wake_read.close()
-        engine.endpoint._wake_write.close()
 
     def wait_attached(self, timeout: float = 10.0) -> None:
         for engine in self.engines.values():
