@@ -8,7 +8,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .client.group import AsyncEngineGroup, EngineGroup, UpdateResult
-    from .errors import ArealError, EnginesMissing, EngineUnreachable, InvalidWeights, PauseFailed, UpdateAborted
+    from .errors import (
+        ArealError,
+        EnginesMissing,
+        EngineUnreachable,
+        InvalidWeights,
+        PauseFailed,
+        UpdateAborted,
+        UpdateInDoubt,
+    )
 
 __all__ = [
     "ArealError",
@@ -19,6 +27,7 @@ __all__ = [
     "InvalidWeights",
     "PauseFailed",
     "UpdateAborted",
+    "UpdateInDoubt",
     "UpdateResult",
 ]
 

@@ -1,7 +1,7 @@
 """``areal-vllm``: status, pause, resume, update, keygen, directory and the demo, for people and for scripts.
 
 Exit codes: 0 done; 1 it failed, and the one line on standard error says why and what to do; 2 the command line is wrong;
-3 (``status``) an engine is missing, tainted, unreachable or on another version than the others.
+3 (``status``) an engine is missing, tainted, stale, unreachable or on another version than the others.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _status(options: argparse.Namespace) -> int:
                 for state in states
             ],
         )
-    healthy = all(state.state != "unreachable" and state.phase != "tainted" for state in states)
+    healthy = all(state.state != "unreachable" and state.phase not in ("tainted", "stale") for state in states)
     return 0 if states and healthy and len({state.version for state in states}) == 1 else 3
 
 
@@ -120,7 +120,7 @@ def _pause(options: argparse.Namespace) -> int:
     from . import EngineGroup
 
     with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
-        group.pause(options.mode, deadline=options.timeout)
+        group.pause(options.mode, deadline=options.timeout, lease=None)
         return _report(options, {"paused": len(group.engines())}, "{paused} engines are paused")
 
 
@@ -163,13 +163,16 @@ def _directory(options: argparse.Namespace) -> int:
 
     from . import security
     from .config import Settings, split_address
-    from .directory import DirectoryServer
+    from .directory import SETTLE_SECONDS, DirectoryServer
 
     host, port = split_address(options.address)
-    key = security.key_for(host, options.key_file or Settings.load().key_file)
+    settings = Settings.load()
+    key = security.key_for(host, options.key_file or settings.key_file)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     gatekeeper = security.Gatekeeper(context, key)
-    server = DirectoryServer(context, host, port, key)
+    server = DirectoryServer(
+        context, host, port, key, settle_seconds=SETTLE_SECONDS, resume_orphans=settings.trainer_lost == "resume"
+    )
     print(f"directory at {server.address}; engines find it with AREAL_VLLM_DIRECTORY={server.address}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: context.term())

@@ -29,6 +29,8 @@ class Settings:
         host: own address that the endpoint binds to. Default: the one from which the directory is reached.
         port: the endpoint's port; 0 takes a free one.
         replica: name of this vLLM deployment. Default: address and RPC port of its data-parallel head.
+        trainer_lost: what happens to engines that a trainer left paused when it died: ``resume``, or ``stay_paused`` until
+            the next one comes.
         max_message_mib: longest message that is read, in MiB; longer ones end the sender's connection.
     """
 
@@ -37,6 +39,7 @@ class Settings:
     host: str | None = None
     port: int = 0
     replica: str | None = None
+    trainer_lost: str = "resume"
     max_message_mib: int = 16
 
     @classmethod
@@ -70,7 +73,12 @@ class Settings:
                     raise SettingsError(f"setting {ENV_PREFIX}{name.upper()} must be a number, not {value!r}") from None
             elif not isinstance(value, str):
                 raise SettingsError(f"--additional-config: areal.{name} must be a string, not {value!r}")
-        return cls(**values)
+        settings = cls(**values)
+        if settings.trainer_lost not in ("resume", "stay_paused"):
+            raise SettingsError(
+                f"{ENV_PREFIX}TRAINER_LOST must be resume or stay_paused, not {settings.trainer_lost!r}"
+            )
+        return settings
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -1,12 +1,16 @@
-"""The directory: which engines live, and who may command them. It commands nothing itself.
+"""The directory: which engines live, what they have agreed on, and who may command them.
 
-``Directory`` has no I/O and no clock: messages and clock readings in, answers out. ``serve`` runs it behind a socket:
-in engine 0's process, or on its own (``areal-vllm directory``) for several replicas.
+``Directory`` has no I/O and no clock: messages and clock readings in, answers out. ``DirectoryServer`` runs it behind a
+socket: in engine 0's process, or on its own (``areal-vllm directory``) for several replicas. When a client's lease has run
+out and engines are left in its update, or paused, it settles them as the next client would.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
+import time
 import uuid
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -26,25 +30,42 @@ from .protocol import (
     Hello,
     Lease,
     Register,
+    Registered,
     ReleaseLease,
     RenewLease,
+    Unregister,
     Welcome,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
 BEAT_SECONDS = 1.0
+_LOOK_MILLISECONDS = 200
+_RECOVERY_SECONDS = 10.0
 # An engine that was not heard for so long is reported as lost, and forgotten after the second time.
 LOST_AFTER = 5.0
 FORGOTTEN_AFTER = 60.0
+# A directory that has just started hears from every engine that lives within this.
+SETTLE_SECONDS = 2.5
 
 
 class Directory:
     """Registration, liveness and the lease."""
 
-    def __init__(self) -> None:
+    def __init__(self, started: float = 0.0, settle_seconds: float = 0.0) -> None:
+        """
+        Args:
+            started: the clock's reading.
+            settle_seconds: for so long after its start it does not say what the group agreed on: after a restart, whoever
+                knows may not have been heard yet.
+        """
+        self._started = started
+        self._settle_seconds = settle_seconds
         self._engines: dict[tuple[str, int], tuple[EngineInfo, float]] = {}
+        self._beats: dict[tuple[str, int], Register] = {}
         # Processes that were replaced under their name and still beat: two replicas share one name.
         self._usurped: dict[str, tuple[EngineInfo, float]] = {}
         self._epoch = 0
@@ -59,6 +80,8 @@ class Directory:
                 return Welcome(protocol=protocol.PROTOCOL_VERSION, package_version=__version__)
             case Register():
                 return self._register(message, now)
+            case Unregister():
+                return self._unregister(message)
             case Discover():
                 return self._discover(now)
             case AcquireLease():
@@ -83,14 +106,42 @@ class Directory:
                 "(AREAL_VLLM_REPLICA)",
             )
         self._engines[key] = (message.engine, now)
+        self._beats[key] = message
         # After a restart of the directory the engines remember the epoch for it.
         self._epoch = max(self._epoch, message.epoch)
+        if now - self._started < self._settle_seconds:
+            return Ack()
+        newest = max(self._beats.values(), key=lambda beat: beat.agreed)
+        return Registered(version=newest.version, agreed=newest.agreed)
+
+    def _unregister(self, message: Unregister) -> Answer:
+        key = (message.engine.replica, message.engine.dp_rank)
+        known = self._engines.get(key)
+        if known and known[0].incarnation == message.engine.incarnation:
+            self._forget(key)
         return Ack()
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        del self._engines[key], self._beats[key]
+
+    def recovery_due(self, now: float) -> bool:
+        """Whether no client is there, and has left engines in an update, or paused."""
+        if now < self._lease_ends:
+            return False
+        unsettled = any(
+            self._beats[key].unsettled for key, (_, heard) in self._engines.items() if now - heard <= LOST_AFTER
+        )
+        # What an engine that is not heard yet has done decides what the others must do: it gets the time to be heard.
+        return unsettled and (now - self._started > LOST_AFTER or not self._some_rank_missing())
+
+    def _some_rank_missing(self) -> bool:
+        sizes = {replica: engine.dp_size for (replica, _), (engine, _) in self._engines.items()}
+        return any((replica, rank) not in self._engines for replica, size in sizes.items() for rank in range(size))
 
     def _discover(self, now: float) -> Answer:
         for key, (_, heard) in list(self._engines.items()):
             if now - heard > FORGOTTEN_AFTER:
-                del self._engines[key]
+                self._forget(key)
         by_rank = [entry for _, entry in sorted(self._engines.items())]
         return Engines(
             alive=tuple(engine for engine, heard in by_rank if now - heard <= LOST_AFTER),
@@ -134,7 +185,7 @@ def new_incarnation(now: float) -> str:
 
 
 class DirectoryServer:
-    """Runs a ``Directory`` in a thread of its own."""
+    """Runs a ``Directory`` in a thread of its own, and recoveries in another."""
 
     def __init__(
         self,
@@ -144,11 +195,28 @@ class DirectoryServer:
         key: security.ClusterKey,
         max_message_bytes: int = 16 << 20,
         clock: Callable[[], float] = monotonic,
+        *,
+        settle_seconds: float = 0.0,
+        resume_orphans: bool = True,
     ) -> None:
-        """Bind now, so that an address in use is an error here and not in a thread."""
+        """Bind now, so that an address in use is an error here and not in a thread.
+
+        Args:
+            context: its sockets are closed when it ends.
+            host: own address.
+            port: 0 takes a free one.
+            key: the cluster's.
+            max_message_bytes: longest message that is read.
+            clock: for tests.
+            settle_seconds: see ``Directory``.
+            resume_orphans: whether engines run again when whoever paused them is gone.
+        """
         self._server = wire.Server(context, host, port, key, protocol.directory_decoder, max_message_bytes)
-        self._directory = Directory()
+        self._directory = Directory(clock(), settle_seconds)
         self._clock = clock
+        self._key = key
+        self._resume_orphans = resume_orphans
+        self._recovery: threading.Thread | None = None
         self.address = self._server.address
         self.thread = threading.Thread(target=self._run, name="areal-directory", daemon=True)
         self.thread.start()
@@ -156,9 +224,27 @@ class DirectoryServer:
     def _run(self) -> None:
         try:
             while True:
-                self._server.socket.poll()
+                self._server.socket.poll(_LOOK_MILLISECONDS)
                 while (request := self._server.receive()) is not None:
                     caller, message = request
                     self._server.answer(caller, self._directory.handle(message, self._clock()))
+                if not (self._recovery and self._recovery.is_alive()) and self._directory.recovery_due(self._clock()):
+                    self._recovery = threading.Thread(target=self._recover, name="areal-recovery", daemon=True)
+                    self._recovery.start()
         except zmq.ContextTerminated:
             self._server.socket.close()
+
+    def _recover(self) -> None:
+        """Do what the next client would do first."""
+        from .client.group import AsyncEngineGroup
+
+        async def recover() -> None:
+            async with AsyncEngineGroup((self.address,), lambda _: self._key, 1 << 20) as group:
+                await group.recover(deadline=_RECOVERY_SECONDS, resume=self._resume_orphans)
+
+        try:
+            asyncio.run(recover())
+            logger.warning("areal_vllm_ext: a client was gone; the engines that it left in an update were settled")
+        except Exception as error:
+            logger.warning("areal_vllm_ext: engines that a client left cannot be settled yet: %s", error)
+            time.sleep(BEAT_SECONDS)

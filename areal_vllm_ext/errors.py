@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def join(problems: Mapping[str, str]) -> str:
+    """Problems of several engines, as one line."""
+    return "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
+
 
 class ArealError(RuntimeError):
     """Base of every error that this package raises on purpose."""
@@ -41,6 +51,10 @@ class InvalidWeights(ArealError):
 
 class UpdateAborted(ArealError):
     """The update was given up: every engine still serves the version that it served before."""
+
+
+class UpdateInDoubt(ArealError):
+    """Every engine had agreed to switch and was told to, but none answered. All of them will have switched, or none."""
 
 
 class PauseFailed(ArealError):

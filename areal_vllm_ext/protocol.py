@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 REQUEST_ID_BYTES = 16
 
 Version = int | str
@@ -142,13 +142,26 @@ class DescribeWeights(Message):
 
 
 class Pause(Message):
-    """Pause generation. ``update`` names the update that needs the pause; empty for a user's own pause."""
+    """Pause generation. ``update`` names the update that needs the pause; empty for a user's own pause.
+
+    A user's own pause outlasts its request. With a ``lease`` it is over once ``holder`` has not said ``KeepPaused`` for so
+    many seconds; 0: until somebody resumes.
+    """
 
     epoch: Epoch
     mode: PauseMode
     kv: KVPolicy
     timeout: Seconds
     update: str = ""
+    holder: str = ""
+    lease: LeaseSeconds = 0
+
+
+class KeepPaused(Message):
+    """``holder``, whose pause has a lease, is alive. Commands nothing, so it carries no epoch."""
+
+    holder: str
+    lease: LeaseSeconds
 
 
 class Resume(Message):
@@ -205,7 +218,29 @@ class Fence(Message):
     epoch: Epoch
 
 
-EngineRequest = Hello | GetStatus | DescribeWeights | Pause | Resume | Begin | Bucket | Prepare | Commit | Abort | Fence
+class Agree(Message):
+    """The weights that the engine has are the group's, as of this epoch. Sent where an update was settled without an engine
+    that may have switched: that one is stale when it comes back.
+    """
+
+    epoch: Epoch
+
+
+EngineRequest = (
+    Hello
+    | GetStatus
+    | DescribeWeights
+    | Pause
+    | KeepPaused
+    | Resume
+    | Begin
+    | Bucket
+    | Prepare
+    | Commit
+    | Abort
+    | Fence
+    | Agree
+)
 
 
 # A worker and its engine
@@ -235,10 +270,23 @@ WorkerOrder = Begin | Bucket | Prepare | Abort
 
 
 class Register(Message):
-    """An engine says that it lives, who it is, and the highest epoch that it has seen. Repeated every second."""
+    """An engine says that it lives, who it is, and the highest epoch that it has seen. Repeated every second.
+
+    ``agreed`` is the epoch of the update that brought ``version``, 0 for the weights that it was started with.
+    ``unsettled``: a client has left it in an update, or paused.
+    """
 
     engine: EngineInfo
     epoch: Epoch
+    version: Version = 0
+    agreed: Epoch = 0
+    unsettled: bool = False
+
+
+class Unregister(Message):
+    """An engine ends, in order."""
+
+    engine: EngineInfo
 
 
 class Discover(Message):
@@ -260,7 +308,7 @@ class ReleaseLease(Message):
     epoch: Epoch
 
 
-DirectoryRequest = Hello | Register | Discover | AcquireLease | RenewLease | ReleaseLease
+DirectoryRequest = Hello | Register | Unregister | Discover | AcquireLease | RenewLease | ReleaseLease
 
 
 # Answers
@@ -277,7 +325,7 @@ class Status(Message):
 
     engine: EngineInfo
     version: Version
-    phase: Literal["idle", "receiving", "prepared", "committing", "tainted"]
+    phase: Literal["idle", "receiving", "prepared", "committing", "tainted", "stale"]
     flow: Literal["running", "pausing", "paused", "resuming"]
     pause_mode: PauseMode | None
     paused_for: str
@@ -288,6 +336,8 @@ class Status(Message):
     requests_running: int
     requests_waiting: int
     waiting_for_engine: float
+    agreed: int = 0
+    orphaned: bool = False
     error: str = ""
 
 
@@ -317,6 +367,13 @@ class Lease(Message):
     seconds: float
 
 
+class Registered(Message):
+    """The directory's answer to a beat: the newest version that engines have agreed on, and the epoch of its update."""
+
+    version: Version
+    agreed: Epoch
+
+
 class Error(Message):
     kind: ErrorKind
     message: str
@@ -324,7 +381,7 @@ class Error(Message):
     epoch: int = 0
 
 
-Answer = Welcome | Status | Weights | Ack | Engines | Lease | Error
+Answer = Welcome | Status | Weights | Ack | Engines | Lease | Registered | Error
 
 encoder = msgspec.msgpack.Encoder()
 engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(

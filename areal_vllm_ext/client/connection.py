@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 # A request whose answer is late is sent again under its id: a cut link may have swallowed it. Engines answer an id once.
 _REPEAT_SECONDS = 1.0
+# A server whose connection is lost for so long is taken for gone, however long its caller would wait.
+_GONE_SECONDS = 5.0
 
 _EVENTS = {
     zmq.Event.CONNECTED: "it accepts connections but does not answer",
@@ -57,6 +61,7 @@ class Connection:
         self._peers: dict[str, bytes] = {}
         self._pending: dict[bytes, asyncio.Future[Answer]] = {}
         self._events: dict[str, zmq.Event] = {}
+        self._unconnected_since: dict[str, float] = {}
         self._monitor = self._socket.get_monitor_socket()
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
@@ -83,6 +88,8 @@ class Connection:
                 done, _ = await asyncio.wait([answer], timeout=min(left, _REPEAT_SECONDS))
                 if done:
                     return answer.result()
+                if (seconds := time.monotonic() - self._unconnected_since.get(address, math.inf)) > _GONE_SECONDS:
+                    raise EngineUnreachable(f"{address} is not connected since {seconds:.1f} s{self._why(address)}")
         finally:
             self._pending.pop(request_id, None)
         raise EngineUnreachable(f"{address} did not answer within {timeout:.1f} s{self._why(address)}")
@@ -90,7 +97,7 @@ class Connection:
     def keep_only(self, addresses: set[str]) -> None:
         """Stop reconnecting to engines that are gone."""
         for address in self._peers.keys() - addresses:
-            del self._peers[address]
+            del self._peers[address], self._unconnected_since[address]
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.disconnect(address)
 
@@ -110,6 +117,7 @@ class Connection:
             security.join_curve(self._socket, self._key_for(host))
             self._socket.ipv6 = "[" in address
             self._socket.setsockopt(zmq.CONNECT_ROUTING_ID, peer)
+            self._unconnected_since[address] = time.monotonic()
             self._socket.connect(address)
         return peer
 
@@ -141,5 +149,9 @@ class Connection:
                 zmq.Event.HANDSHAKE_FAILED_AUTH,
                 zmq.Event.HANDSHAKE_FAILED_PROTOCOL,
             )
+            if kind == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._unconnected_since[address] = math.inf
+            elif kind == zmq.Event.DISCONNECTED and address in self._peers:
+                self._unconnected_since[address] = min(self._unconnected_since[address], time.monotonic())
             if kind in _EVENTS and not (refused and kind != zmq.Event.HANDSHAKE_SUCCEEDED):
                 self._events[address] = kind

@@ -138,6 +138,13 @@ class Coordinator:
             name: Abort(epoch=member.epoch, update=self.update, reason=reason) for name, member in self.members.items()
         }
 
+    def found_committed(self, name: str, *, running: bool) -> None:
+        """An engine that was lost has switched after all; where it is not ``running`` it is still to be resumed."""
+        if name not in self.committed:
+            self.committed.append(name)
+        if running:
+            self.lost.pop(name, None)
+
     def _advance(self, timeout: float) -> dict[str, EngineRequest]:
         """Every awaited engine has answered."""
         match self.phase:
@@ -150,6 +157,8 @@ class Coordinator:
                     name: Pause(epoch=member.epoch, mode=self.mode, kv=self.kv, timeout=timeout, update=self.update)
                     for name, member in self.members.items()
                 }
+            case "pause" if timeout <= 0:
+                return self.give_up("its time was over when all had paused")
             case "pause":
                 self.phase, self._awaited = "commit", set(self.members)
                 return {name: Commit(epoch=member.epoch, update=self.update) for name, member in self.members.items()}

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import protocol, security
 from ..config import Settings, split_address
-from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError
+from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from . import recovery
 from .connection import Connection
 from .update import AsyncUpdate, UpdateResult
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     import torch
 
@@ -33,8 +34,11 @@ __all__ = ["AsyncEngineGroup", "EngineGroup", "EngineState", "Update", "UpdateRe
 T = TypeVar("T")
 
 _LEASE_SECONDS = 10.0
+_PAUSE_LEASE_SECONDS = 30.0
 _DISCOVER_SECONDS = 5.0
 _POLL_SECONDS = 0.2
+# For what is still said after a deadline: less than a second in all.
+_GRACE_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +89,20 @@ class Target:
     epoch: int
     status: protocol.Status
 
+    @property
+    def resumes(self) -> bool:
+        """Whether it is to run after an update: unless a user has paused it."""
+        return self.status.flow == "running" or bool(self.status.paused_for)
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """An engine that is to be commanded: its epoch, and whose lease that is."""
+
+    engine: EngineInfo
+    epoch: int
+    directory: str
+
 
 def resume_all(targets: Mapping[str, Target], timeout: float) -> dict[str, EngineRequest]:
     """A resume for every target."""
@@ -97,12 +115,17 @@ class AsyncEngineGroup:
     Calls of one group run one after the other; other groups and the command line are kept out by a lease meanwhile.
     """
 
-    def __init__(self, addresses: tuple[str, ...], key_file: str | None, max_message_bytes: int) -> None:
+    def __init__(
+        self, addresses: tuple[str, ...], key_for: Callable[[str], security.ClusterKey], max_message_bytes: int
+    ) -> None:
         self._addresses = addresses
         self._max_message_bytes = max_message_bytes
-        self._key_file = key_file
+        self._key_for = key_for
         self._connection: Connection | None = None
         self._lock = asyncio.Lock()
+        # Engines that were lost in an update of this group: it goes on without them, until they are back.
+        self._dropped: set[tuple[str, int]] = set()
+        self._keeping_paused: asyncio.Task[None] | None = None
         self._sink: tuple[tuple[object, ...], Sink] | None = None
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
 
@@ -120,7 +143,9 @@ class AsyncEngineGroup:
         key = os.fspath(key_file) if key_file else settings.key_file
         for address in given:
             security.key_for(split_address(address)[0], key)
-        return cls(tuple(dict.fromkeys(given)), key, settings.max_message_mib << 20)
+        return cls(
+            tuple(dict.fromkeys(given)), lambda host: security.key_for(host, key), settings.max_message_mib << 20
+        )
 
     # Discovery
 
@@ -177,30 +202,60 @@ class AsyncEngineGroup:
 
     # Pause and resume
 
-    async def pause(self, mode: PauseMode = "keep", *, kv: KVPolicy = "keep", deadline: float = 60.0) -> None:
+    async def pause(
+        self,
+        mode: PauseMode = "keep",
+        *,
+        kv: KVPolicy = "keep",
+        deadline: float = 60.0,
+        lease: float | None = _PAUSE_LEASE_SECONDS,
+    ) -> None:
         """Pause generation on every engine, all at once; returns when every engine is idle.
 
         Args:
             mode: ``keep`` freezes requests, ``wait`` lets them finish, ``abort`` ends them.
             kv: ``recompute`` drops cached keys and values, and frozen requests recompute theirs.
             deadline: seconds; when they are over the pause is taken back everywhere.
+            lease: seconds after which engines run again by themselves when this group is closed or its process is gone (or
+                stay paused, where they are set so). None: they stay paused until somebody resumes them.
 
         Raises:
             PauseFailed: naming the engines that did not pause; the others run again.
         """
         ends = time.monotonic() + deadline
         async with self.command(deadline) as targets:
+            self._keep_paused([target.engine.address for target in targets.values()], lease)
             failed = await self._ask_all(
                 targets,
                 {
-                    name: protocol.Pause(epoch=target.epoch, mode=mode, kv=kv, timeout=deadline)
+                    name: protocol.Pause(
+                        epoch=target.epoch, mode=mode, kv=kv, timeout=deadline, holder=self.holder, lease=lease or 0.0
+                    )
                     for name, target in targets.items()
                 },
                 ends,
             )
             if failed:
-                await self._ask_all(targets, resume_all(targets, 1.0), time.monotonic() + 0.8)
+                self._keep_paused([], None)
+                await self._ask_all(targets, resume_all(targets, 1.0), time.monotonic() + _GRACE_SECONDS)
                 raise PauseFailed(f"pause was taken back after {deadline:.1f} s: {join(failed)}")
+
+    def _keep_paused(self, addresses: list[str], lease: float | None) -> None:
+        """Say every now and then that whoever paused these engines is alive; ends what was said so far."""
+        if self._keeping_paused:
+            self._keeping_paused.cancel()
+            self._keeping_paused = None
+        if not lease:
+            return
+        message = protocol.KeepPaused(holder=self.holder, lease=lease)
+
+        async def keep_saying() -> None:
+            while True:
+                await asyncio.sleep(lease / 4)
+                said = (self.request(address, message, lease / 4) for address in addresses)
+                await asyncio.gather(*said, return_exceptions=True)
+
+        self._keeping_paused = asyncio.create_task(keep_saying())
 
     async def resume(self, *, deadline: float = 60.0) -> None:
         """Let every engine generate again; does nothing on those that do.
@@ -210,6 +265,7 @@ class AsyncEngineGroup:
         """
         ends = time.monotonic() + deadline
         async with self.command(deadline) as targets:
+            self._keep_paused([], None)
             if failed := await self._ask_all(targets, resume_all(targets, deadline), ends):
                 raise PauseFailed(f"not every engine resumed: {join(failed)}")
 
@@ -224,6 +280,7 @@ class AsyncEngineGroup:
         mode: PauseMode = "keep",
         kv: KVPolicy = "recompute",
         bucket_mib: int = 256,
+        drop_lost: bool = False,
         on_phase: Callable[[str], None] | None = None,
     ) -> AsyncUpdate:
         """Move every engine to new weights, or none. Use: ``async with group.update(v) as update: await update.send(model)``.
@@ -236,6 +293,8 @@ class AsyncEngineGroup:
             mode: how engines pause for the switch, see ``pause``.
             kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.
             bucket_mib: size of the pieces in which the weights travel.
+            drop_lost: go on without engines that are lost already, instead of EnginesMissing. One that comes back is stale:
+                it serves nothing until an update reaches it.
             on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``,
                 ``abort``) before its requests go out, on the event loop's thread.
         """
@@ -247,12 +306,14 @@ class AsyncEngineGroup:
             mode=mode,
             kv=kv,
             bucket_bytes=bucket_mib << 20,
+            drop_lost=drop_lost,
             on_phase=on_phase,
         )
 
     async def close(self) -> None:
         """Close the connections. Engines go on."""
         self.drop_sink()
+        self._keep_paused([], None)
         if self._connection:
             await self._connection.close()
             self._connection = None
@@ -272,7 +333,7 @@ class AsyncEngineGroup:
             EngineUnreachable: no answer. RequestError: it was refused.
         """
         if self._connection is None:
-            self._connection = Connection(lambda host: security.key_for(host, self._key_file), self._max_message_bytes)
+            self._connection = Connection(self._key_for, self._max_message_bytes)
         answer = await self._connection.request(address, message, timeout)
         if isinstance(answer, protocol.Error):
             raise RequestError(answer.kind, answer.message)
@@ -320,53 +381,86 @@ class AsyncEngineGroup:
         own = [security.own_address_toward(host) for host in far or hosts[:1]]
         return own[-1]
 
+    async def recover(self, deadline: float, *, resume: bool) -> None:
+        """Settle, among the engines that are there, what a client left behind; see ``client/recovery.py``.
+
+        Args:
+            deadline: seconds.
+            resume: whether engines that were left paused run again.
+        """
+        async with self.command(deadline, without_lost=True, resume=resume):
+            pass
+
+    def drop(self, lost: Iterable[EngineInfo], kept: Iterable[EngineInfo]) -> None:
+        """Go on without the engines that were lost in an update; those in ``kept`` belong to the group (again)."""
+        self._dropped.difference_update((engine.replica, engine.dp_rank) for engine in kept)
+        self._dropped.update((engine.replica, engine.dp_rank) for engine in lost)
+
     @contextlib.asynccontextmanager
-    async def command(self, deadline: float) -> AsyncIterator[dict[str, Target]]:
+    async def command(
+        self, deadline: float, *, without_lost: bool = False, resume: bool = True
+    ) -> AsyncIterator[dict[str, Target]]:
         """Hold the lease; yields every engine by name, fenced, and free of what an earlier client left behind.
+
+        Args:
+            deadline: seconds.
+            without_lost: go on without engines that are lost.
+            resume: whether engines that an earlier client left paused run again.
 
         Raises:
             EnginesMissing: an engine is lost or was never there. EngineUnreachable: one does not answer.
             RequestError: another client holds the lease.
+            PauseFailed: what an earlier client left behind cannot be settled.
         """
         ends = time.monotonic() + deadline
         async with self._lock:
             found = await self._discover(min(deadline, _DISCOVER_SECONDS))
-            if problem := describe_missing([answer for _, answer in found], None):
-                raise EnginesMissing(problem)
+            missing = describe_missing([answer for _, answer in found], None, self._dropped)
+            if missing and not without_lost:
+                raise EnginesMissing(missing)
             async with contextlib.AsyncExitStack() as leases:
-                engines: dict[str, EngineInfo] = {}
-                epochs: dict[str, int] = {}
+                members: dict[str, Member] = {}
                 # In one order for everybody: two clients of the same directories never wait for each other in a ring.
                 for directory, answer in sorted(found, key=lambda entry: entry[0]):
                     epoch = await leases.enter_async_context(self._lease(directory, ends))
-                    engines.update({engine.name: engine for engine in answer.alive})
-                    epochs.update({engine.name: epoch for engine in answer.alive})
-                yield await self._take_over(engines, epochs, ends)
+                    members.update({engine.name: Member(engine, epoch, directory) for engine in answer.alive})
+                all_here = not describe_missing([answer for _, answer in found], None, set())
+                yield await self._take_over(members, ends, all_here=all_here, resume=resume)
 
     async def _take_over(
-        self, engines: dict[str, EngineInfo], epochs: dict[str, int], ends: float
+        self, members: dict[str, Member], ends: float, *, all_here: bool, resume: bool
     ) -> dict[str, Target]:
         """Fence every engine, and settle an update that its client left behind."""
 
-        async def fence(name: str, engine: EngineInfo) -> Target:
+        async def fence(name: str, member: Member) -> Target | None:
             left = min(max(ends - time.monotonic(), 0.1), _DISCOVER_SECONDS)
             try:
-                status = await self.request(engine.address, protocol.Fence(epoch=epochs[name]), left)
+                status = await self.request(member.engine.address, protocol.Fence(epoch=member.epoch), left)
             except EngineUnreachable as error:
+                if (member.engine.replica, member.engine.dp_rank) in self._dropped:
+                    return None
                 raise EngineUnreachable(f"{name}: {error}") from None
             assert isinstance(status, protocol.Status)
-            return Target(engine, epochs[name], status)
+            return Target(member.engine, member.epoch, status)
 
         while True:
-            fenced = await asyncio.gather(*(fence(name, engine) for name, engine in engines.items()))
-            targets = dict(zip(engines, fenced, strict=True))
-            statuses = {name: target.status for name, target in targets.items()}
-            plan = recovery.plan(statuses, epochs, max(ends - time.monotonic(), 0.1))
-            if not (plan.settle or plan.resume or plan.wait) or time.monotonic() > ends:
+            fenced = await asyncio.gather(*(fence(name, member) for name, member in members.items()))
+            targets = {target.engine.name: target for target in fenced if target}
+            plan = recovery.plan(
+                {name: target.status for name, target in targets.items()},
+                {name: target.epoch for name, target in targets.items()},
+                max(ends - time.monotonic(), 0.1),
+                directories={name: member.directory for name, member in members.items()},
+                all_here=all_here and len(targets) == len(members),
+            )
+            resumes = plan.resume if resume else {}
+            if not (plan.settle or resumes or plan.wait):
                 return targets
-            for requests in (plan.settle, plan.resume if not plan.wait else {}):
+            for requests in (plan.settle, plan.agree, resumes if not plan.wait else {}):
                 if failed := await self._ask_all(targets, requests, ends):
                     raise PauseFailed(f"an earlier update cannot be settled: {join(failed)}")
+            if time.monotonic() > ends:
+                raise PauseFailed("an earlier update could not be settled in time; its engines stay as they are")
             await asyncio.sleep(_POLL_SECONDS / 20)
 
     @contextlib.asynccontextmanager
@@ -398,7 +492,8 @@ class AsyncEngineGroup:
         finally:
             renewal.cancel()
             with contextlib.suppress(EngineUnreachable, RequestError):
-                await self.request(directory, protocol.ReleaseLease(epoch=epoch), 0.5)
+                in_time = time.monotonic() < ends
+                await self.request(directory, protocol.ReleaseLease(epoch=epoch), 0.5 if in_time else 0.1)
 
     async def _discover(self, timeout: float) -> list[tuple[str, protocol.Engines]]:
         async def ask(directory: str) -> tuple[str, protocol.Engines]:
@@ -437,22 +532,24 @@ class AsyncEngineGroup:
         return {name: problem for name, problem in answers if problem}
 
 
-def join(problems: dict[str, str]) -> str:
-    """Problems of several engines, as one line."""
-    return "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
-
-
-def describe_missing(answers: list[protocol.Engines], engines: int | None) -> str:
-    """Which engines are not there, by node and DP rank; empty where all are."""
+def describe_missing(
+    answers: list[protocol.Engines], engines: int | None, dropped: AbstractSet[tuple[str, int]] = frozenset()
+) -> str:
+    """Which engines are not there, by node and DP rank, those that were ``dropped`` apart; empty where all are."""
     alive = [engine for answer in answers for engine in answer.alive]
-    lost = [(engine, seconds) for answer in answers for engine, seconds in answer.lost]
+    lost = [
+        (engine, seconds)
+        for answer in answers
+        for engine, seconds in answer.lost
+        if (engine.replica, engine.dp_rank) not in dropped
+    ]
     problems = [f"{engine.name} was not heard for {seconds:.0f} s" for engine, seconds in lost]
     problems += [
         f"{engine.name} shares its name with another engine: set AREAL_VLLM_REPLICA, another for each replica"
         for answer in answers
         for engine in answer.usurped
     ]
-    gone = {(engine.replica, engine.dp_rank) for engine, _ in lost}
+    gone = {(engine.replica, engine.dp_rank) for engine, _ in lost} | dropped
     for replica in sorted({engine.replica for engine in alive}):
         ranks = [engine for engine in alive if engine.replica == replica]
         for rank in range(ranks[0].dp_size):
@@ -522,9 +619,16 @@ class EngineGroup:
         """See ``AsyncEngineGroup.status``."""
         return self.run(self._group.status(timeout))
 
-    def pause(self, mode: PauseMode = "keep", *, kv: KVPolicy = "keep", deadline: float = 60.0) -> None:
+    def pause(
+        self,
+        mode: PauseMode = "keep",
+        *,
+        kv: KVPolicy = "keep",
+        deadline: float = 60.0,
+        lease: float | None = _PAUSE_LEASE_SECONDS,
+    ) -> None:
         """See ``AsyncEngineGroup.pause``."""
-        self.run(self._group.pause(mode, kv=kv, deadline=deadline))
+        self.run(self._group.pause(mode, kv=kv, deadline=deadline, lease=lease))
 
     def resume(self, *, deadline: float = 60.0) -> None:
         """See ``AsyncEngineGroup.resume``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from ..protocol import Abort, Commit, EngineRequest, Resume, Status
+from ..protocol import Abort, Agree, Commit, EngineRequest, Resume, Status
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,20 +17,34 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """Requests by engine: first ``settle`` (commit or abort), then ``resume``. ``wait``: an engine is switching just now."""
+    """Requests by engine: first ``settle`` (commit or abort), then ``agree``, then ``resume``.
+
+    ``wait``: an engine is switching just now.
+    """
 
     settle: dict[str, EngineRequest]
+    agree: dict[str, EngineRequest]
     resume: dict[str, EngineRequest]
     wait: bool
 
 
-def plan(statuses: Mapping[str, Status], epochs: Mapping[str, int], timeout: float) -> Recovery:
+def plan(
+    statuses: Mapping[str, Status],
+    epochs: Mapping[str, int],
+    timeout: float,
+    *,
+    directories: Mapping[str, str] | None = None,
+    all_here: bool = True,
+) -> Recovery:
     """What brings every engine back to serving one version.
 
     Args:
         statuses: each engine's status, taken after it was fenced with its epoch.
         epochs: the new epoch of each engine.
         timeout: seconds that a resume may take.
+        directories: which directory each engine belongs to (default: all to one): epochs are a directory's own.
+        all_here: whether ``statuses`` are those of all engines. One that is away may have committed: where the others
+            abort, they agree on that with the new epoch, and it is stale when it comes back.
     """
     committed = {status.last_update for status in statuses.values()}
     committed |= {status.update for status in statuses.values() if status.phase == "committing"}
@@ -40,9 +54,31 @@ def plan(statuses: Mapping[str, Status], epochs: Mapping[str, int], timeout: flo
             settle[name] = Commit(epoch=epochs[name], update=status.update)
         elif status.phase in ("receiving", "prepared"):
             settle[name] = Abort(epoch=epochs[name], update=status.update, reason="its client is gone")
+    wait = any(status.phase == "committing" for status in statuses.values())
+    current = _current(statuses, settle, directories or {})
+    agree: dict[str, EngineRequest] = {}
+    if not all_here and not wait and any(isinstance(request, Abort) for request in settle.values()):
+        agree = {name: Agree(epoch=epochs[name]) for name in current}
+    orphaned = {status.engine.replica for status in statuses.values() if status.orphaned}
     resume: dict[str, EngineRequest] = {
         name: Resume(epoch=epochs[name], timeout=timeout)
         for name, status in statuses.items()
-        if status.flow != "running" and status.paused_for and status.phase != "tainted"
+        if name in current and status.flow != "running" and (status.paused_for or status.engine.replica in orphaned)
     }
-    return Recovery(settle, resume, wait=any(status.phase == "committing" for status in statuses.values()))
+    return Recovery(settle, agree, resume, wait)
+
+
+def _current(
+    statuses: Mapping[str, Status], settle: Mapping[str, EngineRequest], directories: Mapping[str, str]
+) -> set[str]:
+    """The engines that will have the group's weights once ``settle`` is done: neither tainted nor stale."""
+    newest: dict[str, int] = {}
+    for name, status in statuses.items():
+        directory = directories.get(name, "")
+        newest[directory] = max(newest.get(directory, 0), status.agreed)
+    return {
+        name
+        for name, status in statuses.items()
+        if status.phase not in ("tainted", "stale")
+        and (isinstance(settle.get(name), Commit) or status.agreed >= newest[directories.get(name, "")])
+    }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import protocol
-from ..errors import ArealError, EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
+from ..errors import ArealError, EngineUnreachable, InvalidWeights, RequestError, UpdateAborted, UpdateInDoubt, join
 from ..protocol import Answer, Bucket, EngineInfo, EngineRequest, KVPolicy, PauseMode, TensorMeta, Transfer, Version
 from ..transport import Cancelled, buckets
 from ..transport.buckets import filled_buckets, total_bytes
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
     from .group import AsyncEngineGroup
 
-# After its deadline an update still tells every engine to keep the old weights and, in a second round, to resume: for so
-# long at most each.
-_GRACE_SECONDS = 0.45
-# Once the first commit is out there is no way back: engines get so long to answer, however little is left.
-_COMMIT_SECONDS = 30.0
+# After its deadline an update waits for one more answer to what it tells the engines last (keep the old weights, or commit),
+# then to resume: less than a second in all. Whatever is not settled by then, the directory settles.
+_GRACE_SECONDS = {"abort": 0.35, "commit": 0.3, "resume": 0.25}
+# An engine that takes longer to switch, while all others are paused, is dropped.
+_COMMIT_SECONDS = 60.0
+_ABORT_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ class AsyncUpdate:
         mode: PauseMode,
         kv: KVPolicy,
         bucket_bytes: int,
+        drop_lost: bool = False,
         on_phase: Callable[[str], None] | None = None,
     ) -> None:
         if transport not in ("auto", "broadcast", "shared_memory"):
@@ -83,6 +85,7 @@ class AsyncUpdate:
         self._mode: PauseMode = mode
         self._kv: KVPolicy = kv
         self._bucket_bytes = bucket_bytes
+        self._drop_lost = drop_lost
         self._on_phase = on_phase
         self._command = contextlib.AsyncExitStack()
         self._engines: dict[str, EngineInfo] = {}
@@ -108,11 +111,10 @@ class AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self._ends = self._started + self._deadline
-        targets = await self._command.enter_async_context(self._group.command(self._deadline))
+        command = self._group.command(self._deadline, without_lost=self._drop_lost)
+        targets = await self._command.enter_async_context(command)
         self._engines = {name: target.engine for name, target in targets.items()}
-        self._members = {
-            name: Member(target.epoch, running=target.status.flow == "running") for name, target in targets.items()
-        }
+        self._members = {name: Member(target.epoch, target.resumes) for name, target in targets.items()}
         return self
 
     async def send(self, weights: Any, *, dtype: str | None = None) -> None:
@@ -161,8 +163,13 @@ class AsyncUpdate:
                 return
             if coordinator.reason:
                 raise UpdateAborted(f"update to version {self._version} was given up: {coordinator.reason}")
+            await self._ask_lost(coordinator)
             if not coordinator.committed:
-                raise UpdateAborted(f"no engine switched to version {self._version}: {coordinator.lost}")
+                raise UpdateInDoubt(
+                    f"every engine was told to switch to version {self._version} and none answered ({join(coordinator.lost)}); "
+                    "all will have switched, or none: the directory settles it, and status() tells"
+                )
+            self._group.drop((self._engines[name] for name in coordinator.lost), self._engines.values())
             finished = time.monotonic()
             self._result = UpdateResult(
                 version=self._version,
@@ -177,6 +184,17 @@ class AsyncUpdate:
             if self._result is None:
                 self._group.drop_sink()
             await self._command.aclose()
+
+    async def _ask_lost(self, coordinator: Coordinator) -> None:
+        """An engine whose answer was lost may have switched all the same, or a successor may have told it to."""
+
+        async def ask(name: str) -> None:
+            with contextlib.suppress(EngineUnreachable, RequestError):
+                status = await self._group.request(self._engines[name].address, protocol.GetStatus(), 0.1)
+                if isinstance(status, protocol.Status) and status.last_update == coordinator.update:
+                    coordinator.found_committed(name, running=status.flow == "running")
+
+        await asyncio.gather(*(ask(name) for name in list(coordinator.lost)))
 
     # The protocol
 
@@ -259,10 +277,9 @@ class AsyncUpdate:
         }
 
     def _timeout_of(self, phase: str) -> float:
-        if phase in ("commit", "resume"):
-            return max(self._left(), _COMMIT_SECONDS)
-        if phase == "abort":
-            return min(max(self._left(), _GRACE_SECONDS), 5.0)
+        if phase in _GRACE_SECONDS:
+            longest = _ABORT_SECONDS if phase == "abort" else _COMMIT_SECONDS
+            return min(max(self._left(), 0.0) + _GRACE_SECONDS[phase], longest)
         return max(self._left(), 0.05)
 
     # The bytes

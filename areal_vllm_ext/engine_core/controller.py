@@ -22,7 +22,7 @@ from vllm.version import __version__ as vllm_version
 
 from .. import __version__, security
 from ..config import DEFAULT_DIRECTORY_PORT, Settings, split_address
-from ..directory import DirectoryServer, new_incarnation
+from ..directory import SETTLE_SECONDS, DirectoryServer, new_incarnation
 from ..errors import SettingsError
 from ..protocol import EngineInfo, PauseMode, Version
 from . import hooks
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
 _ATTACH_SECONDS = 60.0
+_REGISTER_SECONDS = 10.0
 
 
 def directory_address(settings: Settings, config: VllmConfig) -> str:
@@ -86,16 +87,15 @@ class Controller:
         self.endpoint = Endpoint(
             identity=Identity(info, config.model_config.model, config.model_config.revision),
             host=host,
-            port=settings.port,
             directory=address,
             key=key,
             world_size=config.parallel_config.world_size,
             version=getattr(engine, "_weight_version", "default"),
-            max_message_bytes=settings.max_message_mib << 20,
+            settings=settings,
             engine=self,
         )
         if info.dp_rank == 0:
-            self._host_directory(address, key, explicit=settings.directory is not None)
+            self._host_directory(address, key, settings, alone=info.dp_size == 1)
         self.endpoint.start()
         self._engine.collective_rpc("areal_attach", args=(self.endpoint.address,))
         if not self.endpoint.wait_attached(_ATTACH_SECONDS):
@@ -103,11 +103,21 @@ class Controller:
                 f"not every worker of {info.name} reached its control endpoint {self.endpoint.address} in "
                 f"{_ATTACH_SECONDS:.0f} s; do the workers' nodes have the same key file, and reach that address?"
             )
+        # Before the first request: an engine that was restarted must not serve what the others no longer do.
+        if not self.endpoint.wait_registered(_REGISTER_SECONDS):
+            logger.warning("the directory %s does not answer yet; %s serves the weights it has", address, info.name)
         logger.info("%s is under control at %s (directory %s)", info.name, self.endpoint.address, address)
 
-    def _host_directory(self, address: str, key: security.ClusterKey, explicit: bool) -> None:
+    def _host_directory(self, address: str, key: security.ClusterKey, settings: Settings, *, alone: bool) -> None:
+        explicit = settings.directory is not None
         try:
-            self.directory = DirectoryServer(self.endpoint.context, *split_address(address), key)
+            self.directory = DirectoryServer(
+                self.endpoint.context,
+                *split_address(address),
+                key,
+                settle_seconds=0.0 if alone and not explicit else SETTLE_SECONDS,
+                resume_orphans=settings.trainer_lost == "resume",
+            )
         except SettingsError as error:
             cause = getattr(error.__cause__, "errno", None)
             # With an address that the user chose, the directory may be another replica's, or run on another node.

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 import zmq
@@ -47,11 +47,13 @@ from .participant import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..config import Settings
     from ..protocol import Version, WorkerInfo
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
 _TICK_MILLISECONDS = 100
+_LAST_WORD_MILLISECONDS = 200
 
 
 class Engine(Protocol):
@@ -81,12 +83,11 @@ class Endpoint:
         self,
         identity: Identity,
         host: str,
-        port: int,
         directory: str,
         key: security.ClusterKey,
         world_size: int,
         version: Version,
-        max_message_bytes: int,
+        settings: Settings,
         engine: Engine,
     ) -> None:
         """Bind the socket, so that an address in use is an error here.
@@ -96,7 +97,9 @@ class Endpoint:
         """
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._gatekeeper = security.Gatekeeper(self._context, key)
-        self._server = wire.Server(self._context, host, port, key, protocol.engine_decoder, max_message_bytes)
+        self._server = wire.Server(
+            self._context, host, settings.port, key, protocol.engine_decoder, settings.max_message_mib << 20
+        )
         self._key = key
         self._directory_address = directory
         self._identity = identity
@@ -104,14 +107,18 @@ class Endpoint:
         self.info = msgspec.structs.replace(identity.info, address=self._server.address)
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
         self._world_size = world_size
-        self._participant = Participant(version, frozenset(range(world_size)))
+        self._participant = Participant(
+            version, frozenset(range(world_size)), resume_orphans=settings.trainer_lost == "resume"
+        )
         self._weights: Weights | None = None
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._all_attached = threading.Event()
+        self._registered = threading.Event()
         self._directory_complaint = ""
         self._stopping = False
+        self._farewell = True
         self._thread = threading.Thread(target=self._run, name="areal-endpoint", daemon=True)
 
     @property
@@ -134,8 +141,17 @@ class Endpoint:
         """Wait until every worker has attached; False where one did not."""
         return self._all_attached.wait(timeout)
 
-    def stop(self) -> None:
-        """End the thread and close every socket; safe to call twice."""
+    def wait_registered(self, timeout: float) -> bool:
+        """Wait until the directory has said what the group agreed on; False where it did not."""
+        return self._registered.wait(timeout)
+
+    def stop(self, *, farewell: bool = True) -> None:
+        """End the thread and close every socket; safe to call twice.
+
+        Args:
+            farewell: tell the directory that this engine is gone on purpose; else it is reported as lost for a while.
+        """
+        self._farewell = farewell
         self._stopping = True
         self._wake()
         if self._thread.is_alive():
@@ -185,6 +201,9 @@ class Endpoint:
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + BEAT_SECONDS
                     self._register(directory)
+            if self._farewell:
+                directory.linger = _LAST_WORD_MILLISECONDS
+                self._tell(directory, protocol.Unregister(engine=self.info))
         except zmq.ContextTerminated:
             pass
         except Exception:
@@ -201,6 +220,9 @@ class Endpoint:
                 answer = protocol.answer_decoder.decode(directory.recv_multipart()[-1])
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 answer = protocol.Error(kind="malformed", message=f"its answer cannot be read: {error}")
+            if isinstance(answer, protocol.Registered):
+                self._carry_out(self._participant.group_at(answer.version, answer.agreed))
+                self._registered.set()
             if isinstance(answer, protocol.Error) and answer.message != self._directory_complaint:
                 self._directory_complaint = answer.message
                 logger.error("the directory %s refuses this engine: %s", self._directory_address, answer.message)
@@ -213,10 +235,20 @@ class Endpoint:
             pass
 
     def _register(self, directory: zmq.Socket[bytes]) -> None:
-        beat = Register(engine=self.info, epoch=self._participant.epoch)
+        state = self._participant
+        beat = Register(
+            engine=self.info,
+            epoch=state.epoch,
+            version=state.version,
+            agreed=state.agreed,
+            unsettled=state.unsettled,
+        )
+        self._tell(directory, beat)
+
+    def _tell(self, directory: zmq.Socket[bytes], message: protocol.DirectoryRequest) -> None:
         try:
             directory.send_multipart(
-                [os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(beat)], zmq.NOBLOCK
+                [os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(message)], zmq.NOBLOCK
             )
         except zmq.Again:
             pass  # the directory is away; the queue holds beats enough
@@ -280,7 +312,7 @@ class Endpoint:
         return Status(
             engine=self.info,
             version=state.version,
-            phase="tainted" if state.tainted and state.phase == "idle" else state.phase,
+            phase=self._phase(),
             flow=state.flow,
             pause_mode=state.pause_mode,
             paused_for=state.paused_for,
@@ -288,11 +320,19 @@ class Endpoint:
             update=state.update.begin.update if state.update else "",
             update_version=state.update.begin.version if state.update else None,
             last_update=state.last_update,
+            agreed=state.agreed,
+            orphaned=state.orphaned,
             requests_running=running,
             requests_waiting=waiting,
             waiting_for_engine=self._engine.oldest_call_seconds(),
-            error=state.tainted or state.error,
+            error=state.tainted or state.stale or state.error,
         )
+
+    def _phase(self) -> Literal["idle", "receiving", "prepared", "committing", "tainted", "stale"]:
+        state = self._participant
+        if state.phase != "idle":
+            return state.phase
+        return "tainted" if state.tainted else "stale" if state.stale else "idle"
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:

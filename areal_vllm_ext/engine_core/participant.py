@@ -13,6 +13,8 @@ Messages, completed calls and clock readings go in; effects come out, for ``endp
   for the coordinator or its successor.
 - A repeated request is answered like the first one and done once.
 - An engine whose commit failed is tainted: its weights are nobody's. It stays paused until a later update commits.
+- An engine that hears from the directory that the group has agreed on a later update than its own is stale: it was
+  restarted, or lost in a commit. It pauses, and stays paused until an update commits.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from typing import TYPE_CHECKING, Literal
 from ..protocol import (
     Abort,
     Ack,
+    Agree,
     Answer,
     Begin,
     Bucket,
     Commit,
     Error,
     ErrorKind,
+    KeepPaused,
     Pause,
     PauseMode,
     Prepare,
@@ -44,7 +48,10 @@ if TYPE_CHECKING:
 Phase = Literal["idle", "receiving", "prepared", "committing"]
 Flow = Literal["running", "pausing", "paused", "resuming"]
 
-ParticipantRequest = Pause | Resume | Begin | Bucket | Prepare | Commit | Abort
+ParticipantRequest = Pause | KeepPaused | Resume | Begin | Bucket | Prepare | Commit | Abort | Agree
+
+# In place of an update's name in ``paused_for``.
+STALE = "stale"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +116,25 @@ class _Update:
 
 
 class Participant:
-    """The state machine of one engine. ``workers`` are the ranks whose word every step needs."""
+    """The state machine of one engine.
 
-    def __init__(self, version: Version, workers: frozenset[int], epoch: int = 0) -> None:
+    Attributes:
+        agreed: the epoch of the update that brought ``version``; 0 for the weights that the engine was started with.
+        paused_for: the update that it is paused for, ``stale``, or empty: running, or a user's own pause.
+        orphaned: it is in a user's own pause, whose holder was not heard for longer than the lease.
+        tainted: why its weights are nobody's; stale: why they are no longer the group's. Empty where they are.
+    """
+
+    def __init__(
+        self, version: Version, workers: frozenset[int], epoch: int = 0, *, resume_orphans: bool = True
+    ) -> None:
+        """
+        Args:
+            version: of the weights that it serves.
+            workers: the ranks whose word every step needs.
+            epoch: the highest seen so far.
+            resume_orphans: whether it is to run again when whoever paused it is gone.
+        """
         self.version = version
         self.workers = workers
         self.epoch = epoch
@@ -125,6 +148,12 @@ class Participant:
         self.paused_for = ""
         self.error = ""
         self.tainted = ""
+        self.stale = ""
+        self.agreed = 0
+        self.orphaned = False
+        self._resume_orphans = resume_orphans
+        self._pause_holder = ""
+        self._pause_lease_ends = float("inf")
         self._call = 0
         self._pause_ends = 0.0
         self._pause_waiting: list[Caller] = []
@@ -135,6 +164,8 @@ class Participant:
 
     def handle(self, caller: Caller, message: ParticipantRequest, now: float) -> list[Effect]:
         """A request came; returns what to do."""
+        if isinstance(message, KeepPaused):
+            return self._keep_paused(caller, message, now)
         if refusal := self.fence(message.epoch):
             return [Reply(caller, refusal)]
         match message:
@@ -152,6 +183,16 @@ class Participant:
                 return self._commit(caller, message)
             case Abort():
                 return self._abort(caller, message)
+            case Agree():
+                return self._agree(caller, message)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether, were there no client, something would have to be settled here."""
+        if self.phase != "idle":
+            return True
+        left_paused = self.flow != "running" and self.paused_for not in ("", STALE) and not self.tainted
+        return self._resume_orphans and (self.orphaned or left_paused)
 
     def fence(self, epoch: int) -> Error | None:
         """Obey ``epoch`` and higher ones from now on; returns the refusal of a lower one."""
@@ -178,6 +219,7 @@ class Participant:
         # A pause of the user's own outlasts the updates that come in it.
         if self.flow == "running" or not message.update:
             self.paused_for = message.update
+            self._hold(message.holder, message.lease, now)
         same = self.flow != "running" and self.pause_mode == message.mode and (self._cache_cleared or not clear)
         if same and self.flow == "paused":
             return [Reply(caller, Ack())]
@@ -192,11 +234,29 @@ class Participant:
         self.flow, self.pause_mode, self._cache_cleared = "pausing", message.mode, clear
         return [CallPause(self._call, message.mode, clear)]
 
+    def _hold(self, holder: str, lease: float, now: float) -> None:
+        self._pause_holder, self.orphaned = holder, False
+        self._pause_lease_ends = now + lease if lease else float("inf")
+
+    def _keep_paused(self, caller: Caller, message: KeepPaused, now: float) -> list[Effect]:
+        if self.flow == "running" or self.paused_for or self._pause_holder != message.holder:
+            return self._refuse(caller, "state", f"this engine is not paused for {message.holder}")
+        self._hold(message.holder, message.lease, now)
+        return [Reply(caller, Ack())]
+
+    def _agree(self, caller: Caller, message: Agree) -> list[Effect]:
+        if self.phase != "idle" or self.tainted or self.stale:
+            return self._refuse(caller, "state", self.tainted or self.stale or f"this engine is {self.phase}")
+        self.agreed = message.epoch
+        return [Reply(caller, Ack())]
+
     def _resume(self, caller: Caller) -> list[Effect]:
         if self.phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
         if self.tainted:
             return self._refuse(caller, "state", f"the weights are tainted ({self.tainted}): send another update")
+        if self.stale:
+            return self._refuse(caller, "state", f"the weights are stale ({self.stale}): send an update")
         if self.flow == "running":
             return [Reply(caller, Ack())]
         self._resume_waiting.append(caller)
@@ -339,6 +399,7 @@ class Participant:
 
     def _runs(self) -> None:
         self.flow, self.pause_mode, self.paused_for = "running", None, ""
+        self._hold("", 0, 0)
 
     def commit_done(self, error: str, seconds: float) -> list[Effect]:
         """Every worker switched, or one failed and left weights that nobody can vouch for."""
@@ -349,17 +410,45 @@ class Participant:
             self.tainted = f"commit of update {update.begin.update} failed: {error}"
             answer = Error(kind="failed", message=self.tainted)
         else:
-            self.tainted, self.error = "", ""
+            self.tainted, self.stale, self.error = "", "", ""
+            self.agreed = update.begin.epoch
             self.version, self.last_update = update.begin.version, update.begin.update
             answer = Ack(seconds=seconds)
         callers, self._commit_waiting = self._commit_waiting, []
         return [Reply(caller, answer) for caller in callers]
+
+    # What the directory says
+
+    def group_at(self, version: Version, agreed: int) -> list[Effect]:
+        """The newest update that the group has agreed on: serve nothing older."""
+        if self.phase != "idle" or self.flow == "resuming":
+            return []
+        if agreed > self.agreed:
+            self.stale = f"the group is at version {version}, this engine at {self.version}"
+            if self.flow == "running":
+                self._call += 1
+                self.flow, self.pause_mode, self.paused_for = "pausing", "keep", STALE
+                self._cache_cleared = self._paused_before = False
+                return [CallPause(self._call, "keep", False)]
+            if self.paused_for:
+                self.paused_for = STALE
+            return []
+        if not self.stale:
+            return []
+        # All others were started anew as well.
+        self.stale = ""
+        if self.paused_for != STALE:
+            return []
+        self._call += 1
+        self.flow = "resuming"
+        return [CallResume(self._call)]
 
     # Time
 
     def tick(self, now: float) -> list[Effect]:
         """Time passed: give up what is over its time."""
         effects: list[Effect] = []
+        self.orphaned = self.flow != "running" and not self.paused_for and now >= self._pause_lease_ends
         if self.flow == "pausing" and self._pause_waiting and now >= self._pause_ends:
             waited = Error(kind="timeout", message="the engine did not become idle in time, the pause was taken back")
             effects += [Reply(caller, waited) for caller in self._pause_waiting]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from areal_vllm_ext import __version__, protocol, security, wire
+from areal_vllm_ext.config import Settings
 from areal_vllm_ext.directory import DirectoryServer, new_incarnation
 from areal_vllm_ext.engine_core.endpoint import Endpoint, Identity
 from areal_vllm_ext.protocol import (
@@ -283,7 +284,7 @@ class Shape:
     version: Version = 0
     model: str = ""
     dtype: str = "float32"
-    max_message_bytes: int = 16 << 20
+    settings: Settings = dataclasses.field(default_factory=Settings)
 
 
 class Deployment:
@@ -347,12 +348,11 @@ class Deployment:
         engine.endpoint = Endpoint(
             identity=Identity(info, self.shape.model, None),
             host=HOST,
-            port=0,
             directory=self.directory,
             key=self.key,
             world_size=self.shape.workers,
             version=self.shape.version,
-            max_message_bytes=self.shape.max_message_bytes,
+            settings=self.shape.settings,
             engine=engine,
         )
         engine.endpoint.start()
@@ -366,7 +366,7 @@ class Deployment:
         """As a crash: nobody is told."""
         engine = self.engines.pop(rank)
         self.workers.detach(engine)
-        engine.endpoint.stop()
+        engine.endpoint.stop(farewell=False)
 
     def wait_attached(self, timeout: float = 10.0) -> None:
         for engine in self.engines.values():

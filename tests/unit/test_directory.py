@@ -24,6 +24,7 @@ from areal_vllm_ext.protocol import (
     Lease,
     Pause,
     Register,
+    Registered,
     ReleaseLease,
     RenewLease,
     Welcome,
@@ -81,7 +82,7 @@ def granted(directory: Directory, holder: str, now: float, seconds: float = 10.0
 def test_engines_are_told_by_replica_and_rank() -> None:
     directory = Directory()
     for info in (engine(1, replica="z"), engine(1), engine(0)):
-        assert isinstance(beat(directory, info, 0.0), Ack)
+        assert isinstance(beat(directory, info, 0.0), Registered)
     assert seen(directory, 0.0).alive == (engine(0), engine(1), engine(1, replica="z"))
 
 
@@ -142,7 +143,7 @@ def test_a_lost_engine_is_replaced_by_whoever_comes_however_its_clock_goes() -> 
     directory = Directory()
     beat(directory, engine(incarnation="2"), 0.0)
     now = LOST_AFTER + 1.0
-    assert isinstance(beat(directory, engine(incarnation="1"), now), Ack)
+    assert isinstance(beat(directory, engine(incarnation="1"), now), Registered)
     assert seen(directory, now).alive == (engine(incarnation="1"),)
 
 
@@ -296,7 +297,7 @@ def test_an_engine_whose_name_is_taken_says_so_in_its_log(
     client = raw(deployment.directory)
     eventually(lambda: len(client.ask(Discover()).alive) == 2)  # type: ignore[union-attr]
     usurper = msgspec.structs.replace(deployment.engines[0].endpoint.info, incarnation="9")
-    assert isinstance(client.ask(Register(engine=usurper, epoch=0)), Ack)
+    assert isinstance(client.ask(Register(engine=usurper, epoch=0)), Registered)
     eventually(lambda: "took the place of" in caplog.text)
     eventually(lambda: client.ask(Discover()).usurped)  # type: ignore[union-attr]
 

@@ -147,7 +147,7 @@ def test_engines_do_not_read_answers_and_clients_do_not_read_requests() -> None:
     assert set(requests).isdisjoint(answers)
 
 
-@pytest.mark.parametrize("number", [0, 2, 99])
+@pytest.mark.parametrize("number", [0, protocol.PROTOCOL_VERSION + 1, 99])
 def test_another_protocol_number_is_answered_with_both_numbers(number: int) -> None:
     answer = Directory().handle(Hello(protocol=number), now=0.0)
     assert isinstance(answer, Error)

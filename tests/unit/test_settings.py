@@ -24,7 +24,7 @@ def test_a_variable_wins_over_additional_config_and_that_over_the_default() -> N
 
 def test_every_setting_has_a_variable() -> None:
     for name, default in vars(Settings()).items():
-        text = "77" if isinstance(default, int) else "text"
+        text = "77" if isinstance(default, int) else "stay_paused" if name == "trainer_lost" else "text"
         loaded = Settings.load(None, {f"AREAL_VLLM_{name.upper()}": text})
         assert str(getattr(loaded, name)) == text
 
@@ -36,6 +36,7 @@ def test_every_setting_has_a_variable() -> None:
         ({"areal": [1]}, {}, "must be an object"),
         ({"areal": {"replica": 3}}, {}, r"areal\.replica must be a string, not 3"),
         ({"areal": {"port": "x"}}, {}, "AREAL_VLLM_PORT must be a number, not 'x'"),
+        ({}, {"AREAL_VLLM_TRAINER_LOST": "panic"}, "must be resume or stay_paused, not 'panic'"),
         ({}, {"AREAL_VLLM_MAX_MESSAGE_MIB": "much"}, "AREAL_VLLM_MAX_MESSAGE_MIB must be a number, not 'much'"),
     ],
 )

@@ -17,18 +17,19 @@ from waiting import eventually
 from zmq.utils.monitor import recv_monitor_message
 
 from areal_vllm_ext import protocol, security, wire
+from areal_vllm_ext.config import Settings
 from areal_vllm_ext.directory import DirectoryServer
 from areal_vllm_ext.errors import SettingsError
 from areal_vllm_ext.protocol import Ack, Error, GetStatus, Pause, Status
 
 Raw = Callable[..., RawClient]
-MAX_MESSAGE = 1 << 16
+MAX_MESSAGE = 1 << 20
 HELLO = protocol.encoder.encode(protocol.Hello())
 
 
 @pytest.fixture(scope="module")
 def shared_deployment(key: security.ClusterKey) -> Iterator[Deployment]:
-    with deployed(key, 1, shape=Shape(max_message_bytes=MAX_MESSAGE)) as one:
+    with deployed(key, 1, shape=Shape(settings=Settings(max_message_mib=1))) as one:
         one.wait_attached()
         yield one
 
