@@ -128,8 +128,11 @@ class Directory:
         """Whether no client is there, and has left engines in an update, or paused."""
         if now < self._lease_ends:
             return False
+        # A beat from before the lease ended tells of what its holder has settled since.
         unsettled = any(
-            self._beats[key].unsettled for key, (_, heard) in self._engines.items() if now - heard <= LOST_AFTER
+            self._beats[key].unsettled
+            for key, (_, heard) in self._engines.items()
+            if heard > self._lease_ends and now - heard <= LOST_AFTER
         )
         # What an engine that is not heard yet has done decides what the others must do: it gets the time to be heard.
         return unsettled and (now - self._started > LOST_AFTER or not self._some_rank_missing())

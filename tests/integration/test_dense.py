@@ -209,8 +209,8 @@ def test_pause_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGr
     time.sleep(0.1)
     started = time.monotonic()
     with pytest.raises(PauseFailed, match="DP rank 1"):
-        group.pause("wait", deadline=0.2)
-    assert time.monotonic() - started < 1.2
+        group.pause("wait", deadline=0.6)
+    assert time.monotonic() - started < 1.6
     assert len(request.result(timeout=60)["token_ids"]) == 450
     assert {state.state for state in group.status()} == {"running"}
 

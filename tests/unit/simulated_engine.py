@@ -319,7 +319,14 @@ class Deployment:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         security.Gatekeeper(context, self.key)
         self._directory_context = context
-        server = DirectoryServer(context, HOST, port, self.key, clock=lambda: time.monotonic() + self.clock_skew)
+        server = DirectoryServer(
+            context,
+            HOST,
+            port,
+            self.key,
+            clock=lambda: time.monotonic() + self.clock_skew,
+            resume_orphans=self.shape.settings.trainer_lost == "resume",
+        )
         return server.address
 
     def stop_directory(self) -> None:

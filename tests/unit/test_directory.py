@@ -316,3 +316,68 @@ def test_a_directory_answers_a_malformed_request_and_goes_on(deployment: Deploym
     assert answer.kind == "malformed"
     assert isinstance(client.ask(Discover()), Engines)
     assert directory_module.BEAT_SECONDS < LOST_AFTER / 2, "one lost beat must not make an engine lost"
+
+
+# What the engines agreed on, and what a client has left
+
+
+def told(directory: Directory, rank: int, now: float, **beat: object) -> protocol.Answer:
+    return directory.handle(Register(engine=engine(rank), epoch=0, **beat), now)  # type: ignore[arg-type]
+
+
+def test_engines_hear_of_the_newest_update_that_any_of_them_has_while_that_one_is_known() -> None:
+    directory = Directory()
+    told(directory, 0, 0.0, version="v2", agreed=7)
+    assert told(directory, 1, 0.0, version="v0", agreed=0) == Registered(version="v2", agreed=7)
+    restarted = msgspec.structs.replace(engine(0), incarnation="2")
+    answer = directory.handle(Register(engine=restarted, epoch=0, version="v0"), 1.0)
+    assert answer == Registered(version="v0", agreed=0), "nobody is left who has it"
+
+
+def test_a_directory_that_has_just_started_first_listens() -> None:
+    directory = Directory(started=100.0, settle_seconds=2.5)
+    assert told(directory, 0, 102.4) == Ack()
+    assert isinstance(told(directory, 0, 102.5), Registered)
+
+
+def test_recovery_is_due_when_no_lease_is_in_force_and_an_engine_says_so_since() -> None:
+    directory = Directory()
+    granted(directory, "trainer", 10.0, seconds=10.0)
+    for rank in (0, 1):
+        told(directory, rank, 19.0, unsettled=True)
+    assert not directory.recovery_due(19.9)
+    assert not directory.recovery_due(20.5), "what was told while the lease was in force may be settled since"
+    told(directory, 0, 20.6, unsettled=True)
+    assert directory.recovery_due(20.6)
+    told(directory, 0, 21.6, unsettled=False)
+    assert not directory.recovery_due(21.6)
+
+
+def test_an_engine_that_is_lost_asks_for_nothing() -> None:
+    directory = Directory()
+    for rank in (0, 1):
+        told(directory, rank, 1.0, unsettled=True)
+    assert directory.recovery_due(1.0 + LOST_AFTER)
+    assert not directory.recovery_due(1.1 + LOST_AFTER)
+
+
+def test_a_directory_that_has_just_started_waits_for_ranks_that_it_has_not_heard_of() -> None:
+    directory = Directory(started=100.0)
+    told(directory, 0, 101.0, unsettled=True)
+    assert not directory.recovery_due(101.0)
+    told(directory, 0, 100.1 + LOST_AFTER, unsettled=True)
+    assert directory.recovery_due(100.1 + LOST_AFTER)
+    fresh = Directory(started=100.0)
+    for rank in (0, 1):
+        told(fresh, rank, 101.0, unsettled=True)
+    assert fresh.recovery_due(101.0)
+
+
+def test_an_engine_that_says_farewell_is_gone_but_not_its_successor() -> None:
+    directory = Directory()
+    successor = msgspec.structs.replace(engine(0), incarnation="2")
+    directory.handle(Register(engine=successor, epoch=0), 0.0)
+    assert directory.handle(protocol.Unregister(engine=engine(0)), 0.0) == Ack()
+    assert seen(directory, 0.0).alive == (successor,)
+    assert directory.handle(protocol.Unregister(engine=successor), 0.0) == Ack()
+    assert seen(directory, 0.0) == Engines(alive=())

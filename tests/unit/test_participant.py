@@ -21,12 +21,14 @@ from areal_vllm_ext.engine_core.participant import (
 from areal_vllm_ext.protocol import (
     Abort,
     Ack,
+    Agree,
     Answer,
     Begin,
     Bucket,
     Commit,
     Disk,
     Error,
+    KeepPaused,
     KVPolicy,
     Pause,
     PauseMode,
@@ -748,3 +750,90 @@ def test_a_paused_engine_stays_paused_where_a_pause_of_another_mode_fails() -> N
     rig.pause("abort")
     rig.paused("no consent")
     assert rig.participant.flow == "paused"
+
+
+# What the directory says, and pauses with a lease
+
+
+def test_an_engine_that_is_behind_pauses_until_an_update_commits() -> None:
+    rig = Rig()
+    rig.take(rig.participant.group_at(NEW, 5))
+    (call,) = rig.calls
+    assert call == CallPause(call.call, "keep", clear_cache=False)  # type: ignore[union-attr]
+    assert rig.participant.paused_for == "stale"
+    assert "the group is at version new, this engine at old" in rig.participant.stale
+    rig.take(rig.participant.group_at(NEW, 5))
+    assert len(rig.calls) == 1, "told once a second"
+    rig.take(rig.participant.pause_done(call.call, ""))  # type: ignore[union-attr]
+    refusal = rig.answers[rig.ask(Resume(epoch=6, timeout=1))]
+    assert isinstance(refusal, Error)
+    assert "stale" in refusal.message
+    assert not rig.participant.unsettled, "only an update helps"
+
+
+def test_an_engine_that_is_behind_is_not_disturbed_in_an_update() -> None:
+    rig = Rig()
+    rig.begin(epoch=5)
+    assert rig.participant.group_at(NEW, 5) == []
+    assert rig.participant.stale == ""
+
+
+def test_an_engine_that_has_the_newest_runs() -> None:
+    rig = Rig()
+    rig.participant.agreed = 5
+    assert rig.participant.group_at(NEW, 5) == []
+    assert rig.participant.group_at(NEW, 4) == []
+    assert rig.state == ("idle", "running")
+
+
+def test_when_nobody_is_ahead_any_more_a_stale_engine_runs_again() -> None:
+    rig = Rig()
+    rig.take(rig.participant.group_at(NEW, 5))
+    rig.take(rig.participant.group_at(OLD, 0))
+    assert isinstance(rig.calls[-1], CallResume)
+    assert rig.participant.stale == ""
+
+
+def test_a_user_keeps_a_stale_engine_paused() -> None:
+    rig = Rig()
+    rig.take(rig.participant.group_at(NEW, 5))
+    rig.ask(Pause(epoch=6, mode="keep", kv="keep", timeout=9))
+    rig.take(rig.participant.group_at(OLD, 0))
+    assert not any(isinstance(call, CallResume) for call in rig.calls)
+
+
+def test_agreeing_makes_the_weights_the_groups() -> None:
+    rig = Rig()
+    assert rig.answers[rig.ask(Agree(epoch=9))] == Ack()
+    assert rig.participant.agreed == 9
+    assert rig.participant.group_at(NEW, 9) == []
+    rig.begin(epoch=9)
+    assert isinstance(rig.answers[rig.ask(Agree(epoch=10))], Error), "in the midst of an update"
+    assert rig.participant.agreed == 9
+
+
+def test_a_pause_is_orphaned_when_its_holder_is_silent() -> None:
+    rig = Rig()
+    pause = rig.ask(Pause(epoch=1, mode="keep", kv="keep", timeout=9, holder="h", lease=3))
+    rig.take(rig.participant.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
+    assert rig.answers[pause] == Ack()
+    rig.now = 2.0
+    assert rig.answers[rig.ask(KeepPaused(holder="h", lease=3))] == Ack()
+    assert isinstance(rig.answers[rig.ask(KeepPaused(holder="other", lease=99))], Error)
+    rig.take(rig.participant.tick(4.9))
+    assert not rig.participant.unsettled
+    rig.take(rig.participant.tick(5.0))
+    assert rig.participant.orphaned
+    assert rig.participant.unsettled
+    rig.ask(Resume(epoch=1, timeout=1))
+    rig.take(rig.participant.resume_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
+    rig.take(rig.participant.tick(99.0))
+    assert not rig.participant.unsettled
+
+
+def test_orphans_are_left_alone_where_they_are_set_so() -> None:
+    participant = Participant(OLD, frozenset({0}), resume_orphans=False)
+    participant.handle(Caller(b"", b""), Pause(epoch=1, mode="keep", kv="keep", timeout=9, holder="h", lease=3), 0.0)
+    participant.tick(100.0)
+    assert participant.orphaned
+    assert not participant.unsettled

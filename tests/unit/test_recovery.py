@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from areal_vllm_ext.client import recovery
-from areal_vllm_ext.protocol import Abort, Commit, EngineInfo, Resume, Status
+from areal_vllm_ext.protocol import Abort, Agree, Commit, EngineInfo, Resume, Status
 
 ENGINE = EngineInfo(
     replica="r",
@@ -87,3 +87,42 @@ def test_an_update_that_one_engine_is_switching_to_is_not_aborted_elsewhere() ->
     prepared = status(phase="prepared", flow="paused", update="u", paused_for="u")
     switching = status(phase="committing", flow="paused", update="u", paused_for="u")
     assert not any(isinstance(request, Abort) for request in plan(a=prepared, b=switching).settle.values())
+
+
+# Engines that are away, behind, or paused by somebody who is gone
+
+
+def test_where_one_is_away_the_others_agree_anew_before_they_resume() -> None:
+    prepared = status(phase="prepared", flow="paused", update="u", paused_for="u", agreed=2)
+    found = recovery.plan({"a": prepared, "b": prepared}, {"a": 3, "b": 4}, 5.0, all_here=False)
+    assert found.agree == {"a": Agree(epoch=3), "b": Agree(epoch=4)}
+    assert sorted(found.resume) == ["a", "b"]
+    assert plan(a=prepared, b=prepared).agree == {}
+    committed = status(last_update="u", flow="paused", paused_for="u", agreed=3)
+    gone_forward = recovery.plan({"a": prepared, "b": committed}, {"a": 3, "b": 3}, 5.0, all_here=False)
+    assert gone_forward.agree == {}, "whoever is away has switched, or can"
+
+
+def test_an_engine_that_is_behind_stays_paused() -> None:
+    behind = status(phase="prepared", flow="paused", update="u", paused_for="u", agreed=2)
+    ahead = status(last_update="w", agreed=3)
+    found = plan(a=behind, b=ahead)
+    assert isinstance(found.settle["a"], Abort)
+    assert found.resume == {}
+    stale = status(phase="stale", flow="paused", paused_for="stale", agreed=2)
+    assert plan(a=stale, b=ahead) == recovery.Recovery({}, {}, {}, wait=False)
+
+
+def test_epochs_of_different_directories_are_not_compared() -> None:
+    paused = status(flow="paused", paused_for="u", agreed=2)
+    ahead = status(agreed=9)
+    found = recovery.plan({"a": paused, "b": ahead}, {"a": 3, "b": 10}, 5.0, directories={"a": "x", "b": "y"})
+    assert list(found.resume) == ["a"]
+
+
+def test_one_orphan_resumes_its_whole_replica() -> None:
+    orphan = status(flow="paused", orphaned=True)
+    paused = status(flow="paused")
+    elsewhere = status(flow="paused", engine=msgspec.structs.replace(ENGINE, replica="other"))
+    assert sorted(plan(a=orphan, b=paused, c=elsewhere).resume) == ["a", "b"]
+    assert plan(b=paused, c=elsewhere).resume == {}

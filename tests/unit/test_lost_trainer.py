@@ -1,0 +1,231 @@
+"""A trainer or an engine is lost, and nobody comes after it: the directory settles it, and nothing old is served."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from raw_client import RawClient
+from simulated_engine import NEVER, Deployment, Shape, deployed
+from waiting import eventually
+
+from areal_vllm_ext import EngineGroup, PauseFailed, UpdateInDoubt, security
+from areal_vllm_ext.config import Settings
+from areal_vllm_ext.protocol import (
+    Ack,
+    AcquireLease,
+    Begin,
+    Commit,
+    Disk,
+    EngineRequest,
+    Fence,
+    KeepPaused,
+    Lease,
+    Pause,
+    Prepare,
+    Resume,
+)
+
+Raw = Callable[..., RawClient]
+LEASE = 0.5
+# A beat tells of the state, the directory looks, and recovers.
+SETTLED = LEASE + 4.0
+
+
+class Trainer:
+    """A trainer that gets as far as it is let, and is heard no more."""
+
+    def __init__(self, deployment: Deployment, raw: Raw) -> None:
+        lease = raw(deployment.directory).ask(AcquireLease(holder="trainer", seconds=LEASE))
+        assert isinstance(lease, Lease)
+        self.epoch = lease.epoch
+        self._engines = [raw(engine.endpoint.address) for engine in deployment.engines.values()]
+        self.ask(Fence(epoch=self.epoch))
+
+    def ask(self, message: EngineRequest, engines: int = 2) -> None:
+        for client in self._engines[:engines]:
+            client.ask(message)
+
+    def act(self, upto: str, engines: int) -> None:
+        """Go as far as the request ``upto``, which reaches ``engines`` of the two."""
+        epoch = self.epoch
+        steps: dict[str, EngineRequest] = {
+            "begin": Begin(epoch=epoch, update="u", version=1, transfer=Disk(path="/"), timeout=300),
+            "prepare": Prepare(epoch=epoch, update="u", buckets=0),
+            "pause": Pause(epoch=epoch, mode="keep", kv="recompute", timeout=300, update="u"),
+            "commit": Commit(epoch=epoch, update="u"),
+            "resume": Resume(epoch=epoch, timeout=300),
+        }
+        for name, message in steps.items():
+            self.ask(message, engines if name == upto else 2)
+            if name == upto:
+                return
+
+
+@pytest.fixture
+def ready(deployment: Deployment, key_file: Path) -> Deployment:
+    """Engines that the directory knows."""
+    with EngineGroup.connect(deployment.directory, key_file=key_file) as group:
+        group.wait_ready(2, timeout=10)
+    return deployment
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+@pytest.mark.parametrize(
+    ("upto", "version"), [("begin", 0), ("prepare", 0), ("pause", 0), ("commit", 1), ("resume", 1)]
+)
+def test_the_directory_settles_what_a_trainer_left_when_its_lease_runs_out(
+    ready: Deployment, raw: Raw, upto: str, version: int, engines: int
+) -> None:
+    Trainer(ready, raw).act(upto, engines)
+    both = list(ready.engines.values())
+
+    def settled() -> bool:
+        states = [engine.endpoint.participant for engine in both]
+        return all(state.phase == "idle" and state.flow == "running" for state in states)
+
+    eventually(settled, timeout=SETTLED)
+    assert [engine.version for engine in both] == [version, version]
+    assert all(engine.running for engine in both)
+
+
+def test_engines_stay_paused_where_they_are_set_so(key: security.ClusterKey, key_file: Path, raw: Raw) -> None:
+    stay = Shape(settings=Settings(trainer_lost="stay_paused"))
+    with deployed(key, shape=stay) as two, EngineGroup.connect(two.directory, key_file=key_file) as group:
+        group.wait_ready(2, timeout=10)
+        Trainer(two, raw).act("pause", 2)
+        eventually(lambda: all(e.endpoint.participant.phase == "idle" for e in two.engines.values()), timeout=SETTLED)
+        time.sleep(1.5)  # one more beat
+        assert {(state.state, state.phase) for state in group.status()} == {("paused", "idle")}
+        with group.update(2, deadline=5) as update:
+            update.send("/nowhere")
+        assert {(state.state, state.version) for state in group.status()} == {("running", 2)}
+
+
+def test_a_live_trainer_is_left_alone(ready: Deployment, raw: Raw, key_file: Path) -> None:
+    slow = ready.engines[0]
+    slow.seconds["prepare"] = 3.0
+    with (
+        EngineGroup.connect(ready.directory, key_file=key_file) as group,
+        group.update(1, deadline=20) as update,
+    ):
+        update.send("/nowhere")
+    assert update.result.lost == {}
+
+
+def test_a_pause_ends_with_its_holder(ready: Deployment, key_file: Path) -> None:
+    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        group.pause(lease=1.0)
+        time.sleep(2.5)
+        assert {state.state for state in group.status()} == {"paused"}  # its holder lives
+    eventually(lambda: all(engine.running for engine in ready.engines.values()), timeout=1.0 + SETTLED)
+
+
+def test_a_pause_without_a_lease_stays(ready: Deployment, key_file: Path, raw: Raw) -> None:
+    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        group.pause(lease=None)
+    time.sleep(2.5)
+    assert not any(engine.running for engine in ready.engines.values())
+    refusal = raw(ready.engines[0].endpoint.address).ask(KeepPaused(holder="somebody", lease=1))
+    assert "not paused for somebody" in str(refusal)
+
+
+def update(group: EngineGroup, version: int, **options: object) -> None:
+    with group.update(version, **options) as opened:
+        opened.send("/nowhere")
+
+
+def test_an_engine_that_restarts_serves_nothing_old(ready: Deployment, key_file: Path) -> None:
+    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        update(group, 1, deadline=5)
+        ready.stop_engine(1)
+        again = ready.start_engine(1)
+        eventually(lambda: not again.running)
+        assert [state.phase for state in group.status()] == ["idle", "stale"]
+        with pytest.raises(PauseFailed, match=r"weights are stale \(the group is at version 1, this engine at 0\)"):
+            group.resume(deadline=2)
+        update(group, 2, deadline=5)
+        assert [(state.phase, state.state, state.version) for state in group.status()] == [("idle", "running", 2)] * 2
+        assert again.commits == [(2, True)]
+
+
+def test_engines_that_all_restart_serve_again(ready: Deployment, key_file: Path) -> None:
+    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        update(group, 1, deadline=5)
+        for rank in (0, 1):
+            ready.stop_engine(rank)
+            ready.start_engine(rank)
+        eventually(lambda: [state.state for state in group.status()] == ["running"] * 2, timeout=8)
+        assert [engine.version for engine in ready.engines.values()] == [0, 0]
+
+
+def test_an_engine_lost_in_the_commit_is_dropped_and_the_others_go_on(ready: Deployment, key_file: Path) -> None:
+    stuck = ready.engines[1]
+    stuck.seconds["commit"] = NEVER
+    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        started = time.monotonic()
+        with group.update(1, deadline=2) as opened:
+            opened.send("/nowhere")
+        assert time.monotonic() - started < 3.0
+        assert list(opened.result.lost) == [stuck.name]
+        assert ready.engines[0].running
+        ready.stop_engine(1)
+        time.sleep(5.5)  # now the directory knows
+        update(group, 2, deadline=5)
+        assert ready.engines[0].version == 2
+        again = ready.start_engine(1)
+        eventually(lambda: len(group.engines()) == 2)
+        eventually(lambda: not again.running)
+        update(group, 3, deadline=5)
+        assert [(state.phase, state.state, state.version) for state in group.status()] == [("idle", "running", 3)] * 2
+        assert [engine.version for engine in ready.engines.values()] == [3, 3]
+
+
+def test_an_engine_that_was_away_while_the_others_aborted_is_stale(ready: Deployment, raw: Raw, key_file: Path) -> None:
+    """It alone heard the commit. The others, with nobody to tell them, agreed to abort."""
+    Trainer(ready, raw).act("commit", 1)
+    away, other = ready.engines[0], ready.engines[1]
+    ready.stop_engine(0)
+    eventually(lambda: other.endpoint.participant.phase == "idle", timeout=SETTLED + 6.0)
+    eventually(lambda: other.running, timeout=2.0)
+    assert (away.version, other.version) == (1, 0)
+    participant = other.endpoint.participant
+    assert participant.agreed > 1, "they did not agree anew"
+
+
+def test_commits_that_nobody_answers_are_an_error_of_their_own(ready: Deployment, key_file: Path) -> None:
+    for engine in ready.engines.values():
+        engine.seconds["commit"] = 3.0
+    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        started = time.monotonic()
+        with (
+            pytest.raises(UpdateInDoubt, match="all will have switched, or none"),
+            group.update(1, deadline=1) as opened,
+        ):
+            opened.send("/nowhere")
+        assert time.monotonic() - started < 2.0
+        eventually(lambda: all(engine.running for engine in ready.engines.values()), timeout=8)
+        assert [engine.version for engine in ready.engines.values()] == [1, 1]
+
+
+def test_the_answer_to_a_commit_may_be_lost(ready: Deployment, raw: Raw) -> None:
+    trainer = Trainer(ready, raw)
+    trainer.act("commit", 2)
+    client = raw(ready.engines[0].endpoint.address)
+    assert isinstance(client.ask(Commit(epoch=trainer.epoch, update="u")), Ack)
+    assert ready.engines[0].commits == [(1, True)]
+
+
+def test_the_directory_leaves_engines_alone_that_are_settled(
+    ready: Deployment, key_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beats from the midst of an update come, or count, until the next ones: they are no reason to fence anybody."""
+    ready.engines[0].seconds["prepare"] = 1.2  # so that beats tell of an update
+    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        update(group, 1, deadline=5)
+        epoch = ready.engines[0].endpoint.participant.epoch
+        time.sleep(2.0)
+    assert ready.engines[0].endpoint.participant.epoch == epoch
+    assert "was gone" not in caplog.text
