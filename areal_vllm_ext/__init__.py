@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         PauseFailed,
         UpdateAborted,
         UpdateInDoubt,
+        WeightsTainted,
     )
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "UpdateAborted",
     "UpdateInDoubt",
     "UpdateResult",
+    "WeightsTainted",
 ]
 
 

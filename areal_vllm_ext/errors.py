@@ -53,6 +53,10 @@ class UpdateAborted(ArealError):
     """The update was given up: every engine still serves the version that it served before."""
 
 
+class WeightsTainted(ArealError):
+    """An update without staging failed: the engines' weights are nobody's. They stay paused until an update succeeds."""
+
+
 class UpdateInDoubt(ArealError):
     """Every engine had agreed to switch and was told to, but none answered. All of them will have switched, or none."""
 

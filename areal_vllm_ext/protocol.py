@@ -21,6 +21,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=-1e7, le=1e7)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0, le=300)]
 PauseMode = Literal["abort", "wait", "keep"]
 KVPolicy = Literal["keep", "recompute"]
+StagingKind = Literal["auto", "device", "host", "none"]
 ErrorKind = Literal[
     "malformed",  # the frames or the message could not be read
     "protocol",  # another protocol number
@@ -126,6 +127,19 @@ class Disk(Part, tag=True):
 Transfer = Broadcast | SharedMemory | Disk
 
 
+class Staging(Part):
+    """Where a worker keeps an update's bytes until the commit. ``none``: nowhere, they go straight into the live model.
+
+    ``nbytes``: of all weights, 0 where it is not known. ``on_device`` and ``on_host``: how many workers of this update
+    stage on the same device, on the same host.
+    """
+
+    kind: StagingKind = "auto"
+    nbytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    on_device: Annotated[int, msgspec.Meta(ge=1)] = 1
+    on_host: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
 # Requests to an engine
 
 
@@ -177,6 +191,7 @@ class Begin(Message):
     version: Version
     transfer: Transfer
     timeout: Seconds
+    staging: Staging = Staging()
 
 
 class Bucket(Message):

@@ -4,6 +4,8 @@
       │                   │               │ one no, or silence  │                    (an engine lost here is dropped)
       └───────────────────┴───────────────┴────────────────────┴──▶ ABORT ──all answered──▶ DONE
 
+An update without staging (``in_place``) pauses before SEND instead.
+
 Answers and time-outs go in; the requests to send come out. Commit is sent only after every engine has acknowledged the
 pause: until then every engine can still be told to keep its old weights, and is.
 """
@@ -26,6 +28,7 @@ from ..protocol import (
     PauseMode,
     Prepare,
     Resume,
+    Staging,
     Transfer,
     Version,
 )
@@ -61,6 +64,8 @@ class Coordinator:
         members: Mapping[str, Member],
         mode: PauseMode = "keep",
         kv: KVPolicy = "recompute",
+        *,
+        in_place: bool = False,
     ) -> None:
         self.update = update
         self.version = version
@@ -72,6 +77,7 @@ class Coordinator:
         self.committed: list[str] = []
         self.lost: dict[str, str] = {}
         self._awaited: set[str] = set()
+        self._in_place = in_place
         self._pause_sent = False
 
     @property
@@ -79,7 +85,9 @@ class Coordinator:
         """The engines whose answer the phase waits for."""
         return frozenset(self._awaited)
 
-    def begin(self, transfers: Mapping[str, Transfer], timeout: float) -> dict[str, EngineRequest]:
+    def begin(
+        self, transfers: Mapping[str, Transfer], timeout: float, stagings: Mapping[str, Staging] | None = None
+    ) -> dict[str, EngineRequest]:
         """Open the update everywhere."""
         self._awaited = set(self.members)
         return {
@@ -89,6 +97,7 @@ class Coordinator:
                 version=self.version,
                 transfer=transfers[name],
                 timeout=timeout,
+                staging=stagings[name] if stagings else Staging(),
             )
             for name, member in self.members.items()
         }
@@ -148,18 +157,19 @@ class Coordinator:
     def _advance(self, timeout: float) -> dict[str, EngineRequest]:
         """Every awaited engine has answered."""
         match self.phase:
+            case "begin" if self._in_place:
+                return self._pause(timeout)
             case "begin":
                 self.phase = "send"
                 return {}
-            case "prepare":
-                self.phase, self._awaited, self._pause_sent = "pause", set(self.members), True
-                return {
-                    name: Pause(epoch=member.epoch, mode=self.mode, kv=self.kv, timeout=timeout, update=self.update)
-                    for name, member in self.members.items()
-                }
-            case "pause" if timeout <= 0:
-                return self.give_up("its time was over when all had paused")
-            case "pause":
+            case "prepare" if not self._in_place:
+                return self._pause(timeout)
+            case "pause" | "prepare" if timeout <= 0:
+                return self.give_up("its time was over when all was ready")
+            case "pause" if self._in_place:
+                self.phase = "send"
+                return {}
+            case "pause" | "prepare":
                 self.phase, self._awaited = "commit", set(self.members)
                 return {name: Commit(epoch=member.epoch, update=self.update) for name, member in self.members.items()}
             case "commit":
@@ -170,6 +180,13 @@ class Coordinator:
             case _:
                 self.phase = "done"
                 return {}
+
+    def _pause(self, timeout: float) -> dict[str, EngineRequest]:
+        self.phase, self._awaited, self._pause_sent = "pause", set(self.members), True
+        return {
+            name: Pause(epoch=member.epoch, mode=self.mode, kv=self.kv, timeout=timeout, update=self.update)
+            for name, member in self.members.items()
+        }
 
     def _resume(self, names: list[str], phase: Phase, timeout: float) -> dict[str, EngineRequest]:
         """Let those run again that ran before."""

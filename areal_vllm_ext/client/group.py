@@ -18,7 +18,7 @@ from ..config import Settings, split_address
 from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from . import recovery
 from .connection import Connection
-from .update import AsyncUpdate, UpdateResult
+from .update import AsyncUpdate, UpdateOptions, UpdateResult
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..protocol import Answer, EngineInfo, EngineRequest, KVPolicy, Message, PauseMode, TensorMeta, Version
+    from ..protocol import (
+        Answer,
+        EngineInfo,
+        EngineRequest,
+        KVPolicy,
+        Message,
+        PauseMode,
+        StagingKind,
+        TensorMeta,
+        Version,
+    )
     from ..transport import Sink
 
 __all__ = ["AsyncEngineGroup", "EngineGroup", "EngineState", "Update", "UpdateResult"]
@@ -280,6 +290,7 @@ class AsyncEngineGroup:
         mode: PauseMode = "keep",
         kv: KVPolicy = "recompute",
         bucket_mib: int = 256,
+        staging: StagingKind = "auto",
         drop_lost: bool = False,
         on_phase: Callable[[str], None] | None = None,
     ) -> AsyncUpdate:
@@ -293,22 +304,26 @@ class AsyncEngineGroup:
             mode: how engines pause for the switch, see ``pause``.
             kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.
             bucket_mib: size of the pieces in which the weights travel.
+            staging: where workers keep the new weights until the switch: on their ``device``, in ``host`` memory, or
+                (``auto``) on the device if there is room, else in host memory. It costs one copy of all weights in each
+                worker; where there is no room the update is refused, with the numbers. ``none`` costs nothing: the engines
+                pause first and load as the bytes come, and if that fails their weights are lost (WeightsTainted).
             drop_lost: go on without engines that are lost already, instead of EnginesMissing. One that comes back is stale:
                 it serves nothing until an update reaches it.
             on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``,
                 ``abort``) before its requests go out, on the event loop's thread.
         """
-        return AsyncUpdate(
-            self,
-            version,
+        options = UpdateOptions(
             deadline=deadline,
             transport=transport,
+            staging=staging,
             mode=mode,
             kv=kv,
             bucket_bytes=bucket_mib << 20,
             drop_lost=drop_lost,
             on_phase=on_phase,
         )
+        return AsyncUpdate(self, version, options)
 
     async def close(self) -> None:
         """Close the connections. Engines go on."""

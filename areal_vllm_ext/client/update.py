@@ -10,15 +10,37 @@ import itertools
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from .. import protocol
-from ..errors import ArealError, EngineUnreachable, InvalidWeights, RequestError, UpdateAborted, UpdateInDoubt, join
-from ..protocol import Answer, Bucket, EngineInfo, EngineRequest, KVPolicy, PauseMode, TensorMeta, Transfer, Version
+from ..errors import (
+    ArealError,
+    EngineUnreachable,
+    InvalidWeights,
+    RequestError,
+    UpdateAborted,
+    UpdateInDoubt,
+    WeightsTainted,
+    join,
+)
+from ..protocol import (
+    Answer,
+    Bucket,
+    EngineInfo,
+    EngineRequest,
+    KVPolicy,
+    PauseMode,
+    Staging,
+    StagingKind,
+    TensorMeta,
+    Transfer,
+    Version,
+)
 from ..transport import Cancelled, buckets
 from ..transport.buckets import filled_buckets, total_bytes
 from .coordinator import Coordinator, Member
@@ -60,33 +82,33 @@ class UpdateResult:
     commit_ms: float
 
 
+@dataclasses.dataclass(frozen=True)
+class UpdateOptions:
+    """See ``AsyncEngineGroup.update``."""
+
+    deadline: float = 300.0
+    transport: str = "auto"
+    staging: StagingKind = "auto"
+    mode: PauseMode = "keep"
+    kv: KVPolicy = "recompute"
+    bucket_bytes: int = 256 << 20
+    drop_lost: bool = False
+    on_phase: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.transport not in ("auto", "broadcast", "shared_memory"):
+            raise ValueError(f"transport must be 'auto', 'broadcast' or 'shared_memory', not {self.transport!r}")
+        if self.staging not in get_args(StagingKind):
+            raise ValueError(f"staging must be one of {', '.join(get_args(StagingKind))}, not {self.staging!r}")
+
+
 class AsyncUpdate:
     """An update under way; made by ``AsyncEngineGroup.update``."""
 
-    def __init__(
-        self,
-        group: AsyncEngineGroup,
-        version: Version,
-        *,
-        deadline: float,
-        transport: str,
-        mode: PauseMode,
-        kv: KVPolicy,
-        bucket_bytes: int,
-        drop_lost: bool = False,
-        on_phase: Callable[[str], None] | None = None,
-    ) -> None:
-        if transport not in ("auto", "broadcast", "shared_memory"):
-            raise ValueError(f"transport must be 'auto', 'broadcast' or 'shared_memory', not {transport!r}")
+    def __init__(self, group: AsyncEngineGroup, version: Version, options: UpdateOptions) -> None:
         self._group = group
         self._version = version
-        self._deadline = deadline
-        self._transport = transport
-        self._mode: PauseMode = mode
-        self._kv: KVPolicy = kv
-        self._bucket_bytes = bucket_bytes
-        self._drop_lost = drop_lost
-        self._on_phase = on_phase
+        self._options = options
         self._command = contextlib.AsyncExitStack()
         self._engines: dict[str, EngineInfo] = {}
         self._members: dict[str, Member] = {}
@@ -94,6 +116,8 @@ class AsyncUpdate:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ends = 0.0
         self._nbytes = 0
+        self._expected_bytes = 0
+        self._loading = False
         self._buckets = 0
         self._started = 0.0
         self._pause_started = 0.0
@@ -110,8 +134,8 @@ class AsyncUpdate:
     async def __aenter__(self) -> AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
-        self._ends = self._started + self._deadline
-        command = self._group.command(self._deadline, without_lost=self._drop_lost)
+        self._ends = self._started + self._options.deadline
+        command = self._group.command(self._options.deadline, without_lost=self._options.drop_lost)
         targets = await self._command.enter_async_context(command)
         self._engines = {name: target.engine for name, target in targets.items()}
         self._members = {name: Member(target.epoch, target.resumes) for name, target in targets.items()}
@@ -158,11 +182,11 @@ class AsyncUpdate:
             if coordinator.phase in ("begin", "send") and error is not None:
                 await self._drive(coordinator.give_up(f"{type(error).__name__}: {error}"))
             elif coordinator.phase == "send":
+                self._loading = True
                 await self._drive(coordinator.sent(self._buckets))
             if kind is not None:
                 return
-            if coordinator.reason:
-                raise UpdateAborted(f"update to version {self._version} was given up: {coordinator.reason}")
+            self._check_given_up(coordinator)
             await self._ask_lost(coordinator)
             if not coordinator.committed:
                 raise UpdateInDoubt(
@@ -215,6 +239,7 @@ class AsyncUpdate:
         name, engine = next(iter(self._engines.items()))
         answer = await self._group.request(engine.address, protocol.DescribeWeights(), self._left())
         assert isinstance(answer, protocol.Weights), (name, answer)
+        self._expected_bytes = total_bytes(answer.tensors, engine.dtype)
         if answer.error:
             warn_unchecked(answer.error)
         return answer.tensors
@@ -228,10 +253,41 @@ class AsyncUpdate:
         self._await(self._begin(transfers))
 
     async def _begin(self, transfers: dict[str, Transfer]) -> None:
-        self._coordinator = Coordinator(uuid.uuid4().hex, self._version, self._members, self._mode, self._kv)
-        await self._drive(self._coordinator.begin(transfers, self._left()))
-        if self._coordinator.reason:
-            raise UpdateAborted(f"update to version {self._version} was given up: {self._coordinator.reason}")
+        self._coordinator = Coordinator(
+            uuid.uuid4().hex,
+            self._version,
+            self._members,
+            self._options.mode,
+            self._options.kv,
+            in_place=self._options.staging == "none",
+        )
+        await self._drive(self._coordinator.begin(transfers, self._left(), self._stagings()))
+        self._check_given_up(self._coordinator)
+
+    def _check_given_up(self, coordinator: Coordinator) -> None:
+        if not coordinator.reason:
+            return
+        reason = f"update to version {self._version} was given up: {coordinator.reason}"
+        if self._options.staging == "none" and self._loading:
+            raise WeightsTainted(
+                f"{reason}; without staging the old weights are lost: the engines stay paused until a full update succeeds"
+            )
+        raise UpdateAborted(reason)
+
+    def _stagings(self) -> dict[str, Staging]:
+        """What each engine's workers stage, and with how many of them they share a device and a host."""
+        workers = [worker for engine in self._engines.values() for worker in engine.workers]
+        devices = Counter(worker.device_id for worker in workers)
+        hosts = Counter(worker.node for worker in workers)
+        return {
+            name: Staging(
+                kind=self._options.staging,
+                nbytes=self._expected_bytes,
+                on_device=max((devices[worker.device_id] for worker in engine.workers), default=1),
+                on_host=max((hosts[worker.node] for worker in engine.workers), default=1),
+            )
+            for name, engine in self._engines.items()
+        }
 
     async def _drive(self, requests: dict[str, EngineRequest]) -> None:
         """Send ``requests`` and what the coordinator answers to their outcome, until it waits for no engine."""
@@ -265,8 +321,8 @@ class AsyncUpdate:
         """Send the requests of the coordinator's phase, all at once."""
         assert self._coordinator is not None
         phase = self._coordinator.phase
-        if requests and self._on_phase:
-            self._on_phase(phase)
+        if requests and self._options.on_phase:
+            self._options.on_phase(phase)
         if requests and phase == "pause":
             self._pause_started = time.monotonic()
         return {
@@ -287,7 +343,9 @@ class AsyncUpdate:
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         first = next(pairs)
         device = first[1].device
-        sink = self._group.sink(self._choose(device), self._engines, device, self._bucket_bytes, expected, self._left())
+        sink = self._group.sink(
+            self._choose(device), self._engines, device, self._options.bucket_bytes, expected, self._left()
+        )
         opening = self._submit(self._begin(dict(zip(self._engines, sink.transfers, strict=True))))
         sink.meet(opening)
         opening.result()
@@ -313,6 +371,7 @@ class AsyncUpdate:
             # Shared memory is read as soon as it is announced, so the copy into it must be complete.
             if bucket.filled.device != device:
                 torch.accelerator.synchronize(device)
+            self._loading = True
             announced.append(self._submit(self._announce(self._buckets, bucket, location)))
             sink.push(bucket.filled, self._left(), failed)
             self._buckets += 1
@@ -352,8 +411,8 @@ class AsyncUpdate:
 
     def _choose(self, device: torch.device) -> str:
         """The transport that ``auto`` means for tensors on ``device``."""
-        if self._transport != "auto":
-            return self._transport
+        if self._options.transport != "auto":
+            return self._options.transport
         # NCCL has one rank a device: a worker on the trainer's own device is reached by memory.
         if device.type == "cuda":
             own = str(torch.cuda.get_device_properties(device).uuid)

@@ -36,6 +36,7 @@ from ..protocol import (
 from .participant import (
     CallCancelPause,
     CallCommit,
+    CallLoad,
     CallPause,
     CallResume,
     Effect,
@@ -63,6 +64,7 @@ class Engine(Protocol):
     def resume(self, call: int) -> None: ...
     def cancel_pause(self, call: int) -> None: ...
     def commit(self, update: str, version: Version) -> None: ...
+    def load(self, update: str, version: Version) -> None: ...
     def oldest_call_seconds(self) -> float: ...
     def request_counts(self) -> tuple[int, int]: ...
 
@@ -350,5 +352,7 @@ class Endpoint:
                     self._engine.cancel_pause(effect.call)
                 case CallCommit():
                     self._engine.commit(effect.update, effect.version)
+                case CallLoad():
+                    self._engine.load(effect.update, effect.version)
                 case _:
                     raise AssertionError(f"no way to carry out {effect!r}")

@@ -12,6 +12,8 @@ Messages, completed calls and clock readings go in; effects come out, for ``endp
   paused knows that nobody committed, and gives up by itself when its time is over; one that is PREPARED and PAUSED waits
   for the coordinator or its successor.
 - A repeated request is answered like the first one and done once.
+- An update without staging (``none``) pauses before its first byte, and loads as the bytes come. From then on the old weights
+  are gone: until it is committed the engine is tainted, and giving it up leaves it so.
 - An engine whose commit failed is tainted: its weights are nobody's. It stays paused until a later update commits.
 - An engine that hears from the directory that the group has agreed on a later update than its own is stale: it was
   restarted, or lost in a commit. It pauses, and stays paused until an update commits.
@@ -100,7 +102,15 @@ class CallCommit:
     version: Version
 
 
-Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit
+@dataclasses.dataclass(frozen=True)
+class CallLoad:
+    """Load an update without staging into the live weights, as its bytes come; report to ``load_done``."""
+
+    update: str
+    version: Version
+
+
+Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit | CallLoad
 
 
 @dataclasses.dataclass
@@ -110,9 +120,15 @@ class _Update:
     begin: Begin
     ends: float
     failure: str = ""
+    loading: bool = False
+    loaded: bool = False
     # Who waits for which step ("begin", "bucket 3", "prepare"), and which workers have finished it.
     waiting: dict[str, list[Caller]] = dataclasses.field(default_factory=dict)
     finished: dict[str, set[int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def in_place(self) -> bool:
+        return self.begin.staging.kind == "none"
 
 
 class Participant:
@@ -211,7 +227,9 @@ class Participant:
     def _pause(self, caller: Caller, message: Pause, now: float) -> list[Effect]:
         if self.flow == "resuming":
             return self._refuse(caller, "busy", "the engine is resuming")
-        held = self.update.begin.update if self.update and self.phase == "prepared" else ""
+        update = self.update
+        ready = update and (self.phase == "prepared" or (update.in_place and not update.loading and not update.failure))
+        held = update.begin.update if update and ready else ""
         if message.update and message.update != held:
             # A second vote: the coordinator commits once all have paused, so this engine must still be able to.
             return self._refuse(caller, "state", self.error or f"update {message.update} is not prepared here")
@@ -287,17 +305,33 @@ class Participant:
         update = self.update
         if update is None or update.begin.update != message.update:
             return self._refuse(caller, "state", self.error or f"update {message.update} is not under way here")
-        return self._wait_for_workers(caller, update, step, [Order(message)])
+        effects: list[Effect] = [Order(message)]
+        if update.in_place and not update.loading:
+            if self.flow != "paused":
+                return self._refuse(
+                    caller, "state", f"an update without staging needs a paused engine; this one is {self.flow}"
+                )
+            update.loading = True
+            self.tainted = (
+                f"update {message.update} (version {update.begin.version}) was loaded in part, without staging"
+            )
+            effects.insert(0, CallLoad(message.update, update.begin.version))
+        return self._wait_for_workers(caller, update, step, effects)
 
     def _wait_for_workers(self, caller: Caller, update: _Update, step: str, orders: list[Effect]) -> list[Effect]:
         """Answer when every worker has finished ``step``; ``orders`` go out the first time only."""
         if update.failure:
             return self._refuse(caller, "failed", update.failure)
-        if update.finished.get(step, set()) >= self.workers:
+        if self._finished(update, step):
             return [Reply(caller, Ack())]
         asked_before = step in update.waiting
         update.waiting.setdefault(step, []).append(caller)
         return [] if asked_before else orders
+
+    def _finished(self, update: _Update, step: str) -> bool:
+        """Whether all have done ``step``; the vote without staging is that all is loaded."""
+        loaded = update.loaded or step != "prepare" or not update.in_place
+        return loaded and update.finished.get(step, set()) >= self.workers
 
     def _commit(self, caller: Caller, message: Commit) -> list[Effect]:
         if message.update == self.last_update:
@@ -311,6 +345,9 @@ class Participant:
             return self._refuse(
                 caller, "state", f"commit needs a prepared, paused engine; this one is {self.phase}, {self.flow}"
             )
+        if self.update.in_place:
+            self._switched()
+            return [Reply(caller, Ack())]
         self.phase = "committing"
         self._commit_waiting = [caller]
         return [CallCommit(message.update, self.update.begin.version)]
@@ -325,7 +362,7 @@ class Participant:
         return [*self._give_up(message.reason), Reply(caller, Ack())]
 
     def _give_up(self, reason: str) -> list[Effect]:
-        """Back to IDLE with the old weights, which were never touched."""
+        """Back to IDLE with the old weights, which were never touched; without staging, they are lost."""
         assert self.update is not None
         update, self.update, self.phase = self.update, None, "idle"
         self.error = f"update {update.begin.update} (version {update.begin.version}) was given up: {reason}"
@@ -349,13 +386,15 @@ class Participant:
             update.failure = update.failure or f"worker {message.rank}: {message.error}"
             self.phase = "receiving"
             return self._answer_all(update, Error(kind="failed", message=update.failure))
-        finished = update.finished.setdefault(message.step, set())
-        finished.add(message.rank)
-        if not finished >= self.workers:
+        update.finished.setdefault(message.step, set()).add(message.rank)
+        return self._step_done(update, message.step)
+
+    def _step_done(self, update: _Update, step: str) -> list[Effect]:
+        if not self._finished(update, step):
             return []
-        if message.step == "prepare" and not update.failure:
+        if step == "prepare" and not update.failure:
             self.phase = "prepared"
-        return [Reply(caller, Ack()) for caller in update.waiting.pop(message.step, [])]
+        return [Reply(caller, Ack()) for caller in update.waiting.pop(step, [])]
 
     # Completed calls
 
@@ -404,18 +443,34 @@ class Participant:
     def commit_done(self, error: str, seconds: float) -> list[Effect]:
         """Every worker switched, or one failed and left weights that nobody can vouch for."""
         assert self.update is not None
-        update, self.update, self.phase = self.update, None, "idle"
         answer: Answer
         if error:
-            self.tainted = f"commit of update {update.begin.update} failed: {error}"
+            self.tainted = f"commit of update {self.update.begin.update} failed: {error}"
+            self.update, self.phase = None, "idle"
             answer = Error(kind="failed", message=self.tainted)
         else:
-            self.tainted, self.stale, self.error = "", "", ""
-            self.agreed = update.begin.epoch
-            self.version, self.last_update = update.begin.version, update.begin.update
+            self._switched()
             answer = Ack(seconds=seconds)
         callers, self._commit_waiting = self._commit_waiting, []
         return [Reply(caller, answer) for caller in callers]
+
+    def _switched(self) -> None:
+        assert self.update is not None
+        begin, self.update, self.phase = self.update.begin, None, "idle"
+        self.tainted, self.stale, self.error = "", "", ""
+        self.agreed, self.version, self.last_update = begin.epoch, begin.version, begin.update
+
+    def load_done(self, name: str, error: str) -> list[Effect]:
+        """Without staging: every worker has loaded the last byte, or one failed."""
+        update = self.update
+        if update is None or update.begin.update != name:
+            return []  # given up meanwhile
+        if error:
+            update.failure = update.failure or f"loading failed: {error}"
+            self.phase = "receiving"
+            return self._answer_all(update, Error(kind="failed", message=update.failure))
+        update.loaded = True
+        return self._step_done(update, "prepare")
 
     # What the directory says
 

@@ -30,10 +30,12 @@ class Source(Protocol):
     Attributes:
         reusable: whether it can serve another update.
         unchecked: whether the trainer could not look at the values (so the worker must).
+        nbytes: of all weights, where this end knows it; else 0.
     """
 
     reusable: bool
     unchecked: bool
+    nbytes: int
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
         """One bucket, as a ``uint8`` tensor of ``bucket.nbytes`` that is the caller's to keep.

@@ -157,6 +157,7 @@ class BroadcastSource:
 
     reusable = True
     unchecked = False
+    nbytes = 0
 
     def __init__(self, transfer: Broadcast, receiver: Receiver, timeout: float, cancelled: threading.Event) -> None:
         """Join the trainer's communicator; blocks for ``timeout`` seconds at most."""

@@ -18,13 +18,13 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def tensor_bytes(meta: TensorMeta, engine_dtype: str) -> int:
+def tensor_bytes(meta: TensorMeta, engine_dtype: str = "") -> int:
     """Bytes that a tensor can take in a bucket: as the checkpoint has it, or in the dtype that the engines compute in."""
-    dtypes: list[torch.dtype] = [getattr(torch, meta.dtype), getattr(torch, engine_dtype)]
+    dtypes: list[torch.dtype] = [getattr(torch, meta.dtype), getattr(torch, engine_dtype or meta.dtype)]
     return aligned(math.prod(meta.shape) * max(dtype.itemsize for dtype in dtypes))
 
 
-def total_bytes(metas: Iterable[TensorMeta], engine_dtype: str) -> int:
+def total_bytes(metas: Iterable[TensorMeta], engine_dtype: str = "") -> int:
     """Bytes that all tensors can take in one bucket."""
     return sum(tensor_bytes(meta, engine_dtype) for meta in metas)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .. import checkpoint
+from .buckets import total_bytes
 
 if TYPE_CHECKING:
     import threading
@@ -28,9 +29,8 @@ class DiskSource:
             NotACheckpoint: where it is none, or cut off.
         """
         self._files = checkpoint.files(transfer.path)
-        for file in self._files:
-            for _ in checkpoint.read_header(file):
-                pass
+        tensors = [tensor for file in self._files for tensor in checkpoint.read_header(file)]
+        self.nbytes = total_bytes(tensors)
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
         raise ValueError("an update from disk has no buckets")

@@ -31,6 +31,7 @@ class SharedMemorySource:
 
     reusable = True
     unchecked = False
+    nbytes = 0
 
     def __init__(self, transfer: SharedMemory, device: torch.device) -> None:
         if not _NAME.fullmatch(transfer.segment):

@@ -7,13 +7,14 @@ a sender dies, that thread ends by its deadline, and neither the worker nor the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import socket
 import threading
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import torch
@@ -24,12 +25,21 @@ from ..config import Settings
 from ..protocol import Abort, Attach, Begin, Bucket, Prepare, TensorMeta, WorkerDone, WorkerInfo
 from ..transport import Cancelled, Source, open_source
 from ..transport.buckets import unpack
+from . import staging
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from .staging import Place
+
+_T = TypeVar("_T")
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
 
 # Trainers that take turns each keep their connection, so many at most.
 _KEPT_SOURCES = 4
+_LOOK_SECONDS = 0.05
 
 
 class Intake:
@@ -43,6 +53,10 @@ class Intake:
         self._ends = monotonic() + begin.timeout
         self._cancelled = threading.Event()
         self._received = 0
+        self._names: set[str] = set()
+        self._place: Place = "host"
+        # Without staging: what waits to be loaded; at most one bucket, and None after the last.
+        self._arrived: queue.Queue[dict[str, torch.Tensor] | None] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._run, name=f"areal-intake-{begin.update[:8]}", daemon=True)
         self._thread.start()
 
@@ -59,11 +73,36 @@ class Intake:
         self._orders.put(None)
         self.tensors = {}
 
+    @property
+    def in_place(self) -> bool:
+        """Whether this update has no staging."""
+        return self.begin.staging.kind == "none"
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Without staging: the tensors as they come, for the worker's own thread.
+
+        Raises:
+            Cancelled: the update was given up. TimeoutError: its time is over.
+        """
+        while (tensors := self._wait_for(self._arrived.get)) is not None:
+            yield from tensors.items()
+
+    def _wait_for(self, step: Callable[..., _T]) -> _T:
+        """A blocking call on a queue, given up with the update."""
+        while not self._cancelled.is_set():
+            if monotonic() > self._ends:
+                raise TimeoutError("the update's time is over")
+            with contextlib.suppress(queue.Empty, queue.Full):
+                return step(timeout=_LOOK_SECONDS)
+        raise Cancelled
+
     def _run(self) -> None:
         step = "begin"
         source: Source | None = None
         try:
             source = self._receiver.source(self.begin.transfer, self._ends - monotonic(), self._cancelled)
+            nbytes = self.begin.staging.nbytes or source.nbytes
+            self._place = staging.choose(self.begin.staging, nbytes, self._receiver.device)
             self._report(step)
             while (order := self._next()) is not None:
                 if isinstance(order, Prepare):
@@ -72,7 +111,8 @@ class Intake:
                 else:
                     step = f"bucket {order.index}"
                     buffer = source.receive(order, self._ends - monotonic(), self._cancelled)
-                    self.tensors.update(unpack(order.segments, buffer))
+                    buffer = staging.put(buffer, self._place, self._receiver.device)
+                    self._take(dict(unpack(order.segments, buffer)), unchecked=source.unchecked)
                     self._received += 1
                 self._report(step)
         except Cancelled:
@@ -93,25 +133,36 @@ class Intake:
             # Over its time: the engine has given this update up as well. Prepared weights are the engine's to discard.
             return None
 
+    def _take(self, tensors: dict[str, torch.Tensor], *, unchecked: bool) -> None:
+        """Check what has come, and stage it, or hand it over to be loaded."""
+        expected = self._receiver.expected()
+        dtypes = (self._receiver.dtype,)
+        for name, tensor in tensors.items():
+            meta = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            if expected is not None and (problem := checkpoint.misfit(meta, expected, dtypes)):
+                raise ValueError(problem)
+            if unchecked and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+        self._names.update(tensors)
+        if self.in_place:
+            self._hand_over(tensors)
+        else:
+            self.tensors.update(tensors)
+
+    def _hand_over(self, tensors: dict[str, torch.Tensor] | None) -> None:
+        self._wait_for(lambda timeout: self._arrived.put(tensors, timeout=timeout))
+
     def _check(self, source: Source, order: Prepare) -> None:
         """Vote: is everything here that a load needs? Raises where it is not."""
         for name, tensor in source.load_all():
-            self.tensors[name] = tensor
+            self._take({name: staging.put(tensor, self._place, self._receiver.device)}, unchecked=source.unchecked)
         if self._received != order.buckets:
             raise RuntimeError(f"{order.buckets} buckets were sent, {self._received} arrived")
         expected = self._receiver.expected()
-        if expected is not None:
-            dtypes = (self._receiver.dtype,)
-            for name, tensor in self.tensors.items():
-                meta = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-                if problem := checkpoint.misfit(meta, expected, dtypes):
-                    raise ValueError(problem)
-            if problem := checkpoint.missing(self.tensors, expected):
-                raise ValueError(problem)
-        if source.unchecked:
-            for name, tensor in self.tensors.items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise ValueError(f"{name} holds NaN or infinite values")
+        if expected is not None and (problem := checkpoint.missing(self._names, expected)):
+            raise ValueError(problem)
+        if self.in_place:
+            self._hand_over(None)
 
     def _report(self, step: str, error: str = "") -> None:
         self._receiver.report(WorkerDone(update=self.begin.update, rank=self._receiver.rank, step=step, error=error))
@@ -160,8 +211,8 @@ class Receiver:
 
     # Called from the worker's own thread
 
-    def staged(self, update: str) -> list[tuple[str, torch.Tensor]]:
-        """The staged tensors of ``update``.
+    def staged(self, update: str) -> Iterable[tuple[str, torch.Tensor]]:
+        """The staged tensors of ``update``; without staging, its tensors as they come.
 
         Raises:
             RuntimeError: where this worker did not stage it.
@@ -169,7 +220,7 @@ class Receiver:
         intake = self._intake
         if intake is None or intake.begin.update != update:
             raise RuntimeError(f"worker {self.rank} has no staged weights of update {update}")
-        return list(intake.tensors.items())
+        return intake.stream() if intake.in_place else list(intake.tensors.items())
 
     def discard(self, update: str) -> None:
         """Free the staging of ``update``."""

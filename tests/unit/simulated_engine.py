@@ -98,6 +98,7 @@ class SimulatedEngine:
         orders: what the first worker was told, in order.
         commits: every version that was switched to, with whether the engine was paused then.
         staged: called with the update's id at commit (a test with real receivers takes the tensors there).
+        loaded: the same for an update without staging, from when its first byte comes.
     """
 
     def __init__(self, later: Later, version: Version) -> None:
@@ -110,6 +111,7 @@ class SimulatedEngine:
         self.version = version
         self.requests = 0
         self.staged: Callable[[str], None] = lambda _update: None
+        self.loaded: Callable[[str], None] = lambda _update: None
         self.endpoint: Endpoint
         self._later = later
         self._pausing: int | None = None
@@ -164,6 +166,22 @@ class SimulatedEngine:
             self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, self.seconds["commit"]))
 
         self._later.call(self.seconds["commit"], done)
+
+    def load(self, update: str, version: Version) -> None:
+        self.calls.append(f"load {version}")
+
+        def run() -> None:
+            try:
+                self.loaded(update)
+                error = self.errors.get("load", "")
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {problem}"
+            if not error:
+                self.version = version
+                self.commits.append((version, not self.running))
+            self.endpoint.post(lambda: self.endpoint.participant.load_done(update, error))
+
+        threading.Thread(target=run, name="simulated-load", daemon=True).start()
 
     def oldest_call_seconds(self) -> float:
         return 0.0

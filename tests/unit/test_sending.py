@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
 from waiting import eventually, in_thread
 
-from areal_vllm_ext import EngineGroup, InvalidWeights, UpdateAborted, security
+from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted, security
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, Prepare, SharedMemory
 from areal_vllm_ext.worker.receiver import Receiver
 
@@ -41,6 +43,7 @@ class Served:
                 Receiver(worker(rank, checkpoint, key_file), engine.endpoint.address) for rank in range(WORKERS)
             ]
             engine.staged = self.switch(number, engine)
+            engine.loaded = self.load(number, engine)
         deployment.wait_attached()
 
     def switch(self, number: int, engine: SimulatedEngine) -> Any:
@@ -51,6 +54,22 @@ class Served:
                 receiver.discard(update)
 
         return staged
+
+    def load(self, number: int, engine: SimulatedEngine) -> Any:
+        def loaded(update: str) -> None:
+            assert not engine.running
+
+            def consume(rank: int, receiver: Receiver) -> None:
+                try:
+                    self.weights[number, rank] = dict(receiver.staged(update))
+                finally:
+                    receiver.discard(update)
+
+            with ThreadPoolExecutor(WORKERS) as pool:
+                for future in [pool.submit(consume, *entry) for entry in enumerate(self.receivers[number])]:
+                    future.result()
+
+        return loaded
 
     def serves(self, expected: dict[str, torch.Tensor]) -> bool:
         """Whether every worker of every engine has exactly these weights."""
@@ -141,7 +160,8 @@ def test_many_small_buckets_bring_the_same(
 ) -> None:
     new = weights(4)
     opened = group.update(1, deadline=20, transport=transport)
-    monkeypatch.setattr(opened._update, "_bucket_bytes", 300)
+    options = dataclasses.replace(opened._update._options, bucket_bytes=300)
+    monkeypatch.setattr(opened._update, "_options", options)
     with opened:
         opened.send(new)
     assert served.serves(new)
@@ -345,3 +365,91 @@ def test_a_transfer_that_cannot_be_opened_is_told_to_the_engine(
     assert said[0][0] == "begin"
     assert "not on this host" in said[0][1]
     endpointless.discard("this")
+
+
+# Without staging
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
+def test_without_staging_engines_pause_first_and_load_as_the_bytes_come(
+    served: Served, group: EngineGroup, transport: str
+) -> None:
+    new = weights(20)
+    opened = group.update(1, deadline=20, transport=transport, staging="none")
+    options = dataclasses.replace(opened._update._options, bucket_bytes=300)
+    opened._update._options = options
+    with opened:
+        opened.send(new)
+        assert not any(engine.running for engine in served.deployment.engines.values())
+    assert served.serves(new)
+    for engine in served.deployment.engines.values():
+        assert engine.calls == ["pause keep clear", "load 1", "resume"]
+    assert [(state.phase, state.state, state.version) for state in group.status()] == [("idle", "running", 1)] * 2
+    assert served.staging_is_free()
+
+
+def test_without_staging_from_disk(served: Served, group: EngineGroup, tmp_path: Path) -> None:
+    new = weights(21)
+    save_file(new, tmp_path / "model.safetensors")
+    with group.update(1, deadline=20, staging="none") as update:
+        update.send(tmp_path)
+    assert served.serves(new)
+    assert {state.state for state in group.status()} == {"running"}
+
+
+def test_without_staging_a_failure_leaves_tainted_engines_until_a_full_update(
+    served: Served, group: EngineGroup
+) -> None:
+    def half() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from list(weights(22).items())[:2]
+        raise ZeroDivisionError
+
+    opened = group.update(1, deadline=20, staging="none")
+    opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=300)
+    with pytest.raises(ZeroDivisionError), opened:
+        opened.send(half())
+    states = group.status()
+    assert {(state.phase, state.state) for state in states} == {("tainted", "paused")}
+    assert "was loaded in part, without staging" in states[0].error
+    with pytest.raises(PauseFailed, match="tainted"):
+        group.resume(deadline=5)
+    assert not any(engine.running for engine in served.deployment.engines.values())
+    new = weights(23)
+    send(group, new, version=2)
+    assert served.serves(new)
+    assert {(state.phase, state.state) for state in group.status()} == {("idle", "running")}
+
+
+def test_without_staging_a_load_that_fails_is_told(served: Served, group: EngineGroup) -> None:
+    served.deployment.engines[1].errors["load"] = "out of memory"
+    with pytest.raises(WeightsTainted, match="out of memory"):
+        send(group, weights(24), staging="none")
+    served.deployment.engines[1].errors.clear()
+    assert {state.phase for state in group.status()} == {"tainted"}
+    send(group, weights(25), version=2, staging="none")
+    assert served.serves(weights(25))
+
+
+def test_without_staging_nothing_is_lost_before_the_first_byte(
+    served: Served, group: EngineGroup, tmp_path: Path
+) -> None:
+    with pytest.raises(UpdateAborted, match="holds no"), group.update(1, deadline=20, staging="none") as update:
+        update.send(tmp_path)
+    assert {(state.phase, state.state) for state in group.status()} == {("idle", "running")}
+
+
+@pytest.mark.parametrize("kind", ["auto", "device", "host"])
+def test_staging_without_room_is_refused_with_the_numbers(
+    served: Served, group: EngineGroup, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("areal_vllm_ext.worker.staging.free_host_bytes", lambda: 100)
+    with pytest.raises(UpdateAborted, match=r"0\.00 GiB of host memory \(4 workers of this host\), 0\.00 GiB are free"):
+        send(group, weights(26), staging=kind)
+    assert not served.weights
+    send(group, weights(26), staging="none")
+    assert served.serves(weights(26))
+
+
+def test_an_unknown_staging_is_refused(group: EngineGroup) -> None:
+    with pytest.raises(ValueError, match="staging must be one of auto, device, host, none, not 'attic'"):
+        group.update(1, staging="attic")

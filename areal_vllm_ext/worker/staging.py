@@ -1,0 +1,83 @@
+"""Where new weights lie until the commit: on the worker's device, in host memory, or nowhere.
+
+What it costs is known before the first byte comes, and refused with the numbers where there is no room, so that an engine
+that generates is never brought down by an update.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..protocol import Staging
+
+Place = Literal["device", "host", "none"]
+
+# Of the device's memory, for whatever else asks for some meanwhile: kernels' workspaces, a communicator's buffers.
+_DEVICE_RESERVE = 512 << 20
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def choose(staging: Staging, nbytes: int, device: torch.device) -> Place:
+    """Where a worker on ``device`` stages ``nbytes``.
+
+    Raises:
+        RuntimeError: there is no room; the message has what is needed and what is free, and the other choices.
+    """
+    if staging.kind == "none":
+        return "none"
+    on_host, free_host = nbytes * staging.on_host, free_host_bytes()
+    host = f"{_gib(on_host)} of host memory ({staging.on_host} workers of this host), {_gib(free_host)} are free"
+    if device.type == "cpu":
+        if on_host > free_host:
+            raise RuntimeError(f"staging needs {host}: use staging='none', which pauses first and keeps no old weights")
+        return "host"
+    on_device, free_device = nbytes * staging.on_device, free_device_bytes(device)
+    of_device = f"{_gib(on_device)} on {device} ({staging.on_device} workers), {_gib(free_device)} are free"
+    if staging.kind in ("auto", "device") and on_device <= free_device:
+        return "device"
+    if staging.kind in ("auto", "host") and on_host <= free_host:
+        return "host"
+    needs = {"device": of_device, "host": host, "auto": f"{of_device}, or {host}"}[staging.kind]
+    others = {"device": "staging='host', or 'none'", "host": "staging='device', or 'none'", "auto": "staging='none'"}
+    raise RuntimeError(
+        f"staging='{staging.kind}' needs {needs}: use {others[staging.kind]}, which pauses first and keeps no old weights"
+    )
+
+
+def put(buffer: torch.Tensor, place: Place, device: torch.device) -> torch.Tensor:
+    """``buffer`` where it is to be staged; itself where it lies there."""
+    if place == "device" and buffer.device != device:
+        return buffer.to(device)
+    if place == "host" and buffer.device.type != "cpu":
+        # Pinned, so that the commit, in which generation waits, copies at the bus's full rate.
+        return torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True).copy_(buffer)
+    return buffer
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What can be taken on a CUDA device without leaving it full."""
+    return max(torch.cuda.mem_get_info(device)[0] - _DEVICE_RESERVE, 0)
+
+
+def free_host_bytes() -> int:
+    """What can be taken of this host's memory, or of what this container is allowed."""
+    with Path("/proc/meminfo").open() as lines:
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        cache = next(
+            int(line.split()[1])
+            for line in (_CGROUP / "memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+    except (OSError, StopIteration):
+        return free
+    return free if limit == "max" else max(min(free, int(limit) - used + cache), 0)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.2f} GiB"
