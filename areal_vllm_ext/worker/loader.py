@@ -22,11 +22,33 @@ def load(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         worker: the vLLM worker; its engine is paused.
         weights: (name, tensor) in checkpoint format, on any device.
     """
-    worker.reload_weights(weights_iterator=weights)
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    except BaseException:
+        leave_reload(worker.get_model())
+        raise
     if worker.device.type == "cpu":
         repack_tied_layers(worker.get_model())
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def leave_reload(model: torch.nn.Module) -> None:
+    """Bring a model out of a reload that failed midway, so that the next one can succeed. Its weights are mixed then.
+
+    Bug: vLLM's reload leaves the layers that it had not finished on the meta device, with their weight loaders wrapped;
+    every later reload fails, and the engine can only be restarted. Checked on: vLLM 0.32.0.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.kernel_tensors is not None:
+            layerwise._place_kernel_tensors(layer, info)  # noqa: SLF001 - as vLLM's own end of a reload does
+        info.reset()
+    layerwise.LOADING_LAYERS.clear()
+    if hasattr(model, "_original_do_torchao_reload"):
+        model._do_torchao_reload = model._original_do_torchao_reload  # noqa: SLF001
 
 
 def repack_tied_layers(model: torch.nn.Module) -> None:

@@ -10,6 +10,7 @@ import pytest
 from areal_vllm_ext.engine_core.participant import (
     CallCancelPause,
     CallCommit,
+    CallLoad,
     CallPause,
     CallResume,
     Effect,
@@ -34,6 +35,7 @@ from areal_vllm_ext.protocol import (
     PauseMode,
     Prepare,
     Resume,
+    Staging,
     WorkerDone,
 )
 from areal_vllm_ext.wire import Caller
@@ -48,7 +50,7 @@ class Rig:
     def __init__(self, workers: int = 1) -> None:
         self.participant = Participant(OLD, frozenset(range(workers)))
         self.now = 0.0
-        self.calls: list[CallPause | CallResume | CallCancelPause | CallCommit] = []
+        self.calls: list[CallPause | CallResume | CallCancelPause | CallCommit | CallLoad] = []
         self.orders: list[object] = []
         self.answers: dict[Caller, Answer] = {}
         self._numbers = itertools.count()
@@ -837,3 +839,93 @@ def test_orphans_are_left_alone_where_they_are_set_so() -> None:
     participant.tick(100.0)
     assert participant.orphaned
     assert not participant.unsettled
+
+
+# Without staging
+
+
+def in_place() -> Rig:
+    rig = Rig()
+    rig.ask(
+        Begin(epoch=1, update="u", version=NEW, transfer=Disk(path="/"), timeout=MINUTE, staging=Staging(kind="none"))
+    )
+    rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="begin")))
+    return rig
+
+
+def paused_in_place() -> Rig:
+    rig = in_place()
+    rig.ask(Pause(epoch=1, mode="keep", kv="recompute", timeout=9, update="u"))
+    rig.take(rig.participant.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
+    assert rig.state == ("receiving", "paused")
+    return rig
+
+
+def test_without_staging_no_byte_is_loaded_before_the_pause() -> None:
+    rig = in_place()
+    for asked in (rig.bucket(), rig.ask(Prepare(epoch=1, update="u", buckets=0))):
+        answer = rig.answers[asked]
+        assert isinstance(answer, Error)
+        assert "needs a paused engine; this one is running" in answer.message
+    assert rig.calls == []
+    assert not rig.participant.tainted
+
+
+def test_without_staging_the_vote_is_that_all_is_loaded() -> None:
+    rig = paused_in_place()
+    rig.bucket()
+    rig.bucket(1)
+    assert [call for call in rig.calls if isinstance(call, CallLoad)] == [CallLoad("u", NEW)], "loading begins once"
+    assert "was loaded in part" in rig.participant.tainted
+    asked = rig.ask(Prepare(epoch=1, update="u", buckets=2))
+    rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="prepare")))
+    assert asked not in rig.answers
+    assert rig.participant.phase == "receiving"
+    rig.take(rig.participant.load_done("u", ""))
+    assert rig.answers[asked] == Ack()
+    assert rig.state == ("prepared", "paused")
+    assert rig.participant.version == OLD
+    assert rig.answers[rig.ask(Commit(epoch=1, update="u"))] == Ack()
+    assert (rig.participant.version, rig.participant.tainted, rig.participant.agreed) == (NEW, "", 1)
+    assert not any(isinstance(call, CallCommit) for call in rig.calls)
+
+
+@pytest.mark.parametrize("how", ["abort", "time", "load fails", "newer update"])
+def test_without_staging_giving_up_after_the_first_byte_taints(how: str) -> None:
+    rig = paused_in_place()
+    asked = rig.bucket()
+    match how:
+        case "abort":
+            rig.ask(Abort(epoch=1, update="u", reason="changed its mind"))
+        case "time":
+            rig.now = MINUTE
+            rig.take(rig.participant.tick(rig.now))
+        case "load fails":
+            rig.take(rig.participant.load_done("u", "out of memory"))
+            answer = rig.answers[asked]
+            assert isinstance(answer, Error)
+            assert "out of memory" in answer.message
+            rig.ask(Abort(epoch=1, update="u", reason="failed"))
+        case _:
+            rig.begin("w", epoch=2)
+    assert rig.participant.tainted
+    assert isinstance(rig.answers[rig.ask(Resume(epoch=2, timeout=1))], Error)
+    assert rig.participant.load_done("u", "") == [], "too late"
+    assert rig.participant.tainted
+
+
+def test_without_staging_giving_up_before_the_first_byte_loses_nothing() -> None:
+    rig = paused_in_place()
+    rig.ask(Abort(epoch=1, update="u", reason="changed its mind"))
+    assert not rig.participant.tainted
+    rig.ask(Resume(epoch=1, timeout=1))
+    assert isinstance(rig.calls[-1], CallResume)
+
+
+def test_without_staging_loaded_and_paused_is_in_doubt() -> None:
+    rig = paused_in_place()
+    rig.ask(Prepare(epoch=1, update="u", buckets=0))
+    rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="prepare")))
+    rig.take(rig.participant.load_done("u", ""))
+    assert rig.participant.tick(MINUTE * 10) == []
+    assert rig.state == ("prepared", "paused")
