@@ -6,6 +6,7 @@ next while they work, and closed after the first failure, so that the next updat
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from ..protocol import Broadcast, Bucket, Disk, SharedMemory, Transfer
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
 
 class Cancelled(Exception):
     """The update was given up while its bytes were on the way."""
+
+
+def watch(done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool]) -> None:
+    """Wait until ``done()``.
+
+    Raises:
+        Cancelled: ``cancelled()`` became true. TimeoutError: it took longer than ``timeout`` seconds.
+    """
+    ends = time.monotonic() + timeout
+    pause = 2e-5
+    while not done():
+        if cancelled():
+            raise Cancelled
+        if time.monotonic() > ends:
+            raise TimeoutError(f"the other side was silent for {timeout:.1f} s")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 1e-3)
 
 
 class Source(Protocol):
