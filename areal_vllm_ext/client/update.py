@@ -21,6 +21,7 @@ from ..errors import ArealError, EngineUnreachable, InvalidWeights, RequestError
 from ..protocol import Answer, Bucket, EngineInfo, EngineRequest, KVPolicy, PauseMode, TensorMeta, Transfer, Version
 from ..transport import Cancelled, buckets
 from ..transport.buckets import filled_buckets, total_bytes
+from ..transport.ipc import device_id
 from .coordinator import Coordinator, Member
 from .weights import Checker, warn_unchecked
 
@@ -74,8 +75,8 @@ class AsyncUpdate:
         bucket_bytes: int,
         on_phase: Callable[[str], None] | None = None,
     ) -> None:
-        if transport not in ("auto", "broadcast", "shared_memory"):
-            raise ValueError(f"transport must be 'auto', 'broadcast' or 'shared_memory', not {transport!r}")
+        if transport not in ("auto", "broadcast", "ipc", "shared_memory"):
+            raise ValueError(f"transport must be 'auto', 'broadcast', 'ipc' or 'shared_memory', not {transport!r}")
         self._group = group
         self._version = version
         self._deadline = deadline
@@ -293,8 +294,7 @@ class AsyncUpdate:
         for bucket in filled_buckets(itertools.chain([first], pairs), bucket_bytes, memory):
             if name := bucket.not_finite():
                 raise InvalidWeights(f"{name} holds NaN or infinite values")
-            # Shared memory is read as soon as it is announced, so the copy into it must be complete.
-            if bucket.filled.device != device:
+            if sink.announced_is_sent and device.type != "cpu":
                 torch.accelerator.synchronize(device)
             announced.append(self._submit(self._announce(self._buckets, bucket, location)))
             sink.push(bucket.filled, self._left(), failed)
@@ -339,7 +339,7 @@ class AsyncUpdate:
             return self._transport
         # NCCL has one rank a device: a worker on the trainer's own device is reached by memory.
         if device.type == "cuda":
-            own = str(torch.cuda.get_device_properties(device).uuid)
+            own = device_id(device)
             if any(worker.device_id == own for engine in self._engines.values() for worker in engine.workers):
-                return "shared_memory"
+                return "ipc"
         return "broadcast"

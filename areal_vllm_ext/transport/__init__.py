@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from ..protocol import Broadcast, Bucket, Disk, SharedMemory, Transfer
+from ..protocol import Broadcast, Bucket, CudaIpc, Disk, SharedMemory, Transfer
 
 if TYPE_CHECKING:
     import threading
@@ -75,10 +75,12 @@ class Sink(Protocol):
         transfers: what each engine is told, in the order of the engines.
         bucket_bytes: size of a bucket; a larger tensor gets a bucket of its own.
         slots: how many buckets can be on the way at once.
+        announced_is_sent: whether workers read a bucket as soon as they hear of it (so it must be complete by then).
     """
 
     bucket_bytes: int
     slots: int
+    announced_is_sent: bool
 
     @property
     def transfers(self) -> Sequence[Transfer]: ...
@@ -117,6 +119,10 @@ def open_source(transfer: Transfer, receiver: Receiver, timeout: float, cancelle
             from .shared_memory import SharedMemorySource
 
             return SharedMemorySource(transfer, receiver.device)
+        case CudaIpc():
+            from .ipc import CudaIpcSource
+
+            return CudaIpcSource(transfer, receiver)
         case Disk():
             from .disk import DiskSource
 

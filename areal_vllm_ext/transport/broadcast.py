@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import socket
 import threading
 import time
@@ -121,6 +120,7 @@ class NcclCommunicator:
         ends = time.monotonic() + timeout
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
+            buffer.record_stream(self._stream)  # freed after an abort, it is not used again before its kernel has ended
             try:
                 self._comm.broadcast(buffer.data_ptr(), buffer.numel(), self._stream.cuda_stream)
                 # The first one connects to the peers, on a thread of NCCL's: only then is it on the stream.
@@ -129,17 +129,11 @@ class NcclCommunicator:
                 done.record(self._stream)
                 watch(lambda: self._comm.settled() and done.query(), ends - time.monotonic(), cancelled)
             except BaseException:
-                self._comm.abort(after=functools.partial(_hold, buffer, self._stream))
+                self._comm.abort()
                 raise
 
     def close(self) -> None:
         self._comm.abort()
-
-
-def _hold(_buffer: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    """Keep a buffer until nothing writes to it any more."""
-    with contextlib.suppress(RuntimeError):  # of the device: whoever uses it next is told, too
-        stream.synchronize()
 
 
 def _launch_environment() -> contextlib.AbstractContextManager[None]:
@@ -200,6 +194,7 @@ class BroadcastSink:
     """The trainer's end: opens the meeting point, then joins as rank 0."""
 
     slots = 2
+    announced_is_sent = False
 
     def __init__(
         self, backend: str, members: list[list[int]], host: str, device: torch.device, bucket_bytes: int, timeout: float

@@ -165,21 +165,12 @@ class Communicator:
         result = self._call["ncclBroadcast"](address, address, nbytes, _UINT8, 0, self._comm, stream)
         self._check(result, "NCCL cannot broadcast")
 
-    def abort(self, after: Any = None) -> None:
-        """End it here, whatever the others do; ``after()`` is called when nothing of it runs on the device any more.
-
-        Not a polite end: that one waits for the other ranks, and one may be dead.
-        """
+    def abort(self) -> None:
+        """End it here, whatever the others do. Not a polite end: that one waits for the other ranks, and one may be dead."""
         comm, self._comm = self._comm, None
         if comm is None:
             return
-
-        def work() -> None:
-            self._call["ncclCommAbort"](comm)
-            if after is not None:
-                after()
-
-        thread = threading.Thread(target=work, name="areal-abort", daemon=True)
+        thread = threading.Thread(target=self._call["ncclCommAbort"], args=(comm,), name="areal-abort", daemon=True)
         thread.start()
         thread.join(_ABORT_SECONDS)
 

@@ -108,13 +108,6 @@ def test_a_peer_that_dies_is_an_error_and_not_a_wait(nccl: Nccl, behaviour: str)
     comm.abort()
 
 
-def test_what_an_abort_must_wait_for_is_done_after_it(nccl: Nccl, library: Path) -> None:
-    comm = nccl.join(nccl.unique_id(), 0, 1)
-    seen: list[int] = []
-    comm.abort(after=lambda: seen.append(alive(library)))
-    assert seen == [0]
-
-
 def test_a_join_that_is_refused_says_why(nccl: Nccl) -> None:
     with pytest.raises(RuntimeError, match="cannot join the trainer's communicator: invalid argument"):
         nccl.join(nccl.unique_id(), 5, 2)
