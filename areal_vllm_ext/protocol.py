@@ -118,13 +118,25 @@ class SharedMemory(Part, tag=True):
     nbytes: int
 
 
+class CudaIpc(Part, tag=True):
+    """Buckets lie in ``nbytes`` bytes of device memory that the trainer shares with the workers of its host.
+
+    ``host`` is the kernel's boot id, ``device_id`` the GPU's UUID, ``handle`` a ``cudaIpcMemHandle_t`` (64 bytes).
+    """
+
+    host: str
+    device_id: str
+    handle: bytes
+    nbytes: int
+
+
 class Disk(Part, tag=True):
     """A Hugging Face checkpoint directory that every worker can read."""
 
     path: str
 
 
-Transfer = Broadcast | SharedMemory | Disk
+Transfer = Broadcast | SharedMemory | CudaIpc | Disk
 
 
 class Staging(Part):
@@ -197,7 +209,7 @@ class Begin(Message):
 class Bucket(Message):
     """Announce one bucket of ``nbytes`` bytes. The answer comes when every worker of the engine holds it.
 
-    ``location`` is the bucket's offset in a shared memory segment, in bytes; other transports leave it 0.
+    ``location`` is the bucket's offset in shared memory, host's or GPU's, in bytes; other transports leave it 0.
     """
 
     epoch: Epoch

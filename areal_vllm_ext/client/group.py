@@ -299,7 +299,8 @@ class AsyncEngineGroup:
         Args:
             version: names the new weights; any integer or string.
             deadline: seconds for all of it. Over it, every engine keeps its old weights.
-            transport: ``broadcast`` (NCCL between GPUs, else gloo), ``shared_memory`` (same host), or ``auto``.
+            transport: ``broadcast`` (NCCL between GPUs, else gloo), ``ipc`` (CUDA, same host), ``shared_memory`` (same
+                host), or ``auto``: ``ipc`` where a worker runs on the trainer's own GPU, else ``broadcast``.
                 ``update.send("/path")`` goes by disk.
             mode: how engines pause for the switch, see ``pause``.
             kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.
@@ -367,13 +368,19 @@ class AsyncEngineGroup:
         key = (kind, device, bucket_bytes, *(engine.incarnation for engine in engines.values()))
         if self._sink is None or self._sink[0] != key:
             self.drop_sink()
-            if kind == "shared_memory":
+            made: Sink
+            if kind in ("shared_memory", "ipc"):
                 from ..transport import buckets
+                from ..transport.ipc import CudaIpcSink
                 from ..transport.shared_memory import SharedMemorySink
 
                 dtype = next(iter(engines.values())).dtype
                 largest = max((buckets.tensor_bytes(tensor, dtype) for tensor in expected), default=0)
-                made: Sink = SharedMemorySink(len(engines), bucket_bytes, max(bucket_bytes, largest))
+                slot_bytes = max(buckets.aligned(bucket_bytes), largest)
+                if kind == "ipc":
+                    made = CudaIpcSink(len(engines), device, bucket_bytes, slot_bytes)
+                else:
+                    made = SharedMemorySink(len(engines), bucket_bytes, slot_bytes)
             else:
                 from ..transport.broadcast import BroadcastSink
 

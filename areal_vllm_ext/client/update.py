@@ -43,6 +43,7 @@ from ..protocol import (
 )
 from ..transport import Cancelled, buckets
 from ..transport.buckets import filled_buckets, total_bytes
+from ..transport.ipc import device_id
 from .coordinator import Coordinator, Member
 from .weights import Checker, warn_unchecked
 
@@ -96,8 +97,8 @@ class UpdateOptions:
     on_phase: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
-        if self.transport not in ("auto", "broadcast", "shared_memory"):
-            raise ValueError(f"transport must be 'auto', 'broadcast' or 'shared_memory', not {self.transport!r}")
+        if self.transport not in ("auto", "broadcast", "ipc", "shared_memory"):
+            raise ValueError(f"transport must be 'auto', 'broadcast', 'ipc' or 'shared_memory', not {self.transport!r}")
         if self.staging not in get_args(StagingKind):
             raise ValueError(f"staging must be one of {', '.join(get_args(StagingKind))}, not {self.staging!r}")
 
@@ -368,8 +369,7 @@ class AsyncUpdate:
         for bucket in filled_buckets(itertools.chain([first], pairs), bucket_bytes, memory):
             if name := bucket.not_finite():
                 raise InvalidWeights(f"{name} holds NaN or infinite values")
-            # Shared memory is read as soon as it is announced, so the copy into it must be complete.
-            if bucket.filled.device != device:
+            if sink.announced_is_sent and device.type != "cpu":
                 torch.accelerator.synchronize(device)
             self._loading = True
             announced.append(self._submit(self._announce(self._buckets, bucket, location)))
@@ -415,7 +415,7 @@ class AsyncUpdate:
             return self._options.transport
         # NCCL has one rank a device: a worker on the trainer's own device is reached by memory.
         if device.type == "cuda":
-            own = str(torch.cuda.get_device_properties(device).uuid)
+            own = device_id(device)
             if any(worker.device_id == own for engine in self._engines.values() for worker in engine.workers):
-                return "shared_memory"
+                return "ipc"
         return "broadcast"

@@ -6,9 +6,10 @@ next while they work, and closed after the first failure, so that the next updat
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
-from ..protocol import Broadcast, Bucket, Disk, SharedMemory, Transfer
+from ..protocol import Broadcast, Bucket, CudaIpc, Disk, SharedMemory, Transfer
 
 if TYPE_CHECKING:
     import threading
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
 
 class Cancelled(Exception):
     """The update was given up while its bytes were on the way."""
+
+
+def watch(done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool]) -> None:
+    """Wait until ``done()``.
+
+    Raises:
+        Cancelled: ``cancelled()`` became true. TimeoutError: it took longer than ``timeout`` seconds.
+    """
+    ends = time.monotonic() + timeout
+    pause = 2e-5
+    while not done():
+        if cancelled():
+            raise Cancelled
+        if time.monotonic() > ends:
+            raise TimeoutError(f"the other side was silent for {timeout:.1f} s")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 1e-3)
 
 
 class Source(Protocol):
@@ -59,10 +77,12 @@ class Sink(Protocol):
         transfers: what each engine is told, in the order of the engines.
         bucket_bytes: size of a bucket; a larger tensor gets a bucket of its own.
         slots: how many buckets can be on the way at once.
+        announced_is_sent: whether workers read a bucket as soon as they hear of it (so it must be complete by then).
     """
 
     bucket_bytes: int
     slots: int
+    announced_is_sent: bool
 
     @property
     def transfers(self) -> Sequence[Transfer]: ...
@@ -101,6 +121,10 @@ def open_source(transfer: Transfer, receiver: Receiver, timeout: float, cancelle
             from .shared_memory import SharedMemorySource
 
             return SharedMemorySource(transfer, receiver.device)
+        case CudaIpc():
+            from .ipc import CudaIpcSource
+
+            return CudaIpcSource(transfer, receiver)
         case Disk():
             from .disk import DiskSource
 

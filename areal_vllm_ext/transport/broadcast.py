@@ -1,7 +1,7 @@
 """Broadcast: the trainer is rank 0 of a communicator (gloo on CPU, NCCL on GPUs) and broadcasts bucket after bucket.
 
-Every wait here can be given up: a collective cannot be interrupted, so it is started, watched and, when its time is over
-or the update is, aborted (NCCL) or left to its own deadline on a list of the abandoned (gloo).
+Every wait here can be given up, from the first handshake on: a collective cannot be interrupted, so it is started, watched
+and, when its time is over or the update is, aborted (NCCL) or left to its own deadline on a list of the abandoned (gloo).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..protocol import Broadcast, Bucket
-from . import Cancelled
+from . import nccl, watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -42,18 +42,6 @@ class Communicator(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def _watch(done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool]) -> None:
-    ends = time.monotonic() + timeout
-    pause = 2e-5
-    while not done():
-        if cancelled():
-            raise Cancelled
-        if time.monotonic() > ends:
-            raise TimeoutError(f"the other side was silent for {timeout:.1f} s")
-        time.sleep(pause)
-        pause = min(pause * 1.5, 1e-3)
 
 
 # Unfinished collectives of gloo communicators that were given up. Freeing one blocks until its own deadline, so they are
@@ -90,7 +78,7 @@ class GlooCommunicator:
         options.timeout = timedelta(seconds=max(timeout, 0.01) + 1)  # later than ours, which says more
         work = self._group.broadcast([buffer], options)
         try:
-            _watch(work.is_completed, timeout, cancelled)
+            watch(work.is_completed, timeout, cancelled)
         except BaseException:
             with _abandoned_lock:
                 _abandoned.append((self._group, work, buffer))
@@ -102,54 +90,66 @@ class GlooCommunicator:
 
 
 class NcclCommunicator:
-    """NCCL, through vLLM's own binding: a communicator apart from every other of the process."""
+    """NCCL: a communicator apart from every other of the process, on a stream of its own."""
 
-    def __init__(self, unique_id: str, rank: int, size: int, device: torch.device) -> None:
-        nccl = _nccl()
-        self._nccl = nccl
+    def __init__(
+        self,
+        unique_id: str,
+        rank: int,
+        size: int,
+        device: torch.device,
+        timeout: float,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Meet the other ranks at ``unique_id``.
+
+        Raises:
+            Cancelled: ``cancelled()`` became true. TimeoutError: they did not all come within ``timeout`` seconds.
+        """
         self.device = device
-        identifier = nccl.unique_id_from_bytes(bytes.fromhex(unique_id))
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _launch_environment():
             self._stream = torch.cuda.Stream(device)
-            self._comm: Any = nccl.ncclCommInitRank(size, identifier, rank)
+            self._comm = nccl.load().join(unique_id, rank, size)
+            try:
+                watch(self._comm.settled, timeout, cancelled)
+            except BaseException:
+                self._comm.abort()
+                raise
 
     def broadcast(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
-        from vllm.distributed.device_communicators.pynccl_wrapper import buffer_type, cudaStream_t, ncclDataTypeEnum
-
+        ends = time.monotonic() + timeout
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
-            address = buffer_type(buffer.data_ptr())
-            self._nccl.ncclBroadcast(
-                address,
-                address,
-                buffer.numel(),
-                ncclDataTypeEnum.ncclUint8,
-                0,
-                self._comm,
-                cudaStream_t(self._stream.cuda_stream),
-            )
-            done = torch.cuda.Event()
-            done.record(self._stream)
+            buffer.record_stream(self._stream)  # freed after an abort, it is not used again before its kernel has ended
             try:
-                _watch(done.query, timeout, cancelled)
+                self._comm.broadcast(buffer.data_ptr(), buffer.numel(), self._stream.cuda_stream)
+                # The first one connects to the peers, on a thread of NCCL's: only then is it on the stream.
+                watch(self._comm.settled, timeout, cancelled)
+                done = torch.cuda.Event()
+                done.record(self._stream)
+                watch(lambda: self._comm.settled() and done.query(), ends - time.monotonic(), cancelled)
             except BaseException:
-                self._nccl.ncclCommAbort(self._comm)
-                self._comm = None
+                self._comm.abort()
                 raise
 
     def close(self) -> None:
-        # Abort, not destroy: destroy waits for the other ranks, and one may be dead.
-        if self._comm is not None:
-            self._nccl.ncclCommAbort(self._comm)
-            self._comm = None
+        self._comm.abort()
 
 
-def _nccl() -> Any:
+def _launch_environment() -> contextlib.AbstractContextManager[None]:
+    """Where vLLM has set NCCL variables for its own communicators: those that a trainer's process has, too."""
     try:
-        from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-    except ImportError as error:
-        raise RuntimeError(f"NCCL needs vLLM's binding of it in this environment too ({error}): install vllm") from None
-    return NCCLLibrary()
+        from vllm.utils.nccl import unpinned_nccl_env
+    except ImportError:  # no vLLM here, or one that sets none
+        return contextlib.nullcontext()
+    environment: contextlib.AbstractContextManager[None] = unpinned_nccl_env()
+    return environment
+
+
+def _close_joined(joining: Future[Communicator]) -> None:
+    """A meeting that was given up may still come about."""
+    if joining.exception() is None:
+        joining.result().close()
 
 
 class BroadcastSource:
@@ -164,7 +164,9 @@ class BroadcastSource:
         rank = transfer.ranks[receiver.rank]
         self._communicator: Communicator
         if transfer.backend == "nccl":
-            self._communicator = NcclCommunicator(transfer.rendezvous, rank, transfer.world_size, receiver.device)
+            self._communicator = NcclCommunicator(
+                transfer.rendezvous, rank, transfer.world_size, receiver.device, timeout, cancelled.is_set
+            )
         else:
             host, _, port = transfer.rendezvous.rpartition(":")
             # TCPStore tries again for longer than it is told to, and says less of the cause.
@@ -193,6 +195,7 @@ class BroadcastSink:
     """The trainer's end: opens the meeting point, then joins as rank 0."""
 
     slots = 2
+    announced_is_sent = False
 
     def __init__(
         self, backend: str, members: list[list[int]], host: str, device: torch.device, bucket_bytes: int, timeout: float
@@ -212,7 +215,7 @@ class BroadcastSink:
         self._door: dist.TCPStore | None = None
         self._communicator: Communicator | None = None
         self._buffers: dict[int, torch.Tensor] = {}
-        rendezvous = bytes(_nccl().ncclGetUniqueId().internal).hex() if backend == "nccl" else self._open_door()
+        rendezvous = nccl.load().unique_id() if backend == "nccl" else self._open_door()
         name = uuid.uuid4().hex
         size = 1 + sum(len(ranks) for ranks in members)
         self.transfers: list[Broadcast] = []
@@ -249,34 +252,43 @@ class BroadcastSink:
     def meet(self, opening: Future[None]) -> None:
         if self._communicator is not None:
             return
-        # Joining blocks until the last worker has come: on a thread, so that a worker that says no is heard at once. The
-        # thread of a meeting that failed ends by its own time-out.
+        # Joining takes until the last worker has come: on a thread, so that a worker that says no is heard at once.
         joining: Future[Communicator] = Future()
-        threading.Thread(target=self._join, args=(joining,), name="areal-join", daemon=True).start()
-        while not joining.done():
-            if opening.done() and (error := opening.exception()) is not None:
-                raise error
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                joining.result(timeout=0.005)
-        self._communicator = joining.result()
-        opening.result()
+        given_up = threading.Event()
+        threading.Thread(target=self._join, args=(joining, given_up), name="areal-join", daemon=True).start()
+        try:
+            while not joining.done():
+                if opening.done():
+                    opening.result()
+                with contextlib.suppress(concurrent.futures.TimeoutError):
+                    joining.result(timeout=0.005)
+            opening.result()
+            self._communicator = joining.result()
+        except BaseException:
+            given_up.set()
+            joining.add_done_callback(_close_joined)
+            raise
         self._door = None  # all have met: nobody else gets in
 
-    def _join(self, joining: Future[Communicator]) -> None:
+    def _join(self, joining: Future[Communicator], given_up: threading.Event) -> None:
+        """Meet the workers. gloo cannot be interrupted: where the meeting is given up, its thread ends by its time-out."""
         transfer = self.transfers[0]
+        made: Communicator
         try:
             if self._door is None:
-                joining.set_result(NcclCommunicator(transfer.rendezvous, 0, transfer.world_size, self._device))
+                made = NcclCommunicator(
+                    transfer.rendezvous, 0, transfer.world_size, self._device, self._timeout, given_up.is_set
+                )
             else:
                 # The group keeps its store for life: a guest of the door, so that the door can be closed.
                 guest = dist.TCPStore(
                     self._host, self._door.port, is_master=False, timeout=timedelta(seconds=self._timeout)
                 )
-                joining.set_result(
-                    GlooCommunicator(guest, transfer.communicator, 0, transfer.world_size, self._host, self._timeout)
-                )
+                made = GlooCommunicator(guest, transfer.communicator, 0, transfer.world_size, self._host, self._timeout)
         except Exception as error:
             joining.set_exception(error)
+            return
+        joining.set_result(made)
 
     def buffer(self, index: int, nbytes: int) -> tuple[int, torch.Tensor]:
         assert self._communicator is not None

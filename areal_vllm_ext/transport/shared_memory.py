@@ -64,6 +64,7 @@ class SharedMemorySink:
     """The trainer's end."""
 
     slots = 2
+    announced_is_sent = True
 
     def __init__(self, engines: int, bucket_bytes: int, slot_bytes: int) -> None:
         """Make the segment.

@@ -25,6 +25,7 @@ from ..config import Settings
 from ..protocol import Abort, Attach, Begin, Bucket, Prepare, TensorMeta, WorkerDone, WorkerInfo
 from ..transport import Cancelled, Source, open_source
 from ..transport.buckets import unpack
+from ..transport.ipc import device_id
 from . import staging
 
 if TYPE_CHECKING:
@@ -125,6 +126,8 @@ class Intake:
         finally:
             if self._cancelled.is_set():
                 self.tensors.clear()
+            if source is not None and not source.reusable:
+                source.close()
 
     def _next(self) -> Bucket | Prepare | None:
         try:
@@ -308,8 +311,3 @@ class Receiver:
                 if intake and intake.begin.update == message.update:
                     self._intake = None
                     intake.cancel()
-
-
-def device_id(device: torch.device) -> str:
-    """A name of the device that trainer and worker agree on: the GPU's UUID, or ``cpu``."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type

@@ -153,6 +153,21 @@ def test_a_worker_that_says_no_is_heard_at_once() -> None:
         sink.close()
 
 
+def test_a_meeting_that_comes_about_after_it_was_given_up_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = threading.Event()
+    monkeypatch.setattr(broadcast.GlooCommunicator, "close", lambda _: closed.set())
+    sink = make_sink([[0]], timeout=5.0)
+    opening: Future[None] = Future()
+    threading.Timer(0.1, opening.set_exception, (RuntimeError("no room"),)).start()
+    with pytest.raises(RuntimeError, match="no room"):
+        sink.meet(opening)
+    source = join(sink.transfers[0], 0, 5.0)
+    assert closed.wait(5)
+    monkeypatch.undo()
+    source.close()
+    sink.close()
+
+
 def test_a_worker_that_never_comes_is_given_up_on_both_ends() -> None:
     sink = make_sink([[0], [0]], timeout=TIMEOUT)
     joining, joined = in_thread(lambda: took(lambda: join(sink.transfers[0], 0, TIMEOUT)))

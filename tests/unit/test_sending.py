@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,6 +21,7 @@ from waiting import eventually, in_thread
 
 from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted, security
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, Prepare, SharedMemory
+from areal_vllm_ext.transport.shared_memory import SharedMemorySource
 from areal_vllm_ext.worker.receiver import Receiver
 
 WORKERS = 2
@@ -453,3 +455,30 @@ def test_staging_without_room_is_refused_with_the_numbers(
 def test_an_unknown_staging_is_refused(group: EngineGroup) -> None:
     with pytest.raises(ValueError, match="staging must be one of auto, device, host, none, not 'attic'"):
         group.update(1, staging="attic")
+
+
+def test_auto_is_ipc_where_a_worker_runs_on_the_trainers_own_gpu(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("areal_vllm_ext.client.update.device_id", lambda _: "GPU-1")
+    with group.update(1, deadline=5) as update:
+        opened = update._update
+        name, engine = next(iter(opened._engines.items()))
+        there = msgspec.structs.replace(engine.workers[0], device_id="GPU-1")
+        assert opened._choose(torch.device("cuda", 0)) == "broadcast"
+        opened._engines[name] = msgspec.structs.replace(engine, workers=(*engine.workers[1:], there))
+        assert opened._choose(torch.device("cuda", 0)) == "ipc"
+        assert opened._choose(torch.device("cpu")) == "broadcast"
+        update.send(weights(1))
+    assert served.serves(weights(1))
+
+
+def test_a_source_that_serves_one_update_is_closed_with_it(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(SharedMemorySource, "reusable", False)
+    monkeypatch.setattr(SharedMemorySource, "close", lambda _: closed.append(1))
+    send(group, weights(1), transport="shared_memory")
+    assert served.serves(weights(1))
+    eventually(lambda: len(closed) == 2 * WORKERS)
