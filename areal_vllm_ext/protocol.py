@@ -87,10 +87,14 @@ class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
-    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major."""
+    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major.
+
+    ``digest`` is that of its bytes (``digest.py``), made by the trainer when the bucket was filled.
+    """
 
     tensor: TensorMeta
     offset: int
+    digest: int
 
 
 # How the bytes travel: one struct a transport
@@ -218,13 +222,17 @@ class Attach(Message):
 
 
 class WorkerDone(Message):
-    """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked."""
+    """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked.
+
+    ``manifest``, in the vote, is ``digest.manifest`` of all tensors that the worker holds.
+    """
 
     update: str
     rank: int
     step: str
     error: str = ""
     nbytes: int = 0
+    manifest: str = ""
 
 
 WorkerMessage = Attach | WorkerDone
@@ -273,7 +281,10 @@ class Welcome(Message):
 
 
 class Status(Message):
-    """What an engine says of itself. It answers by itself even while the engine is busy, paused or stuck."""
+    """What an engine says of itself. It answers by itself even while the engine is busy, paused or stuck.
+
+    ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
+    """
 
     engine: EngineInfo
     version: Version
@@ -289,6 +300,7 @@ class Status(Message):
     requests_waiting: int
     waiting_for_engine: float
     error: str = ""
+    weights: str = ""
 
 
 class Weights(Message):
@@ -299,7 +311,10 @@ class Weights(Message):
 
 
 class Ack(Message):
+    """Done. ``manifest``, of Prepare: what the engine holds, see ``WorkerDone``."""
+
     seconds: float = 0.0
+    manifest: str = ""
 
 
 class Engines(Message):

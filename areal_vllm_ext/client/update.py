@@ -16,10 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import protocol
+from .. import digest, protocol
 from ..errors import ArealError, EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
-from ..protocol import Answer, Bucket, EngineInfo, EngineRequest, KVPolicy, PauseMode, TensorMeta, Transfer, Version
-from ..transport import Cancelled, buckets
+from ..protocol import (
+    Answer,
+    Bucket,
+    EngineInfo,
+    EngineRequest,
+    KVPolicy,
+    PauseMode,
+    Segment,
+    TensorMeta,
+    Transfer,
+    Version,
+)
+from ..transport import Cancelled
 from ..transport.buckets import filled_buckets, total_bytes
 from .coordinator import Coordinator, Member
 from .weights import Checker, warn_unchecked
@@ -92,6 +103,7 @@ class AsyncUpdate:
         self._ends = 0.0
         self._nbytes = 0
         self._buckets = 0
+        self._entries: list[tuple[TensorMeta, int]] = []
         self._started = 0.0
         self._pause_started = 0.0
         self._commit_seconds = 0.0
@@ -156,7 +168,9 @@ class AsyncUpdate:
             if coordinator.phase in ("begin", "send") and error is not None:
                 await self._drive(coordinator.give_up(f"{type(error).__name__}: {error}"))
             elif coordinator.phase == "send":
-                await self._drive(coordinator.sent(self._buckets))
+                # From disk nothing passes through here: then the engines' votes are compared with each other only.
+                manifest = digest.manifest(self._entries) if self._entries else ""
+                await self._drive(coordinator.sent(self._buckets, manifest))
             if kind is not None:
                 return
             if coordinator.reason:
@@ -296,7 +310,9 @@ class AsyncUpdate:
             # Shared memory is read as soon as it is announced, so the copy into it must be complete.
             if bucket.filled.device != device:
                 torch.accelerator.synchronize(device)
-            announced.append(self._submit(self._announce(self._buckets, bucket, location)))
+            segments = bucket.segments()
+            self._entries += [(segment.tensor, segment.digest) for segment in segments]
+            announced.append(self._submit(self._announce(self._buckets, bucket.nbytes, segments, location)))
             sink.push(bucket.filled, self._left(), failed)
             self._buckets += 1
             self._nbytes += bucket.nbytes
@@ -308,7 +324,7 @@ class AsyncUpdate:
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _announce(self, index: int, filled: buckets.Bucket, location: int) -> None:
+    async def _announce(self, index: int, nbytes: int, segments: tuple[Segment, ...], location: int) -> None:
         """Tell every engine of a bucket; returns when every worker holds it.
 
         Raises:
@@ -322,8 +338,8 @@ class AsyncUpdate:
                 epoch=self._members[name].epoch,
                 update=update,
                 index=index,
-                nbytes=filled.nbytes,
-                segments=tuple(filled.segments),
+                nbytes=nbytes,
+                segments=segments,
                 location=location,
             )
             try:

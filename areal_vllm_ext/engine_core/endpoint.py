@@ -292,6 +292,7 @@ class Endpoint:
             requests_waiting=waiting,
             waiting_for_engine=self._engine.oldest_call_seconds(),
             error=state.tainted or state.error,
+            weights=state.weights,
         )
 
     def _carry_out(self, effects: list[Effect]) -> None:

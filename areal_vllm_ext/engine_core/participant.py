@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import SEND_AGAIN
 from ..protocol import (
     Abort,
     Ack,
@@ -103,6 +104,7 @@ class _Update:
     begin: Begin
     ends: float
     failure: str = ""
+    manifest: str = ""
     # Who waits for which step ("begin", "bucket 3", "prepare"), and which workers have finished it.
     waiting: dict[str, list[Caller]] = dataclasses.field(default_factory=dict)
     finished: dict[str, set[int]] = dataclasses.field(default_factory=dict)
@@ -122,6 +124,7 @@ class Participant:
         self._paused_before = False
         self.update: _Update | None = None
         self.last_update = ""
+        self.weights = ""
         self.paused_for = ""
         self.error = ""
         self.tainted = ""
@@ -234,7 +237,7 @@ class Participant:
         if update.failure:
             return self._refuse(caller, "failed", update.failure)
         if update.finished.get(step, set()) >= self.workers:
-            return [Reply(caller, Ack())]
+            return [Reply(caller, Ack(manifest=update.manifest))]
         asked_before = step in update.waiting
         update.waiting.setdefault(step, []).append(caller)
         return [] if asked_before else orders
@@ -284,9 +287,14 @@ class Participant:
         update = self.update
         if update is None or update.begin.update != message.update or self.phase == "committing":
             return []
-        if message.error:
+        problem = message.error
+        if not problem and message.step == "prepare":
+            update.manifest = update.manifest or message.manifest
+            if message.manifest != update.manifest:
+                problem = f"holds other weights than another worker of this engine: {SEND_AGAIN}"
+        if problem:
             # Kept until the coordinator aborts: whatever it asks meanwhile is answered with the cause.
-            update.failure = update.failure or f"worker {message.rank}: {message.error}"
+            update.failure = update.failure or f"worker {message.rank}: {problem}"
             self.phase = "receiving"
             return self._answer_all(update, Error(kind="failed", message=update.failure))
         finished = update.finished.setdefault(message.step, set())
@@ -295,7 +303,8 @@ class Participant:
             return []
         if message.step == "prepare" and not update.failure:
             self.phase = "prepared"
-        return [Reply(caller, Ack()) for caller in update.waiting.pop(message.step, [])]
+        answer = Ack(manifest=update.manifest)
+        return [Reply(caller, answer) for caller in update.waiting.pop(message.step, [])]
 
     # Completed calls
 
@@ -351,6 +360,7 @@ class Participant:
         else:
             self.tainted, self.error = "", ""
             self.version, self.last_update = update.begin.version, update.begin.update
+            self.weights = update.manifest
             answer = Ack(seconds=seconds)
         callers, self._commit_waiting = self._commit_waiting, []
         return [Reply(caller, answer) for caller in callers]

@@ -19,11 +19,11 @@ import msgspec
 import torch
 import zmq
 
-from .. import checkpoint, protocol, security, wire
+from .. import checkpoint, digest, errors, protocol, security, wire
 from ..config import Settings
 from ..protocol import Abort, Attach, Begin, Bucket, Prepare, TensorMeta, WorkerDone, WorkerInfo
 from ..transport import Cancelled, Source, open_source
-from ..transport.buckets import unpack
+from ..transport.buckets import damaged, unpack
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -38,6 +38,8 @@ class Intake:
     def __init__(self, receiver: Receiver, begin: Begin) -> None:
         self.begin = begin
         self.tensors: dict[str, torch.Tensor] = {}
+        # Of each tensor what it is, and the digest of its bytes.
+        self.manifest: dict[str, tuple[TensorMeta, int]] = {}
         self._receiver = receiver
         self._orders: queue.SimpleQueue[Bucket | Prepare | None] = queue.SimpleQueue()
         self._ends = monotonic() + begin.timeout
@@ -69,12 +71,11 @@ class Intake:
                 if isinstance(order, Prepare):
                     step = "prepare"
                     self._check(source, order)
+                    self._report(step, manifest=digest.manifest(self.manifest.values()))
                 else:
                     step = f"bucket {order.index}"
-                    buffer = source.receive(order, self._ends - monotonic(), self._cancelled)
-                    self.tensors.update(unpack(order.segments, buffer))
-                    self._received += 1
-                self._report(step)
+                    self._receive(source, order)
+                    self._report(step)
         except Cancelled:
             self._receiver.drop(source)
         except Exception as error:
@@ -93,18 +94,29 @@ class Intake:
             # Over its time: the engine has given this update up as well. Prepared weights are the engine's to discard.
             return None
 
+    def _receive(self, source: Source, order: Bucket) -> None:
+        """One bucket, compared with what the trainer put into it."""
+        buffer = source.receive(order, self._ends - monotonic(), self._cancelled)
+        tensors = dict(unpack(order.segments, buffer))
+        if name := damaged(order.segments, buffer):
+            raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
+        self.tensors.update(tensors)
+        self.manifest.update({segment.tensor.name: (segment.tensor, segment.digest) for segment in order.segments})
+        self._received += 1
+
     def _check(self, source: Source, order: Prepare) -> None:
         """Vote: is everything here that a load needs? Raises where it is not."""
-        for name, tensor in source.load_all():
-            self.tensors[name] = tensor
+        whole = dict(source.load_all())
+        self.tensors.update(whole)
+        for (name, tensor), value in zip(whole.items(), digest.digests_of(whole.values()), strict=True):
+            self.manifest[name] = (meta_of(name, tensor), value)
         if self._received != order.buckets:
             raise RuntimeError(f"{order.buckets} buckets were sent, {self._received} arrived")
         expected = self._receiver.expected()
         if expected is not None:
             dtypes = (self._receiver.dtype,)
             for name, tensor in self.tensors.items():
-                meta = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-                if problem := checkpoint.misfit(meta, expected, dtypes):
+                if problem := checkpoint.misfit(meta_of(name, tensor), expected, dtypes):
                     raise ValueError(problem)
             if problem := checkpoint.missing(self.tensors, expected):
                 raise ValueError(problem)
@@ -113,8 +125,14 @@ class Intake:
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise ValueError(f"{name} holds NaN or infinite values")
 
-    def _report(self, step: str, error: str = "") -> None:
-        self._receiver.report(WorkerDone(update=self.begin.update, rank=self._receiver.rank, step=step, error=error))
+    def _report(self, step: str, error: str = "", manifest: str = "") -> None:
+        update, rank = self.begin.update, self._receiver.rank
+        self._receiver.report(WorkerDone(update=update, rank=rank, step=step, error=error, manifest=manifest))
+
+
+def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
+    """What a tensor is, beside its bytes."""
+    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 class Receiver:
