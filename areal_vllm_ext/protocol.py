@@ -97,6 +97,22 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     digest: int
 
 
+class WorkerWeights(Part):
+    """What one worker serves.
+
+    ``live`` has the digest of each parameter and buffer of its model; ``changed`` names those that were another after the
+    last commit, so are damaged. Workers of equal ``layout`` must have equal ``live``. ``contents`` are the checkpoint's tensors
+    behind them, ``manifest`` is of those of the last update (empty for the weights it started with).
+    """
+
+    rank: int
+    layout: str
+    manifest: str
+    live: dict[str, int]
+    changed: tuple[str, ...] = ()
+    contents: tuple[tuple[TensorMeta, int], ...] = ()
+
+
 # How the bytes travel: one struct a transport
 
 
@@ -209,7 +225,31 @@ class Fence(Message):
     epoch: Epoch
 
 
-EngineRequest = Hello | GetStatus | DescribeWeights | Pause | Resume | Begin | Bucket | Prepare | Commit | Abort | Fence
+class DigestWeights(Message):
+    """Ask for digests of what every worker serves, taken while it generates. ``request`` is any name for the answers.
+
+    With ``contents`` also of each checkpoint tensor that was applied last (or that the engine was started from).
+    """
+
+    request: str
+    timeout: Seconds
+    contents: bool = False
+
+
+EngineRequest = (
+    Hello
+    | GetStatus
+    | DescribeWeights
+    | DigestWeights
+    | Pause
+    | Resume
+    | Begin
+    | Bucket
+    | Prepare
+    | Commit
+    | Abort
+    | Fence
+)
 
 
 # A worker and its engine
@@ -235,8 +275,18 @@ class WorkerDone(Message):
     manifest: str = ""
 
 
-WorkerMessage = Attach | WorkerDone
-WorkerOrder = Begin | Bucket | Prepare | Abort
+class DigestsTaken(Message):
+    """A worker's answer to ``DigestWeights``; ``error`` says why there is none, ``busy`` that it may ask again."""
+
+    request: str
+    rank: int
+    weights: WorkerWeights | None = None
+    error: str = ""
+    busy: bool = False
+
+
+WorkerMessage = Attach | WorkerDone | DigestsTaken
+WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights
 
 
 # Requests to the directory
@@ -284,6 +334,7 @@ class Status(Message):
     """What an engine says of itself. It answers by itself even while the engine is busy, paused or stuck.
 
     ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
+    ``unproven`` says why they could not be compared with a fresh load.
     """
 
     engine: EngineInfo
@@ -301,6 +352,7 @@ class Status(Message):
     waiting_for_engine: float
     error: str = ""
     weights: str = ""
+    unproven: str = ""
 
 
 class Weights(Message):
@@ -308,6 +360,12 @@ class Weights(Message):
 
     tensors: tuple[TensorMeta, ...]
     error: str = ""
+
+
+class WeightDigests(Message):
+    """The answer to ``DigestWeights``, of every worker by rank."""
+
+    workers: tuple[WorkerWeights, ...]
 
 
 class Ack(Message):
@@ -339,7 +397,7 @@ class Error(Message):
     epoch: int = 0
 
 
-Answer = Welcome | Status | Weights | Ack | Engines | Lease | Error
+Answer = Welcome | Status | Weights | WeightDigests | Ack | Engines | Lease | Error
 
 encoder = msgspec.msgpack.Encoder()
 engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(

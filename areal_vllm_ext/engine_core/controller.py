@@ -161,15 +161,15 @@ class Controller:
         started = time.perf_counter()
 
         def on_loop() -> None:
-            self._engine.collective_rpc("areal_commit", args=(update,))
+            reasons = [reason for reason in self._engine.collective_rpc("areal_commit", args=(update,)) if reason]
             # Outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call.
             if set_version := getattr(self._engine, "set_weight_version", None):
                 set_version(str(version))
-            report("")
+            report("", "; ".join(dict.fromkeys(reasons)))
 
-        def report(error: str) -> None:
+        def report(error: str, unproven: str = "") -> None:
             seconds = time.perf_counter() - started
-            self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds))
+            self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds, unproven))
 
         self._call(on_loop, failed=report)
 

@@ -125,6 +125,7 @@ class Participant:
         self.update: _Update | None = None
         self.last_update = ""
         self.weights = ""
+        self.unproven = ""
         self.paused_for = ""
         self.error = ""
         self.tainted = ""
@@ -349,8 +350,11 @@ class Participant:
     def _runs(self) -> None:
         self.flow, self.pause_mode, self.paused_for = "running", None, ""
 
-    def commit_done(self, error: str, seconds: float) -> list[Effect]:
-        """Every worker switched, or one failed and left weights that nobody can vouch for."""
+    def commit_done(self, error: str, seconds: float, unproven: str = "") -> list[Effect]:
+        """Every worker switched, or one failed and left weights that nobody can vouch for.
+
+        ``unproven`` says why a worker could not compare its weights with a fresh load.
+        """
         assert self.update is not None
         update, self.update, self.phase = self.update, None, "idle"
         answer: Answer
@@ -360,7 +364,7 @@ class Participant:
         else:
             self.tainted, self.error = "", ""
             self.version, self.last_update = update.begin.version, update.begin.update
-            self.weights = update.manifest
+            self.weights, self.unproven = update.manifest, unproven
             answer = Ack(seconds=seconds)
         callers, self._commit_waiting = self._commit_waiting, []
         return [Reply(caller, answer) for caller in callers]

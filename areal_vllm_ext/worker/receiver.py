@@ -21,9 +21,21 @@ import zmq
 
 from .. import checkpoint, digest, errors, protocol, security, wire
 from ..config import Settings
-from ..protocol import Abort, Attach, Begin, Bucket, Prepare, TensorMeta, WorkerDone, WorkerInfo
+from ..protocol import (
+    Abort,
+    Attach,
+    Begin,
+    Bucket,
+    DigestsTaken,
+    DigestWeights,
+    Prepare,
+    TensorMeta,
+    WorkerDone,
+    WorkerInfo,
+)
 from ..transport import Cancelled, Source, open_source
 from ..transport.buckets import damaged, unpack
+from .served import Contents, Served, WeightsChanged
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -153,12 +165,14 @@ class Receiver:
         self.device: torch.device = torch.device(worker.device)
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.own_host = settings.host or security.own_address_toward(host)
+        self.served = Served(worker, (config.model_config.model, config.model_config.revision))
+        self._max_message_bytes = settings.max_message_mib << 20
         self._model = (config.model_config.model, config.model_config.revision)
         self._expected: dict[str, TensorMeta] | None = None
         self._sources: list[tuple[protocol.Transfer, Source]] = []
         self._sources_lock = threading.Lock()
         self._intake: Intake | None = None
-        self._reports: queue.SimpleQueue[WorkerDone] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[WorkerDone | DigestsTaken] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = wire.connect(
@@ -188,6 +202,11 @@ class Receiver:
         if intake is None or intake.begin.update != update:
             raise RuntimeError(f"worker {self.rank} has no staged weights of update {update}")
         return list(intake.tensors.items())
+
+    def contents(self, update: str) -> Contents:
+        """What was staged for ``update``, with digests."""
+        intake = self._intake
+        return intake.manifest if intake is not None and intake.begin.update == update else {}
 
     def discard(self, update: str) -> None:
         """Free the staging of ``update``."""
@@ -233,7 +252,7 @@ class Receiver:
                 return None
         return self._expected
 
-    def report(self, message: WorkerDone) -> None:
+    def report(self, message: WorkerDone | DigestsTaken) -> None:
         self._reports.put(message)
         self._wake_write.send(b"\0")
 
@@ -258,8 +277,15 @@ class Receiver:
                 else:
                     self._handle(message)
 
-    def _send(self, message: Attach | WorkerDone) -> None:
-        self._socket.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(message)])
+    def _send(self, message: Attach | WorkerDone | DigestsTaken) -> None:
+        payload = protocol.encoder.encode(message)
+        if isinstance(message, DigestsTaken) and len(payload) > self._max_message_bytes:
+            # The endpoint would end this connection.
+            problem = (
+                f"digests of {len(payload) >> 20} MiB are more than the engine reads: raise AREAL_VLLM_MAX_MESSAGE_MIB"
+            )
+            payload = protocol.encoder.encode(DigestsTaken(request=message.request, rank=message.rank, error=problem))
+        self._socket.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), payload])
 
     def _handle(self, message: protocol.WorkerOrder | protocol.Answer) -> None:
         intake = self._intake
@@ -271,10 +297,24 @@ class Receiver:
             case Bucket() | Prepare():
                 if intake and intake.begin.update == message.update:
                     intake.put(message)
+            case DigestWeights():
+                # Reading all weights takes a while: not on this thread.
+                threading.Thread(target=self._digest, args=(message,), name="areal-digest", daemon=True).start()
             case Abort():
                 if intake and intake.begin.update == message.update:
                     self._intake = None
                     intake.cancel()
+
+    def _digest(self, order: DigestWeights) -> None:
+        weights, error, busy = None, "", False
+        try:
+            weights = self.served.describe(order.contents)
+        except WeightsChanged as changed:
+            error, busy = str(changed), True
+        except Exception as problem:
+            logger.warning("areal_vllm_ext: no digests could be taken", exc_info=True)
+            error = f"{type(problem).__name__}: {problem}"
+        self.report(DigestsTaken(request=order.request, rank=self.rank, weights=weights, error=error, busy=busy))
 
 
 def device_id(device: torch.device) -> str:
