@@ -98,6 +98,7 @@ class SimulatedEngine:
         orders: what the first worker was told, in order.
         commits: every version that was switched to, with whether the engine was paused then.
         manifest: what the workers vote that they hold; where it is empty, what was announced to them.
+        live: digests of what the workers serve; busy: how often they have none because of a commit.
         staged: called with the update's id at commit (a test with real receivers takes the tensors there).
     """
 
@@ -108,6 +109,8 @@ class SimulatedEngine:
         self.orders: list[protocol.WorkerOrder] = []
         self.commits: list[tuple[Version, bool]] = []
         self.manifest = ""
+        self.live: dict[str, int] = {}
+        self.busy = 0
         self.running = True
         self.version = version
         self.requests = 0
@@ -252,6 +255,17 @@ class Workers:
                 while not worker.closed and worker in ready and worker.get(zmq.EVENTS) & zmq.POLLIN:
                     self._handle(worker, engine, rank, protocol.worker_decoder.decode(worker.recv_multipart()[-1]))
 
+    def _digest(
+        self, worker: zmq.Socket[bytes], engine: SimulatedEngine, rank: int, message: protocol.DigestWeights
+    ) -> None:
+        weights, error, busy = None, engine.errors.get("digest", ""), engine.busy > 0
+        if busy:
+            engine.busy -= 1
+        elif not error:
+            weights = protocol.WorkerWeights(rank=rank, layout=f"rank {rank}", manifest="", live=dict(engine.live))
+        taken = protocol.DigestsTaken(request=message.request, rank=rank, weights=weights, error=error, busy=busy)
+        self._later.call(engine.seconds["digest"], lambda: self._do(lambda: self._send(worker, taken)))
+
     def _handle(
         self,
         worker: zmq.Socket[bytes],
@@ -268,6 +282,9 @@ class Workers:
                 step = f"bucket {message.index}"
             case Prepare():
                 step = "prepare"
+            case protocol.DigestWeights():
+                self._digest(worker, engine, rank, message)
+                return
             case protocol.Abort():
                 engine.orders.append(message)
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,12 @@ __all__ = ["checkpoint", "group", "served", "shared_engines"]
 
 def flipped(receive: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """As ``receive``, with a bit of the third tensor flipped, on every second call: one worker of each engine."""
-    calls = 0
+    calls = itertools.count()
 
     def damaged(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
+        odd = next(calls) % 2
         buffer = receive(*arguments)
-        if calls % 2:
+        if odd:
             buffer[arguments[1].segments[2].offset + 5] ^= 4
         return buffer
 
