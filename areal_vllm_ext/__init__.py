@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .client.group import AsyncEngineGroup, EngineGroup, UpdateResult
+    from .client.group import AsyncEngineGroup, EngineGroup, UpdateResult, Verification
     from .errors import (
         ArealError,
         EnginesMissing,
@@ -30,13 +30,14 @@ __all__ = [
     "UpdateAborted",
     "UpdateInDoubt",
     "UpdateResult",
+    "Verification",
     "WeightsTainted",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # vLLM imports this package in every process for its plugin: the client's imports wait until somebody uses it.
-    if name in ("EngineGroup", "AsyncEngineGroup", "UpdateResult"):
+    if name in ("EngineGroup", "AsyncEngineGroup", "UpdateResult", "Verification"):
         from .client import group
 
         return getattr(group, name)

@@ -96,21 +96,49 @@ def read_header(file: Path) -> Iterator[TensorMeta]:
         yield TensorMeta(name, _DTYPES[entry.dtype], entry.shape)
 
 
+def folder(model: str, revision: str | None = None) -> str:
+    """Where a checkpoint lies: ``model`` itself, or a hub model's place in the local cache.
+
+    Raises:
+        NotACheckpoint: where there is neither.
+    """
+    if Path(model).is_dir():
+        return model
+    try:
+        from huggingface_hub import snapshot_download
+
+        place: str = snapshot_download(model, revision=revision, local_files_only=True)
+    except Exception as error:
+        raise NotACheckpoint(f"{model} is neither a directory nor in the local hub cache: {error}") from None
+    return place
+
+
 def describe(model: str, revision: str | None = None) -> list[TensorMeta]:
     """The tensors of a checkpoint directory, or of a hub model in the local cache.
 
     Raises:
         NotACheckpoint: where they cannot be told.
     """
-    folder = model
-    if not Path(model).is_dir():
-        try:
-            from huggingface_hub import snapshot_download
+    return [tensor for file in files(folder(model, revision)) for tensor in read_header(file)]
 
-            folder = snapshot_download(model, revision=revision, local_files_only=True)
-        except Exception as error:
-            raise NotACheckpoint(f"{model} is neither a directory nor in the local hub cache: {error}") from None
-    return [tensor for file in files(folder) for tensor in read_header(file)]
+
+def contents(directory: str | os.PathLike[str]) -> dict[str, tuple[TensorMeta, int]]:
+    """Each tensor of a checkpoint directory with the digest of its bytes. Reads all of it.
+
+    Raises:
+        NotACheckpoint: where it is none, or cut off.
+    """
+    from safetensors import safe_open
+
+    from . import digest
+
+    known: dict[str, tuple[TensorMeta, int]] = {}
+    for file in files(directory):
+        metas = list(read_header(file))
+        with safe_open(file, framework="pt") as tensors:
+            values = digest.digests_of(tensors.get_tensor(meta.name) for meta in metas)
+        known.update({meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)})
+    return known
 
 
 def misfit(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtypes: Iterable[str]) -> str:

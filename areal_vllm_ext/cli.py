@@ -1,7 +1,8 @@
-"""``areal-vllm``: status, pause, resume, update, keygen, directory and the demo, for people and for scripts.
+"""``areal-vllm``: status, pause, resume, update, verify, keygen, directory and the demo, for people and for scripts.
 
 Exit codes: 0 done; 1 it failed, and the one line on standard error says why and what to do; 2 the command line is wrong;
-3 (``status``) an engine is missing, tainted, stale, unreachable or on another version than the others.
+3 (``status``) an engine is missing, tainted, stale, unreachable or on another version than the others; (``verify``) weights
+differ.
 """
 
 from __future__ import annotations
@@ -66,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--from", dest="source", metavar="DIR", required=True, help="a Hugging Face checkpoint")
     command.add_argument("--to-version", metavar="VERSION", required=True, help="the new version's name")
     command.set_defaults(run=_update)
+
+    command = commands.add_parser(
+        "verify", parents=[group], help="compare the weights that engines serve with each other, and with a directory"
+    )
+    command.add_argument("--against", metavar="DIR", help="a Hugging Face checkpoint that they should serve")
+    command.set_defaults(run=_verify)
 
     command = commands.add_parser("keygen", help="make a cluster's key")
     command.add_argument("file", metavar="FILE")
@@ -148,6 +155,23 @@ def _update(options: argparse.Namespace) -> int:
     }
     _report(options, facts, "{engines} engines serve version {version} (took {total_ms} ms, paused for {pause_ms} ms)")
     return 1 if result.lost else 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from . import EngineGroup
+
+    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+        found = group.verify(options.against, deadline=options.timeout)
+    if options.json:
+        print(json.dumps({"equal": found.equal, **dataclasses.asdict(found)}))
+    else:
+        for difference in found.differences:
+            print(difference)
+        for engine, reason in found.unproven.items():
+            print(f"{engine}: not compared with a fresh load: {reason}")
+        if found.equal:
+            print(f"{found.engines} engines serve the same weights ({found.tensors} tensors compared)")
+    return 0 if found.equal else 3
 
 
 def _keygen(options: argparse.Namespace) -> int:

@@ -13,6 +13,10 @@ def join(problems: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
 
 
+# What to do about bytes that changed on their way: they are not in doubt, their carrier is.
+SEND_AGAIN = "nothing was applied; send again, and if it happens again look at that node's memory and network"
+
+
 class ArealError(RuntimeError):
     """Base of every error that this package raises on purpose."""
 

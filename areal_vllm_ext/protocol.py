@@ -88,10 +88,30 @@ class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
-    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major."""
+    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major.
+
+    ``digest`` is that of its bytes (``digest.py``), made by the trainer when the bucket was filled.
+    """
 
     tensor: TensorMeta
     offset: int
+    digest: int
+
+
+class WorkerWeights(Part):
+    """What one worker serves.
+
+    ``live`` has the digest of each parameter and buffer of its model; ``changed`` names those that were another after the
+    last commit, so are damaged. Workers of equal ``layout`` must have equal ``live``. ``contents`` are the checkpoint's tensors
+    behind them, ``manifest`` is of those of the last update (empty for the weights it started with).
+    """
+
+    rank: int
+    layout: str
+    manifest: str
+    live: dict[str, int]
+    changed: tuple[str, ...] = ()
+    contents: tuple[tuple[TensorMeta, int], ...] = ()
 
 
 # How the bytes travel: one struct a transport
@@ -253,12 +273,24 @@ class Agree(Message):
     epoch: Epoch
 
 
+class DigestWeights(Message):
+    """Ask for digests of what every worker serves, taken while it generates. ``request`` is any name for the answers.
+
+    With ``contents`` also of each checkpoint tensor that was applied last (or that the engine was started from).
+    """
+
+    request: str
+    timeout: Seconds
+    contents: bool = False
+
+
 EngineRequest = (
     Hello
     | GetStatus
     | DescribeWeights
     | Pause
     | KeepPaused
+    | DigestWeights
     | Resume
     | Begin
     | Bucket
@@ -280,17 +312,31 @@ class Attach(Message):
 
 
 class WorkerDone(Message):
-    """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked."""
+    """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked.
+
+    ``manifest``, in the vote, is ``digest.manifest`` of all tensors that the worker holds.
+    """
 
     update: str
     rank: int
     step: str
     error: str = ""
     nbytes: int = 0
+    manifest: str = ""
 
 
-WorkerMessage = Attach | WorkerDone
-WorkerOrder = Begin | Bucket | Prepare | Abort
+class DigestsTaken(Message):
+    """A worker's answer to ``DigestWeights``; ``error`` says why there is none, ``busy`` that it may ask again."""
+
+    request: str
+    rank: int
+    weights: WorkerWeights | None = None
+    error: str = ""
+    busy: bool = False
+
+
+WorkerMessage = Attach | WorkerDone | DigestsTaken
+WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights
 
 
 # Requests to the directory
@@ -348,7 +394,11 @@ class Welcome(Message):
 
 
 class Status(Message):
-    """What an engine says of itself. It answers by itself even while the engine is busy, paused or stuck."""
+    """What an engine says of itself. It answers by itself even while the engine is busy, paused or stuck.
+
+    ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
+    ``unproven`` says why they could not be compared with a fresh load.
+    """
 
     engine: EngineInfo
     version: Version
@@ -366,6 +416,8 @@ class Status(Message):
     agreed: int = 0
     orphaned: bool = False
     error: str = ""
+    weights: str = ""
+    unproven: str = ""
 
 
 class Weights(Message):
@@ -375,8 +427,17 @@ class Weights(Message):
     error: str = ""
 
 
+class WeightDigests(Message):
+    """The answer to ``DigestWeights``, of every worker by rank."""
+
+    workers: tuple[WorkerWeights, ...]
+
+
 class Ack(Message):
+    """Done. ``manifest``, of Prepare: what the engine holds, see ``WorkerDone``."""
+
     seconds: float = 0.0
+    manifest: str = ""
 
 
 class Engines(Message):
@@ -408,7 +469,7 @@ class Error(Message):
     epoch: int = 0
 
 
-Answer = Welcome | Status | Weights | Ack | Engines | Lease | Registered | Error
+Answer = Welcome | Status | Weights | WeightDigests | Ack | Engines | Lease | Registered | Error
 
 encoder = msgspec.msgpack.Encoder()
 engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import SEND_AGAIN
 from ..protocol import (
     Abort,
     Ack,
@@ -79,6 +80,9 @@ class Coordinator:
         self._awaited: set[str] = set()
         self._in_place = in_place
         self._pause_sent = False
+        # What every engine must hold, and who says so: the trainer, or, from disk, the first engine that votes.
+        self._manifest = ""
+        self._manifest_of = "the trainer"
 
     @property
     def awaited(self) -> frozenset[str]:
@@ -102,9 +106,10 @@ class Coordinator:
             for name, member in self.members.items()
         }
 
-    def sent(self, buckets: int) -> dict[str, EngineRequest]:
-        """All bytes were sent: ask for the votes."""
+    def sent(self, buckets: int, manifest: str = "") -> dict[str, EngineRequest]:
+        """All bytes were sent: ask for the votes. ``manifest`` is of what was sent; empty where the trainer cannot tell."""
         assert self.phase == "send", self.phase
+        self._manifest = manifest
         self.phase, self._awaited = "prepare", set(self.members)
         return {
             name: Prepare(epoch=member.epoch, update=self.update, buckets=buckets)
@@ -116,6 +121,8 @@ class Coordinator:
         if name not in self._awaited:
             return {}
         problem = "" if isinstance(answer, Ack) else describe(answer)
+        if self.phase == "prepare" and isinstance(answer, Ack):
+            problem = self._compare(name, answer.manifest)
         if problem and self.phase in ("begin", "prepare", "pause"):
             return self.give_up(f"{name}: {problem}")
         self._awaited.discard(name)
@@ -153,6 +160,14 @@ class Coordinator:
             self.committed.append(name)
         if running:
             self.lost.pop(name, None)
+
+    def _compare(self, name: str, manifest: str) -> str:
+        """What is wrong with the vote of ``name``; empty where it holds what all others do."""
+        if not self._manifest:
+            self._manifest, self._manifest_of = manifest, name
+        if manifest == self._manifest:
+            return ""
+        return f"holds other weights than {self._manifest_of}: {SEND_AGAIN}"
 
     def _advance(self, timeout: float) -> dict[str, EngineRequest]:
         """Every awaited engine has answered."""

@@ -11,14 +11,17 @@ import os
 import socket
 import threading
 import time
+import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import protocol, security
+from ..checkpoint import contents
 from ..config import Settings, split_address
 from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from . import recovery
 from .connection import Connection
 from .update import AsyncUpdate, UpdateOptions, UpdateResult
+from .verify import Difference, Verification, compare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     )
     from ..transport import Sink
 
-__all__ = ["AsyncEngineGroup", "EngineGroup", "EngineState", "Update", "UpdateResult"]
+__all__ = ["AsyncEngineGroup", "Difference", "EngineGroup", "EngineState", "Update", "UpdateResult", "Verification"]
 
 T = TypeVar("T")
 
@@ -60,6 +63,8 @@ class EngineState:
         state: ``running``, ``pausing``, ``paused``, ``resuming``, or ``unreachable``.
         phase: where it is in an update: ``idle``, ``receiving``, ``prepared``, ``committing`` or ``tainted``.
         waiting_for_engine: seconds since the engine's loop last came to a call; large where it is stuck.
+        weights: digest of the update that it serves, equal on engines that serve the same; empty before the first.
+        unproven: why those weights could not be compared with a fresh load; empty where they were.
     """
 
     name: str
@@ -73,6 +78,8 @@ class EngineState:
     requests: int
     waiting_for_engine: float
     error: str
+    weights: str = ""
+    unproven: str = ""
 
     @classmethod
     def of(cls, engine: EngineInfo, status: protocol.Status | None, error: str = "") -> EngineState:
@@ -88,6 +95,8 @@ class EngineState:
             requests=status.requests_running + status.requests_waiting if status else 0,
             waiting_for_engine=status.waiting_for_engine if status else 0.0,
             error=status.error if status else error,
+            weights=status.weights if status else "",
+            unproven=status.unproven if status else "",
         )
 
 
@@ -325,6 +334,48 @@ class AsyncEngineGroup:
             on_phase=on_phase,
         )
         return AsyncUpdate(self, version, options)
+
+    async def verify(
+        self, checkpoint: str | os.PathLike[str] | None = None, *, deadline: float = 300.0
+    ) -> Verification:
+        """Compare what the engines serve, while they generate.
+
+        Every live parameter and buffer with those of the other engines, and with what it was after the engine's last
+        commit; and what was applied with ``checkpoint``. Weights that a CPU backend keeps packed cannot be read beside a
+        running engine: they are compared with a fresh load at the first update only.
+
+        Args:
+            checkpoint: a Hugging Face checkpoint directory that this process can read.
+            deadline: seconds for all of it.
+
+        Raises:
+            NotACheckpoint: ``checkpoint`` is none.
+            EngineUnreachable: an engine did not answer in time. RequestError: it could not tell.
+        """
+        ends = time.monotonic() + deadline
+        expected = await asyncio.to_thread(contents, checkpoint) if checkpoint is not None else None
+        async with self.command(max(ends - time.monotonic(), 0.1)) as targets:
+            answers = await asyncio.gather(
+                *(self._digests(name, target, expected is not None, ends) for name, target in targets.items())
+            )
+            statuses = {name: target.status for name, target in targets.items()}
+            return await asyncio.to_thread(compare, dict(zip(targets, answers, strict=True)), statuses, expected)
+
+    async def _digests(self, name: str, target: Target, with_contents: bool, ends: float) -> protocol.WeightDigests:
+        while True:
+            left = max(ends - time.monotonic(), 0.1)
+            ask = protocol.DigestWeights(request=uuid.uuid4().hex, timeout=left, contents=with_contents)
+            try:
+                answer = await self.request(target.engine.address, ask, left + 0.2)
+            except EngineUnreachable as error:
+                raise EngineUnreachable(f"{name}: {error}") from None
+            except RequestError as error:
+                if error.kind != "busy" or left <= _POLL_SECONDS:
+                    raise RequestError(error.kind, f"{name}: {error}") from None
+            else:
+                assert isinstance(answer, protocol.WeightDigests)
+                return answer
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def close(self) -> None:
         """Close the connections. Engines go on."""
@@ -655,6 +706,10 @@ class EngineGroup:
     def resume(self, *, deadline: float = 60.0) -> None:
         """See ``AsyncEngineGroup.resume``."""
         self.run(self._group.resume(deadline=deadline))
+
+    def verify(self, checkpoint: str | os.PathLike[str] | None = None, *, deadline: float = 300.0) -> Verification:
+        """See ``AsyncEngineGroup.verify``."""
+        return self.run(self._group.verify(checkpoint, deadline=deadline))
 
     def update(self, version: Version, **options: Any) -> Update:
         """See ``AsyncEngineGroup.update``. Use: ``with group.update(version) as update: update.send(model)``."""

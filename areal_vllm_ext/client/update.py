@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from .. import protocol
+from .. import digest, protocol
 from ..errors import (
     ArealError,
     EngineUnreachable,
@@ -35,13 +35,14 @@ from ..protocol import (
     EngineRequest,
     KVPolicy,
     PauseMode,
+    Segment,
     Staging,
     StagingKind,
     TensorMeta,
     Transfer,
     Version,
 )
-from ..transport import Cancelled, buckets
+from ..transport import Cancelled
 from ..transport.buckets import filled_buckets, total_bytes
 from ..transport.ipc import device_id
 from .coordinator import Coordinator, Member
@@ -120,6 +121,7 @@ class AsyncUpdate:
         self._expected_bytes = 0
         self._loading = False
         self._buckets = 0
+        self._entries: list[tuple[TensorMeta, int]] = []
         self._started = 0.0
         self._pause_started = 0.0
         self._commit_seconds = 0.0
@@ -184,7 +186,9 @@ class AsyncUpdate:
                 await self._drive(coordinator.give_up(f"{type(error).__name__}: {error}"))
             elif coordinator.phase == "send":
                 self._loading = True
-                await self._drive(coordinator.sent(self._buckets))
+                # From disk nothing passes through here: then the engines' votes are compared with each other only.
+                manifest = digest.manifest(self._entries) if self._entries else ""
+                await self._drive(coordinator.sent(self._buckets, manifest))
             if kind is not None:
                 return
             self._check_given_up(coordinator)
@@ -372,7 +376,9 @@ class AsyncUpdate:
             if sink.announced_is_sent and device.type != "cpu":
                 torch.accelerator.synchronize(device)
             self._loading = True
-            announced.append(self._submit(self._announce(self._buckets, bucket, location)))
+            segments = bucket.segments()
+            self._entries += [(segment.tensor, segment.digest) for segment in segments]
+            announced.append(self._submit(self._announce(self._buckets, bucket.nbytes, segments, location)))
             sink.push(bucket.filled, self._left(), failed)
             self._buckets += 1
             self._nbytes += bucket.nbytes
@@ -384,7 +390,7 @@ class AsyncUpdate:
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _announce(self, index: int, filled: buckets.Bucket, location: int) -> None:
+    async def _announce(self, index: int, nbytes: int, segments: tuple[Segment, ...], location: int) -> None:
         """Tell every engine of a bucket; returns when every worker holds it.
 
         Raises:
@@ -398,8 +404,8 @@ class AsyncUpdate:
                 epoch=self._members[name].epoch,
                 update=update,
                 index=index,
-                nbytes=filled.nbytes,
-                segments=tuple(filled.segments),
+                nbytes=nbytes,
+                segments=segments,
                 location=location,
             )
             try:

@@ -170,26 +170,25 @@ class Controller:
     def commit(self, update: str, version: Version) -> None:
         started = time.perf_counter()
 
-        def report(error: str) -> None:
+        def report(error: str, unproven: str = "") -> None:
             seconds = time.perf_counter() - started
-            self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds))
+            self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds, unproven))
 
         self._switch(update, version, report)
 
     def load(self, update: str, version: Version) -> None:
-        self._switch(
-            update,
-            version,
-            lambda error: self.endpoint.post(lambda: self.endpoint.participant.load_done(update, error)),
-        )
+        def report(error: str, unproven: str = "") -> None:
+            self.endpoint.post(lambda: self.endpoint.participant.load_done(update, error, unproven))
 
-    def _switch(self, update: str, version: Version, report: Callable[[str], None]) -> None:
+        self._switch(update, version, report)
+
+    def _switch(self, update: str, version: Version, report: Callable[..., None]) -> None:
         def on_loop() -> None:
-            self._engine.collective_rpc("areal_commit", args=(update,))
+            reasons = [reason for reason in self._engine.collective_rpc("areal_commit", args=(update,)) if reason]
             # Outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call.
             if set_version := getattr(self._engine, "set_weight_version", None):
                 set_version(str(version))
-            report("")
+            report("", "; ".join(dict.fromkeys(reasons)))
 
         self._call(on_loop, failed=report)
 

@@ -23,15 +23,19 @@ from ..directory import BEAT_SECONDS, wrong_protocol
 from ..protocol import (
     Attach,
     DescribeWeights,
+    DigestsTaken,
+    DigestWeights,
     EngineInfo,
     Fence,
     GetStatus,
     Hello,
     Register,
     Status,
+    WeightDigests,
     Weights,
     Welcome,
     WorkerDone,
+    WorkerWeights,
 )
 from .participant import (
     CallCancelPause,
@@ -78,6 +82,15 @@ class Identity:
     revision: str | None
 
 
+@dataclasses.dataclass
+class _Digesting:
+    """Who asked for digests, until when, and which workers have taken theirs."""
+
+    caller: wire.Caller
+    ends: float
+    taken: dict[int, WorkerWeights] = dataclasses.field(default_factory=dict)
+
+
 class Endpoint:
     """Serves one engine. Use: construct, ``start``, later ``stop``."""
 
@@ -113,6 +126,7 @@ class Endpoint:
             version, frozenset(range(world_size)), resume_orphans=settings.trainer_lost == "resume"
         )
         self._weights: Weights | None = None
+        self._digesting: dict[str, _Digesting] = {}
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -200,6 +214,7 @@ class Endpoint:
                     self._handle(*request)
                 now = monotonic()
                 self._carry_out(self._participant.tick(now))
+                self._expire_digests(now)
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + BEAT_SECONDS
                     self._register(directory)
@@ -269,6 +284,10 @@ class Endpoint:
                 self._server.answer(caller, self._status())
             case DescribeWeights():
                 self._describe(caller)
+            case DigestWeights():
+                self._digest(caller, message)
+            case DigestsTaken():
+                self._digested(message)
             case Fence():
                 refusal = self._participant.fence(message.epoch)
                 self._server.answer(caller, refusal or self._status())
@@ -308,6 +327,36 @@ class Endpoint:
 
         threading.Thread(target=read, name="areal-describe", daemon=True).start()
 
+    def _digest(self, caller: wire.Caller, message: DigestWeights) -> None:
+        if self._participant.phase == "committing":
+            self._server.answer(caller, protocol.Error(kind="busy", message="the engine is committing an update"))
+            return
+        self._digesting[message.request] = _Digesting(caller, monotonic() + message.timeout)
+        self._carry_out([Order(message)])
+
+    def _digested(self, message: DigestsTaken) -> None:
+        if (asked := self._digesting.get(message.request)) is None:
+            return
+        if message.weights is None:
+            del self._digesting[message.request]
+            kind: protocol.ErrorKind = "busy" if message.busy else "failed"
+            problem = f"worker {message.rank}: {message.error}"
+            self._server.answer(asked.caller, protocol.Error(kind=kind, message=problem))
+            return
+        asked.taken[message.rank] = message.weights
+        if len(asked.taken) == self._world_size:
+            del self._digesting[message.request]
+            workers = tuple(weights for _, weights in sorted(asked.taken.items()))
+            self._server.answer(asked.caller, WeightDigests(workers=workers))
+
+    def _expire_digests(self, now: float) -> None:
+        for request, asked in list(self._digesting.items()):
+            if now >= asked.ends:
+                del self._digesting[request]
+                missing = sorted(set(range(self._world_size)) - set(asked.taken))
+                problem = f"no digests from worker {', '.join(map(str, missing))} in time"
+                self._server.answer(asked.caller, protocol.Error(kind="timeout", message=problem))
+
     def _status(self) -> Status:
         state = self._participant
         running, waiting = self._engine.request_counts()
@@ -328,6 +377,8 @@ class Endpoint:
             requests_waiting=waiting,
             waiting_for_engine=self._engine.oldest_call_seconds(),
             error=state.tainted or state.stale or state.error,
+            weights=state.weights,
+            unproven=state.unproven,
         )
 
     def _phase(self) -> Literal["idle", "receiving", "prepared", "committing", "tainted", "stale"]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import SEND_AGAIN
 from ..protocol import (
     Abort,
     Ack,
@@ -122,6 +123,7 @@ class _Update:
     failure: str = ""
     loading: bool = False
     loaded: bool = False
+    manifest: str = ""
     # Who waits for which step ("begin", "bucket 3", "prepare"), and which workers have finished it.
     waiting: dict[str, list[Caller]] = dataclasses.field(default_factory=dict)
     finished: dict[str, set[int]] = dataclasses.field(default_factory=dict)
@@ -161,6 +163,8 @@ class Participant:
         self._paused_before = False
         self.update: _Update | None = None
         self.last_update = ""
+        self.weights = ""
+        self.unproven = ""
         self.paused_for = ""
         self.error = ""
         self.tainted = ""
@@ -323,7 +327,7 @@ class Participant:
         if update.failure:
             return self._refuse(caller, "failed", update.failure)
         if self._finished(update, step):
-            return [Reply(caller, Ack())]
+            return [Reply(caller, Ack(manifest=update.manifest))]
         asked_before = step in update.waiting
         update.waiting.setdefault(step, []).append(caller)
         return [] if asked_before else orders
@@ -381,9 +385,14 @@ class Participant:
         update = self.update
         if update is None or update.begin.update != message.update or self.phase == "committing":
             return []
-        if message.error:
+        problem = message.error
+        if not problem and message.step == "prepare":
+            update.manifest = update.manifest or message.manifest
+            if message.manifest != update.manifest:
+                problem = f"holds other weights than another worker of this engine: {SEND_AGAIN}"
+        if problem:
             # Kept until the coordinator aborts: whatever it asks meanwhile is answered with the cause.
-            update.failure = update.failure or f"worker {message.rank}: {message.error}"
+            update.failure = update.failure or f"worker {message.rank}: {problem}"
             self.phase = "receiving"
             return self._answer_all(update, Error(kind="failed", message=update.failure))
         update.finished.setdefault(message.step, set()).add(message.rank)
@@ -394,7 +403,7 @@ class Participant:
             return []
         if step == "prepare" and not update.failure:
             self.phase = "prepared"
-        return [Reply(caller, Ack()) for caller in update.waiting.pop(step, [])]
+        return [Reply(caller, Ack(manifest=update.manifest)) for caller in update.waiting.pop(step, [])]
 
     # Completed calls
 
@@ -440,8 +449,11 @@ class Participant:
         self.flow, self.pause_mode, self.paused_for = "running", None, ""
         self._hold("", 0, 0)
 
-    def commit_done(self, error: str, seconds: float) -> list[Effect]:
-        """Every worker switched, or one failed and left weights that nobody can vouch for."""
+    def commit_done(self, error: str, seconds: float, unproven: str = "") -> list[Effect]:
+        """Every worker switched, or one failed and left weights that nobody can vouch for.
+
+        ``unproven`` says why a worker could not compare its weights with a fresh load.
+        """
         assert self.update is not None
         answer: Answer
         if error:
@@ -449,6 +461,7 @@ class Participant:
             self.update, self.phase = None, "idle"
             answer = Error(kind="failed", message=self.tainted)
         else:
+            self.unproven = unproven
             self._switched()
             answer = Ack(seconds=seconds)
         callers, self._commit_waiting = self._commit_waiting, []
@@ -456,12 +469,13 @@ class Participant:
 
     def _switched(self) -> None:
         assert self.update is not None
-        begin, self.update, self.phase = self.update.begin, None, "idle"
+        begin, self.weights = self.update.begin, self.update.manifest
+        self.update, self.phase = None, "idle"
         self.tainted, self.stale, self.error = "", "", ""
         self.agreed, self.version, self.last_update = begin.epoch, begin.version, begin.update
 
-    def load_done(self, name: str, error: str) -> list[Effect]:
-        """Without staging: every worker has loaded the last byte, or one failed."""
+    def load_done(self, name: str, error: str, unproven: str = "") -> list[Effect]:
+        """Without staging: every worker has loaded the last byte, or one failed. ``unproven`` as in ``commit_done``."""
         update = self.update
         if update is None or update.begin.update != name:
             return []  # given up meanwhile
@@ -469,7 +483,7 @@ class Participant:
             update.failure = update.failure or f"loading failed: {error}"
             self.phase = "receiving"
             return self._answer_all(update, Error(kind="failed", message=update.failure))
-        update.loaded = True
+        update.loaded, self.unproven = True, unproven
         return self._step_done(update, "prepare")
 
     # What the directory says

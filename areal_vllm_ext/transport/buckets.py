@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from .. import digest
 from ..protocol import Segment, TensorMeta
 
-# Tensors start at multiples of this inside a bucket, so that any dtype can be viewed in place.
-_ALIGNMENT = 256
+# Tensors start at multiples of this inside a bucket, so that any dtype can be viewed in place, and digests find their rows.
+_ALIGNMENT = digest.ROW_BYTES
 
 
 def aligned(nbytes: int) -> int:
@@ -35,7 +36,7 @@ class Bucket:
     def __init__(self, buffer: torch.Tensor) -> None:
         """``buffer``: ``uint8``, of any device."""
         self._buffer = buffer
-        self.segments: list[Segment] = []
+        self._tensors: list[tuple[TensorMeta, int]] = []
         self.nbytes = 0
         self._finite: list[tuple[str, torch.Tensor]] = []
 
@@ -49,7 +50,7 @@ class Bucket:
             # torch has no isfinite for the 8-bit dtypes.
             wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
             self._finite.append((meta.name, torch.isfinite(wide).all()))
-        self.segments.append(Segment(meta, self.nbytes))
+        self._tensors.append((meta, self.nbytes))
         self.nbytes += aligned(tensor.nbytes)
 
     def not_finite(self) -> str:
@@ -62,6 +63,12 @@ class Bucket:
     @property
     def filled(self) -> torch.Tensor:
         return self._buffer[: self.nbytes]
+
+    def segments(self) -> tuple[Segment, ...]:
+        """What lies where, with the digest of each tensor as it lies in the buffer now."""
+        spans = [(offset, _nbytes(meta)) for meta, offset in self._tensors]
+        values = digest.digests(self.filled, spans)
+        return tuple(Segment(*placed, value) for placed, value in zip(self._tensors, values, strict=True))
 
 
 def filled_buckets(
@@ -84,6 +91,23 @@ def filled_buckets(
         bucket.add(meta, tensor)
     if bucket is not None:
         yield bucket
+
+
+def _nbytes(meta: TensorMeta) -> int:
+    dtype: torch.dtype = getattr(torch, meta.dtype)
+    return math.prod(meta.shape) * dtype.itemsize
+
+
+def damaged(segments: Sequence[Segment], buffer: torch.Tensor) -> str:
+    """The name of a tensor in ``buffer`` whose bytes are not those that its segment tells of; empty where all are.
+
+    ``segments`` were unpacked before, so each lies inside the buffer.
+    """
+    values = digest.digests(buffer, [(segment.offset, _nbytes(segment.tensor)) for segment in segments])
+    for segment, value in zip(segments, values, strict=True):
+        if value != segment.digest:
+            return segment.tensor.name
+    return ""
 
 
 def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,16 +17,24 @@ class WorkerExtension:
 
         self._areal_receiver = Receiver(self, endpoint)
 
-    def areal_commit(self: Any, update: str) -> None:
+    def areal_commit(self: Any, update: str) -> str:
         """Switch to the staged weights of ``update``. Runs on the worker's own thread, while the engine is paused.
 
+        Returns:
+            why the new weights could not be compared with a fresh load, where they should have been; else empty.
+
         Raises:
-            RuntimeError: where the staged weights are not those of ``update``, or loading them failed.
+            RuntimeError: where the staged weights are not those of ``update``, or loading them failed, or they are not what
+                a fresh load gives.
         """
         from .loader import load
 
         receiver = self._areal_receiver
         try:
-            load(self, receiver.staged(update))
+            weights = receiver.staged(update)
+            with receiver.served.switching(receiver.contents(update)):
+                load(self, weights)
+                unproven: str = receiver.served.prove(weights)
+            return unproven
         finally:
             receiver.discard(update)

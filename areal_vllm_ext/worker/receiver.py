@@ -20,13 +20,25 @@ import msgspec
 import torch
 import zmq
 
-from .. import checkpoint, protocol, security, wire
+from .. import checkpoint, digest, errors, protocol, security, wire
 from ..config import Settings
-from ..protocol import Abort, Attach, Begin, Bucket, Prepare, TensorMeta, WorkerDone, WorkerInfo
+from ..protocol import (
+    Abort,
+    Attach,
+    Begin,
+    Bucket,
+    DigestsTaken,
+    DigestWeights,
+    Prepare,
+    TensorMeta,
+    WorkerDone,
+    WorkerInfo,
+)
 from ..transport import Cancelled, Source, open_source
-from ..transport.buckets import unpack
+from ..transport.buckets import damaged, unpack
 from ..transport.ipc import device_id
 from . import staging
+from .served import Contents, Served, WeightsChanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +53,7 @@ logger = logging.getLogger("vllm.areal_vllm_ext")
 # Trainers that take turns each keep their connection, so many at most.
 _KEPT_SOURCES = 4
 _LOOK_SECONDS = 0.05
+_BATCH_BYTES, _BATCH_TENSORS = 64 << 20, 256
 
 
 class Intake:
@@ -49,12 +62,13 @@ class Intake:
     def __init__(self, receiver: Receiver, begin: Begin) -> None:
         self.begin = begin
         self.tensors: dict[str, torch.Tensor] = {}
+        # Of each tensor what it is, and the digest of its bytes.
+        self.manifest: dict[str, tuple[TensorMeta, int]] = {}
         self._receiver = receiver
         self._orders: queue.SimpleQueue[Bucket | Prepare | None] = queue.SimpleQueue()
         self._ends = monotonic() + begin.timeout
         self._cancelled = threading.Event()
         self._received = 0
-        self._names: set[str] = set()
         self._place: Place = "host"
         # Without staging: what waits to be loaded; at most one bucket, and None after the last.
         self._arrived: queue.Queue[dict[str, torch.Tensor] | None] = queue.Queue(maxsize=1)
@@ -109,13 +123,11 @@ class Intake:
                 if isinstance(order, Prepare):
                     step = "prepare"
                     self._check(source, order)
+                    self._report(step, manifest=digest.manifest(self.manifest.values()))
                 else:
                     step = f"bucket {order.index}"
-                    buffer = source.receive(order, self._ends - monotonic(), self._cancelled)
-                    buffer = staging.put(buffer, self._place, self._receiver.device)
-                    self._take(dict(unpack(order.segments, buffer)), unchecked=source.unchecked)
-                    self._received += 1
-                self._report(step)
+                    self._receive(source, order)
+                    self._report(step)
         except Cancelled:
             self._receiver.drop(source)
         except Exception as error:
@@ -136,17 +148,27 @@ class Intake:
             # Over its time: the engine has given this update up as well. Prepared weights are the engine's to discard.
             return None
 
-    def _take(self, tensors: dict[str, torch.Tensor], *, unchecked: bool) -> None:
+    def _receive(self, source: Source, order: Bucket) -> None:
+        """One bucket, compared with what the trainer put into it."""
+        buffer = source.receive(order, self._ends - monotonic(), self._cancelled)
+        buffer = staging.put(buffer, self._place, self._receiver.device)
+        tensors = dict(unpack(order.segments, buffer))
+        if name := damaged(order.segments, buffer):
+            raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
+        self._take(tensors, [segment.digest for segment in order.segments], unchecked=source.unchecked)
+        self._received += 1
+
+    def _take(self, tensors: dict[str, torch.Tensor], digests: Iterable[int], *, unchecked: bool) -> None:
         """Check what has come, and stage it, or hand it over to be loaded."""
         expected = self._receiver.expected()
         dtypes = (self._receiver.dtype,)
-        for name, tensor in tensors.items():
-            meta = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for (name, tensor), value in zip(tensors.items(), digests, strict=True):
+            meta = meta_of(name, tensor)
             if expected is not None and (problem := checkpoint.misfit(meta, expected, dtypes)):
                 raise ValueError(problem)
             if unchecked and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds NaN or infinite values")
-        self._names.update(tensors)
+            self.manifest[name] = (meta, value)
         if self.in_place:
             self._hand_over(tensors)
         else:
@@ -157,18 +179,37 @@ class Intake:
 
     def _check(self, source: Source, order: Prepare) -> None:
         """Vote: is everything here that a load needs? Raises where it is not."""
-        for name, tensor in source.load_all():
-            self._take({name: staging.put(tensor, self._place, self._receiver.device)}, unchecked=source.unchecked)
+        for tensors in batches(source.load_all()):
+            staged = {name: staging.put(tensor, self._place, self._receiver.device) for name, tensor in tensors.items()}
+            self._take(staged, digest.digests_of(staged.values()), unchecked=source.unchecked)
         if self._received != order.buckets:
             raise RuntimeError(f"{order.buckets} buckets were sent, {self._received} arrived")
         expected = self._receiver.expected()
-        if expected is not None and (problem := checkpoint.missing(self._names, expected)):
+        if expected is not None and (problem := checkpoint.missing(self.manifest, expected)):
             raise ValueError(problem)
         if self.in_place:
             self._hand_over(None)
 
-    def _report(self, step: str, error: str = "") -> None:
-        self._receiver.report(WorkerDone(update=self.begin.update, rank=self._receiver.rank, step=step, error=error))
+    def _report(self, step: str, error: str = "", manifest: str = "") -> None:
+        update, rank = self.begin.update, self._receiver.rank
+        self._receiver.report(WorkerDone(update=update, rank=rank, step=step, error=error, manifest=manifest))
+
+
+def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
+    """What a tensor is, beside its bytes."""
+    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def batches(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors in groups, so that what is done to each group costs little for each tensor."""
+    batch: dict[str, torch.Tensor] = {}
+    for name, tensor in pairs:
+        batch[name] = tensor
+        if sum(one.nbytes for one in batch.values()) >= _BATCH_BYTES or len(batch) >= _BATCH_TENSORS:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
 
 
 class Receiver:
@@ -189,12 +230,14 @@ class Receiver:
         self.device: torch.device = torch.device(worker.device)
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.own_host = settings.host or security.own_address_toward(host)
+        self.served = Served(worker, (config.model_config.model, config.model_config.revision))
+        self._max_message_bytes = settings.max_message_mib << 20
         self._model = (config.model_config.model, config.model_config.revision)
         self._expected: dict[str, TensorMeta] | None = None
         self._sources: list[tuple[protocol.Transfer, Source]] = []
         self._sources_lock = threading.Lock()
         self._intake: Intake | None = None
-        self._reports: queue.SimpleQueue[WorkerDone] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[WorkerDone | DigestsTaken] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = wire.connect(
@@ -224,6 +267,11 @@ class Receiver:
         if intake is None or intake.begin.update != update:
             raise RuntimeError(f"worker {self.rank} has no staged weights of update {update}")
         return intake.stream() if intake.in_place else list(intake.tensors.items())
+
+    def contents(self, update: str) -> Contents:
+        """What was staged for ``update``, with digests."""
+        intake = self._intake
+        return intake.manifest if intake is not None and intake.begin.update == update else {}
 
     def discard(self, update: str) -> None:
         """Free the staging of ``update``."""
@@ -269,7 +317,7 @@ class Receiver:
                 return None
         return self._expected
 
-    def report(self, message: WorkerDone) -> None:
+    def report(self, message: WorkerDone | DigestsTaken) -> None:
         self._reports.put(message)
         self._wake_write.send(b"\0")
 
@@ -294,8 +342,15 @@ class Receiver:
                 else:
                     self._handle(message)
 
-    def _send(self, message: Attach | WorkerDone) -> None:
-        self._socket.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(message)])
+    def _send(self, message: Attach | WorkerDone | DigestsTaken) -> None:
+        payload = protocol.encoder.encode(message)
+        if isinstance(message, DigestsTaken) and len(payload) > self._max_message_bytes:
+            # The endpoint would end this connection.
+            problem = (
+                f"digests of {len(payload) >> 20} MiB are more than the engine reads: raise AREAL_VLLM_MAX_MESSAGE_MIB"
+            )
+            payload = protocol.encoder.encode(DigestsTaken(request=message.request, rank=message.rank, error=problem))
+        self._socket.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), payload])
 
     def _handle(self, message: protocol.WorkerOrder | protocol.Answer) -> None:
         intake = self._intake
@@ -307,7 +362,21 @@ class Receiver:
             case Bucket() | Prepare():
                 if intake and intake.begin.update == message.update:
                     intake.put(message)
+            case DigestWeights():
+                # Reading all weights takes a while: not on this thread.
+                threading.Thread(target=self._digest, args=(message,), name="areal-digest", daemon=True).start()
             case Abort():
                 if intake and intake.begin.update == message.update:
                     self._intake = None
                     intake.cancel()
+
+    def _digest(self, order: DigestWeights) -> None:
+        weights, error, busy = None, "", False
+        try:
+            weights = self.served.describe(order.contents)
+        except WeightsChanged as changed:
+            error, busy = str(changed), True
+        except Exception as problem:
+            logger.warning("areal_vllm_ext: no digests could be taken", exc_info=True)
+            error = f"{type(problem).__name__}: {problem}"
+        self.report(DigestsTaken(request=order.request, rank=self.rank, weights=weights, error=error, busy=busy))

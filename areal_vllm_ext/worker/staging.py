@@ -6,18 +6,17 @@ that generates is never brought down by an update.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from ..protocol import Staging
+from .memory import free_bytes
 
 Place = Literal["device", "host", "none"]
 
 # Of the device's memory, for whatever else asks for some meanwhile: kernels' workspaces, a communicator's buffers.
 _DEVICE_RESERVE = 512 << 20
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def choose(staging: Staging, nbytes: int, device: torch.device) -> Place:
@@ -28,13 +27,13 @@ def choose(staging: Staging, nbytes: int, device: torch.device) -> Place:
     """
     if staging.kind == "none":
         return "none"
-    on_host, free_host = nbytes * staging.on_host, free_host_bytes()
+    on_host, free_host = nbytes * staging.on_host, free_bytes(torch.device("cpu"))
     host = f"{_gib(on_host)} of host memory ({staging.on_host} workers of this host), {_gib(free_host)} are free"
     if device.type == "cpu":
         if on_host > free_host:
             raise RuntimeError(f"staging needs {host}: use staging='none', which pauses first and keeps no old weights")
         return "host"
-    on_device, free_device = nbytes * staging.on_device, free_device_bytes(device)
+    on_device, free_device = nbytes * staging.on_device, max(free_bytes(device) - _DEVICE_RESERVE, 0)
     of_device = f"{_gib(on_device)} on {device} ({staging.on_device} workers), {_gib(free_device)} are free"
     if staging.kind in ("auto", "device") and on_device <= free_device:
         return "device"
@@ -55,28 +54,6 @@ def put(buffer: torch.Tensor, place: Place, device: torch.device) -> torch.Tenso
         # Pinned, so that the commit, in which generation waits, copies at the bus's full rate.
         return torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True).copy_(buffer)
     return buffer
-
-
-def free_device_bytes(device: torch.device) -> int:
-    """What can be taken on a CUDA device without leaving it full."""
-    return max(torch.cuda.mem_get_info(device)[0] - _DEVICE_RESERVE, 0)
-
-
-def free_host_bytes() -> int:
-    """What can be taken of this host's memory, or of what this container is allowed."""
-    with Path("/proc/meminfo").open() as lines:
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        cache = next(
-            int(line.split()[1])
-            for line in (_CGROUP / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
-    except (OSError, StopIteration):
-        return free
-    return free if limit == "max" else max(min(free, int(limit) - used + cache), 0)
 
 
 def _gib(nbytes: int) -> str:

@@ -13,7 +13,7 @@ import torch
 from network import Namespaces, missing
 
 from areal_vllm_ext import EngineGroup, security
-from areal_vllm_ext.demo.deployment import Deployment, Node
+from areal_vllm_ext.demo.deployment import WORKER_EXTENSION, Deployment, Node
 from areal_vllm_ext.demo.model import make_model
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def start_cluster(folder: Path, *, moe: bool) -> Iterator[Cluster]:
+def start_cluster(folder: Path, *, moe: bool, worker_extension: str = WORKER_EXTENSION) -> Iterator[Cluster]:
     """Two nodes as namespaces where that is possible, else two on loopback. The caller lives on the head's node meanwhile."""
     model = make_model(folder / "model", moe=moe)
     with contextlib.ExitStack() as stack:
@@ -109,7 +109,9 @@ def start_cluster(folder: Path, *, moe: bool) -> Iterator[Cluster]:
                 for node in ("a", "b")
             ]
             stack.enter_context(namespaces.inside("a"))
-        deployment = stack.enter_context(Deployment(folder / "model", nodes, log_dir=folder / "logs"))
+        deployment = stack.enter_context(
+            Deployment(folder / "model", nodes, log_dir=folder / "logs", worker_extension=worker_extension)
+        )
         deployment.wait(timeout=240)
         yield Cluster(deployment, model, key_file, two_nodes=not missing())
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from typing import TYPE_CHECKING
 
-from cluster import Cluster, start_cluster
+from cluster import WORKER_EXTENSION, Cluster, start_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,10 +20,17 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The engines of one test file: dense, or MoE where the file says ``MOE = True``."""
+    """The engines of one test file: dense, or MoE where the file says ``MOE = True``; with its ``WORKER_EXTENSION``, if any."""
     moe = getattr(request.module, "MOE", False)
-    with start_cluster(tmp_path_factory.mktemp("moe" if moe else "dense"), moe=moe) as running:
-        yield running
+    extension = getattr(request.module, "WORKER_EXTENSION", WORKER_EXTENSION)
+    with pytest.MonkeyPatch.context() as environment:
+        # Where engines find an extension of these tests, and what it is told.
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        environment.setenv("AREAL_TEST_DAMAGE", str(tmp_path_factory.mktemp("damage")))
+        with start_cluster(
+            tmp_path_factory.mktemp("moe" if moe else "dense"), moe=moe, worker_extension=extension
+        ) as running:
+            yield running
 
 
 @pytest.fixture

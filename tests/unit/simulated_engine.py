@@ -22,9 +22,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import msgspec
 import zmq
 
-from areal_vllm_ext import __version__, protocol, security, wire
+from areal_vllm_ext import __version__, digest, protocol, security, wire
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.directory import DirectoryServer, new_incarnation
 from areal_vllm_ext.engine_core.endpoint import Endpoint, Identity
@@ -97,6 +98,8 @@ class SimulatedEngine:
         calls: what the endpoint asked of the engine, in order.
         orders: what the first worker was told, in order.
         commits: every version that was switched to, with whether the engine was paused then.
+        manifest: what the workers vote that they hold; where it is empty, what was announced to them.
+        live: digests of what the workers serve; busy: how often they have none because of a commit.
         staged: called with the update's id at commit (a test with real receivers takes the tensors there).
         loaded: the same for an update without staging, from when its first byte comes.
     """
@@ -107,6 +110,9 @@ class SimulatedEngine:
         self.calls: list[str] = []
         self.orders: list[protocol.WorkerOrder] = []
         self.commits: list[tuple[Version, bool]] = []
+        self.manifest = ""
+        self.live: dict[str, int] = {}
+        self.busy = 0
         self.running = True
         self.version = version
         self.requests = 0
@@ -197,6 +203,8 @@ class Workers:
         self._key, self._later = key, later
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._workers: dict[zmq.Socket[bytes], tuple[SimulatedEngine, int]] = {}
+        # Of each worker and update what was announced.
+        self._manifests: dict[tuple[zmq.Socket[bytes], str], dict[str, tuple[protocol.TensorMeta, int]]] = {}
         self._work: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._poller = zmq.Poller()
@@ -266,6 +274,17 @@ class Workers:
                 while not worker.closed and worker in ready and worker.get(zmq.EVENTS) & zmq.POLLIN:
                     self._handle(worker, engine, rank, protocol.worker_decoder.decode(worker.recv_multipart()[-1]))
 
+    def _digest(
+        self, worker: zmq.Socket[bytes], engine: SimulatedEngine, rank: int, message: protocol.DigestWeights
+    ) -> None:
+        weights, error, busy = None, engine.errors.get("digest", ""), engine.busy > 0
+        if busy:
+            engine.busy -= 1
+        elif not error:
+            weights = protocol.WorkerWeights(rank=rank, layout=f"rank {rank}", manifest="", live=dict(engine.live))
+        taken = protocol.DigestsTaken(request=message.request, rank=rank, weights=weights, error=error, busy=busy)
+        self._later.call(engine.seconds["digest"], lambda: self._do(lambda: self._send(worker, taken)))
+
     def _handle(
         self,
         worker: zmq.Socket[bytes],
@@ -277,9 +296,14 @@ class Workers:
             case Begin():
                 step = "begin"
             case Bucket():
+                known = self._manifests.setdefault((worker, message.update), {})
+                known.update({segment.tensor.name: (segment.tensor, segment.digest) for segment in message.segments})
                 step = f"bucket {message.index}"
             case Prepare():
                 step = "prepare"
+            case protocol.DigestWeights():
+                self._digest(worker, engine, rank, message)
+                return
             case protocol.Abort():
                 engine.orders.append(message)
                 return
@@ -289,6 +313,10 @@ class Workers:
             engine.orders.append(message)
         kind = step.split()[0]
         done = WorkerDone(update=message.update, rank=rank, step=step, error=engine.errors.get(kind, ""))
+        if step == "prepare":
+            entries = self._manifests.pop((worker, message.update), {}).values()
+            manifest = engine.manifest or (digest.manifest(entries) if entries else "")
+            done = msgspec.structs.replace(done, manifest=manifest)
         self._later.call(engine.seconds[kind], lambda: self._do(lambda: self._send(worker, done)))
 
 

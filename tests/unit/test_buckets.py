@@ -64,7 +64,7 @@ def through(weights: list[Named], bucket_bytes: int) -> dict[str, torch.Tensor]:
     """As a sink sends and a source receives."""
     received: dict[str, torch.Tensor] = {}
     for bucket in filled_buckets(iter(weights), bucket_bytes, memory):
-        received.update(unpack(bucket.segments, bucket.filled))
+        received.update(unpack(bucket.segments(), bucket.filled))
     return received
 
 
@@ -82,7 +82,7 @@ def test_what_goes_in_comes_out_bit_for_bit(tensors: list[torch.Tensor], bucket_
 @given(tensors=tensors, bucket_bytes=st.sampled_from([256, 512, 1024]))
 def test_a_bucket_is_as_large_as_asked_but_for_one_large_tensor(tensors: list[torch.Tensor], bucket_bytes: int) -> None:
     for bucket in filled_buckets(((meta("t", t), t) for t in tensors), bucket_bytes, memory):
-        assert bucket.nbytes <= bucket_bytes or sum(0 not in one.tensor.shape for one in bucket.segments) == 1
+        assert bucket.nbytes <= bucket_bytes or sum(0 not in one.tensor.shape for one in bucket.segments()) == 1
 
 
 def test_memory_that_the_sender_uses_again_does_no_harm() -> None:
@@ -93,7 +93,7 @@ def test_memory_that_the_sender_uses_again_does_no_harm() -> None:
 
     received = {}
     for bucket in filled_buckets(gather(), 1024, memory):
-        received.update(unpack(bucket.segments, bucket.filled))
+        received.update(unpack(bucket.segments(), bucket.filled))
     assert [float(received[f"w{value}"].unique()) for value in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
@@ -118,16 +118,16 @@ def test_nothing_makes_no_bucket() -> None:
 @pytest.mark.parametrize(
     ("segment", "message"),
     [
-        (Segment(TensorMeta("w", "float32", (65,)), 0), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "float32", (1,)), 256), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "float32", (1,)), -256), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "uint8", (1,)), 2**63), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "uint8", (2**62, 2**62)), 0), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "float32", (1,)), 2), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "float32", (-1, -1)), 0), "w has a negative size"),
-        (Segment(TensorMeta("w", "float31", (1,)), 0), "w has unknown dtype 'float31'"),
-        (Segment(TensorMeta("w", "Tensor", (1,)), 0), "w has unknown dtype 'Tensor'"),
-        (Segment(TensorMeta("w", "load", (1,)), 0), "w has unknown dtype 'load'"),
+        (Segment(TensorMeta("w", "float32", (65,)), 0, 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), 256, 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), -256, 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "uint8", (1,)), 2**63, 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "uint8", (2**62, 2**62)), 0, 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), 2, 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (-1, -1)), 0, 0), "w has a negative size"),
+        (Segment(TensorMeta("w", "float31", (1,)), 0, 0), "w has unknown dtype 'float31'"),
+        (Segment(TensorMeta("w", "Tensor", (1,)), 0, 0), "w has unknown dtype 'Tensor'"),
+        (Segment(TensorMeta("w", "load", (1,)), 0, 0), "w has unknown dtype 'load'"),
     ],
 )
 def test_a_segment_outside_of_its_bucket_is_refused(segment: Segment, message: str) -> None:

@@ -444,7 +444,7 @@ def test_without_staging_nothing_is_lost_before_the_first_byte(
 def test_staging_without_room_is_refused_with_the_numbers(
     served: Served, group: EngineGroup, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("areal_vllm_ext.worker.staging.free_host_bytes", lambda: 100)
+    monkeypatch.setattr("areal_vllm_ext.worker.staging.free_bytes", lambda _: 100)
     with pytest.raises(UpdateAborted, match=r"0\.00 GiB of host memory \(4 workers of this host\), 0\.00 GiB are free"):
         send(group, weights(26), staging=kind)
     assert not served.weights

@@ -1,0 +1,135 @@
+"""Compares what engines serve: with each other, with what it was after their last commit, and with a checkpoint. No I/O."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import TYPE_CHECKING
+
+from .. import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ..protocol import Status, TensorMeta, WeightDigests, WorkerWeights
+
+Contents = dict[str, tuple["TensorMeta", int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A tensor (empty: all of them) of one worker of one engine that is not what it should be, and why."""
+
+    engine: str
+    worker: int
+    tensor: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.engine}, worker {self.worker}: {self.tensor or 'the weights'} {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What a comparison found.
+
+    Attributes:
+        differences: empty where everything is equal.
+        engines: how many engines were compared.
+        tensors: how many live tensors.
+        unproven: engines whose weights could not be compared with a fresh load at their first update, with the cause.
+    """
+
+    differences: tuple[Difference, ...]
+    engines: int
+    tensors: int
+    unproven: Mapping[str, str]
+
+    @property
+    def equal(self) -> bool:
+        """Whether no difference was found."""
+        return not self.differences
+
+
+def compare(
+    answers: Mapping[str, WeightDigests], statuses: Mapping[str, Status], checkpoint: Contents | None
+) -> Verification:
+    """Compare the workers of all engines.
+
+    Args:
+        answers: each engine's digests by its name.
+        statuses: each engine's status.
+        checkpoint: the tensors that all engines should serve, with their digests; None compares with none.
+    """
+    differences: list[Difference] = []
+    workers = [(name, worker) for name, answer in answers.items() for worker in answer.workers]
+    for name, worker in workers:
+        if statuses[name].phase == "tainted":
+            differences.append(Difference(name, worker.rank, "", f"are nobody's: {statuses[name].error}"))
+        differences += [
+            Difference(name, worker.rank, tensor, "has changed since it was loaded: its memory was damaged")
+            for tensor in worker.changed
+        ]
+    differences += _manifests(workers)
+    by_layout: dict[str, list[tuple[str, WorkerWeights]]] = collections.defaultdict(list)
+    for name, worker in workers:
+        by_layout[worker.layout].append((name, worker))
+    known = {(one.engine, one.worker, one.tensor) for one in differences}
+    for alike in by_layout.values():
+        found = _live(alike)
+        differences += [one for one in found if (one.engine, one.worker, one.tensor) not in known]
+    if checkpoint is not None:
+        for name, worker in workers:
+            differences += _against(name, worker, checkpoint)
+    return Verification(
+        differences=tuple(differences),
+        engines=len(answers),
+        tensors=sum(len(worker.live) for _, worker in workers),
+        unproven={name: status.unproven for name, status in statuses.items() if status.unproven},
+    )
+
+
+def _manifests(workers: list[tuple[str, WorkerWeights]]) -> Iterator[Difference]:
+    """Who serves another update's weights than most."""
+    usual, holder = _usual([(worker.manifest, name) for name, worker in workers])
+    for name, worker in workers:
+        if worker.manifest != usual:
+            yield Difference(name, worker.rank, "", f"are those of another update than on {holder}")
+
+
+def _live(alike: list[tuple[str, WorkerWeights]]) -> Iterator[Difference]:
+    """Whose live tensors differ from those of most workers of the same layout."""
+    for tensor in dict.fromkeys(tensor for _, worker in alike for tensor in worker.live):
+        usual, holder = _usual([(worker.live.get(tensor), name) for name, worker in alike])
+        for name, worker in alike:
+            if worker.live.get(tensor) != usual:
+                yield Difference(name, worker.rank, tensor, f"is another than on {holder}")
+
+
+def _usual(values: list[tuple[object, str]]) -> tuple[object, str]:
+    """The value that most have (the first, where there is a tie), and one who has it."""
+    usual = collections.Counter(value for value, _ in values).most_common(1)[0][0]
+    return usual, next(holder for value, holder in values if value == usual)
+
+
+def _against(name: str, worker: WorkerWeights, checkpoint: Contents) -> Iterator[Difference]:
+    """What was applied to ``worker`` (or what it was started from), against ``checkpoint``."""
+    served = {meta.name: (meta, value) for meta, value in worker.contents}
+    if served and digest.manifest(served.values()) == digest.manifest(checkpoint.values()):
+        return
+    for tensor in sorted(served.keys() | checkpoint.keys()):
+        if tensor not in served:
+            yield Difference(name, worker.rank, tensor, "of the checkpoint was never applied")
+        elif tensor not in checkpoint:
+            yield Difference(name, worker.rank, tensor, "is not in the checkpoint")
+        elif (problem := _unlike(served[tensor], checkpoint[tensor])) is not None:
+            yield Difference(name, worker.rank, tensor, problem)
+
+
+def _unlike(served: tuple[TensorMeta, int], expected: tuple[TensorMeta, int]) -> str | None:
+    (meta, value), (other, other_value) = served, expected
+    if meta.dtype != other.dtype:
+        return f"was applied as {meta.dtype}, the checkpoint has {other.dtype}: values cannot be compared"
+    if meta.shape != other.shape:
+        return f"was applied with shape {list(meta.shape)}, the checkpoint has {list(other.shape)}"
+    return None if value == other_value else "is another than in the checkpoint"

@@ -1,0 +1,173 @@
+"""Digests of tensors: 64 bits over the bytes, computed on the device where they lie, the same on CPU and CUDA.
+
+A guard against faults (a flipped bit, zeros, elements or rows in other places, a tensor cut off), not against forgers: the
+wire is authenticated. The bytes are cut into rows of 256. A row is hashed by a multilinear function of its 32-bit words
+with fixed random keys, modulo 2^64 (two different rows collide with a probability of 2^-33 at most). The hash of each row
+is mixed with the row's number, so that its place counts, and their sum with the number of bytes. Dtype and shape are not
+in it: compare them beside it, or use ``manifest``.
+
+All tensors of a bucket cost as many kernel launches as one of its size. Temporary memory: two pieces of ``_PIECE_BYTES``,
+and a quarter of the buffer for the hashes of its rows and their places. Measured: 1.5 GB/s for each core of a Xeon of 2.5 GHz.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .protocol import TensorMeta
+
+ROW_BYTES = 256
+_WORDS = ROW_BYTES // 4
+# What is hashed at once: on a CPU it stays in a core's cache, on a GPU it is long enough to hide a launch.
+_PIECE_BYTES = {"cpu": 1 << 20}
+_PIECE_BYTES_ELSEWHERE = 32 << 20
+# ``digests_of`` puts tensors up to this together.
+_SMALL_BYTES = 16 << 20
+
+
+def _signed(bits: int) -> int:
+    """The 64-bit integer of torch that has these bits."""
+    return bits - (1 << 64) if bits >> 63 else bits
+
+
+# Multipliers of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
+_GAMMA = _signed(0x9E3779B97F4A7C15)
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+
+
+def digests(buffer: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The digests of tensors that lie in one buffer.
+
+    Args:
+        buffer: contiguous ``uint8``. What lies between the tensors does not count.
+        spans: offset (a multiple of ``ROW_BYTES``) and bytes of each tensor.
+
+    Returns:
+        for each tensor an integer of 64 bits.
+
+    Raises:
+        ValueError: where a tensor does not lie in the buffer, or not on a row.
+    """
+    for offset, nbytes in spans:
+        if offset % ROW_BYTES or min(offset, nbytes) < 0 or offset + nbytes > buffer.numel():
+            raise ValueError(f"{nbytes} bytes at {offset} do not lie on rows inside a buffer of {buffer.numel()} bytes")
+    if not spans:
+        return []
+    rows = _hash_rows(buffer, spans)
+    counts = [-(-nbytes // ROW_BYTES) for _, nbytes in spans]
+    total = sum(counts)
+    # One copy to the device: of each tensor its first row, its rows, where they end among those of all tensors, its bytes.
+    columns = zip(spans, counts, itertools.accumulate(counts), strict=True)
+    table = [(offset // ROW_BYTES, count, end, nbytes) for (offset, nbytes), count, end in columns]
+    starts, lengths, ends, sizes = torch.tensor(table).to(buffer.device).unbind(1)
+    before = ends - lengths
+    owner = torch.repeat_interleave(lengths, output_size=total)
+    place = torch.arange(total, device=buffer.device) - before[owner]
+    mixed = _mix(rows[starts[owner] + place] + (place + 1) * _GAMMA)
+    sums = torch.zeros(total + 1, dtype=torch.int64, device=buffer.device)
+    torch.cumsum(mixed, 0, out=sums[1:])
+    result: list[int] = _mix(sums[ends] - sums[before] + sizes * _GAMMA).tolist()
+    return [value % (1 << 64) for value in result]
+
+
+def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """The digest of each tensor, of any dtype and device, over its elements in order.
+
+    Small ones are copied into one buffer first, so that many of them cost few launches; a large one that is not contiguous
+    is copied for the time of its digest.
+    """
+    result: list[int] = []
+    small: list[torch.Tensor] = []
+    nbytes = 0
+
+    def flush() -> None:
+        nonlocal nbytes
+        if small:
+            result.extend(_small(small))
+        small.clear()
+        nbytes = 0
+
+    for tensor in tensors:
+        if small and (tensor.device != small[0].device or nbytes + tensor.nbytes > _SMALL_BYTES):
+            flush()
+        if tensor.nbytes > _SMALL_BYTES:
+            flat = as_bytes(tensor.detach().contiguous())
+            result += digests(flat, [(0, flat.numel())])
+        else:
+            small.append(tensor.detach())
+            nbytes += tensor.nbytes
+    flush()
+    return result
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory, as flat ``uint8``."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def manifest(entries: Iterable[tuple[TensorMeta, int]]) -> str:
+    """One digest (32 hexadecimal digits) of a set of tensors, by name, dtype, shape and digest; their order does not count."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for meta, value in sorted(entries, key=lambda entry: entry[0].name):
+        hashed.update(f"{meta.name!r} {meta.dtype} {list(meta.shape)} {value:016x}\n".encode())
+    return hashed.hexdigest()
+
+
+@functools.cache
+def _keys(device: torch.device) -> torch.Tensor:
+    """A key for each word of a row: fixed, the same in every process."""
+    text = hashlib.shake_256(b"areal_vllm_ext.digest").digest(8 * _WORDS)
+    keys = [int.from_bytes(text[start : start + 8], "little", signed=True) | 1 for start in range(0, len(text), 8)]
+    return torch.tensor(keys, device=device)
+
+
+def _small(tensors: Sequence[torch.Tensor]) -> list[int]:
+    spans: list[tuple[int, int]] = []
+    end = 0
+    for tensor in tensors:
+        spans.append((end, tensor.nbytes))
+        end += -(-tensor.nbytes // ROW_BYTES) * ROW_BYTES
+    buffer = torch.zeros(end, dtype=torch.uint8, device=tensors[0].device)
+    for tensor, (offset, nbytes) in zip(tensors, spans, strict=True):
+        buffer[offset : offset + nbytes] = as_bytes(tensor.contiguous())
+    return digests(buffer, spans)
+
+
+def _hash_rows(buffer: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+    whole = buffer.numel() // ROW_BYTES
+    words = buffer[: whole * ROW_BYTES].view(torch.int32).view(-1, _WORDS)
+    keys = _keys(buffer.device)
+    hashes = torch.empty(whole + 1, dtype=torch.int64, device=buffer.device)
+    step = _PIECE_BYTES.get(buffer.device.type, _PIECE_BYTES_ELSEWHERE) // ROW_BYTES
+    products = torch.empty((min(step, whole), _WORDS), dtype=torch.int64, device=buffer.device)
+    for start in range(0, whole, step):
+        piece = words[start : start + step]
+        torch.mul(piece, keys, out=products[: len(piece)])
+        torch.sum(products[: len(piece)], 1, out=hashes[start : min(start + step, whole)])
+    # The last row of a tensor that does not fill it counts as if zeros followed: what does follow may be anything.
+    cut = [((offset + nbytes) // ROW_BYTES, nbytes % ROW_BYTES) for offset, nbytes in spans if nbytes % ROW_BYTES]
+    place = torch.arange(ROW_BYTES, device=buffer.device)
+    for start in range(0, len(cut), step):
+        rows, used = torch.tensor(cut[start : start + step]).to(buffer.device).unbind(1)
+        index = (rows[:, None] * ROW_BYTES + place).clamp_(max=buffer.numel() - 1)
+        row_bytes = buffer[index] * (place < used[:, None])
+        hashes[rows] = (row_bytes.view(torch.int32) * keys).sum(1)
+    return hashes
+
+
+def _mix(values: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser, a bijection of 64 bits in which each bit depends on all."""
+    values = (values ^ _shift(values, 30)) * _FIRST
+    values = (values ^ _shift(values, 27)) * _SECOND
+    return values ^ _shift(values, 31)
+
+
+def _shift(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """To the right, with zeros from the left: torch's own shift repeats the sign."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)

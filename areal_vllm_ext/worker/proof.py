@@ -1,0 +1,163 @@
+"""Proves that a reload gave what a fresh load gives: a second model is built as vLLM's loader builds one, from the same
+staged tensors, and every parameter and buffer of the live model must have its bytes.
+
+A backend may keep a weight where nobody can read it (on CPU, oneDNN's packed copy, behind an emptied parameter): such a
+layer must give the same answers, bit for bit, as its fresh twin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import digest
+from .memory import free_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+# A fresh model, and what its loading needs for a moment, in sizes of the model.
+_ROOM = 1.3
+# Inputs that a packed layer answers at once.
+_PROBES = 128
+
+
+class ProofFailed(RuntimeError):
+    """The live model is not what a fresh load of the same tensors gives."""
+
+
+def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mapping[str, int]) -> str:
+    """Compare the live model with a fresh load of ``weights``, which were loaded into it just now.
+
+    Args:
+        worker: vLLM's worker; its engine is paused.
+        weights: (name, tensor) in checkpoint format.
+        live: ``readable`` digests of the live model.
+
+    Returns:
+        why it could not be proven (no room, vLLM cannot build a second model); empty where it is.
+
+    Raises:
+        ProofFailed: naming the parameters and layers that are wrong.
+    """
+    if worker.vllm_config.parallel_config.enable_eplb:
+        return "experts move between the ranks (EPLB), so a fresh load has others"
+    needed = int(_ROOM * max(_size(worker.get_model()), _size_of(weights) if worker.device.type == "cpu" else 0))
+    free = free_bytes(worker.device)
+    if needed > free:
+        return f"no room on {worker.device} for a second model: {needed >> 20} MiB needed, {free >> 20} MiB free"
+    fresh: torch.nn.Module | None = None
+    try:
+        fresh = fresh_model(worker, weights)
+        wrong = different(live, digests_of_model(fresh))
+        wrong += different(packed(worker.get_model()), packed(fresh))
+    except Exception as error:
+        logger.warning("areal_vllm_ext: the weights cannot be compared with a fresh load", exc_info=True)
+        return f"a fresh load for comparison failed ({type(error).__name__}: {error})"
+    finally:
+        fresh = None
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ProofFailed(
+            f"{len(wrong)} tensors are not what a fresh load of the same weights gives: {', '.join(wrong[:5])}{more}; this "
+            "vLLM reloads this model wrongly: restart the engine from the checkpoint, and report it"
+        )
+    return ""
+
+
+def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> torch.nn.Module:
+    """A second model from ``weights``, apart from the live one."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    class StagedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM's modules are not followed
+        """vLLM's own way to a model, but for where the tensors come from."""
+
+        def download_model(self, model_config: Any) -> None:
+            pass
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            model.load_weights(iter(weights))
+
+    config = worker.vllm_config
+    with set_current_vllm_config(config), layers_registered_elsewhere(config.compilation_config):
+        fresh: torch.nn.Module = StagedLoader(config.load_config).load_model(
+            vllm_config=config, model_config=config.model_config
+        )
+    return fresh
+
+
+@contextlib.contextmanager
+def layers_registered_elsewhere(compilation_config: Any) -> Iterator[None]:
+    """Attention and MoE layers enter themselves into registers by name, which refuse a name twice."""
+    registers = ("static_forward_context", "static_all_moe_layers")
+    kept = {name: getattr(compilation_config, name) for name in registers if hasattr(compilation_config, name)}
+    try:
+        for name, register in kept.items():
+            setattr(compilation_config, name, type(register)())
+        yield
+    finally:
+        for name, register in kept.items():
+            setattr(compilation_config, name, register)
+
+
+def readable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by name, tied ones under each of their names; named as without LoRA."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in tensors
+        if not isinstance(tensor, torch.nn.UninitializedParameter) and not tensor.is_meta
+    }
+
+
+def digests_of_model(model: torch.nn.Module) -> dict[str, int]:
+    """The digest of each ``readable`` tensor."""
+    tensors = readable(model)
+    return dict(zip(tensors, digest.digests_of(tensors.values()), strict=True))
+
+
+def packed(model: torch.nn.Module) -> dict[str, int]:
+    """Digests of what layers compute whose weights lie packed, where no parameter shows them.
+
+    Each is asked for every one of its columns: an input of ones and zeros is answered by the weights themselves, without
+    rounding, so the digest is the same on every machine. Not beside a running model: oneDNN's handles are not for two threads.
+    """
+    answers: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        linear = getattr(layer, "cpu_linear", None)
+        if linear is None or linear is torch.nn.functional.linear:
+            continue
+        weight = layer.weight
+        columns = weight.shape[1] if weight.numel() else getattr(layer, "input_size_per_partition", layer.input_size)
+        parts = []
+        for start in range(0, columns, _PROBES):
+            count = min(_PROBES, columns - start)
+            inputs = torch.zeros(count, columns, dtype=weight.dtype)
+            inputs[range(count), range(start, start + count)] = 1
+            parts.append(layer.quant_method.apply(layer, inputs))
+        key = f"{name} (packed)".replace(".base_layer ", " ")
+        answers[key] = digest.digests_of([torch.cat(parts)])[0]
+    return answers
+
+
+def different(live: Mapping[str, int], fresh: Mapping[str, int]) -> list[str]:
+    """The names under which ``live`` has not what ``fresh`` has."""
+    return [name for name, value in fresh.items() if live.get(name) != value]
+
+
+def _size(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in {id(one): one for one in readable(model).values()}.values())
+
+
+def _size_of(weights: Sequence[tuple[str, torch.Tensor]]) -> int:
+    return sum(tensor.nbytes for _, tensor in weights)

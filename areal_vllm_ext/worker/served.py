@@ -1,0 +1,150 @@
+"""What a worker serves: digests of the checkpoint tensors that were applied last, and of the live tensors they became.
+
+The digests after a commit are what later ones are compared with: weights change by commits only, so whatever differs was
+damaged. They are taken while the engine generates already, on a thread of their own, so that no pause is longer for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import checkpoint, digest
+from ..protocol import TensorMeta, WorkerWeights
+from . import proof
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+Contents = dict[str, tuple[TensorMeta, int]]
+
+
+class WeightsChanged(RuntimeError):
+    """A commit was under way meanwhile: ask again."""
+
+
+class Served:
+    """The weights of one worker."""
+
+    def __init__(self, worker: Any, model: tuple[str, str | None]) -> None:
+        """
+        Args:
+            worker: vLLM's worker.
+            model: path or hub name of the checkpoint that it was started from, and the revision.
+        """
+        self._worker = worker
+        self._model = model
+        self._contents: Contents | None = None
+        self._after_commit: dict[str, int] = {}
+        self._proven: frozenset[str] = frozenset()
+        # Raised when a switch begins and when it has ended: odd meanwhile.
+        self._changes = 0
+        self._state = threading.Lock()
+        self._taking = threading.Lock()
+
+    # On the worker's own thread
+
+    @contextlib.contextmanager
+    def switching(self, contents: Contents) -> Iterator[None]:
+        """The body puts weights with these digests into the live model."""
+        with self._state:
+            self._changes += 1
+            self._after_commit = {}
+            self._contents = {}  # nobody's, should the body fail
+        try:
+            yield
+            self._contents = contents
+        finally:
+            self._changes += 1
+        if not self._after_commit:
+            threading.Thread(target=self._remember, name="areal-digest", daemon=True).start()
+
+    def prove(self, weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+        """Prove the loader, inside ``switching``: at the first update, and when other tensors come than were proven.
+
+        Args:
+            weights: what was loaded; without staging it is gone, and cannot be loaded a second time.
+
+        Returns:
+            why it could not be proven; empty where it is.
+
+        Raises:
+            proof.ProofFailed: the live weights are wrong.
+        """
+        if not isinstance(weights, list):
+            return "" if self._proven else "without staging there is nothing left to compare with a fresh load"
+        names = frozenset(name for name, _ in weights)
+        if names == self._proven:
+            return ""
+        live = proof.digests_of_model(self._worker.get_model())
+        unproven = proof.prove(self._worker, weights, live)
+        if unproven:
+            logger.warning("areal_vllm_ext: not proven that a reload gives what a fresh load gives: %s", unproven)
+        else:
+            self._proven = names
+        self._after_commit = live
+        return unproven
+
+    # On other threads
+
+    def describe(self, contents: bool) -> WorkerWeights:
+        """Digests of what is served now. Takes as long as reading all weights once; with ``contents`` of weights that the
+        worker was started with, as long as reading the checkpoint's files.
+
+        Raises:
+            WeightsChanged: a commit came in between.
+        """
+        live, after_commit, applied = self._take()
+        if contents and applied is None:
+            applied, manifest = checkpoint.contents(checkpoint.folder(*self._model)), ""
+        else:
+            manifest = digest.manifest(applied.values()) if applied else ""
+        return WorkerWeights(
+            rank=self._worker.rank,
+            layout=self._layout(),
+            manifest=manifest,
+            live=live,
+            changed=tuple(name for name, value in live.items() if after_commit.get(name) != value),
+            contents=tuple(applied.values()) if contents and applied else (),
+        )
+
+    def _take(self) -> tuple[dict[str, int], dict[str, int], Contents | None]:
+        """Live digests, those after the last commit, and what was applied then: all of one commit."""
+        changes = self._changes
+        with self._taking:
+            try:
+                live = proof.digests_of_model(self._worker.get_model())
+            except Exception:
+                if changes == self._changes and changes % 2 == 0:
+                    raise
+                live = {}
+        with self._state:
+            if changes != self._changes or changes % 2:
+                raise WeightsChanged("the weights were switched meanwhile")
+            self._after_commit = self._after_commit or live
+            return live, self._after_commit, self._contents
+
+    def _remember(self) -> None:
+        try:
+            self._take()
+        except WeightsChanged:
+            pass  # the next commit has its own
+        except Exception:
+            logger.warning("areal_vllm_ext: no digests of the live weights could be taken", exc_info=True)
+
+    def _layout(self) -> str:
+        """Workers with an equal layout hold equal live tensors: the same part of the model, for the same kind of device."""
+        parallel = self._worker.vllm_config.parallel_config
+        device: torch.device = self._worker.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        parts = [f"rank {self._worker.rank}", f"tp {parallel.tensor_parallel_size}"]
+        parts += [f"pp {parallel.pipeline_parallel_size}", kind, str(self._worker.vllm_config.model_config.dtype)]
+        if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
+            parts.append(f"ep {parallel.data_parallel_rank} of {parallel.data_parallel_size}")
+        return ", ".join(parts)

@@ -1,0 +1,43 @@
+"""A worker whose memory can be damaged on purpose: the extension of ``test_verify.py``'s engines."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from areal_vllm_ext.worker import WorkerExtension
+
+_FOLDER = "AREAL_TEST_DAMAGE"
+
+
+class CorruptibleWorker(WorkerExtension):
+    """Flips a bit of the tensor that is named in the file of its DP rank, and takes the file away."""
+
+    def areal_attach(self: Any, endpoint: str) -> None:
+        super().areal_attach(endpoint)  # type: ignore[safe-super]
+        order = Path(os.environ[_FOLDER]) / str(self.vllm_config.parallel_config.data_parallel_index)
+        threading.Thread(target=_watch, args=(self, order), daemon=True).start()
+
+
+def _watch(worker: Any, order: Path) -> None:
+    while True:
+        if order.exists():
+            tensors = dict(worker.get_model().named_parameters())
+            tensors[order.read_text()].detach().view(-1).view(torch.uint8)[7] ^= 16
+            order.unlink()
+        time.sleep(0.05)
+
+
+def damage(folder: Path, rank: int, tensor: str) -> None:
+    """Flip a bit of ``tensor`` in the engine of DP rank ``rank``; returns when it is done."""
+    (folder / "order").write_text(tensor)
+    (folder / "order").rename(folder / str(rank))
+    ends = time.monotonic() + 10
+    while (folder / str(rank)).exists():
+        assert time.monotonic() < ends, "no worker damaged itself"
+        time.sleep(0.02)

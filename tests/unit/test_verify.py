@@ -1,0 +1,246 @@
+"""Comparing what engines serve: who differs is named, and nobody else."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from simulated_engine import NEVER, Shape, deployed
+from waiting import eventually
+
+from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.checkpoint import NotACheckpoint
+from areal_vllm_ext.client.verify import Verification, compare
+from areal_vllm_ext.errors import RequestError
+from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, WorkerWeights
+from areal_vllm_ext.worker import proof, served
+from areal_vllm_ext.worker.served import Served, WeightsChanged
+
+LIVE = {"embed": 1, "norm": 2}
+CHECKPOINT = {"embed": (TensorMeta("embed", "float32", (4, 2)), 11), "norm": (TensorMeta("norm", "float32", (2,)), 12)}
+
+
+def worker(rank: int = 0, **changes: Any) -> WorkerWeights:
+    facts: dict[str, Any] = {
+        "layout": f"rank {rank}",
+        "manifest": "m",
+        "live": LIVE,
+        "contents": (*CHECKPOINT.values(),),
+    }
+    return WorkerWeights(rank=rank, **(facts | changes))
+
+
+def verified(
+    *engines: WorkerWeights | tuple[WorkerWeights, ...], checkpoint: Any = None, **status: Any
+) -> Verification:
+    answers = {
+        f"engine {place}": WeightDigests(workers=one if isinstance(one, tuple) else (one,))
+        for place, one in enumerate(engines)
+    }
+    statuses: Any = {
+        name: SimpleNamespace(**{"phase": "idle", "unproven": "", "error": ""} | status) for name in answers
+    }
+    return compare(answers, statuses, checkpoint)
+
+
+def found(verification: Verification) -> list[str]:
+    return [str(difference) for difference in verification.differences]
+
+
+def test_equal_engines_are_equal() -> None:
+    result = verified(*(worker() for _ in range(3)), checkpoint=CHECKPOINT)
+    assert result.equal
+    assert (result.engines, result.tensors) == (3, 6)
+
+
+def test_the_one_that_differs_from_most_is_named() -> None:
+    result = verified(worker(), worker(), worker(live=LIVE | {"norm": 3}))
+    assert found(result) == ["engine 2, worker 0: norm is another than on engine 0"]
+    result = verified(worker(live={"embed": 1}), worker(), worker())
+    assert found(result) == ["engine 0, worker 0: norm is another than on engine 1"]
+
+
+def test_a_tensor_that_changed_since_its_commit_is_named_once() -> None:
+    result = verified(worker(), worker(live=LIVE | {"norm": 3}, changed=("norm",)))
+    assert found(result) == ["engine 1, worker 0: norm has changed since it was loaded: its memory was damaged"]
+    assert found(verified(worker(changed=("norm",)))) != [], "an engine alone is compared with itself"
+
+
+def test_only_workers_of_one_layout_are_compared_with_each_other() -> None:
+    halves = (worker(0), worker(1, live=LIVE | {"embed": 9}))
+    assert verified(halves, halves).equal
+    other = (worker(0), worker(1, live=LIVE | {"embed": 8}))
+    assert found(verified(halves, halves, other)) == ["engine 2, worker 1: embed is another than on engine 0"]
+
+
+def test_engines_on_different_updates_are_named() -> None:
+    result = verified(worker(), worker(), worker(manifest="other"))
+    assert found(result) == ["engine 2, worker 0: the weights are those of another update than on engine 0"]
+
+
+def test_tainted_weights_are_never_equal() -> None:
+    assert found(verified(worker(), phase="tainted", error="the commit failed")) == [
+        "engine 0, worker 0: the weights are nobody's: the commit failed"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ((CHECKPOINT["embed"], (CHECKPOINT["norm"][0], 13)), "norm is another than in the checkpoint"),
+        ((CHECKPOINT["embed"],), "norm of the checkpoint was never applied"),
+        ((*CHECKPOINT.values(), (TensorMeta("new", "int8", ()), 1)), "new is not in the checkpoint"),
+        ((CHECKPOINT["embed"], (TensorMeta("norm", "bfloat16", (2,)), 12)), "norm was applied as bfloat16"),
+        ((CHECKPOINT["embed"], (TensorMeta("norm", "float32", (1, 2)), 12)), r"norm was applied with shape [1, 2]"),
+    ],
+)
+def test_what_differs_from_the_checkpoint_is_named(contents: Any, message: str) -> None:
+    (one,) = found(verified(worker(), worker(contents=contents), checkpoint=CHECKPOINT))
+    assert one.startswith("engine 1, worker 0: ")
+    assert message in one
+
+
+def test_an_unproven_engine_is_told_of() -> None:
+    assert verified(worker(), unproven="no room").unproven == {"engine 0": "no room"}
+
+
+def test_every_engine_is_asked_and_a_busy_one_again(key: Any, key_file: Path) -> None:
+    with (
+        deployed(key, 3, shape=Shape(workers=2)) as deployment,
+        EngineGroup.connect(deployment.directory, key_file=key_file) as client,
+    ):
+        deployment.wait_attached()
+        client.wait_ready(3, timeout=10)
+        assert client.verify(deadline=5).equal
+        deployment.engines[1].live = {"embed": 1}
+        assert [one.engine for one in client.verify(deadline=5).differences] == [deployment.engines[1].name] * 2
+        del deployment.engines[1].live["embed"]
+        deployment.engines[2].busy = 2
+        assert client.verify(deadline=5).equal
+        assert deployment.engines[2].busy == 0
+        deployment.engines[2].errors["digest"] = "RuntimeError: out of memory"
+        with pytest.raises(RequestError, match=r"DP rank 2 .*: worker \d: RuntimeError: out of memory"):
+            client.verify(deadline=5)
+        del deployment.engines[2].errors["digest"]
+        deployment.engines[0].seconds["digest"] = NEVER
+        started = time.monotonic()
+        with pytest.raises(RequestError, match=r"DP rank 0 .*: no digests from worker 0, 1 in time"):
+            client.verify(deadline=0.5)
+        assert time.monotonic() - started < 2
+        with pytest.raises(NotACheckpoint, match="is not a directory"):
+            client.verify("/nowhere")
+
+
+def test_an_engine_that_commits_is_busy(key: Any, key_file: Path, raw: Any) -> None:
+    with deployed(key, 1) as deployment:
+        deployment.wait_attached()
+        (engine,) = deployment.engines.values()
+        engine.endpoint.participant.phase = "committing"
+        answer = raw(engine.endpoint.address).ask(DigestWeights(request="r", timeout=5))
+        assert (answer.kind, answer.message) == ("busy", "the engine is committing an update")
+        engine.endpoint.participant.phase = "idle"
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Linear(64, 8)
+        self.register_buffer("scale", torch.ones(3))
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> tuple[Served, Model]:
+    model = Model()
+    parallel = SimpleNamespace(
+        tensor_parallel_size=1, pipeline_parallel_size=1, enable_expert_parallel=False, data_parallel_size=1
+    )
+    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(dtype=torch.float32))
+    stand_in = SimpleNamespace(rank=0, device=torch.device("cpu"), vllm_config=config, get_model=lambda: model)
+    return Served(stand_in, ("/nowhere", None)), model
+
+
+def test_a_weight_that_changes_without_a_commit_is_damage(live: tuple[Served, Model]) -> None:
+    weights, model = live
+    with weights.switching(dict(CHECKPOINT)):
+        model.embed.weight.data += 1
+    eventually(lambda: weights._after_commit)
+    assert weights.describe(contents=True).changed == ()
+    model.embed.weight.data[3, 5] += 1
+    model.scale[2] = 0
+    told = weights.describe(contents=True)
+    assert told.changed == ("embed.weight", "scale")
+    assert {meta.name: (meta, value) for meta, value in told.contents} == CHECKPOINT
+    with weights.switching({}):
+        pass
+    eventually(lambda: weights._after_commit)
+    assert weights.describe(contents=False).changed == (), "the next commit counts"
+
+
+def test_digests_that_a_commit_cut_through_are_not_told(
+    live: tuple[Served, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, model = live
+    reading, switched = threading.Event(), threading.Event()
+    take = proof.digests_of_model
+
+    def slowly(model: torch.nn.Module) -> dict[str, int]:
+        values = take(model)
+        reading.set()
+        assert switched.wait(5)
+        return values
+
+    monkeypatch.setattr(served.proof, "digests_of_model", slowly)
+    errors: list[Exception] = []
+
+    def describe() -> None:
+        try:
+            weights.describe(contents=False)
+        except WeightsChanged as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=describe)
+    thread.start()
+    assert reading.wait(5)
+    with weights.switching({}):
+        model.embed.weight.data += 1
+    switched.set()
+    thread.join(5)
+    assert len(errors) == 1
+    eventually(lambda: weights._after_commit)
+    assert weights.describe(contents=False).changed == ()
+
+
+def test_while_a_commit_is_under_way_there_are_no_digests(live: tuple[Served, Model]) -> None:
+    weights, _ = live
+    with weights.switching({}), pytest.raises(WeightsChanged):
+        weights.describe(contents=False)
+
+
+def test_after_a_failed_switch_nothing_is_claimed(live: tuple[Served, Model]) -> None:
+    weights, _ = live
+    with pytest.raises(RuntimeError), weights.switching(dict(CHECKPOINT)):
+        raise RuntimeError
+    told = weights.describe(contents=True)
+    assert (told.manifest, told.contents) == ("", ())
+
+
+def test_a_second_model_needs_room(live: tuple[Served, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, model = live
+    worker: Any = weights._worker
+    worker.vllm_config.parallel_config.enable_eplb = False
+    monkeypatch.setattr(proof, "free_bytes", lambda _device: 1000)
+    big = [("embed.weight", torch.zeros(1 << 20))]
+    reason = proof.prove(worker, big, proof.digests_of_model(model))
+    assert reason == "no room on cpu for a second model: 5 MiB needed, 0 MiB free"
+    with weights.switching({}):
+        assert weights.prove(big) == reason
+        assert weights.prove(big) == reason, "it is tried again with each update"
+
+
+def test_free_memory_is_some() -> None:
+    assert 1 << 20 < proof.free_bytes(torch.device("cpu")) < 1 << 50
