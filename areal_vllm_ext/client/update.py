@@ -110,8 +110,10 @@ class AsyncUpdate:
         self._ends = self._started + self._deadline
         targets = await self._command.enter_async_context(self._group.command(self._deadline))
         self._engines = {name: target.engine for name, target in targets.items()}
+        # One that is paused for an update, tainted by it, runs again with this one's weights; a user's own pause stays.
         self._members = {
-            name: Member(target.epoch, running=target.status.flow == "running") for name, target in targets.items()
+            name: Member(target.epoch, running=target.status.flow == "running" or target.status.paused_for != "")
+            for name, target in targets.items()
         }
         return self
 
