@@ -444,12 +444,15 @@ class World:
         self.exempt: set[int] = set()
         self.switched: dict[Version, set[int]] = collections.defaultdict(set)
         self._begun: set[str] = set()
+        self._serving: collections.Counter[Version] = collections.Counter()
+        self._counted: dict[int, Version] = {}
         self._incarnations = itertools.count(1)
         self.drift = 0.0
         self.engines: list[EngineProcess] = []
         self.start_directory()
         for rank in range(engines):
             self.engines.append(self._new_engine(rank, engines))
+            self._count(rank)
         self.trainers: list[Trainer] = []
 
     # Processes
@@ -471,6 +474,7 @@ class World:
     def crash_engine(self, rank: int) -> None:
         self.engines[rank].kill()
         self.exempt.add(rank)
+        self._count(rank)
         self.log(self.engines[rank].name, "crashes")
 
     def restart_engine(self, rank: int) -> None:
@@ -543,20 +547,35 @@ class World:
 
     # What must hold at any time
 
-    def check(self) -> None:
-        """No two engines that serve are on different versions, whoever died or slept or was late."""
-        engines = [(rank, process.engine) for rank, process in enumerate(self.engines) if process.alive]
-        if (
-            self.exempt
-            and len(engines) == len(self.engines)
-            and len({engine.version for _, engine in engines}) == 1
-            and not any(engine.participant.update or engine.participant.tainted for _, engine in engines)
-        ):
-            self.exempt.clear()
-        running = {engine.version for rank, engine in engines if engine.running and rank not in self.exempt}
-        require(len(running) <= 1, "mixed versions", f"engines serve {sorted(map(str, running))}")
-        for rank, engine in engines:
-            require(not (engine.tainted and engine.running), "wrong tokens", f"engine {rank} serves tainted weights")
+    def check(self, rank: int) -> None:
+        """No two engines that serve are on different versions, whoever died or slept or was late. ``rank`` has changed."""
+        if self.exempt and self._is_one_version():
+            exempt, self.exempt = self.exempt, set()
+            for other in exempt:
+                self._count(other)
+        self._count(rank)
+        require(len(self._serving) <= 1, "mixed versions", f"engines serve {sorted(map(str, self._serving))}")
+        engine = self.engines[rank].engine
+        require(not (engine.tainted and engine.running), "wrong tokens", f"engine {rank} serves tainted weights")
+
+    def _count(self, rank: int) -> None:
+        """Keep count of the versions that engines serve."""
+        if before := self._counted.pop(rank, None):
+            self._serving[before] -= 1
+            if not self._serving[before]:
+                del self._serving[before]
+        process = self.engines[rank]
+        if process.alive and process.engine.running and rank not in self.exempt:
+            self._counted[rank] = process.engine.version
+            self._serving[process.engine.version] += 1
+
+    def _is_one_version(self) -> bool:
+        engines = [process.engine for process in self.engines]
+        return (
+            all(process.alive for process in self.engines)
+            and len({engine.version for engine in engines}) == 1
+            and not any(engine.participant.update or engine.participant.tainted for engine in engines)
+        )
 
     def switching(self, rank: int, call: CallCommit) -> None:
         """An engine is about to switch: is every other paused with the same update prepared, where it is the first?"""
@@ -643,11 +662,13 @@ class EngineProcess(Process):
             if isinstance(call, CallCommit) and not fails:
                 self.world.switching(self.rank, call)
             engine.step(fails)
-            self.world.check()
+            self.world.check(self.rank)
         elif isinstance(part, functools.partial):
             part(fails=self._fails())
         else:
             part()
+            if part == engine.become_idle:
+                self.world.check(self.rank)
         self.flush()
 
     def _fails(self) -> bool:
