@@ -625,8 +625,9 @@ def describe_missing(
     gone = {(engine.replica, engine.dp_rank) for engine, _ in lost} | dropped
     for replica in sorted({engine.replica for engine in alive}):
         ranks = [engine for engine in alive if engine.replica == replica]
+        present = {engine.dp_rank for engine in ranks}
         for rank in range(ranks[0].dp_size):
-            if rank not in {engine.dp_rank for engine in ranks} and (replica, rank) not in gone:
+            if rank not in present and (replica, rank) not in gone:
                 seen = ", ".join(f"{engine.dp_rank} on {engine.node}" for engine in ranks)
                 problems.append(
                     f"DP rank {rank} of replica {replica} never registered (there are: {seen}); is its node up, was it "

@@ -298,44 +298,50 @@ class AsyncUpdate:
         """Send ``requests`` and what the coordinator answers to their outcome, until it waits for no engine."""
         coordinator = self._coordinator
         assert coordinator is not None
-        tasks = self._launch(requests)
+        finished: asyncio.Queue[asyncio.Task[Answer]] = asyncio.Queue()
+        tasks = self._launch(requests, finished)
         while tasks:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                if (name := tasks.pop(task, None)) is None:
-                    continue  # of a phase that an answer before it has ended
-                phase = coordinator.phase
-                try:
-                    answer: Answer = task.result()
-                    if phase == "commit" and isinstance(answer, protocol.Ack):
-                        self._commit_seconds = max(self._commit_seconds, answer.seconds)
-                    more = coordinator.answered(name, answer, self._left())
-                except RequestError as error:
-                    refusal = protocol.Error(kind="failed", message=str(error))
-                    more = coordinator.answered(name, refusal, self._left())
-                except EngineUnreachable as error:
-                    more = coordinator.silent(name, str(error), self._left())
-                if coordinator.phase != phase:
-                    # What is still on the way belongs to a phase that is over.
-                    for late in tasks:
-                        late.cancel()
-                    tasks.clear()
-                tasks.update(self._launch(more))
+            task = await finished.get()
+            if (name := tasks.pop(task, None)) is None:
+                continue  # of a phase that an answer before it has ended
+            phase = coordinator.phase
+            try:
+                answer: Answer = task.result()
+                if phase == "commit" and isinstance(answer, protocol.Ack):
+                    self._commit_seconds = max(self._commit_seconds, answer.seconds)
+                more = coordinator.answered(name, answer, self._left())
+            except RequestError as error:
+                refusal = protocol.Error(kind="failed", message=str(error))
+                more = coordinator.answered(name, refusal, self._left())
+            except EngineUnreachable as error:
+                more = coordinator.silent(name, str(error), self._left())
+            if coordinator.phase != phase:
+                # What is still on the way belongs to a phase that is over.
+                for late in tasks:
+                    late.cancel()
+                tasks.clear()
+            tasks.update(self._launch(more, finished))
 
-    def _launch(self, requests: dict[str, EngineRequest]) -> dict[asyncio.Task[Answer], str]:
-        """Send the requests of the coordinator's phase, all at once."""
+    def _launch(
+        self, requests: dict[str, EngineRequest], finished: asyncio.Queue[asyncio.Task[Answer]]
+    ) -> dict[asyncio.Task[Answer], str]:
+        """Send the requests of the coordinator's phase, all at once; ``finished`` gets each when it has an outcome."""
         assert self._coordinator is not None
         phase = self._coordinator.phase
         if requests and self._options.on_phase:
             self._options.on_phase(phase)
         if requests and phase == "pause":
             self._pause_started = time.monotonic()
-        return {
+        tasks = {
             asyncio.create_task(
                 self._group.request(self._engines[name].address, message, self._timeout_of(phase))
             ): name
             for name, message in requests.items()
         }
+        # Waiting for the next of n tasks with asyncio.wait looks at all n, so at n² for n engines: seconds for a thousand.
+        for task in tasks:
+            task.add_done_callback(finished.put_nowait)
+        return tasks
 
     def _timeout_of(self, phase: str) -> float:
         if phase in _GRACE_SECONDS:

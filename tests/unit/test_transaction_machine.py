@@ -8,12 +8,11 @@ that they were started with.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import itertools
 import os
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
 from hypothesis import Phase, event, note, settings
 from hypothesis import strategies as st
@@ -21,25 +20,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from areal_vllm_ext.client import recovery
 from areal_vllm_ext.client.coordinator import Coordinator, Member
-from areal_vllm_ext.engine_core.participant import (
-    CallCancelPause,
-    CallCommit,
-    CallPause,
-    CallResume,
-    Effect,
-    Order,
-    Participant,
-    Reply,
-)
 from areal_vllm_ext.protocol import (
-    Abort,
     Ack,
     Answer,
-    Begin,
-    Bucket,
     Commit,
     Disk,
-    EngineInfo,
     EngineRequest,
     Fence,
     Pause,
@@ -47,198 +32,17 @@ from areal_vllm_ext.protocol import (
     Resume,
     Status,
     Version,
-    WorkerDone,
 )
 from areal_vllm_ext.wire import Caller
+from benchmarks.simulation import Engine, brief
 
 NAMES = ("a", "b", "c")
-WORKERS = 2
 DEADLINE = 60.0
 IDS = itertools.count()
 RARE = st.sampled_from(
     [False, False, False, True]
 )  # a step of what would end most runs too early; others go on instead
 PURPOSES = ["update", "update", "update", "pause", "resume"]
-INFO = EngineInfo(
-    replica="r",
-    dp_rank=0,
-    dp_size=1,
-    headless=False,
-    node="n",
-    pid=1,
-    incarnation="1",
-    address="",
-    model="",
-    dtype="float32",
-    device="cpu",
-    vllm_version="",
-    package_version="",
-)
-
-EngineCall = CallPause | CallResume | CallCancelPause | CallCommit
-
-
-class Engine:
-    """One engine: the real participant, and its loop and workers as queues that hypothesis moves on."""
-
-    def __init__(self, version: Version) -> None:
-        self.version: Version = version
-        self.running = True
-        self.participant = Participant(version, frozenset(range(WORKERS)))
-        self.highest_epoch = 0
-        self.calls: collections.deque[EngineCall] = collections.deque()
-        self.outcomes: collections.deque[Callable[[], list[Effect]]] = collections.deque()
-        self.pausing: int | None = None
-        self.orders: list[collections.deque[object]] = [collections.deque() for _ in range(WORKERS)]
-        self.words: collections.deque[WorkerDone] = collections.deque()
-        self.staged: list[str] = [""] * WORKERS
-        self.whole: set[tuple[int, str]] = set()  # what the workers voted for
-        self.answers: dict[Caller, Answer | None] = {}
-        self.tainted = False
-        self.replies: list[tuple[Caller, Answer]] = []
-
-    # The endpoint
-
-    def receive(self, caller: Caller, message: EngineRequest, now: float) -> None:
-        """As ``wire.Server`` and ``Endpoint`` do: a repeated request gets the first answer again."""
-        if caller in self.answers:
-            if (answer := self.answers[caller]) is not None:
-                self.replies.append((caller, answer))
-            return
-        self.answers[caller] = None
-        before = self.state
-        if isinstance(message, Fence):
-            refusal = self.participant.fence(message.epoch)
-            self.carry_out([Reply(caller, refusal or self.status())])
-        else:
-            self.carry_out(self.participant.handle(caller, message, now))
-        if message.epoch < self.highest_epoch:
-            assert self.state == before, f"{message} of a lower epoch than {self.highest_epoch} changed {before}"
-        self.highest_epoch = max(self.highest_epoch, message.epoch)
-
-    def status(self) -> Status:
-        """As ``Endpoint`` tells it."""
-        state = self.participant
-        return Status(
-            engine=INFO,
-            version=state.version,
-            phase="tainted" if state.tainted and state.phase == "idle" else state.phase,
-            flow=state.flow,
-            pause_mode=state.pause_mode,
-            paused_for=state.paused_for,
-            epoch=state.epoch,
-            update=state.update.begin.update if state.update else "",
-            update_version=state.update.begin.version if state.update else None,
-            last_update=state.last_update,
-            requests_running=0,
-            requests_waiting=0,
-            waiting_for_engine=0.0,
-        )
-
-    @property
-    def state(self) -> tuple[object, ...]:
-        p = self.participant
-        return (p.version, p.phase, p.flow, p.epoch, p.update and p.update.begin.update, p.last_update, len(self.calls))
-
-    def carry_out(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Reply():
-                    assert self.answers.get(effect.caller) is None, "answered twice"
-                    self.answers[effect.caller] = effect.answer
-                    self.replies.append((effect.caller, effect.answer))
-                case Order():
-                    for orders in self.orders:
-                        orders.append(effect.message)
-                case _:
-                    self.calls.append(effect)
-
-    # The engine's loop
-
-    def step(self, fails: bool = False) -> None:
-        """Carry out the next call."""
-        participant, call = self.participant, self.calls.popleft()
-        note(f"{call} {'fails' if fails else ''}")
-        match call:
-            case CallPause():
-                if fails:
-                    self.outcomes.append(lambda: participant.pause_done(call.call, "no consent"))
-                else:
-                    self.pausing = call.call
-            case CallResume():
-                if not fails:
-                    assert not self.tainted, "a tainted engine was resumed"
-                    self.pausing, self.running = None, True
-                self.outcomes.append(lambda: participant.resume_done(call.call, "stuck" if fails else ""))
-            case CallCancelPause():
-                pending, self.pausing = self.pausing is not None, None
-                self.running = self.running or pending
-                self.outcomes.append(lambda: participant.cancel_done(call.call, pending))
-            case CallCommit():
-                assert not self.running, "a commit was applied on an engine that runs"
-                assert self.whole == {(rank, call.update) for rank in range(WORKERS)}, f"staged are {self.whole}"
-                self.tainted = fails
-                if not fails:
-                    self.version = call.version
-                self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
-
-    def become_idle(self) -> None:
-        """The pause that was asked for completes."""
-        call, self.pausing = self.pausing, None
-        assert call is not None
-        self.running = False
-        participant = self.participant
-        self.outcomes.append(lambda: participant.pause_done(call, ""))
-
-    def report(self) -> None:
-        self.carry_out(self.outcomes.popleft()())
-
-    # The workers
-
-    def work(self, rank: int, fails: bool = False) -> None:
-        match order := self.orders[rank].popleft():
-            case Begin():
-                self.staged[rank] = order.update
-                self.whole = {entry for entry in self.whole if entry[0] != rank}
-                step = "begin"
-            case Bucket():
-                step = f"bucket {order.index}"
-            case Prepare():
-                step = "prepare"
-            case _:
-                assert isinstance(order, Abort)
-                if self.staged[rank] == order.update:
-                    self.staged[rank] = ""
-                    self.whole.discard((rank, order.update))
-                return
-        if self.staged[rank] == order.update:
-            error = "out of memory" if fails else ""
-            if step == "prepare" and not fails:
-                self.whole.add((rank, order.update))
-            self.words.append(WorkerDone(update=order.update, rank=rank, step=step, error=error))
-
-    def hear_worker(self) -> None:
-        self.carry_out(self.participant.worker_done(self.words.popleft()))
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.calls or self.outcomes or self.words or self.pausing is not None or any(self.orders))
-
-    def go_on(self) -> None:
-        """One step of whatever waits in this process."""
-        if self.outcomes:
-            self.report()
-        elif self.words:
-            self.hear_worker()
-        elif self.calls:
-            self.step()
-        elif self.pausing is not None:
-            self.become_idle()
-        else:
-            for rank, orders in enumerate(self.orders):
-                if orders:
-                    self.work(rank)
-                    return
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,13 +53,6 @@ class Packet:
     caller: Caller
     message: EngineRequest | Answer
     back: bool
-
-
-def brief(message: EngineRequest | Answer) -> str:
-    """A message, for the notes of a failure."""
-    if isinstance(message, Status):
-        return f"Status({message.version}, {message.phase}, {message.flow} {message.paused_for}, {message.update})"
-    return str(message)
 
 
 Answers = dict[str, Answer | None]  # None: no answer in time
@@ -339,7 +136,10 @@ class Client:
 
     def begin(self, statuses: dict[str, Status]) -> dict[str, EngineRequest]:
         self.found = statuses
-        members = {name: Member(self.epoch, running=status.flow == "running") for name, status in statuses.items()}
+        members = {
+            name: Member(self.epoch, running=status.flow == "running" or status.paused_for != "")
+            for name, status in statuses.items()
+        }
         self.coordinator = Coordinator(f"u{next(IDS)}", self.version, members)
         return self.coordinator.begin({name: Disk(path="/") for name in NAMES}, timeout=DEADLINE)
 
@@ -378,7 +178,7 @@ class Transaction(RuleBasedStateMachine):
         self.now = 0.0
         self.epoch = 0
         self.network: list[Packet] = []
-        self.engines = {name: Engine("v0") for name in NAMES}
+        self.engines = {name: Engine(log=note) for name in NAMES}
         self.exempt: set[str] = set()
         self.versions = itertools.count(1)
         self.clients: list[Client] = []
@@ -609,7 +409,7 @@ class Transaction(RuleBasedStateMachine):
             self.go_on(20)
             return
         note(f"{name} crashes")
-        self.engines[name] = Engine("v0")
+        self.engines[name] = Engine(log=note)
         self.network = [packet for packet in self.network if packet.engine != name]
         self.exempt.add(name)
         event("engine crashed")

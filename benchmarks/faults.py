@@ -1,0 +1,36 @@
+"""Faults in the middle of updates: what breaks?
+
+    python -m benchmarks.faults --simulated --rounds 10000 [--engines 3] [--seed 0]   # in memory: see simulated_faults.py
+
+The last line is JSON. Exits with 1 where a promise was broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Faults in the middle of updates.")
+    parser.add_argument("--simulated", action="store_true", help="in memory, with simulated time")
+    parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--engines", type=int, default=3, help="of the simulation")
+    parser.add_argument("--seed", type=int, default=0, help="of the first round; each round has the next")
+    parser.add_argument("--only", default="", help="only faults with this in their name")
+    parser.add_argument("--ignore", action="append", default=[], help='a kind of violation, such as "overrun"')
+    parser.add_argument("--first", action="store_true", help="end at the first violation")
+    parser.add_argument("--trace", action="store_true", help="tell every message of the simulation")
+    options = parser.parse_args()
+
+    from .simulated_faults import simulate
+
+    totals = simulate(options)
+    print(json.dumps(totals))
+    kinds = ("mixed_versions", "hangs", "wrong_tokens", "leftovers", "overruns", "untrue_outcomes", "broken_rules")
+    return int(any(totals[kind] for kind in kinds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

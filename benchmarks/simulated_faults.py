@@ -1,0 +1,356 @@
+"""Rounds of the simulation: an update, a fault in the middle of it, and what must hold during and after.
+
+A round starts from a seed, which decides everything. A trainer updates the engines; at some phase of it the fault
+strikes; a second trainer comes at some time and updates until it succeeds; the fault ends. Then every engine serves the
+second trainer's version, within bounds, and nothing is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from areal_vllm_ext.client.update import UpdateResult
+from areal_vllm_ext.errors import ArealError, UpdateAborted
+
+from .simulation import Call, Clock, Violation, World, require, simulated_time
+
+PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
+# Two leases that run out (10 s each), an engine that registers again (1 s), and a request that waits for its time-out.
+RECOVERY_SECONDS = 40.0
+OVERRUN_SECONDS = 1.0
+
+
+@dataclasses.dataclass
+class Fault:
+    """What happens when it strikes, and what ends it."""
+
+    strike: Callable[[], None]
+    heal: Callable[[], None] = lambda: None
+
+
+def each(calls: Iterable[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
+
+
+Draw = Callable[[World, random.Random], Fault]
+
+
+def shares(name: str, low: float, high: float) -> Draw:
+    """A share of all messages is treated so."""
+
+    def draw(world: World, dice: random.Random) -> Fault:
+        share = dice.uniform(low, high)
+        return Fault(lambda: setattr(world.network, name, share), lambda: setattr(world.network, name, 0.0))
+
+    return draw
+
+
+def trainer_crash(world: World, dice: random.Random) -> Fault:
+    return Fault(world.trainers[0].kill)
+
+
+def trainer_asleep(world: World, dice: random.Random) -> Fault:
+    """Often for longer than its lease."""
+    return Fault(world.trainers[0].sleep, world.trainers[0].wake)
+
+
+def some(world: World, dice: random.Random) -> list[int]:
+    """A few engines, most often one."""
+    count = dice.choice([1, 1, 1, 2, len(world.engines)])
+    return dice.sample(range(len(world.engines)), min(count, len(world.engines)))
+
+
+def engine_crash(world: World, dice: random.Random) -> Fault:
+    ranks = some(world, dice)
+    return Fault(
+        lambda: each(functools.partial(world.crash_engine, rank) for rank in ranks),
+        lambda: each(functools.partial(world.restart_engine, rank) for rank in ranks),
+    )
+
+
+def engine_asleep(world: World, dice: random.Random) -> Fault:
+    engines = [world.engines[rank] for rank in some(world, dice)]
+    return Fault(lambda: each(engine.sleep for engine in engines), lambda: each(engine.wake for engine in engines))
+
+
+def engine_fails(world: World, dice: random.Random) -> Fault:
+    """The next few calls or workers' steps on some engines fail."""
+    ranks, count = some(world, dice), dice.choice([1, 1, 2, 4])
+
+    def fail(count: int) -> None:
+        for rank in ranks:
+            world.engines[rank].failing = count
+
+    return Fault(lambda: fail(count), lambda: fail(0))
+
+
+def directory_crash(world: World, dice: random.Random) -> Fault:
+    return Fault(world.directory.kill, world.start_directory)
+
+
+def head_crash(world: World, dice: random.Random) -> Fault:
+    """The directory lives in engine 0's process."""
+
+    def strike() -> None:
+        world.directory.kill()
+        world.crash_engine(0)
+
+    def heal() -> None:
+        world.start_directory()
+        world.restart_engine(0)
+
+    return Fault(strike, heal)
+
+
+def partition(world: World, dice: random.Random) -> Fault:
+    """Some engines, sometimes the directory too, are not reached by the others."""
+    ranks = some(world, dice)
+    names = {world.engines[rank].name for rank in ranks}
+    if dice.random() < 0.3:
+        names.add("directory")
+    return Fault(lambda: world.network.cut.update(names), world.join_links)
+
+
+def clock_drift(world: World, dice: random.Random) -> Fault:
+    """Every clock runs at a rate of its own, up to a fifth fast or slow."""
+    for process in (*world.engines, world.directory):
+        process.clock = Clock(process.clock.offset, dice.uniform(0.8, 1.25))
+    return trainer_crash(world, dice) if dice.random() < 0.5 else engine_asleep(world, dice)
+
+
+def two_trainers(world: World, dice: random.Random) -> Fault:
+    """Another trainer updates at the same time."""
+    rival = world.trainer()
+    deadline = dice.uniform(2.0, 20.0)
+
+    def strike() -> None:
+        rival.update("v-rival", deadline)
+
+    return Fault(strike)
+
+
+def two_faults(world: World, dice: random.Random) -> Fault:
+    kinds = [draw for draw in KINDS.values() if draw not in (two_faults, clock_drift)]
+    one, other = (draw(world, dice) for draw in dice.sample(kinds, 2))
+
+    def strike() -> None:
+        one.strike()
+        other.strike()
+
+    def heal() -> None:
+        one.heal()
+        other.heal()
+
+    return Fault(strike, heal)
+
+
+KINDS: dict[str, Draw] = {
+    "message lost": shares("lost", 0.02, 0.4),
+    "message late": shares("late", 0.05, 0.5),
+    "message doubled": shares("doubled", 0.1, 0.9),
+    "reordered bursts": shares("bursts", 0.2, 0.9),
+    "trainer crash": trainer_crash,
+    "trainer asleep": trainer_asleep,
+    "engine crash": engine_crash,
+    "engine asleep": engine_asleep,
+    "engine fails": engine_fails,
+    "directory crash": directory_crash,
+    "head crash": head_crash,
+    "partition": partition,
+    "clock drift": clock_drift,
+    "two trainers": two_trainers,
+    "two faults": two_faults,
+}
+
+
+class Round:
+    """One seed's course of events."""
+
+    def __init__(self, kind: str, seed: int, engines: int, trace: bool = False) -> None:
+        self.world = World(engines, seed, trace)
+        self.dice = self.world.dice
+        self.kind = kind
+        self.struck = 0.0
+        self.overrun = 0.0
+        self.recovery = 0.0
+
+    def run(self) -> None:
+        """
+        Raises:
+            Violation: a promise was broken.
+        """
+        world, dice = self.world, self.dice
+        world.run(until=2.0)  # all have registered
+        first = world.trainer()
+        fault = KINDS[self.kind](world, dice)
+        phase, after = dice.choice(PHASES), dice.choice([0.0, 0.003, 0.03]) * dice.random()
+
+        def on_phase(name: str) -> None:
+            if name == phase and not self.struck:
+                self.struck = world.now + after
+                world.log("fault", f"{self.kind} in {after:.4f} s")
+                world.at(self.struck, WORLDS_HAND, fault.strike)
+
+        if dice.random() < 0.1:
+            world.at(world.now, WORLDS_HAND, fault.strike)
+            self.struck = world.now
+        call = first.update("v1", deadline=dice.choice([1.0, 5.0, 20.0]), on_phase=on_phase)
+        world.run(until=world.now + 5.0, done=lambda: bool(self.struck) or call.outcome is not None)
+
+        # The fault lasts for a while. The next trainer comes in the middle of it, or after it.
+        started = self.struck = max(world.now, self.struck) + 1e-6
+        heals = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
+        comes = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
+        world.at(heals, WORLDS_HAND, fault.heal)
+        world.run(until=comes)
+        self.update_until_it_succeeds(max(heals, comes))
+        world.run(until=max(world.now, heals) + 3.0)
+        self.check_end()
+
+    def update_until_it_succeeds(self, healed: float) -> None:
+        world = self.world
+        next_trainer = world.trainer()
+        attempt = 0
+        while True:
+            attempt += 1
+            call = next_trainer.update(f"v2.{attempt}", deadline=self.dice.uniform(5.0, 20.0))
+            self.run_until_ended(call, healed + 2 * RECOVERY_SECONDS)
+            require(call.outcome is not None, "hang", f"the update to {call.version} does not end")
+            if isinstance(call.outcome, UpdateResult) and world.now >= healed and not call.outcome.lost:
+                self.recovery = world.now - healed
+                return
+            require(
+                world.now - healed < RECOVERY_SECONDS,
+                "hang",
+                f"no update succeeds for {RECOVERY_SECONDS} s after the fault; last: {call.outcome}",
+            )
+            world.run(until=world.now + 0.5)
+
+    def run_until_ended(self, call: Call, until: float) -> None:
+        self.world.run(until, done=lambda: call.outcome is not None)
+
+    def check_end(self) -> None:
+        world = self.world
+        calls = [(trainer, call) for trainer in world.trainers for call in trainer.calls]
+        world.run(until=world.now + 60.0, done=lambda: all(c.outcome is not None or not t.alive for t, c in calls))
+        for trainer, call in calls:
+            if trainer.alive:
+                self.check_outcome(call)
+        serving = calls[-1][1].version
+        for rank, process in enumerate(world.engines):
+            engine, p = process.engine, process.engine.participant
+            require(
+                engine.version == p.version, "wrong tokens", f"engine {rank} says {p.version}, has {engine.version}"
+            )
+            require(p.update is None, "leftover", f"engine {rank} still has an update, {p.phase}")
+            require(engine.running, "hang", f"engine {rank} is {p.flow} and nobody will resume it")
+            require(not any(engine.orders), "leftover", f"engine {rank}'s workers have orders left")
+            unanswered = [caller for caller, answer in engine.answers.items() if answer is None]
+            require(not unanswered, "leftover", f"engine {rank} never answered {len(unanswered)} requests")
+        versions = {process.engine.version for process in world.engines}
+        require(
+            len(versions) == 1, "mixed versions", f"at the end engines serve {versions}, the last update was {serving}"
+        )
+        for trainer, call in calls:  # last: a deadline is the least of these promises
+            if trainer.alive and not trainer.slept:  # a process that was stopped keeps no deadline
+                self.check_deadline(call)
+
+    def check_outcome(self, call: Call) -> None:
+        require(call.outcome is not None, "hang", f"the update to {call.version} does not end")
+        switched = self.world.switched.get(call.version, set())
+        if isinstance(call.outcome, UpdateResult):
+            require(switched, "untrue outcome", f"the update to {call.version} succeeded, but nobody switched")
+        elif isinstance(call.outcome, UpdateAborted):
+            require(not switched, "untrue outcome", f"engines {switched} switched, but: {call.outcome}")
+        else:
+            require(isinstance(call.outcome, ArealError), "rule", f"the update ended with {call.outcome!r}")
+
+    def check_deadline(self, call: Call) -> None:
+        self.overrun = max(self.overrun, call.seconds - call.deadline)
+        late = f"the update to {call.version} took {call.seconds:.2f} s of {call.deadline:.2f} s: {call.outcome!r}"
+        require(call.seconds - call.deadline <= OVERRUN_SECONDS, "overrun", late)
+
+
+class _Hand:
+    """Who causes the faults: no process, never dead or asleep."""
+
+    alive, asleep = True, False
+
+    def run(self, callback: Callable[[], object]) -> None:
+        callback()
+
+
+WORLDS_HAND: Any = _Hand()
+
+
+def play(kind: str, seed: int, engines: int, trace: bool = False) -> tuple[Round, Violation | None]:
+    """One round, and what it broke."""
+    one = Round(kind, seed, engines, trace)
+    try:
+        one.run()
+    except Violation as violation:
+        return one, violation
+    finally:
+        for process in (*one.world.trainers, *one.world.engines, one.world.directory):
+            process.kill()
+    return one, None
+
+
+def simulate(options: argparse.Namespace) -> dict[str, object]:
+    """Play rounds; prints each violation and a table, returns the totals."""
+    kinds = [kind for kind in KINDS if not options.only or options.only in kind]
+    rounds: collections.Counter[str] = collections.Counter()
+    broken: collections.Counter[str] = collections.Counter()
+    violations: collections.Counter[str] = collections.Counter()
+    recovery: dict[str, float] = collections.defaultdict(float)
+    overrun, events, started = 0.0, 0, time.perf_counter()
+    with simulated_time():
+        for seed in range(options.seed, options.seed + options.rounds):
+            kind = kinds[seed % len(kinds)]
+            one, violation = play(kind, seed, options.engines, options.trace)
+            rounds[kind] += 1
+            events += one.world.events
+            overrun = max(overrun, one.overrun)
+            recovery[kind] = max(recovery[kind], one.recovery)
+            if one.world.lines:
+                print(*one.world.lines, sep="\n")
+            if violation and violation.kind not in options.ignore:
+                violations[violation.kind] += 1
+                broken[kind] += 1
+                print(f"{kind}, seed {seed}: {violation}\n  again: {replay(options, seed)}", flush=True)
+                if options.first:
+                    break
+    seconds = time.perf_counter() - started
+    print(f"\n{'fault':18s} {'rounds':>7s} {'violations':>11s} {'slowest recovery (simulated s)':>31s}")
+    for kind in kinds:
+        print(f"{kind:18s} {rounds[kind]:7d} {broken[kind]:11d} {recovery[kind]:31.1f}")
+    return {
+        "faults": rounds.total(),
+        "engines": options.engines,
+        "mixed_versions": violations["mixed versions"],
+        "hangs": violations["hang"],
+        "wrong_tokens": violations["wrong tokens"],
+        "leftovers": violations["leftover"],
+        "overruns": violations["overrun"],
+        "untrue_outcomes": violations["untrue outcome"],
+        "broken_rules": violations["rule"],
+        "max_overrun_s": round(overrun, 3),
+        "slowest_recovery_s": round(max(recovery.values()), 1),
+        "events": events,
+        "seconds": round(seconds, 1),
+        "events_per_second": round(events / seconds),
+    }
+
+
+def replay(options: argparse.Namespace, seed: int) -> str:
+    """The command that plays one round again, and tells what happens in it."""
+    only = f" --only {options.only!r}" if options.only else ""
+    return f"python -m benchmarks.faults --simulated --rounds 1 --seed {seed} --engines {options.engines}{only} --trace"
