@@ -59,13 +59,15 @@ class Directory:
         """
         Args:
             started: the clock's reading.
-            settle_seconds: for so long after its start it does not say what the group agreed on: after a restart, whoever
+                settle_seconds: for so long after its start it does not say what the group agreed on: after a restart, whoever
                 knows may not have been heard yet.
         """
         self._started = started
         self._settle_seconds = settle_seconds
         self._engines: dict[tuple[str, int], tuple[EngineInfo, float]] = {}
         self._beats: dict[tuple[str, int], Register] = {}
+        # Who has heard what the group agreed on. Nobody else serves, or is told to do anything.
+        self._joined: set[tuple[str, int]] = set()
         # Processes that were replaced under their name and still beat: two replicas share one name.
         self._usurped: dict[str, tuple[EngineInfo, float]] = {}
         self._epoch = 0
@@ -106,13 +108,30 @@ class Directory:
                 "(AREAL_VLLM_REPLICA)",
             )
         self._engines[key] = (message.engine, now)
+        if known is None or known[0].incarnation != message.engine.incarnation:
+            self._joined.discard(key)
         self._beats[key] = message
         # After a restart of the directory the engines remember the epoch for it.
         self._epoch = max(self._epoch, message.epoch)
-        if now - self._started < self._settle_seconds:
-            return Ack()
+        if key not in self._joined:
+            if not self._knows_what_was_agreed(now):
+                return Ack()
+            self._joined.add(key)
         newest = max(self._beats.values(), key=lambda beat: beat.agreed)
         return Registered(version=newest.version, agreed=newest.agreed)
+
+    def _knows_what_was_agreed(self, now: float) -> bool:
+        """Not just after its start, nor while a client may be changing it, nor before everybody has told of the change."""
+        told_after = self._lease_ends + BEAT_SECONDS if self._lease_ends else 0.0
+        return (
+            now - self._started >= self._settle_seconds
+            and now >= self._lease_ends
+            and all(
+                heard >= told_after or now - heard > LOST_AFTER
+                for key, (_, heard) in self._engines.items()
+                if key in self._joined
+            )
+        )
 
     def _unregister(self, message: Unregister) -> Answer:
         key = (message.engine.replica, message.engine.dp_rank)
@@ -123,6 +142,7 @@ class Directory:
 
     def _forget(self, key: tuple[str, int]) -> None:
         del self._engines[key], self._beats[key]
+        self._joined.discard(key)
 
     def recovery_due(self, now: float) -> bool:
         """Whether no client is there, and has left engines in an update, or paused."""
@@ -132,7 +152,7 @@ class Directory:
         unsettled = any(
             self._beats[key].unsettled
             for key, (_, heard) in self._engines.items()
-            if heard > self._lease_ends and now - heard <= LOST_AFTER
+            if key in self._joined and heard > self._lease_ends and now - heard <= LOST_AFTER
         )
         # What an engine that is not heard yet has done decides what the others must do: it gets the time to be heard.
         return unsettled and (now - self._started > LOST_AFTER or not self._some_rank_missing())
@@ -145,10 +165,12 @@ class Directory:
         for key, (_, heard) in list(self._engines.items()):
             if now - heard > FORGOTTEN_AFTER:
                 self._forget(key)
-        by_rank = [entry for _, entry in sorted(self._engines.items())]
+        by_rank = sorted(self._engines.items())
+        alive = [(key, engine) for key, (engine, heard) in by_rank if now - heard <= LOST_AFTER]
         return Engines(
-            alive=tuple(engine for engine, heard in by_rank if now - heard <= LOST_AFTER),
-            lost=tuple((engine, now - heard) for engine, heard in by_rank if now - heard > LOST_AFTER),
+            alive=tuple(engine for key, engine in alive if key in self._joined),
+            joining=tuple(engine for key, engine in alive if key not in self._joined),
+            lost=tuple((engine, now - heard) for _, (engine, heard) in by_rank if now - heard > LOST_AFTER),
             usurped=tuple(engine for engine, heard in self._usurped.values() if now - heard <= LOST_AFTER),
         )
 

@@ -441,11 +441,12 @@ class Ack(Message):
 
 
 class Engines(Message):
-    """The directory's answer: who is alive; who was, with the seconds since it was last heard; and who lives, but lost
-    its place because another replica uses the same name.
+    """The directory's answer: who is alive; who was, with the seconds since it was last heard; who lives, but lost its place
+    because another replica uses the same name; and who is new and waits to hear what the group has agreed on.
     """
 
     alive: tuple[EngineInfo, ...]
+    joining: tuple[EngineInfo, ...] = ()
     lost: tuple[tuple[EngineInfo, float], ...] = ()
     usurped: tuple[EngineInfo, ...] = ()
 

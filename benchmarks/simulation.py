@@ -149,7 +149,13 @@ class Engine:
         return Status(
             engine=self.info,
             version=state.version,
-            phase="tainted" if state.tainted and state.phase == "idle" else state.phase,
+            phase=state.phase
+            if state.phase != "idle"
+            else "tainted"
+            if state.tainted
+            else "stale"
+            if state.stale
+            else "idle",
             flow=state.flow,
             pause_mode=state.pause_mode,
             paused_for=state.paused_for,
@@ -160,6 +166,8 @@ class Engine:
             requests_running=0,
             requests_waiting=0,
             waiting_for_engine=0.0,
+            agreed=state.agreed,
+            orphaned=state.orphaned,
         )
 
     @property

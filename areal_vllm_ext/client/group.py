@@ -487,18 +487,42 @@ class AsyncEngineGroup:
         """
         ends = time.monotonic() + deadline
         async with self._lock:
-            found = await self._discover(min(deadline, _DISCOVER_SECONDS))
-            missing = describe_missing([answer for _, answer in found], None, self._dropped)
-            if missing and not without_lost:
-                raise EnginesMissing(missing)
-            async with contextlib.AsyncExitStack() as leases:
-                members: dict[str, Member] = {}
-                # In one order for everybody: two clients of the same directories never wait for each other in a ring.
-                for directory, answer in sorted(found, key=lambda entry: entry[0]):
-                    epoch = await leases.enter_async_context(self._lease(directory, ends))
-                    members.update({engine.name: Member(engine, epoch, directory) for engine in answer.alive})
-                all_here = not describe_missing([answer for _, answer in found], None, set())
-                yield await self._take_over(members, ends, all_here=all_here, resume=resume)
+            while True:
+                await self._present(ends, without_lost)
+                async with contextlib.AsyncExitStack() as leases:
+                    # In one order for everybody: two clients of the same directories never wait for each other in a ring.
+                    epochs = {
+                        directory: await leases.enter_async_context(self._lease(directory, ends))
+                        for directory in sorted(self._addresses)
+                    }
+                    # Once more: while the lease is held, nobody joins; whoever has come just before it must do so first.
+                    found = await self._discover(min(max(ends - time.monotonic(), 0.1), _DISCOVER_SECONDS))
+                    problem = describe_missing([answer for _, answer in found], None)
+                    if problem and not without_lost and any(answer.joining for _, answer in found):
+                        continue
+                    members = {
+                        engine.name: Member(engine, epochs[directory], directory)
+                        for directory, answer in found
+                        for engine in answer.alive
+                    }
+                    yield await self._take_over(members, ends, all_here=not problem, resume=resume)
+                    return
+
+    async def _present(self, ends: float, without_lost: bool) -> None:
+        """Wait until engines that have just started have joined, which they do when no client is at work.
+
+        Raises:
+            EnginesMissing: not everybody is there. EngineUnreachable: a directory does not answer.
+        """
+        while True:
+            found = await self._discover(min(max(ends - time.monotonic(), 0.1), _DISCOVER_SECONDS))
+            joining = any(answer.joining for _, answer in found)
+            if without_lost or not joining or time.monotonic() + _POLL_SECONDS > ends:
+                break
+            await asyncio.sleep(_POLL_SECONDS)
+        missing = describe_missing([answer for _, answer in found], None, self._dropped)
+        if missing and not without_lost:
+            raise EnginesMissing(missing)
 
     async def _take_over(
         self, members: dict[str, Member], ends: float, *, all_here: bool, resume: bool
@@ -622,7 +646,10 @@ def describe_missing(
         for answer in answers
         for engine in answer.usurped
     ]
+    joining = [engine for answer in answers for engine in answer.joining]
+    problems += [f"{engine.name} has just started, and joins when no client is at work" for engine in joining]
     gone = {(engine.replica, engine.dp_rank) for engine, _ in lost} | dropped
+    gone |= {(engine.replica, engine.dp_rank) for engine in joining}
     for replica in sorted({engine.replica for engine in alive}):
         ranks = [engine for engine in alive if engine.replica == replica]
         present = {engine.dp_rank for engine in ranks}

@@ -103,9 +103,11 @@ class Controller:
                 f"not every worker of {info.name} reached its control endpoint {self.endpoint.address} in "
                 f"{_ATTACH_SECONDS:.0f} s; do the workers' nodes have the same key file, and reach that address?"
             )
-        # Before the first request: an engine that was restarted must not serve what the others no longer do.
-        if not self.endpoint.wait_registered(_REGISTER_SECONDS):
-            logger.warning("the directory %s does not answer yet; %s serves the weights it has", address, info.name)
+        # Before the first step: an engine that was restarted must not serve what the others no longer do.
+        while not self.endpoint.wait_registered(_REGISTER_SECONDS):
+            logger.warning(
+                "%s waits to join: no answer of the directory %s, or a client is at work", info.name, address
+            )
         logger.info("%s is under control at %s (directory %s)", info.name, self.endpoint.address, address)
 
     def _host_directory(self, address: str, key: security.ClusterKey, settings: Settings, *, alone: bool) -> None:

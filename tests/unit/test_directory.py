@@ -381,3 +381,46 @@ def test_an_engine_that_says_farewell_is_gone_but_not_its_successor() -> None:
     assert seen(directory, 0.0).alive == (successor,)
     assert directory.handle(protocol.Unregister(engine=successor), 0.0) == Ack()
     assert seen(directory, 0.0) == Engines(alive=())
+
+
+def joining(directory: Directory, now: float) -> list[int]:
+    answer = directory.handle(Discover(), now)
+    assert isinstance(answer, Engines)
+    return [info.dp_rank for info in answer.joining]
+
+
+def test_nobody_joins_while_a_client_is_at_work_nor_before_all_have_told_what_it_did() -> None:
+    directory = Directory()
+    told(directory, 0, 1.0)
+    granted(directory, "trainer", 2.0, seconds=10.0)
+    assert told(directory, 1, 3.0) == Ack()
+    assert joining(directory, 3.0) == [1]
+    assert [info.dp_rank for info in seen(directory, 3.0).alive] == [0]
+    told(directory, 0, 3.9)  # before it switched
+    directory.handle(ReleaseLease(epoch=1), 4.0)
+    assert told(directory, 1, 4.1) == Ack(), "rank 0 has not told what it serves since"
+    told(directory, 0, 4.9, version="v1", agreed=1)  # may have been on its way for long
+    assert told(directory, 1, 5.0) == Ack()
+    told(directory, 0, 5.9, version="v1", agreed=1)
+    assert told(directory, 1, 6.0) == Registered(version="v1", agreed=1)
+    assert joining(directory, 6.0) == []
+    granted(directory, "trainer", 7.0)
+    assert isinstance(told(directory, 1, 7.5), Registered), "who has joined stays"
+
+
+def test_one_that_is_lost_holds_nobody_up() -> None:
+    directory = Directory()
+    told(directory, 0, 1.0)
+    granted(directory, "trainer", 2.0)
+    directory.handle(ReleaseLease(epoch=1), 4.0)
+    assert told(directory, 1, 5.9) == Ack()
+    assert isinstance(told(directory, 1, 1.1 + LOST_AFTER), Registered)
+
+
+def test_a_restarted_engine_joins_anew() -> None:
+    directory = Directory()
+    told(directory, 0, 1.0)
+    granted(directory, "trainer", 2.0)
+    successor = msgspec.structs.replace(engine(0), incarnation="2")
+    assert directory.handle(Register(engine=successor, epoch=0), 2.5) == Ack()
+    assert joining(directory, 2.5) == [0]
