@@ -192,7 +192,9 @@ class AsyncUpdate:
             if kind is not None:
                 return
             self._check_given_up(coordinator)
-            await self._ask_lost(coordinator)
+            given_up = await self._ask_lost(coordinator)
+            if not coordinator.committed and given_up == set(self._members):
+                raise UpdateAborted(f"update to version {self._version} was given up: {join(coordinator.lost)}")
             if not coordinator.committed:
                 raise UpdateInDoubt(
                     f"every engine was told to switch to version {self._version} and none answered ({join(coordinator.lost)}); "
@@ -214,16 +216,26 @@ class AsyncUpdate:
                 self._group.drop_sink()
             await self._command.aclose()
 
-    async def _ask_lost(self, coordinator: Coordinator) -> None:
-        """An engine whose answer was lost may have switched all the same, or a successor may have told it to."""
+    async def _ask_lost(self, coordinator: Coordinator) -> set[str]:
+        """An engine whose answer was lost may have switched all the same, or a successor may have told it to.
+
+        Returns:
+            those that have given the update up: a successor told them to.
+        """
+        given_up: set[str] = set()
+        timeout = 1.0 if self._left() > 1.0 else 0.1
 
         async def ask(name: str) -> None:
             with contextlib.suppress(EngineUnreachable, RequestError):
-                status = await self._group.request(self._engines[name].address, protocol.GetStatus(), 0.1)
-                if isinstance(status, protocol.Status) and status.last_update == coordinator.update:
+                status = await self._group.request(self._engines[name].address, protocol.GetStatus(), timeout)
+                assert isinstance(status, protocol.Status)
+                if status.last_update == coordinator.update:
                     coordinator.found_committed(name, running=status.flow == "running")
+                elif status.update != coordinator.update and status.phase != "tainted":
+                    given_up.add(name)
 
         await asyncio.gather(*(ask(name) for name in list(coordinator.lost)))
+        return given_up
 
     # The protocol
 

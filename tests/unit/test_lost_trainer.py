@@ -11,9 +11,10 @@ from raw_client import RawClient
 from simulated_engine import NEVER, Deployment, Shape, deployed
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, PauseFailed, UpdateInDoubt, security
+from areal_vllm_ext import EngineGroup, PauseFailed, UpdateAborted, UpdateInDoubt, security
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.protocol import (
+    Abort,
     Ack,
     AcquireLease,
     Begin,
@@ -229,3 +230,44 @@ def test_the_directory_leaves_engines_alone_that_are_settled(
         time.sleep(2.0)
     assert ready.engines[0].endpoint.participant.epoch == epoch
     assert "was gone" not in caplog.text
+
+
+@pytest.mark.parametrize("committed", [0, 1])
+def test_a_trainer_that_slept_through_its_lease_hears_what_became_of_its_update(
+    ready: Deployment, key_file: Path, raw: Raw, committed: int
+) -> None:
+    """All have paused when it falls asleep. A successor settles; its own commits are refused when it wakes up."""
+
+    def successor_comes(phase: str) -> None:
+        if phase != "commit":
+            return
+        lease = raw(ready.directory).ask(AcquireLease(holder=group._group.holder, seconds=5))
+        assert isinstance(lease, Lease)
+        for number, engine in enumerate(ready.engines.values()):
+            client, update = raw(engine.endpoint.address), engine.endpoint.participant.update
+            assert update is not None
+            if number < committed:
+                client.ask(Commit(epoch=update.begin.epoch, update=update.begin.update))
+            client.ask(Fence(epoch=lease.epoch))
+        for engine in ready.engines.values():
+            client, update = raw(engine.endpoint.address), engine.endpoint.participant.update
+            if update is not None:
+                name = update.begin.update
+                settle = (
+                    Commit(epoch=lease.epoch, update=name)
+                    if committed
+                    else Abort(epoch=lease.epoch, update=name, reason="gone")
+                )
+                client.ask(settle)
+            client.ask(Resume(epoch=lease.epoch, timeout=5))
+
+    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        opened = group.update(1, deadline=10, on_phase=successor_comes)
+        if committed:
+            with opened:
+                opened.send("/nowhere")
+            assert opened.result.lost == {}
+        else:
+            with pytest.raises(UpdateAborted, match="a newer client"), opened:
+                opened.send("/nowhere")
+        assert {engine.version for engine in ready.engines.values()} == {committed}
