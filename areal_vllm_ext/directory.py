@@ -15,6 +15,7 @@ import zmq
 
 from . import __version__, protocol, security, wire
 from .protocol import (
+    EPOCH_JUMP,
     Ack,
     AcquireLease,
     Answer,
@@ -38,6 +39,9 @@ BEAT_SECONDS = 1.0
 # An engine that was not heard for so long is reported as lost, and forgotten after the second time.
 LOST_AFTER = 5.0
 FORGOTTEN_AFTER = 60.0
+# So many engines at most, and as many that lost their place: whatever registers, memory has an end.
+MOST_ENGINES = 4096
+_MAX_MESSAGE_BYTES = 1 << 20
 
 
 class Directory:
@@ -74,9 +78,12 @@ class Directory:
         # The newest incarnation of a rank replaces an older one, whose late beats must not bring it back. A lost one is
         # replaced by any: its successor may run on a node whose clock is behind.
         key = (message.engine.replica, message.engine.dp_rank)
+        if problem := self._absurd(message, key, now):
+            return Error(kind="state", message=problem)
         known = self._engines.get(key)
         if known and known[0].incarnation > message.engine.incarnation and now - known[1] <= LOST_AFTER:
-            self._usurped[message.engine.incarnation] = (message.engine, now)
+            if len(self._usurped) < MOST_ENGINES:
+                self._usurped[message.engine.incarnation] = (message.engine, now)
             return Error(
                 kind="state",
                 message=f"{known[0].name} took the place of {message.engine.name}: give each replica a name of its own "
@@ -87,10 +94,24 @@ class Directory:
         self._epoch = max(self._epoch, message.epoch)
         return Ack()
 
+    def _absurd(self, message: Register, key: tuple[str, int], now: float) -> str:
+        """Why ``message`` cannot be an engine's; empty where it can."""
+        if message.engine.dp_rank >= message.engine.dp_size:
+            return f"{message.engine.name} cannot be one of {message.engine.dp_size}"
+        if message.epoch > self._epoch + EPOCH_JUMP:
+            return f"epoch {message.epoch} is no lease's: it is too far above {self._epoch}, the highest that was seen here"
+        if max(len(self._engines), len(self._usurped)) >= MOST_ENGINES:
+            self._forget(now)
+        if len(self._engines) >= MOST_ENGINES and key not in self._engines:
+            return f"this directory knows {MOST_ENGINES} engines already: use several directories"
+        return ""
+
+    def _forget(self, now: float) -> None:
+        self._engines = {key: entry for key, entry in self._engines.items() if now - entry[1] <= FORGOTTEN_AFTER}
+        self._usurped = {name: entry for name, entry in self._usurped.items() if now - entry[1] <= LOST_AFTER}
+
     def _discover(self, now: float) -> Answer:
-        for key, (_, heard) in list(self._engines.items()):
-            if now - heard > FORGOTTEN_AFTER:
-                del self._engines[key]
+        self._forget(now)
         by_rank = [entry for _, entry in sorted(self._engines.items())]
         return Engines(
             alive=tuple(engine for engine, heard in by_rank if now - heard <= LOST_AFTER),
@@ -99,6 +120,8 @@ class Directory:
         )
 
     def _acquire(self, message: AcquireLease, now: float) -> Answer:
+        if message.above > self._epoch + EPOCH_JUMP:
+            return Error(kind="fenced", epoch=self._epoch, message=f"epoch {message.above} is no lease's")
         if now < self._lease_ends and message.holder != self._holder:
             left = self._lease_ends - now
             return Error(
@@ -142,7 +165,7 @@ class DirectoryServer:
         host: str,
         port: int,
         key: security.ClusterKey,
-        max_message_bytes: int = 16 << 20,
+        max_message_bytes: int = _MAX_MESSAGE_BYTES,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         """Bind now, so that an address in use is an error here and not in a thread."""
@@ -157,8 +180,7 @@ class DirectoryServer:
         try:
             while True:
                 self._server.socket.poll()
-                while (request := self._server.receive()) is not None:
-                    caller, message = request
+                for caller, message in self._server.requests():
                     self._server.answer(caller, self._directory.handle(message, self._clock()))
         except zmq.ContextTerminated:
             self._server.socket.close()

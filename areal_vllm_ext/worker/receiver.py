@@ -15,7 +15,6 @@ import threading
 from time import monotonic
 from typing import Any
 
-import msgspec
 import torch
 import zmq
 
@@ -120,12 +119,13 @@ class Intake:
 class Receiver:
     """The worker's link to its engine."""
 
-    def __init__(self, worker: Any, endpoint: str) -> None:
+    def __init__(self, worker: Any, endpoint: str, token: str) -> None:
         """Connect and attach; the thread runs until the process ends.
 
         Args:
             worker: vLLM's worker.
             endpoint: the engine's control address.
+            token: shows the engine that this is a worker of its own.
         """
         config = worker.vllm_config
         additional = config.additional_config if isinstance(config.additional_config, dict) else {}
@@ -147,8 +147,10 @@ class Receiver:
             self._context,
             endpoint,
             security.key_for(host, settings.key_file),
-            f"worker-{self.rank}-{os.getpid()}".encode(),
+            # Not to be guessed: a peer of the same name would take this one's connection over.
+            os.urandom(16),
         )
+        self._token = token
         self._info = WorkerInfo(
             rank=self.rank,
             node=f"{socket.gethostname()}/{self.own_host}",
@@ -222,7 +224,7 @@ class Receiver:
     # The thread
 
     def _run(self) -> None:
-        self._send(Attach(worker=self._info))
+        self._send(Attach(worker=self._info, token=self._token))
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_read.fileno(), zmq.POLLIN)
@@ -235,7 +237,7 @@ class Receiver:
             if self._socket in ready:
                 try:
                     message = protocol.worker_decoder.decode(self._socket.recv_multipart()[-1])
-                except (msgspec.MsgspecError, UnicodeDecodeError):
+                except protocol.UNREADABLE:
                     logger.exception("areal_vllm_ext: the engine's endpoint sent what this worker cannot read")
                 else:
                     self._handle(message)
@@ -257,6 +259,8 @@ class Receiver:
                 if intake and intake.begin.update == message.update:
                     self._intake = None
                     intake.cancel()
+            case protocol.Error():
+                logger.error("areal_vllm_ext: the engine refuses worker %d: %s", self.rank, message.message)
 
 
 def device_id(device: torch.device) -> str:
