@@ -35,6 +35,8 @@ T = TypeVar("T")
 _LEASE_SECONDS = 10.0
 _DISCOVER_SECONDS = 5.0
 _POLL_SECONDS = 0.2
+# After Ctrl-C, engines get so long to be told.
+_INTERRUPTED_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +192,15 @@ class AsyncEngineGroup:
         """
         ends = time.monotonic() + deadline
         async with self.command(deadline) as targets:
-            failed = await self._ask_all(
-                targets,
-                {
-                    name: protocol.Pause(epoch=target.epoch, mode=mode, kv=kv, timeout=deadline)
-                    for name, target in targets.items()
-                },
-                ends,
-            )
+            requests = {
+                name: protocol.Pause(epoch=target.epoch, mode=mode, kv=kv, timeout=deadline)
+                for name, target in targets.items()
+            }
+            try:
+                failed = await self._ask_all(targets, requests, ends)
+            except asyncio.CancelledError:
+                await self._ask_all(targets, resume_all(targets, 1.0), time.monotonic() + 0.8)
+                raise
             if failed:
                 await self._ask_all(targets, resume_all(targets, 1.0), time.monotonic() + 0.8)
                 raise PauseFailed(f"pause was taken back after {deadline:.1f} s: {join(failed)}")
@@ -543,15 +546,26 @@ class EngineGroup:
             self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` on the group's loop and wait for it; an interrupt (Ctrl-C) cancels it and waits for its clean-up."""
+        """Run ``work`` on the group's loop and wait for it. An interrupt (Ctrl-C) cancels it and waits up to 2 s for its
+        clean-up; another ends the wait.
+        """
         if not self._thread.is_alive():
             work.close()
             raise ArealError("this group is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        finished = threading.Event()
+
+        async def run_to_the_end() -> T:
+            try:
+                return await work
+            finally:
+                finished.set()
+
+        future = asyncio.run_coroutine_threadsafe(run_to_the_end(), self._loop)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
+            finished.wait(_INTERRUPTED_SECONDS)
             raise
 
     def __enter__(self) -> EngineGroup:

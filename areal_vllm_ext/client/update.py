@@ -216,12 +216,24 @@ class AsyncUpdate:
             raise UpdateAborted(f"update to version {self._version} was given up: {self._coordinator.reason}")
 
     async def _drive(self, requests: dict[str, EngineRequest]) -> None:
-        """Send ``requests`` and what the coordinator answers to their outcome, until it waits for no engine."""
+        """Send ``requests`` and what the coordinator answers to their outcome, until it waits for no engine.
+
+        Cancelled, it goes on to the next state in which no engine waits for anybody: back to the old weights as long as that
+        is possible, else on to the new ones. Cancelled again, it ends at once.
+        """
         coordinator = self._coordinator
         assert coordinator is not None
         tasks = self._launch(requests)
+        cancelled: asyncio.CancelledError | None = None
         while tasks:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            except asyncio.CancelledError as first:
+                if cancelled:
+                    raise
+                cancelled = first
+                tasks = self._take_back(coordinator, tasks)
+                continue
             for task in done:
                 if (name := tasks.pop(task, None)) is None:
                     continue  # of a phase that an answer before it has ended
@@ -242,6 +254,18 @@ class AsyncUpdate:
                         late.cancel()
                     tasks.clear()
                 tasks.update(self._launch(more))
+        if cancelled:
+            raise cancelled
+
+    def _take_back(
+        self, coordinator: Coordinator, tasks: dict[asyncio.Task[Answer], str]
+    ) -> dict[asyncio.Task[Answer], str]:
+        """The requests to wait for after an interrupt, instead of ``tasks``."""
+        if coordinator.phase not in ("begin", "prepare", "pause"):
+            return tasks
+        for task in tasks:
+            task.cancel()
+        return self._launch(coordinator.give_up("the trainer was interrupted"))
 
     def _launch(self, requests: dict[str, EngineRequest]) -> dict[asyncio.Task[Answer], str]:
         """Send the requests of the coordinator's phase, all at once."""

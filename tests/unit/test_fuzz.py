@@ -20,9 +20,9 @@ from areal_vllm_ext import EngineGroup, protocol, security
 
 HERE = Path(__file__).parent
 FRAMES = 100_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 20_000
-WARM_UP = 4_000
+WARM_UP = FRAMES // 5
 # The allocator's noise; what is kept of each frame would be more.
-MORE_MEMORY = 24 << 20
+MORE_MEMORY = 32 << 20
 LONGEST_WAIT = 3.0
 
 
