@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import peers
 import pytest
 from raw_client import RawClient
 from simulated_engine import NEVER, Deployment
@@ -19,43 +22,38 @@ from areal_vllm_ext.protocol import AcquireLease, GetStatus, Lease, Status
 
 Raw = Callable[..., RawClient]
 
-TRAINER = """
-import sys
-from areal_vllm_ext import EngineGroup
-directory, key_file, checkpoint, what = sys.argv[1:]
-with EngineGroup.connect(directory, key_file=key_file) as group:
-    if what == "pause":
-        print("pausing", flush=True)
-        group.pause(deadline=60)
-    with group.update("new", deadline=60, on_phase=lambda phase: print(phase, flush=True)) as update:
-        update.send(checkpoint)
-"""
+
+@dataclasses.dataclass
+class Trainer:
+    """A client in a process of its own."""
+
+    process: BaseProcess
+    connection: Connection
+
+    def wait_for(self, phase: str) -> None:
+        while self.connection.poll(20):
+            if self.connection.recv() == phase:
+                return
+        raise AssertionError(f"the trainer did not come to {phase}")
+
+    def interrupt(self) -> None:
+        assert self.process.pid
+        os.kill(self.process.pid, signal.SIGINT)
+
+    def seconds_to_the_end(self) -> float:
+        started = time.monotonic()
+        self.process.join(30)
+        assert self.process.exitcode == 1, "KeyboardInterrupt did not come out"
+        return time.monotonic() - started
 
 
 @contextlib.contextmanager
-def trainer(deployment: Deployment, key_file: Path, what: str = "update") -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", TRAINER, deployment.directory, str(key_file), "/checkpoint", what]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def trainer(deployment: Deployment, key_file: Path, what: str = "update") -> Iterator[Trainer]:
+    process, connection = peers.start(peers.command, deployment.directory, str(key_file), what)
     try:
-        yield process
+        yield Trainer(process, connection)
     finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(process: subprocess.Popen[str], phase: str) -> None:
-    assert process.stdout is not None
-    said = next((line for line in process.stdout if line.strip() == phase), "")
-    assert said, process.communicate()[1]
-
-
-def interrupt(process: subprocess.Popen[str]) -> float:
-    """Seconds from Ctrl-C to the end."""
-    process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    _, complaints = process.communicate(timeout=30)
-    assert "KeyboardInterrupt" in complaints
-    return time.monotonic() - started
+        peers.end(process, connection)
 
 
 def state(deployment: Deployment, raw: Raw) -> set[tuple[object, str, str]]:
@@ -75,10 +73,11 @@ def test_before_the_first_commit_every_engine_keeps_its_weights_and_runs(
     deployment: Deployment, key_file: Path, raw: Raw, phase: str
 ) -> None:
     deployment.engines[1].seconds[phase] = NEVER
-    with trainer(deployment, key_file) as process:
-        wait_for(process, phase)
+    with trainer(deployment, key_file) as one:
+        one.wait_for(phase)
         eventually(lambda: phase != "pause" or not deployment.engines[0].running)
-        assert interrupt(process) < 5.0
+        one.interrupt()
+        assert one.seconds_to_the_end() < 5.0
     assert state(deployment, raw) == {(0, "idle", "running")}
     assert_lease_is_free(deployment, raw)
 
@@ -87,19 +86,21 @@ def test_from_the_first_commit_on_every_engine_goes_to_the_new_weights_and_runs(
     deployment: Deployment, key_file: Path, raw: Raw
 ) -> None:
     deployment.engines[1].seconds["commit"] = 0.5
-    with trainer(deployment, key_file) as process:
-        wait_for(process, "commit")
-        assert interrupt(process) < 5.0
+    with trainer(deployment, key_file) as one:
+        one.wait_for("commit")
+        one.interrupt()
+        assert one.seconds_to_the_end() < 5.0
     assert state(deployment, raw) == {("new", "idle", "running")}
     assert_lease_is_free(deployment, raw)
 
 
 def test_a_pause_is_taken_back(deployment: Deployment, key_file: Path, raw: Raw) -> None:
     deployment.engines[1].seconds["pause"] = NEVER
-    with trainer(deployment, key_file, "pause") as process:
-        wait_for(process, "pausing")
+    with trainer(deployment, key_file, "pause") as one:
+        one.wait_for("pausing")
         eventually(lambda: deployment.engines[0].calls and deployment.engines[1].calls)
-        assert interrupt(process) < 5.0
+        one.interrupt()
+        assert one.seconds_to_the_end() < 5.0
     assert state(deployment, raw) == {(0, "idle", "running")}
     assert_lease_is_free(deployment, raw)
 
@@ -110,13 +111,14 @@ def test_an_engine_that_does_not_answer_is_waited_for_two_seconds_or_until_the_s
 ) -> None:
     engine = deployment.engines[1]
     engine.seconds["pause"] = engine.seconds["resume"] = engine.seconds["cancel"] = NEVER
-    with trainer(deployment, key_file) as process:
-        wait_for(process, "pause")
+    with trainer(deployment, key_file) as one:
+        one.wait_for("pause")
         eventually(lambda: engine.calls)
         started = time.monotonic()
         if times == 2:
-            process.send_signal(signal.SIGINT)
-            wait_for(process, "abort")
+            one.interrupt()
+            one.wait_for("abort")
             time.sleep(0.2)
-        interrupt(process)
+        one.interrupt()
+        one.seconds_to_the_end()
         assert (time.monotonic() - started >= 1.9) == (times == 1)

@@ -261,12 +261,13 @@ def test_a_noisy_peer_pushes_out_its_own_answers_only(server: wire.Server[protoc
 def test_peers_without_number_are_forgotten_the_longest_silent_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "_KEPT_BYTES", 100_000)
     answers = wire.Answers()
+    answers[wire.Caller(b"trainer", b"first")] = b"kept"
     for number in range(10_000):
         answers[wire.Caller(b"trainer", bytes(16))] = b"x" * 1000
         answers[wire.Caller(number.to_bytes(16, "big"), bytes(16))] = b"y" * 1000
     assert answers.nbytes <= 100_000
     assert 20 < len(answers) < 100
-    assert wire.Caller(b"trainer", bytes(16)) in answers
+    assert wire.Caller(b"trainer", b"first") in answers, "it was never silent"
     for caller in [wire.Caller(peer, one) for peer, kept in answers._peers.items() for one in kept]:
         del answers[caller]
     assert (answers.nbytes, len(answers)) == (0, 0)
