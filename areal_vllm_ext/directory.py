@@ -101,17 +101,17 @@ class Directory:
         if message.epoch > self._epoch + EPOCH_JUMP:
             return f"epoch {message.epoch} is no lease's: it is too far above {self._epoch}, the highest that was seen here"
         if max(len(self._engines), len(self._usurped)) >= MOST_ENGINES:
-            self._forget(now)
+            self._prune(now)
         if len(self._engines) >= MOST_ENGINES and key not in self._engines:
             return f"this directory knows {MOST_ENGINES} engines already: use several directories"
         return ""
 
-    def _forget(self, now: float) -> None:
+    def _prune(self, now: float) -> None:
         self._engines = {key: entry for key, entry in self._engines.items() if now - entry[1] <= FORGOTTEN_AFTER}
         self._usurped = {name: entry for name, entry in self._usurped.items() if now - entry[1] <= LOST_AFTER}
 
     def _discover(self, now: float) -> Answer:
-        self._forget(now)
+        self._prune(now)
         by_rank = [entry for _, entry in sorted(self._engines.items())]
         return Engines(
             alive=tuple(engine for engine, heard in by_rank if now - heard <= LOST_AFTER),
