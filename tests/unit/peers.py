@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 import time
 from concurrent.futures import Future
@@ -56,6 +57,7 @@ def join(transfer: Broadcast, rank: int, timeout: float) -> BroadcastSource:
 
 def command(connection: Connection, directory: str, key_file: str, what: str) -> None:
     """A trainer that pauses or updates all engines, and tells each phase before it begins."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background of a shell ignore it
     with EngineGroup.connect(directory, key_file=key_file) as group:
         if what == "pause":
             connection.send("pausing")
