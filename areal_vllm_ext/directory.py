@@ -19,6 +19,7 @@ import zmq
 
 from . import __version__, protocol, security, wire
 from .protocol import (
+    EPOCH_JUMP,
     Ack,
     AcquireLease,
     Answer,
@@ -50,6 +51,9 @@ LOST_AFTER = 5.0
 FORGOTTEN_AFTER = 60.0
 # A directory that has just started hears from every engine that lives within this.
 SETTLE_SECONDS = 2.5
+# So many engines at most, and as many that lost their place: whatever registers, memory has an end.
+MOST_ENGINES = 4096
+_MAX_MESSAGE_BYTES = 1 << 20
 
 
 class Directory:
@@ -66,6 +70,7 @@ class Directory:
         self._settle_seconds = settle_seconds
         self._engines: dict[tuple[str, int], tuple[EngineInfo, float]] = {}
         self._beats: dict[tuple[str, int], Register] = {}
+        self._newest: Register | None = None
         # Who has heard what the group agreed on. Nobody else serves, or is told to do anything.
         self._joined: set[tuple[str, int]] = set()
         # Processes that were replaced under their name and still beat: two replicas share one name.
@@ -99,9 +104,12 @@ class Directory:
         # The newest incarnation of a rank replaces an older one, whose late beats must not bring it back. A lost one is
         # replaced by any: its successor may run on a node whose clock is behind.
         key = (message.engine.replica, message.engine.dp_rank)
+        if problem := self._absurd(message, key, now):
+            return Error(kind="state", message=problem)
         known = self._engines.get(key)
         if known and known[0].incarnation > message.engine.incarnation and now - known[1] <= LOST_AFTER:
-            self._usurped[message.engine.incarnation] = (message.engine, now)
+            if len(self._usurped) < MOST_ENGINES:
+                self._usurped[message.engine.incarnation] = (message.engine, now)
             return Error(
                 kind="state",
                 message=f"{known[0].name} took the place of {message.engine.name}: give each replica a name of its own "
@@ -110,15 +118,17 @@ class Directory:
         self._engines[key] = (message.engine, now)
         if known is None or known[0].incarnation != message.engine.incarnation:
             self._joined.discard(key)
+        before = self._beats.get(key)
         self._beats[key] = message
+        self._find_newest(before, message)
         # After a restart of the directory the engines remember the epoch for it.
         self._epoch = max(self._epoch, message.epoch)
         if key not in self._joined:
             if not self._knows_what_was_agreed(now):
                 return Ack()
             self._joined.add(key)
-        newest = max(self._beats.values(), key=lambda beat: beat.agreed)
-        return Registered(version=newest.version, agreed=newest.agreed)
+        assert self._newest is not None
+        return Registered(version=self._newest.version, agreed=self._newest.agreed)
 
     def _knows_what_was_agreed(self, now: float) -> bool:
         """Not just after its start, nor while a client may be changing it, nor before everybody has told of the change."""
@@ -141,8 +151,16 @@ class Directory:
         return Ack()
 
     def _forget(self, key: tuple[str, int]) -> None:
-        del self._engines[key], self._beats[key]
+        del self._engines[key]
         self._joined.discard(key)
+        self._find_newest(self._beats.pop(key), None)
+
+    def _find_newest(self, before: Register | None, message: Register | None) -> None:
+        """Keep the beat with the highest ``agreed``; an engine's last one, ``before``, was replaced by ``message``."""
+        if message and (self._newest is None or message.agreed >= self._newest.agreed):
+            self._newest = message
+        elif before is self._newest:
+            self._newest = max(self._beats.values(), key=lambda beat: beat.agreed, default=None)
 
     def recovery_due(self, now: float) -> bool:
         """Whether no client is there, and has left engines in an update, or paused."""
@@ -161,10 +179,26 @@ class Directory:
         sizes = {replica: engine.dp_size for (replica, _), (engine, _) in self._engines.items()}
         return any((replica, rank) not in self._engines for replica, size in sizes.items() for rank in range(size))
 
-    def _discover(self, now: float) -> Answer:
+    def _absurd(self, message: Register, key: tuple[str, int], now: float) -> str:
+        """Why ``message`` cannot be an engine's; empty where it can."""
+        if message.engine.dp_rank >= message.engine.dp_size:
+            return f"{message.engine.name} cannot be one of {message.engine.dp_size}"
+        if max(message.epoch, message.agreed) > self._epoch + EPOCH_JUMP:
+            return f"epoch {message.epoch} is no lease's: it is too far above {self._epoch}, the highest that was seen here"
+        if max(len(self._engines), len(self._usurped)) >= MOST_ENGINES:
+            self._prune(now)
+        if len(self._engines) >= MOST_ENGINES and key not in self._engines:
+            return f"this directory knows {MOST_ENGINES} engines already: use several directories"
+        return ""
+
+    def _prune(self, now: float) -> None:
         for key, (_, heard) in list(self._engines.items()):
             if now - heard > FORGOTTEN_AFTER:
                 self._forget(key)
+        self._usurped = {name: entry for name, entry in self._usurped.items() if now - entry[1] <= LOST_AFTER}
+
+    def _discover(self, now: float) -> Answer:
+        self._prune(now)
         by_rank = sorted(self._engines.items())
         alive = [(key, engine) for key, (engine, heard) in by_rank if now - heard <= LOST_AFTER]
         return Engines(
@@ -175,6 +209,8 @@ class Directory:
         )
 
     def _acquire(self, message: AcquireLease, now: float) -> Answer:
+        if message.above > self._epoch + EPOCH_JUMP:
+            return Error(kind="fenced", epoch=self._epoch, message=f"epoch {message.above} is no lease's")
         if now < self._lease_ends and message.holder != self._holder:
             left = self._lease_ends - now
             return Error(
@@ -218,7 +254,7 @@ class DirectoryServer:
         host: str,
         port: int,
         key: security.ClusterKey,
-        max_message_bytes: int = 16 << 20,
+        max_message_bytes: int = _MAX_MESSAGE_BYTES,
         clock: Callable[[], float] = monotonic,
         *,
         settle_seconds: float = 0.0,
@@ -250,8 +286,7 @@ class DirectoryServer:
         try:
             while True:
                 self._server.socket.poll(_LOOK_MILLISECONDS)
-                while (request := self._server.receive()) is not None:
-                    caller, message = request
+                for caller, message in self._server.requests():
                     self._server.answer(caller, self._directory.handle(message, self._clock()))
                 if not (self._recovery and self._recovery.is_alive()) and self._directory.recovery_due(self._clock()):
                     self._recovery = threading.Thread(target=self._recover, name="areal-recovery", daemon=True)

@@ -14,9 +14,13 @@ import msgspec
 PROTOCOL_VERSION = 2
 REQUEST_ID_BYTES = 16
 
-Version = int | str
-# Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever.
-Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+# Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever, no name without end.
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+# Epochs are counted up: one so far above all that were seen is no lease's, and would leave no room for later ones.
+EPOCH_JUMP = 2**32
+Rank = Annotated[int, msgspec.Meta(ge=0, le=2**16)]
+Name = Annotated[str, msgspec.Meta(max_length=4096)]
+Version = int | Name
 Seconds = Annotated[float, msgspec.Meta(ge=-1e7, le=1e7)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0, le=300)]
 PauseMode = Literal["abort", "wait", "keep"]
@@ -42,35 +46,39 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of what messages carry."""
 
 
+# What a message that cannot be read raises in ``decode``.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
 # What messages carry
 
 
 class WorkerInfo(Part):
     """One device process (a TP/PP rank) of an engine."""
 
-    rank: int
-    node: str
+    rank: Rank
+    node: Name
     pid: int
-    device: str
-    device_id: str
+    device: Name
+    device_id: Name
 
 
 class EngineInfo(Part):
     """One EngineCore: a DP rank of a replica. ``incarnation`` is new each time that the process starts."""
 
-    replica: str
-    dp_rank: int
-    dp_size: int
+    replica: Name
+    dp_rank: Rank
+    dp_size: Rank
     headless: bool
-    node: str
+    node: Name
     pid: int
-    incarnation: str
-    address: str
-    model: str
-    dtype: str
-    device: str
-    vllm_version: str
-    package_version: str
+    incarnation: Name
+    address: Name
+    model: Name
+    dtype: Name
+    device: Name
+    vllm_version: Name
+    package_version: Name
     workers: tuple[WorkerInfo, ...] = ()
 
     @property
@@ -167,9 +175,9 @@ class Staging(Part):
     """
 
     kind: StagingKind = "auto"
-    nbytes: Annotated[int, msgspec.Meta(ge=0)] = 0
-    on_device: Annotated[int, msgspec.Meta(ge=1)] = 1
-    on_host: Annotated[int, msgspec.Meta(ge=1)] = 1
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+    on_device: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
+    on_host: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
 
 
 # Requests to an engine
@@ -306,9 +314,10 @@ EngineRequest = (
 
 
 class Attach(Message):
-    """A worker's first word to its engine."""
+    """A worker's first word to its engine. ``token`` is what the engine told its own workers through ``areal_attach``."""
 
     worker: WorkerInfo
+    token: str
 
 
 class WorkerDone(Message):
@@ -367,7 +376,7 @@ class Discover(Message):
 
 
 class AcquireLease(Message):
-    holder: str
+    holder: Name
     seconds: LeaseSeconds
     above: Epoch = 0
 

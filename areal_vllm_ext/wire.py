@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import time
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -10,13 +12,21 @@ import zmq
 
 from . import security
 from .errors import SettingsError
-from .protocol import REQUEST_ID_BYTES, Answer, Error, Message, encoder
+from .protocol import REQUEST_ID_BYTES, UNREADABLE, Answer, Error, Message, encoder
 
 T = TypeVar("T")
 
-# A caller repeats a request whose answer it has not seen, under the same id: so many answers are kept for that.
-_KEPT_ANSWERS = 4096
+# A caller repeats a request whose answer it has not seen, under the same id. So many answers are kept for that, of each
+# peer, and so many bytes of all peers together, ids included.
+_KEPT_ANSWERS = 64
 _LONGEST_KEPT_ANSWER = 16 << 10
+_KEPT_BYTES = 64 << 20
+# So many messages are read in a round, and then there is a rest: a flood waits in its senders' queues, whoever shares the
+# thread gets its turn, and the engine its interpreter.
+_ROUND = 32
+_REST_SECONDS = 0.002
+# Messages that wait for one peer, or from it. Each may be as long as messages may be.
+_QUEUE = 64
 # What encryption adds to a frame.
 _CURVE_OVERHEAD = 33
 
@@ -26,6 +36,48 @@ class Caller(msgspec.Struct, frozen=True):
 
     peer: bytes
     request_id: bytes
+
+
+class Answers:
+    """What callers were answered; None while a request is under way. A noisy peer pushes out its own answers only."""
+
+    def __init__(self) -> None:
+        # Peers by when they were last heard, and of each its requests, oldest first.
+        self._peers: collections.OrderedDict[bytes, collections.OrderedDict[bytes, bytes | None]] = (
+            collections.OrderedDict()
+        )
+        self.nbytes = 0
+
+    def __contains__(self, caller: Caller) -> bool:
+        return caller.request_id in self._peers.get(caller.peer, ())
+
+    def __getitem__(self, caller: Caller) -> bytes | None:
+        return self._peers[caller.peer][caller.request_id]
+
+    def __setitem__(self, caller: Caller, answer: bytes | None) -> None:
+        del self[caller]
+        kept = self._peers.setdefault(caller.peer, collections.OrderedDict())
+        self._peers.move_to_end(caller.peer)
+        kept[caller.request_id] = answer
+        self.nbytes += _size(caller.peer, answer)
+        if len(kept) > _KEPT_ANSWERS:
+            self.nbytes -= _size(caller.peer, kept.popitem(last=False)[1])
+        while self.nbytes > _KEPT_BYTES:
+            peer, forgotten = self._peers.popitem(last=False)
+            self.nbytes -= sum(_size(peer, one) for one in forgotten.values())
+
+    def __delitem__(self, caller: Caller) -> None:
+        kept = self._peers.get(caller.peer)
+        if kept and caller.request_id in kept:
+            self.nbytes -= _size(caller.peer, kept.pop(caller.request_id))
+
+    def __len__(self) -> int:
+        return sum(len(kept) for kept in self._peers.values())
+
+
+def _size(peer: bytes, answer: bytes | None) -> int:
+    """What an entry takes, with its id and its places in the dictionaries."""
+    return 512 + len(peer) + len(answer or b"")
 
 
 class Server(Generic[T]):
@@ -46,9 +98,10 @@ class Server(Generic[T]):
             SettingsError: where the address is in use or not of this machine.
         """
         self._decoder = decoder
-        self._answers: collections.OrderedDict[Caller, bytes | None] = collections.OrderedDict()
+        self._answers = Answers()
         self.socket = context.socket(zmq.ROUTER)
         self.socket.linger = 0
+        self.socket.rcvhwm = self.socket.sndhwm = _QUEUE
         self.socket.ipv6 = ":" in host
         # A peer that comes back after a cut link takes its own routing id over from its dead connection.
         self.socket.router_handover = True
@@ -66,50 +119,58 @@ class Server(Generic[T]):
         bound_port = bytes(self.socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rpartition(":")[2].rstrip("\0")
         self.address = f"tcp://{bracketed}:{bound_port}"
 
-    def receive(self) -> tuple[Caller, T] | None:
-        """The next new request, or None where none is waiting. Bad and repeated frames are dealt with here."""
-        while True:
+    def requests(self) -> Iterator[tuple[Caller, T]]:
+        """The new requests among the messages that wait now. Bad and repeated ones are dealt with here."""
+        for _ in range(_ROUND):
             try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._receive()
             except zmq.Again:
-                return None
-            if len(frames) != 3 or len(frames[1]) != REQUEST_ID_BYTES:
-                caller = Caller(frames[0], bytes(REQUEST_ID_BYTES))
-                self._send(
-                    caller, encoder.encode(Error(kind="malformed", message="frames must be [request id, msgpack]"))
-                )
+                return
+            caller = Caller(frames[0], frames[1] if len(frames) == 3 else b"")
+            if len(caller.request_id) != REQUEST_ID_BYTES:
+                self._refuse(Caller(caller.peer, bytes(REQUEST_ID_BYTES)), "frames must be [request id, msgpack]")
                 continue
-            caller = Caller(frames[0], frames[1])
             if caller in self._answers:
                 if (answer := self._answers[caller]) is not None:
                     self._send(caller, answer)
                 continue
             try:
                 message = self._decoder.decode(frames[2])
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                self._send(caller, encoder.encode(Error(kind="malformed", message=str(error))))
+            except UNREADABLE as error:
+                self._refuse(caller, str(error))
                 continue
-            self._remember(caller, None)
-            return caller, message
+            self._answers[caller] = None
+            yield caller, message
+        time.sleep(_REST_SECONDS)
+
+    def _receive(self) -> list[bytes]:
+        """The frames of the next message; of one with too many, the first.
+
+        Raises:
+            zmq.Again: where none waits.
+        """
+        frames = [self.socket.recv(zmq.NOBLOCK)]
+        while self.socket.rcvmore:
+            frame = self.socket.recv()
+            if len(frames) <= 3:
+                frames.append(frame)
+        return frames
+
+    def _refuse(self, caller: Caller, problem: str) -> None:
+        self._send(caller, encoder.encode(Error(kind="malformed", message=problem)))
 
     def answer(self, caller: Caller, message: Answer) -> None:
         """Send the answer to a request, and keep it for a repetition."""
         encoded = encoder.encode(message)
         if len(encoded) <= _LONGEST_KEPT_ANSWER:
-            self._remember(caller, encoded)
+            self._answers[caller] = encoded
         else:  # only questions have long answers, and a question may be asked again
-            self._answers.pop(caller, None)
+            del self._answers[caller]
         self._send(caller, encoded)
 
     def tell(self, peer: bytes, message: Message) -> None:
         """Send ``message``, which answers nothing, to a connected peer."""
         self._send(Caller(peer, bytes(REQUEST_ID_BYTES)), encoder.encode(message))
-
-    def _remember(self, caller: Caller, answer: bytes | None) -> None:
-        self._answers[caller] = answer
-        self._answers.move_to_end(caller)
-        while len(self._answers) > _KEPT_ANSWERS:
-            self._answers.popitem(last=False)
 
     def _send(self, caller: Caller, payload: bytes) -> None:
         try:

@@ -10,7 +10,6 @@ import time
 import uuid
 from typing import TYPE_CHECKING
 
-import msgspec
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
@@ -136,7 +135,7 @@ class Connection:
                 continue
             try:
                 answer.set_result(protocol.answer_decoder.decode(frames[2]))
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except protocol.UNREADABLE as error:
                 answer.set_result(protocol.Error(kind="malformed", message=f"the answer cannot be read: {error}"))
 
     async def _watch(self) -> None:

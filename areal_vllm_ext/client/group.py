@@ -14,6 +14,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
 from .. import protocol, security
 from ..checkpoint import contents
 from ..config import Settings, split_address
@@ -52,6 +54,8 @@ _DISCOVER_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 # For what is still said after a deadline: less than a second in all.
 _GRACE_SECONDS = 0.5
+# After Ctrl-C, engines get so long to be told.
+_INTERRUPTED_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,20 +248,20 @@ class AsyncEngineGroup:
         ends = time.monotonic() + deadline
         async with self.command(deadline) as targets:
             self._keep_paused([target.engine.address for target in targets.values()], lease)
-            failed = await self._ask_all(
-                targets,
-                {
-                    name: protocol.Pause(
-                        epoch=target.epoch, mode=mode, kv=kv, timeout=deadline, holder=self.holder, lease=lease or 0.0
-                    )
-                    for name, target in targets.items()
-                },
-                ends,
-            )
+            pause = protocol.Pause(epoch=0, mode=mode, kv=kv, timeout=deadline, holder=self.holder, lease=lease or 0.0)
+            requests = {name: msgspec.structs.replace(pause, epoch=target.epoch) for name, target in targets.items()}
+            try:
+                failed = await self._ask_all(targets, requests, ends)
+            except asyncio.CancelledError:
+                await self._take_pause_back(targets)
+                raise
             if failed:
-                self._keep_paused([], None)
-                await self._ask_all(targets, resume_all(targets, 1.0), time.monotonic() + _GRACE_SECONDS)
+                await self._take_pause_back(targets)
                 raise PauseFailed(f"pause was taken back after {deadline:.1f} s: {join(failed)}")
+
+    async def _take_pause_back(self, targets: Mapping[str, Target]) -> None:
+        self._keep_paused([], None)
+        await self._ask_all(targets, resume_all(targets, 1.0), time.monotonic() + _GRACE_SECONDS)
 
     def _keep_paused(self, addresses: list[str], lease: float | None) -> None:
         """Say every now and then that whoever paused these engines is alive; ends what was said so far."""
@@ -752,15 +756,26 @@ class EngineGroup:
             self._loop.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` on the group's loop and wait for it; an interrupt (Ctrl-C) cancels it and waits for its clean-up."""
+        """Run ``work`` on the group's loop and wait for it. An interrupt (Ctrl-C) cancels it and waits up to 2 s for its
+        clean-up; another ends the wait.
+        """
         if not self._thread.is_alive():
             work.close()
             raise ArealError("this group is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        finished = threading.Event()
+
+        async def run_to_the_end() -> T:
+            try:
+                return await work
+            finally:
+                finished.set()
+
+        future = asyncio.run_coroutine_threadsafe(run_to_the_end(), self._loop)
         try:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
+            finished.wait(_INTERRUPTED_SECONDS)
             raise
 
     def __enter__(self) -> EngineGroup:

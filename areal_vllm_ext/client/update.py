@@ -307,13 +307,25 @@ class AsyncUpdate:
         }
 
     async def _drive(self, requests: dict[str, EngineRequest]) -> None:
-        """Send ``requests`` and what the coordinator answers to their outcome, until it waits for no engine."""
+        """Send ``requests`` and what the coordinator answers to their outcome, until it waits for no engine.
+
+        Cancelled, it goes on to the next state in which no engine waits for anybody: back to the old weights as long as that
+        is possible, else on to the new ones. Cancelled again, it ends at once.
+        """
         coordinator = self._coordinator
         assert coordinator is not None
         finished: asyncio.Queue[asyncio.Task[Answer]] = asyncio.Queue()
         tasks = self._launch(requests, finished)
+        cancelled: asyncio.CancelledError | None = None
         while tasks:
-            task = await finished.get()
+            try:
+                task = await finished.get()
+            except asyncio.CancelledError as first:
+                if cancelled:
+                    raise
+                cancelled = first
+                tasks = self._take_back(coordinator, tasks, finished)
+                continue
             if (name := tasks.pop(task, None)) is None:
                 continue  # of a phase that an answer before it has ended
             phase = coordinator.phase
@@ -333,6 +345,21 @@ class AsyncUpdate:
                     late.cancel()
                 tasks.clear()
             tasks.update(self._launch(more, finished))
+        if cancelled:
+            raise cancelled
+
+    def _take_back(
+        self,
+        coordinator: Coordinator,
+        tasks: dict[asyncio.Task[Answer], str],
+        finished: asyncio.Queue[asyncio.Task[Answer]],
+    ) -> dict[asyncio.Task[Answer], str]:
+        """The requests to wait for after an interrupt, instead of ``tasks``."""
+        if coordinator.phase not in ("begin", "prepare", "pause"):
+            return tasks
+        for task in tasks:
+            task.cancel()
+        return self._launch(coordinator.give_up("the trainer was interrupted"), finished)
 
     def _launch(
         self, requests: dict[str, EngineRequest], finished: asyncio.Queue[asyncio.Task[Answer]]

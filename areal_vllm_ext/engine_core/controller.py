@@ -97,7 +97,7 @@ class Controller:
         if info.dp_rank == 0:
             self._host_directory(address, key, settings, alone=info.dp_size == 1)
         self.endpoint.start()
-        self._engine.collective_rpc("areal_attach", args=(self.endpoint.address,))
+        self._engine.collective_rpc("areal_attach", args=(self.endpoint.address, self.endpoint.attach_token))
         if not self.endpoint.wait_attached(_ATTACH_SECONDS):
             raise SettingsError(
                 f"not every worker of {info.name} reached its control endpoint {self.endpoint.address} in "

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import logging
 import os
+import secrets
 import socket
 import threading
 from time import monotonic
@@ -120,6 +121,8 @@ class Endpoint:
         self._identity = identity
         self._engine = engine
         self.info = msgspec.structs.replace(identity.info, address=self._server.address)
+        # Whoever has the key may command this engine, but only its own workers may vote: they are told this by its executor.
+        self.attach_token = secrets.token_hex(16)
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
         self._world_size = world_size
         self._participant = Participant(
@@ -127,6 +130,7 @@ class Endpoint:
         )
         self._weights: Weights | None = None
         self._digesting: dict[str, _Digesting] = {}
+        self._weights_waiting: list[wire.Caller] = []
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -210,8 +214,8 @@ class Endpoint:
                     self._carry_out(self._posted.popleft()())
                 if directory in ready:
                     self._read_directory(directory)
-                while (request := self._server.receive()) is not None:
-                    self._handle(*request)
+                for caller, message in self._server.requests():
+                    self._handle(caller, message)
                 now = monotonic()
                 self._carry_out(self._participant.tick(now))
                 self._expire_digests(now)
@@ -235,7 +239,7 @@ class Endpoint:
         while directory.poll(0):
             try:
                 answer = protocol.answer_decoder.decode(directory.recv_multipart()[-1])
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except protocol.UNREADABLE as error:
                 answer = protocol.Error(kind="malformed", message=f"its answer cannot be read: {error}")
             if isinstance(answer, protocol.Registered):
                 self._carry_out(self._participant.group_at(answer.version, answer.agreed))
@@ -294,11 +298,18 @@ class Endpoint:
             case Attach():
                 self._attach(caller, message)
             case WorkerDone():
-                self._carry_out(self._participant.worker_done(message))
+                known = self._workers.get(message.rank)
+                if known and known[0] == caller.peer:
+                    self._carry_out(self._participant.worker_done(message))
             case _:
                 self._carry_out(self._participant.handle(caller, message, monotonic()))
 
     def _attach(self, caller: wire.Caller, message: Attach) -> None:
+        own = secrets.compare_digest(message.token.encode(), self.attach_token.encode())
+        if not own or message.worker.rank >= self._world_size:
+            problem = f"{self.info.name} was not started with worker {message.worker.rank} on {message.worker.node}"
+            self._server.answer(caller, protocol.Error(kind="state", message=problem))
+            return
         self._workers[message.worker.rank] = (caller.peer, message.worker)
         workers = tuple(worker for _, (_, worker) in sorted(self._workers.items()))
         self.info = msgspec.structs.replace(self.info, workers=workers)
@@ -309,6 +320,9 @@ class Endpoint:
     def _describe(self, caller: wire.Caller) -> None:
         if self._weights is not None:
             self._server.answer(caller, self._weights)
+            return
+        self._weights_waiting.append(caller)
+        if len(self._weights_waiting) > 1:
             return
 
         def read() -> None:
@@ -323,7 +337,8 @@ class Endpoint:
 
         def keep(weights: Weights) -> list[Effect]:
             self._weights = weights
-            return [Reply(caller, weights)]
+            waiting, self._weights_waiting = self._weights_waiting, []
+            return [Reply(one, weights) for one in waiting]
 
         threading.Thread(target=read, name="areal-describe", daemon=True).start()
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import SEND_AGAIN
 from ..protocol import (
+    EPOCH_JUMP,
     Abort,
     Ack,
     Agree,
@@ -221,6 +222,12 @@ class Participant:
                 kind="fenced",
                 epoch=self.epoch,
                 message=f"this request is of epoch {epoch}, but a newer client (epoch {self.epoch}) commands this engine now",
+            )
+        if epoch > self.epoch + EPOCH_JUMP:
+            return Error(
+                kind="fenced",
+                epoch=self.epoch,
+                message=f"epoch {epoch} is no lease's: it is too far above {self.epoch}, the highest that this engine has seen",
             )
         self.epoch = epoch
         return None

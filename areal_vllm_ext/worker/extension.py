@@ -11,11 +11,11 @@ class WorkerExtension:
     Names start with ``areal_``: vLLM refuses an extension that hides a name of the worker's.
     """
 
-    def areal_attach(self: Any, endpoint: str) -> None:
-        """Start the receiver thread and connect it to this engine's endpoint at ``endpoint``."""
+    def areal_attach(self: Any, endpoint: str, token: str) -> None:
+        """Start the receiver thread and connect it to this engine's endpoint at ``endpoint``, which knows it by ``token``."""
         from .receiver import Receiver
 
-        self._areal_receiver = Receiver(self, endpoint)
+        self._areal_receiver = Receiver(self, endpoint, token)
 
     def areal_commit(self: Any, update: str) -> str:
         """Switch to the staged weights of ``update``. Runs on the worker's own thread, while the engine is paused.

@@ -16,7 +16,6 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
 import torch
 import zmq
 
@@ -215,12 +214,13 @@ def batches(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, tor
 class Receiver:
     """The worker's link to its engine."""
 
-    def __init__(self, worker: Any, endpoint: str) -> None:
+    def __init__(self, worker: Any, endpoint: str, token: str) -> None:
         """Connect and attach; the thread runs until the process ends.
 
         Args:
             worker: vLLM's worker.
             endpoint: the engine's control address.
+            token: shows the engine that this is a worker of its own.
         """
         config = worker.vllm_config
         additional = config.additional_config if isinstance(config.additional_config, dict) else {}
@@ -244,8 +244,10 @@ class Receiver:
             self._context,
             endpoint,
             security.key_for(host, settings.key_file),
-            f"worker-{self.rank}-{os.getpid()}".encode(),
+            # Not to be guessed: a peer of the same name would take this one's connection over.
+            os.urandom(16),
         )
+        self._token = token
         self._info = WorkerInfo(
             rank=self.rank,
             node=f"{socket.gethostname()}/{self.own_host}",
@@ -324,7 +326,7 @@ class Receiver:
     # The thread
 
     def _run(self) -> None:
-        self._send(Attach(worker=self._info))
+        self._send(Attach(worker=self._info, token=self._token))
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_read.fileno(), zmq.POLLIN)
@@ -337,7 +339,7 @@ class Receiver:
             if self._socket in ready:
                 try:
                     message = protocol.worker_decoder.decode(self._socket.recv_multipart()[-1])
-                except (msgspec.MsgspecError, UnicodeDecodeError):
+                except protocol.UNREADABLE:
                     logger.exception("areal_vllm_ext: the engine's endpoint sent what this worker cannot read")
                 else:
                     self._handle(message)
@@ -369,6 +371,8 @@ class Receiver:
                 if intake and intake.begin.update == message.update:
                     self._intake = None
                     intake.cancel()
+            case protocol.Error():
+                logger.error("areal_vllm_ext: the engine refuses worker %d: %s", self.rank, message.message)
 
     def _digest(self, order: DigestWeights) -> None:
         weights, error, busy = None, "", False

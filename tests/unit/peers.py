@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 import time
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.protocol import Broadcast, Bucket, SharedMemory
 from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink
@@ -23,7 +25,9 @@ HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch.distributed", "areal_vllm_ext.transport.broadcast"])
+_context.set_forkserver_preload(
+    ["torch.distributed", "areal_vllm_ext.transport.broadcast", "areal_vllm_ext.client.group"]
+)
 
 
 def start(work: Callable[..., None], *arguments: object) -> tuple[BaseProcess, Connection]:
@@ -49,6 +53,17 @@ def join(transfer: Broadcast, rank: int, timeout: float) -> BroadcastSource:
 
 
 # What they do
+
+
+def command(connection: Connection, directory: str, key_file: str, what: str) -> None:
+    """A trainer that pauses or updates all engines, and tells each phase before it begins."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background of a shell ignore it
+    with EngineGroup.connect(directory, key_file=key_file) as group:
+        if what == "pause":
+            connection.send("pausing")
+            group.pause(deadline=60)
+        with group.update("new", deadline=60, on_phase=connection.send) as update:
+            update.send("/checkpoint")
 
 
 def join_and_wait(connection: Connection, transfer: Broadcast, rank: int) -> None:

@@ -246,12 +246,11 @@ class Workers:
         self._wake_write.send(b"\0")
 
     def _attach(self, engine: SimulatedEngine, rank: int) -> None:
-        worker = wire.connect(self._context, engine.endpoint.address, self._key, f"worker-{rank}".encode())
+        worker = wire.connect(self._context, engine.endpoint.address, self._key, os.urandom(16))
         self._workers[worker] = (engine, rank)
         self._poller.register(worker, zmq.POLLIN)
-        self._send(
-            worker, Attach(worker=WorkerInfo(rank=rank, node=HOST, pid=os.getpid(), device="cpu", device_id="cpu"))
-        )
+        info = WorkerInfo(rank=rank, node=HOST, pid=os.getpid(), device="cpu", device_id="cpu")
+        self._send(worker, Attach(worker=info, token=engine.endpoint.attach_token))
 
     def _detach(self, engine: SimulatedEngine) -> None:
         for worker in [worker for worker, (owner, _) in self._workers.items() if owner is engine]:

@@ -39,6 +39,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.one_of(*map(values, arguments))
     if origin is typing.Annotated:
         low, high = arguments[1].ge, arguments[1].le
+        if arguments[0] is int:
+            return st.integers(low, high)
         return values(arguments[0]).filter(lambda v: (low is None or v >= low) and (high is None or v <= high))
     if origin is tuple:
         if arguments[-1] is Ellipsis:

@@ -42,7 +42,8 @@ class Served:
         self.weights: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         for number, engine in deployment.engines.items():
             self.receivers[number] = [
-                Receiver(worker(rank, checkpoint, key_file), engine.endpoint.address) for rank in range(WORKERS)
+                Receiver(worker(rank, checkpoint, key_file), engine.endpoint.address, engine.endpoint.attach_token)
+                for rank in range(WORKERS)
             ]
             engine.staged = self.switch(number, engine)
             engine.loaded = self.load(number, engine)
