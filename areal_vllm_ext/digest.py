@@ -97,7 +97,7 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
         if small and (tensor.device != small[0].device or nbytes + tensor.nbytes > _SMALL_BYTES):
             flush()
         if tensor.nbytes > _SMALL_BYTES:
-            flat = as_bytes(tensor.detach().contiguous())
+            flat = as_bytes(tensor.detach())
             result += digests(flat, [(0, flat.numel())])
         else:
             small.append(tensor.detach())
@@ -107,7 +107,7 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's memory, as flat ``uint8``."""
+    """A tensor's elements in order, as flat ``uint8``: its own memory where it is contiguous, else a copy."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -135,7 +135,7 @@ def _small(tensors: Sequence[torch.Tensor]) -> list[int]:
         end += -(-tensor.nbytes // ROW_BYTES) * ROW_BYTES
     buffer = torch.zeros(end, dtype=torch.uint8, device=tensors[0].device)
     for tensor, (offset, nbytes) in zip(tensors, spans, strict=True):
-        buffer[offset : offset + nbytes] = as_bytes(tensor.contiguous())
+        buffer[offset : offset + nbytes] = as_bytes(tensor)
     return digests(buffer, spans)
 
 
