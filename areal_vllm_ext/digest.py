@@ -7,7 +7,8 @@ is mixed with the row's number, so that its place counts, and their sum with the
 in it: compare them beside it, or use ``manifest``.
 
 All tensors of a bucket cost as many kernel launches as one of its size. Temporary memory: two pieces of ``_PIECE_BYTES``,
-and a quarter of the buffer for the hashes of its rows and their places. Measured: 1.5 GB/s for each core of a Xeon of 2.5 GHz.
+and a quarter of the buffer for the hashes of its rows and their places. Measured: 1.5 GB/s for each core of a Xeon of 2.5 GHz,
+180 to 330 GB/s on an H200 (a bucket of 256 MiB: 1.2 to 1.5 ms; with 4096 tensors in it 10 ms, of which most is Python).
 """
 
 from __future__ import annotations
