@@ -7,7 +7,8 @@ is mixed with the row's number, so that its place counts, and their sum with the
 in it: compare them beside it, or use ``manifest``.
 
 All tensors of a bucket cost as many kernel launches as one of its size. Temporary memory: two pieces of ``_PIECE_BYTES``,
-and a quarter of the buffer for the hashes of its rows and their places. Measured: 1.5 GB/s for each core of a Xeon of 2.5 GHz.
+and a quarter of the buffer for the hashes of its rows and their places. Measured: 1.5 GB/s for each core of a Xeon of 2.5 GHz,
+180 to 330 GB/s on an H200 (a bucket of 256 MiB: 1.2 to 1.5 ms; with 4096 tensors in it 10 ms, of which most is Python).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
         if small and (tensor.device != small[0].device or nbytes + tensor.nbytes > _SMALL_BYTES):
             flush()
         if tensor.nbytes > _SMALL_BYTES:
-            flat = as_bytes(tensor.detach().contiguous())
+            flat = as_bytes(tensor.detach())
             result += digests(flat, [(0, flat.numel())])
         else:
             small.append(tensor.detach())
@@ -107,7 +108,7 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's memory, as flat ``uint8``."""
+    """A tensor's elements in order, as flat ``uint8``: its own memory where it is contiguous, else a copy."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -135,7 +136,7 @@ def _small(tensors: Sequence[torch.Tensor]) -> list[int]:
         end += -(-tensor.nbytes // ROW_BYTES) * ROW_BYTES
     buffer = torch.zeros(end, dtype=torch.uint8, device=tensors[0].device)
     for tensor, (offset, nbytes) in zip(tensors, spans, strict=True):
-        buffer[offset : offset + nbytes] = as_bytes(tensor.contiguous())
+        buffer[offset : offset + nbytes] = as_bytes(tensor)
     return digests(buffer, spans)
 
 

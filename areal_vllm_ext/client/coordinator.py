@@ -81,7 +81,7 @@ class Coordinator:
         self._in_place = in_place
         self._pause_sent = False
         # What every engine must hold, and who says so: the trainer, or, from disk, the first engine that votes.
-        self._manifest = ""
+        self._manifest: str | None = None
         self._manifest_of = "the trainer"
 
     @property
@@ -109,7 +109,7 @@ class Coordinator:
     def sent(self, buckets: int, manifest: str = "") -> dict[str, EngineRequest]:
         """All bytes were sent: ask for the votes. ``manifest`` is of what was sent; empty where the trainer cannot tell."""
         assert self.phase == "send", self.phase
-        self._manifest = manifest
+        self._manifest = manifest or None
         self.phase, self._awaited = "prepare", set(self.members)
         return {
             name: Prepare(epoch=member.epoch, update=self.update, buckets=buckets)
@@ -163,7 +163,7 @@ class Coordinator:
 
     def _compare(self, name: str, manifest: str) -> str:
         """What is wrong with the vote of ``name``; empty where it holds what all others do."""
-        if not self._manifest:
+        if self._manifest is None:
             self._manifest, self._manifest_of = manifest, name
         if manifest == self._manifest:
             return ""

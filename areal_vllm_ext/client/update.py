@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 # then to resume: less than a second in all. Whatever is not settled by then, the directory settles.
 _GRACE_SECONDS = {"abort": 0.35, "commit": 0.3, "resume": 0.25}
 # An engine that takes longer to switch, while all others are paused, is dropped.
-_COMMIT_SECONDS = 60.0
+_COMMIT_SECONDS = 120.0
 _ABORT_SECONDS = 5.0
 
 

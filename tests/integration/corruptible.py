@@ -31,13 +31,3 @@ def _watch(worker: Any, order: Path) -> None:
             tensors[order.read_text()].detach().view(-1).view(torch.uint8)[7] ^= 16
             order.unlink()
         time.sleep(0.05)
-
-
-def damage(folder: Path, rank: int, tensor: str) -> None:
-    """Flip a bit of ``tensor`` in the engine of DP rank ``rank``; returns when it is done."""
-    (folder / "order").write_text(tensor)
-    (folder / "order").rename(folder / str(rank))
-    ends = time.monotonic() + 10
-    while (folder / str(rank)).exists():
-        assert time.monotonic() < ends, "no worker damaged itself"
-        time.sleep(0.02)

@@ -126,6 +126,9 @@ def test_engines_whose_votes_differ_keep_their_weights(key: Any, key_file: Path,
             deployment.engines[1].manifest = "another"
             with pytest.raises(UpdateAborted, match=r"holds other weights than DP rank \d"):
                 send(client, checkpoint)
+            deployment.engines[1].seconds["prepare"] = 0.2  # the last to vote
+            with pytest.raises(UpdateAborted, match=r"DP rank 1 .* holds other weights than DP rank [02]"):
+                send(client, checkpoint)
             with pytest.raises(UpdateAborted, match=r"DP rank 1 .* holds other weights than the trainer"):
                 Sent(deployment).vote(1)
     assert all(engine.commits == [] for engine in deployment.engines.values())

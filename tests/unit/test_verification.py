@@ -124,8 +124,10 @@ def test_every_engine_is_asked_and_a_busy_one_again(key: Any, key_file: Path) ->
         assert client.verify(deadline=5).equal
         assert deployment.engines[2].busy == 0
         deployment.engines[2].errors["digest"] = "RuntimeError: out of memory"
+        started = time.monotonic()
         with pytest.raises(RequestError, match=r"DP rank 2 .*: worker \d: RuntimeError: out of memory"):
             client.verify(deadline=5)
+        assert time.monotonic() - started < 3, "only a busy engine is asked again"
         del deployment.engines[2].errors["digest"]
         deployment.engines[0].seconds["digest"] = NEVER
         started = time.monotonic()
