@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 
     import torch
+    from torch.distributed import ProcessGroup
 
     from ..protocol import Answer, EngineInfo, EngineRequest, KVPolicy, Message, PauseMode, TensorMeta, Version
     from ..transport import Sink
@@ -537,9 +538,18 @@ class EngineGroup:
         """See ``AsyncEngineGroup.resume``."""
         self.run(self._group.resume(deadline=deadline))
 
-    def update(self, version: Version, **options: Any) -> Update:
-        """See ``AsyncEngineGroup.update``. Use: ``with group.update(version) as update: update.send(model)``."""
-        return Update(self, self._group.update(version, **options))
+    def update(self, version: Version, *, process_group: ProcessGroup | None = None, **options: Any) -> Update:
+        """See ``AsyncEngineGroup.update``. Use: ``with group.update(version) as update: update.send(model)``.
+
+        ``process_group``: the ranks of a sharded trainer (FSDP, TP), which all do this with the same arguments. Their
+        ``DTensor`` weights are gathered, rank 0 commands and sends, and every rank gets the result, or the error of any.
+        """
+        update = self._group.update(version, **options)
+        if process_group is None:
+            return Update(self, update)
+        from .joint import JointUpdate
+
+        return JointUpdate(self, update, process_group, str(version))
 
     def close(self) -> None:
         """Close the connections and end the thread. Engines go on."""

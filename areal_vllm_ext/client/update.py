@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from ..transport import Cancelled, buckets
 from ..transport.buckets import filled_buckets, total_bytes
 from ..transport.ipc import device_id
 from .coordinator import Coordinator, Member
-from .weights import Checker, warn_unchecked
+from .weights import Checker, Named, gathered, warn_unchecked
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -79,11 +79,11 @@ class AsyncUpdate:
             raise ValueError(f"transport must be 'auto', 'broadcast', 'ipc' or 'shared_memory', not {transport!r}")
         self._group = group
         self._version = version
-        self._deadline = deadline
+        self.deadline = deadline
         self._transport = transport
         self._mode: PauseMode = mode
         self._kv: KVPolicy = kv
-        self._bucket_bytes = bucket_bytes
+        self.bucket_bytes = bucket_bytes
         self._on_phase = on_phase
         self._command = contextlib.AsyncExitStack()
         self._engines: dict[str, EngineInfo] = {}
@@ -108,8 +108,8 @@ class AsyncUpdate:
     async def __aenter__(self) -> AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
-        self._ends = self._started + self._deadline
-        targets = await self._command.enter_async_context(self._group.command(self._deadline))
+        self._ends = self._started + self.deadline
+        targets = await self._command.enter_async_context(self._group.command(self.deadline))
         self._engines = {name: target.engine for name, target in targets.items()}
         self._members = {
             name: Member(target.epoch, running=target.status.flow == "running") for name, target in targets.items()
@@ -130,8 +130,10 @@ class AsyncUpdate:
         """
         await asyncio.to_thread(self.send_blocking, weights, dtype=dtype)
 
-    def send_blocking(self, weights: Any, *, dtype: str | None = None) -> None:
-        """``send``, from a thread that is not the event loop's."""
+    def send_blocking(
+        self, weights: Any, *, dtype: str | None = None, gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered
+    ) -> None:
+        """``send``, from a thread that is not the event loop's. ``gather`` makes tensors of which ranks have parts full."""
         if self._coordinator is not None:
             raise ArealError("an update sends once; begin another update")
         if isinstance(weights, (str, os.PathLike)):
@@ -139,7 +141,7 @@ class AsyncUpdate:
             return
         expected = self._await(self._expected())
         checker = Checker(expected, self._dtype(), dtype)
-        pairs = checker.check_source(weights)
+        pairs = checker.check_source(weights, gather)
         try:
             self._send_buckets(pairs, expected)
         except (InvalidWeights, UpdateAborted):
@@ -271,7 +273,7 @@ class AsyncUpdate:
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         first = next(pairs)
         device = first[1].device
-        sink = self._group.sink(self._choose(device), self._engines, device, self._bucket_bytes, expected, self._left())
+        sink = self._group.sink(self._choose(device), self._engines, device, self.bucket_bytes, expected, self._left())
         opening = self._submit(self._begin(dict(zip(self._engines, sink.transfers, strict=True))))
         sink.meet(opening)
         opening.result()
