@@ -79,11 +79,11 @@ class AsyncUpdate:
             raise ValueError(f"transport must be 'auto', 'broadcast', 'ipc' or 'shared_memory', not {transport!r}")
         self._group = group
         self._version = version
-        self.deadline = deadline
+        self._deadline = deadline
         self._transport = transport
         self._mode: PauseMode = mode
         self._kv: KVPolicy = kv
-        self.bucket_bytes = bucket_bytes
+        self._bucket_bytes = bucket_bytes
         self._on_phase = on_phase
         self._command = contextlib.AsyncExitStack()
         self._engines: dict[str, EngineInfo] = {}
@@ -99,6 +99,16 @@ class AsyncUpdate:
         self._result: UpdateResult | None = None
 
     @property
+    def deadline(self) -> float:
+        """Seconds for all of it."""
+        return self._deadline
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the pieces in which the weights travel."""
+        return self._bucket_bytes
+
+    @property
     def result(self) -> UpdateResult:
         """What it took; set when the block has been left."""
         if self._result is None:
@@ -108,8 +118,8 @@ class AsyncUpdate:
     async def __aenter__(self) -> AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
-        self._ends = self._started + self.deadline
-        targets = await self._command.enter_async_context(self._group.command(self.deadline))
+        self._ends = self._started + self._deadline
+        targets = await self._command.enter_async_context(self._group.command(self._deadline))
         self._engines = {name: target.engine for name, target in targets.items()}
         self._members = {
             name: Member(target.epoch, running=target.status.flow == "running") for name, target in targets.items()
@@ -273,7 +283,7 @@ class AsyncUpdate:
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         first = next(pairs)
         device = first[1].device
-        sink = self._group.sink(self._choose(device), self._engines, device, self.bucket_bytes, expected, self._left())
+        sink = self._group.sink(self._choose(device), self._engines, device, self._bucket_bytes, expected, self._left())
         opening = self._submit(self._begin(dict(zip(self._engines, sink.transfers, strict=True))))
         sink.meet(opening)
         opening.result()

@@ -19,8 +19,8 @@ def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint tensors of a module, a state dict or an iterable, one at a time.
 
     A Hugging Face model's tensors get the names under which it saves them (transformers 5 holds the experts of an MoE
-    fused, and saves them one by one). A ``DTensor`` is gathered: a collective, so in a sharded trainer every rank walks
-    through this iterator at the same time, and rank 0 hands its walk to ``update.send``.
+    fused, and saves them one by one). A ``DTensor`` is gathered, which is a collective: in a sharded trainer every rank
+    walks through this iterator at the same time (``EngineGroup.update(process_group=...)`` does that).
     """
     return gathered(named_parts(source))
 

@@ -85,7 +85,7 @@ def update(
     group: EngineGroup, connection: Connection, work: Callable[..., Any], seed: int, deadline: float, bucket: int
 ) -> object:
     opened = group.update(seed, process_group=dist.group.WORLD, deadline=deadline)
-    opened._update.bucket_bytes = bucket
+    opened._update._bucket_bytes = bucket
     with opened:
         work(opened, seed, connection)
     return opened.result.version

@@ -143,7 +143,7 @@ def test_many_small_buckets_bring_the_same(
 ) -> None:
     new = weights(4)
     opened = group.update(1, deadline=20, transport=transport)
-    monkeypatch.setattr(opened._update, "bucket_bytes", 300)
+    monkeypatch.setattr(opened._update, "_bucket_bytes", 300)
     with opened:
         opened.send(new)
     assert served.serves(new)
