@@ -152,7 +152,7 @@ def test_a_rank_that_never_comes_is_named(mortal: Ranks, served: Served) -> None
     mortal.begin("whole", **options(9, deadline=1.5))
     kind, message, seconds = mortal.outcome(0)
     assert kind == "UpdateAborted"
-    assert "rank 1 of the trainer did not come to step 1" in message
+    assert "did not agree in time: rank 1 of the trainer did not come to step 1" in message
     assert seconds < 4.0
     assert_untouched(served)
 
