@@ -1,10 +1,13 @@
 """The acceptance run on GPUs: three updates of a real vLLM, dense and MoE, each compared token by token with Hugging Face.
 
-    python -m benchmarks.gpu_smoke --out results.json               # one GPU: shared memory, disk (two dense engines, one MoE)
-    python -m benchmarks.gpu_smoke --transport broadcast            # more GPUs: trainer on the first, an engine on each other
+    python -m benchmarks.gpu_smoke --out results.json   # one GPU: ipc, shared memory, disk (two dense engines, one MoE)
+    python -m benchmarks.gpu_smoke --out results.json   # more: broadcast too; trainer on the first, an engine on each other
+
+Then, for broadcast and ipc, a trainer of its own process is killed in the handshake and in the middle of the bytes
+(``killed_trainer.py``), and the next trainer must update the same engines, token by token. ``--no-kill`` leaves that out.
 
 The model has Qwen3's shape and some 100 MB in float32, random weights. Prints a line a run; the last line is JSON. Exits
-with 1 where a token was wrong.
+with 1 where a token was wrong or a run failed.
 """
 
 from __future__ import annotations
@@ -12,11 +15,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime as dt
+import functools
 import json
+import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +40,8 @@ from transformers import (
 import areal_vllm_ext
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import Deployment, Node
+
+from .killed_trainer import POINTS
 
 PROMPTS = [[10, 20, 30], list(range(500, 540)), [7] * 5, [1000 + 3 * i for i in range(100)]]
 TOKENS = 24
@@ -109,10 +117,84 @@ def served_tokens(deployment: Deployment, rank: int) -> list[list[int]]:
     return tokens
 
 
+class Trial:
+    """A model, the engines that serve it, and what became of each update."""
+
+    def __init__(self, kind: str, model: PreTrainedModel, deployment: Deployment, folder: Path, engines: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[str] = []
+        self._kind, self._model, self._deployment = kind, model, deployment
+        self._checkpoint = folder / f"{kind}-checkpoint"
+        self._engines = engines
+
+    def served(self) -> list[list[list[int]]]:
+        return [served_tokens(self._deployment, rank) for rank in range(self._engines)]
+
+    def attempt(self, what: str, work: Callable[[], None]) -> None:
+        """One transport or fault that does not work is no reason to leave the others out."""
+        try:
+            work()
+        except Exception as error:
+            self.failures.append(f"{self._kind}, {what}: {type(error).__name__}: {error}")
+            print(self.failures[-1], file=sys.stderr, flush=True)
+
+    def update(self, group: EngineGroup, transport: str, number: int, **facts: Any) -> None:
+        """Change the model, move the engines to it, and compare."""
+        model = self._model
+        before = expected_tokens(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        after = expected_tokens(model)
+        source: Any = model
+        if transport == "disk":
+            source = self._checkpoint
+            model.save_pretrained(source)
+        options = {} if transport == "disk" else {"transport": transport}
+        started = time.monotonic()
+        with group.update(f"{transport}-{number}", deadline=120, **options) as update:
+            update.send(source)
+        seconds = time.monotonic() - started
+        differences = [first_difference(model, after, tokens) for tokens in self.served()]
+        self.rows.append(
+            {
+                "model": self._kind,
+                "transport": transport,
+                "engines": self._engines,
+                "update": number,
+                **facts,
+                "bytes": update.result.nbytes,
+                "wall_ms": round(seconds * 1e3, 1),
+                "total_ms": round(update.result.total_ms, 1),
+                "pause_ms": round(update.result.pause_ms, 1),
+                "commit_ms": round(update.result.commit_ms, 1),
+                "token_exact": not any(differences),
+                "differences": [text for text in differences if text],
+                "tokens_changed": before != after,
+            }
+        )
+        print(self.rows[-1], flush=True)
+
+    def update_after_a_kill(self, transport: str, point: str, number: int) -> None:
+        """Have another trainer killed in its update; then a new one updates the engines, which are the same processes."""
+        command = [sys.executable, "-m", "benchmarks.killed_trainer", point, transport, self._deployment.directory]
+        killed = subprocess.run(
+            [*command, str(self._deployment.model_dir)], check=False, timeout=180, capture_output=True, text=True
+        )
+        if killed.returncode != -9:
+            raise RuntimeError(f"the trainer ended with {killed.returncode}: {killed.stderr[-2000:]}")
+        with EngineGroup.connect(self._deployment.directory) as group:
+            before = [(engine.name, engine.incarnation) for engine in group.wait_ready(self._engines, timeout=30)]
+            # Its wall time includes what is left of the dead trainer's lease, 10 s at most.
+            self.update(group, transport, number, killed_in=point)
+            if before != [(engine.name, engine.incarnation) for engine in group.engines()]:
+                raise RuntimeError("an engine was restarted")
+
+
 def run(
-    moe: bool, transports: list[str], device: torch.device, dtype: str, folder: Path, logs: Path
-) -> list[dict[str, Any]]:
-    """Start engines and update them by each transport; returns a row for each update."""
+    moe: bool, transports: list[str], kill: bool, device: torch.device, dtype: str, folder: Path, logs: Path
+) -> Trial:
+    """Start engines and update them by each transport."""
     kind = "moe" if moe else "dense"
     model = make_model(folder / kind, moe, getattr(torch, dtype)).to(device)
     gpus = torch.cuda.device_count()
@@ -122,54 +204,36 @@ def run(
     arguments = ["--dtype", dtype, "--skip-tokenizer-init"]
     # vLLM's Triton kernels (the experts of an MoE) would multiply float32 in TF32, ten bits of mantissa: not the oracle's.
     ieee = {"TRITON_F32_DEFAULT": "ieee"}
-    rows = []
     with Deployment(folder / kind, nodes, log_dir=logs / kind, vllm_args=arguments, env=ieee) as deployment:
         deployment.wait(timeout=240)
+        trial = Trial(kind, model, deployment, folder, len(nodes))
+        start = expected_tokens(model)
+        print(f"{kind}: as loaded, exact on each engine: {[tokens == start for tokens in trial.served()]}", flush=True)
         with EngineGroup.connect(deployment.directory) as group:
             group.wait_ready(engines=len(nodes), timeout=60)
-            start = expected_tokens(model)
-            print(
-                f"{kind}: as loaded, exact on each engine: {[served_tokens(deployment, r) == start for r in range(len(nodes))]}"
-            )
             for transport in transports:
-                for number in range(1, UPDATES + 1):
-                    with torch.no_grad():
-                        for parameter in model.parameters():
-                            parameter.add_(torch.randn_like(parameter) * 0.02)
-                    before, after = start, expected_tokens(model)
-                    source: Any = model
-                    if transport == "disk":
-                        source = folder / f"{kind}-checkpoint"
-                        model.save_pretrained(source)
-                    options = {} if transport == "disk" else {"transport": transport}
-                    with group.update(f"{transport}-{number}", deadline=120, **options) as update:
-                        update.send(source)
-                    parted = [
-                        first_difference(model, after, served_tokens(deployment, rank)) for rank in range(len(nodes))
-                    ]
-                    rows.append(
-                        {
-                            "model": kind,
-                            "transport": transport,
-                            "engines": len(nodes),
-                            "update": number,
-                            "bytes": update.result.nbytes,
-                            "total_ms": round(update.result.total_ms, 1),
-                            "pause_ms": round(update.result.pause_ms, 1),
-                            "commit_ms": round(update.result.commit_ms, 1),
-                            "token_exact": not any(parted),
-                            "differences": [text for text in parted if text],
-                            "tokens_changed": before != after,
-                        }
+
+                def updates(transport: str = transport) -> None:
+                    for number in range(1, UPDATES + 1):
+                        trial.update(group, transport, number)
+
+                trial.attempt(transport, updates)
+        for transport in transports if kill else ():
+            if transport in ("broadcast", "ipc"):
+                for number, point in enumerate(POINTS, UPDATES + 1):
+                    trial.attempt(
+                        f"{transport}, trainer killed in {point}",
+                        functools.partial(trial.update_after_a_kill, transport, point, number),
                     )
-                    start = after
-                    print(rows[-1], flush=True)
-    return rows
+    return trial
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--transport", action="append", help="broadcast, shared_memory, disk (default: all that fit)")
+    parser.add_argument(
+        "--transport", action="append", help="broadcast, ipc, shared_memory, disk (default: all that fit)"
+    )
+    parser.add_argument("--no-kill", action="store_true", help="no trainers that are killed")
     parser.add_argument("--model", action="append", choices=("dense", "moe"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
@@ -177,9 +241,8 @@ def main() -> int:
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", 0) if gpus else torch.device("cpu")
-    transports = options.transport or (
-        ["shared_memory", "disk"] if gpus == 1 else ["broadcast", "shared_memory", "disk"]
-    )
+    fitting = {0: ["broadcast"], 1: ["ipc"]}.get(gpus, ["broadcast", "ipc"])
+    transports = options.transport or [*fitting, "shared_memory", "disk"]
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     started = time.monotonic()
@@ -187,7 +250,10 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-gpu-smoke-")))
         for kind in options.model or ["dense", "moe"]:
             try:
-                rows += run(kind == "moe", transports, device, options.dtype, folder, options.logs or folder)
+                logs = options.logs or folder
+                trial = run(kind == "moe", transports, not options.no_kill, device, options.dtype, folder, logs)
+                rows += trial.rows
+                failures += trial.failures
             except Exception as error:
                 failures.append(f"{kind}: {type(error).__name__}: {error}")
                 print(failures[-1], file=sys.stderr, flush=True)

@@ -19,7 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from areal_vllm_ext import AsyncEngineGroup, EngineGroup, UpdateAborted, UpdateResult
-from areal_vllm_ext.client.weights import named_weights
 
 
 def blocking(options: argparse.Namespace) -> None:
@@ -63,28 +62,18 @@ def sharded(options: argparse.Namespace) -> None:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate)  # after sharding: of the DTensors
-    tied = set(getattr(model, "all_tied_weights_keys", ()))  # such as lm_head.weight, which the checkpoint lacks
 
-    group = EngineGroup.connect(*options.connect, key_file=options.key_file) if rank == 0 else None
-    if group:
-        group.wait_ready(engines=options.engines, timeout=600)
-    for step in range(1, options.steps + 1):
-        loss = train_one_step(model, optimizer)
-        # Gathered one at a time (`DTensor.full_tensor`, a collective), so no rank ever holds the whole model. The other
-        # name of a tied weight is left out: gathered twice, the two would not be recognised as one.
-        walk = ((name, tensor) for name, tensor in named_weights(model) if name not in tied)
-        try:
-            if group:
-                with group.update(version=step, deadline=options.deadline) as update:
-                    update.send(walk)  # an iterator, not a dict: a dict is gathered as a whole, to be checked ahead
+    # On every rank; rank 0's commands the engines.
+    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+        if rank == 0:
+            group.wait_ready(engines=options.engines, timeout=600)
+        for step in range(1, options.steps + 1):
+            loss = train_one_step(model, optimizer)
+            # Gathered a bucket at a time, so no rank ever holds the whole model. An error of one rank is one of all.
+            with group.update(version=step, deadline=options.deadline, process_group=dist.group.WORLD) as update:
+                update.send(model)
+            if rank == 0:
                 report(loss, update.result)
-        finally:
-            # The other ranks walk through all of it; so does rank 0, even if it gave up half-way: else they would hang.
-            for _ in walk:
-                pass
-        dist.barrier()
-    if group:
-        group.close()
     dist.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ one; ``EngineGroup`` runs it on an event loop in a thread of its own.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import os
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Set as AbstractSet
 
     import torch
+    from torch.distributed import ProcessGroup
 
     from ..protocol import (
         Answer,
@@ -743,9 +745,18 @@ class EngineGroup:
         """See ``AsyncEngineGroup.verify``."""
         return self.run(self._group.verify(checkpoint, deadline=deadline))
 
-    def update(self, version: Version, **options: Any) -> Update:
-        """See ``AsyncEngineGroup.update``. Use: ``with group.update(version) as update: update.send(model)``."""
-        return Update(self, self._group.update(version, **options))
+    def update(self, version: Version, *, process_group: ProcessGroup | None = None, **options: Any) -> Update:
+        """See ``AsyncEngineGroup.update``. Use: ``with group.update(version) as update: update.send(model)``.
+
+        ``process_group``: the ranks of a sharded trainer (FSDP, TP), which all do this with the same arguments. Their
+        ``DTensor`` weights are gathered, rank 0 commands and sends, and every rank gets the result, or the error of any.
+        """
+        update = self._group.update(version, **options)
+        if process_group is None:
+            return Update(self, update)
+        from .joint import JointUpdate
+
+        return JointUpdate(self, update, process_group, str(version))
 
     def close(self) -> None:
         """Close the connections and end the thread. Engines go on."""
@@ -762,20 +773,31 @@ class EngineGroup:
         if not self._thread.is_alive():
             work.close()
             raise ArealError("this group is closed")
-        finished = threading.Event()
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        task: asyncio.Task[None] | None = None
 
-        async def run_to_the_end() -> T:
+        async def run_to_the_end() -> None:
             try:
-                return await work
-            finally:
-                finished.set()
+                outcome.set_result(await work)
+            except BaseException as error:
+                outcome.set_exception(error)
 
-        future = asyncio.run_coroutine_threadsafe(run_to_the_end(), self._loop)
+        def start() -> None:
+            nonlocal task
+            task = task or self._loop.create_task(run_to_the_end())
+
+        def cancel() -> None:
+            # Started even now: an interrupt may have come before that, and what is never started has no clean-up.
+            start()
+            assert task is not None
+            self._loop.call_soon(task.cancel)
+
         try:
-            return future.result()
+            self._loop.call_soon_threadsafe(start)
+            return outcome.result()
         except KeyboardInterrupt:
-            future.cancel()
-            finished.wait(_INTERRUPTED_SECONDS)
+            self._loop.call_soon_threadsafe(cancel)
+            concurrent.futures.wait([outcome], timeout=_INTERRUPTED_SECONDS)
             raise
 
     def __enter__(self) -> EngineGroup:

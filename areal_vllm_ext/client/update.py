@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -46,7 +46,7 @@ from ..transport import Cancelled
 from ..transport.buckets import filled_buckets, total_bytes
 from ..transport.ipc import device_id
 from .coordinator import Coordinator, Member
-from .weights import Checker, warn_unchecked
+from .weights import Checker, Named, gathered, warn_unchecked
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -128,6 +128,16 @@ class AsyncUpdate:
         self._result: UpdateResult | None = None
 
     @property
+    def deadline(self) -> float:
+        """Seconds for all of it."""
+        return self._options.deadline
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of the pieces in which the weights travel."""
+        return self._options.bucket_bytes
+
+    @property
     def result(self) -> UpdateResult:
         """What it took; set when the block has been left."""
         if self._result is None:
@@ -158,8 +168,10 @@ class AsyncUpdate:
         """
         await asyncio.to_thread(self.send_blocking, weights, dtype=dtype)
 
-    def send_blocking(self, weights: Any, *, dtype: str | None = None) -> None:
-        """``send``, from a thread that is not the event loop's."""
+    def send_blocking(
+        self, weights: Any, *, dtype: str | None = None, gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered
+    ) -> None:
+        """``send``, from a thread that is not the event loop's. ``gather`` makes tensors of which ranks have parts full."""
         if self._coordinator is not None:
             raise ArealError("an update sends once; begin another update")
         if isinstance(weights, (str, os.PathLike)):
@@ -167,7 +179,7 @@ class AsyncUpdate:
             return
         expected = self._await(self._expected())
         checker = Checker(expected, self._dtype(), dtype)
-        pairs = checker.check_source(weights)
+        pairs = checker.check_source(weights, gather)
         try:
             self._send_buckets(pairs, expected)
         except (InvalidWeights, UpdateAborted):

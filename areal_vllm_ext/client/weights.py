@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -11,22 +11,32 @@ from .. import checkpoint
 from ..errors import InvalidWeights
 from ..protocol import TensorMeta
 
-WeightSource = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+Named = tuple[str, torch.Tensor]
+WeightSource = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[Named]
 
 
 def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
     """The checkpoint tensors of a module, a state dict or an iterable, one at a time.
 
     A Hugging Face model's tensors get the names under which it saves them (transformers 5 holds the experts of an MoE
-    fused, and saves them one by one). A ``DTensor`` is gathered: a collective, so in a sharded trainer every rank walks
-    through this iterator at the same time, and rank 0 hands its walk to ``update.send``.
+    fused, and saves them one by one). A ``DTensor`` is gathered, which is a collective: in a sharded trainer every rank
+    walks through this iterator at the same time (``EngineGroup.update(process_group=...)`` does that).
     """
+    return gathered(named_parts(source))
+
+
+def named_parts(source: WeightSource) -> Iterable[Named]:
+    """The same, as this rank has them: a ``DTensor`` is not gathered yet."""
     if isinstance(source, torch.nn.Module):
         module = source.module if isinstance(source, torch.nn.parallel.DistributedDataParallel) else source
         source = checkpoint_format(module, dict(module.state_dict()))
-    pairs = source.items() if isinstance(source, Mapping) else source
-    for name, tensor in pairs:
-        yield name, (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    return source.items() if isinstance(source, Mapping) else source
+
+
+def gathered(parts: Iterable[Named]) -> Iterator[Named]:
+    """Full tensors, one at a time."""
+    for name, part in parts:
+        yield name, (part.full_tensor() if hasattr(part, "full_tensor") else part).detach()
 
 
 def checkpoint_format(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -73,15 +83,19 @@ class Checker:
         Raises:
             InvalidWeights: for a tensor that the engines could not load, and at the end for one that is missing.
         """
+        for meta, tensor in self._checked(weights):
+            yield meta, tensor.to(getattr(torch, meta.dtype))
+
+    def _checked(self, weights: Iterable[Named]) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+        """What is to be sent, not cast yet. No tensor is computed with, so that a ``DTensor`` costs no collective."""
         sent: set[str] = set()
-        for name, original in weights:
+        for name, tensor in weights:
             if name in self._tied:
                 continue
             if name in sent:
                 raise InvalidWeights(f"{name} is there twice")
-            cast = self._cast is not None and original.is_floating_point()
-            tensor = original.to(self._cast) if cast else original
-            meta = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            dtype = self._cast if self._cast is not None and tensor.is_floating_point() else tensor.dtype
+            meta = TensorMeta(name, str(dtype).removeprefix("torch."), tuple(tensor.shape))
             if self._expected and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
                 hint = "" if name in self._expected else "; if it is tied to one that is, leave it out of an iterable"
                 raise InvalidWeights(problem + hint)
@@ -92,13 +106,15 @@ class Checker:
         if self._expected and (problem := checkpoint.missing(sent, self._expected)):
             raise InvalidWeights(problem)
 
-    def check_source(self, source: WeightSource) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
-        """``check`` all of ``source``; what is there at once is checked ahead."""
+    def check_source(
+        self, source: WeightSource, gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered
+    ) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+        """``check`` all of ``source``, as ``gather`` makes it full; what is there at once is checked ahead."""
+        parts = named_parts(source)
         if isinstance(source, (torch.nn.Module, Mapping, list, tuple)):
-            weights = list(named_weights(source))
-            self.check_ahead(weights)
-            return self.check(weights)
-        return self.check(named_weights(source))
+            parts = list(parts)
+            self.check_ahead(parts)
+        return self.check(gather(parts))
 
     def check_ahead(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Check names, shapes and dtypes of all of ``weights`` now, so that an error comes before any engine hears of it.
@@ -110,7 +126,7 @@ class Checker:
         self._tied = {
             name for name, tensor in weights if name not in self._expected and _identity(tensor) in identities
         }
-        for _ in self.check(weights):
+        for _ in self._checked(weights):
             pass
 
 

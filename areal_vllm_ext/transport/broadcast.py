@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -137,12 +138,12 @@ class NcclCommunicator:
 
 
 def _launch_environment() -> contextlib.AbstractContextManager[None]:
-    """Where vLLM has set NCCL variables for its own communicators: those that a trainer's process has, too."""
-    try:
-        from vllm.utils.nccl import unpinned_nccl_env
-    except ImportError:  # no vLLM here, or one that sets none
-        return contextlib.nullcontext()
-    environment: contextlib.AbstractContextManager[None] = unpinned_nccl_env()
+    """Where vLLM has set NCCL variables for its own communicators: without them, as in a trainer's process.
+
+    Not imported: a trainer would wait seconds for vLLM, and where this module is not there yet, nothing was set.
+    """
+    unpinned = getattr(sys.modules.get("vllm.utils.nccl"), "unpinned_nccl_env", contextlib.nullcontext)
+    environment: contextlib.AbstractContextManager[None] = unpinned()
     return environment
 
 

@@ -1,11 +1,14 @@
 """Shared memory: trainer and workers on one host. Two slots: the trainer fills one while the workers copy the other.
 
 The segment's name is gone from the file system as soon as every worker has opened it, so that nothing is left behind
-when a process is killed.
+when a process is killed. Until then its maker holds a lock on it, which ends with the maker however that ends: a segment
+without one is left over, and whoever makes the next removes it. (A process id would say less: containers count their own.)
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 import re
@@ -24,6 +27,24 @@ from pathlib import Path
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _NAME = re.compile(r"areal-[0-9a-f]{32}")
+
+
+def remove_leftovers() -> None:
+    """Remove the segments of processes that were killed before their workers had met them."""
+    for path in _FOLDER.glob("areal-*"):
+        if not _NAME.fullmatch(path.name):
+            continue
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:  # another user's, or just gone
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except BlockingIOError:
+            pass  # its maker lives
+        finally:
+            os.close(descriptor)
 
 
 class SharedMemorySource:
@@ -77,24 +98,30 @@ class SharedMemorySink:
         Raises:
             RuntimeError: where /dev/shm has no room.
         """
+        remove_leftovers()
         name = f"areal-{uuid.uuid4().hex}"
         transfer = SharedMemory(segment=name, nbytes=self.slots * slot_bytes)
         self.transfers = [transfer] * engines
         self.bucket_bytes = bucket_bytes
         self._slot_bytes = slot_bytes
-        self._path: Path | None = _FOLDER / name
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "rb+") as file:
+        with contextlib.ExitStack() as undo:
+            # Without a name at first, so that nobody finds it before it is locked.
+            descriptor = os.open(_FOLDER, os.O_RDWR | os.O_TMPFILE, 0o600)
+            undo.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Reserved now: a full /dev/shm is an error here, not a SIGBUS in the middle.
             try:
-                os.posix_fallocate(file.fileno(), 0, transfer.nbytes)
+                os.posix_fallocate(descriptor, 0, transfer.nbytes)
             except OSError as error:
-                self.close()
                 raise RuntimeError(
                     f"{_FOLDER} has no room for {transfer.nbytes >> 20} MiB ({error.strerror}): use a smaller "
                     "bucket_mib, or transport='broadcast'"
                 ) from None
-            self._map = mmap.mmap(file.fileno(), transfer.nbytes)
+            self._map = mmap.mmap(descriptor, transfer.nbytes)
+            # src_dir_fd, which means nothing for a full path, has Python call linkat: link does not follow the link in /proc.
+            os.link(f"/proc/self/fd/{descriptor}", _FOLDER / name, src_dir_fd=descriptor, follow_symlinks=True)
+            undo.pop_all()
+        self._named: tuple[Path, int] | None = (_FOLDER / name, descriptor)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def meet(self, opening: Future[None]) -> None:
@@ -117,6 +144,8 @@ class SharedMemorySink:
 
     def close(self) -> None:
         """Take the name away; the memory is freed with the last process that uses it."""
-        if self._path:
-            self._path.unlink()
-            self._path = None
+        if self._named:
+            path, descriptor = self._named
+            self._named = None
+            path.unlink(missing_ok=True)
+            os.close(descriptor)

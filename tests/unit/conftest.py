@@ -26,7 +26,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 collect_ignore = (
     []
     if os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-    else ["test_group.py", "test_sending.py", "test_endpoint.py"]
+    else ["test_group.py", "test_sending.py", "test_joint.py", "test_endpoint.py"]
 )
 
 

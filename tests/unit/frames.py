@@ -48,7 +48,7 @@ _TRANSFERS: tuple[protocol.Transfer, ...] = (
     protocol.SharedMemory(segment="areal-" + "0" * 32, nbytes=1 << 40),
     protocol.Broadcast(backend="gloo", communicator="c", world_size=2, ranks={0: 1}, rendezvous="127.0.0.1:1"),
 )
-_SEGMENT = protocol.Segment(protocol.TensorMeta("w", "float32", (2, 3)), 0)
+_SEGMENT = protocol.Segment(protocol.TensorMeta("w", "float32", (2, 3)), 0, 0)
 MESSAGES: tuple[protocol.Message, ...] = (
     protocol.Hello(),
     protocol.GetStatus(),

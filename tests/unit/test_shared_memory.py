@@ -15,7 +15,7 @@ import torch
 
 from areal_vllm_ext.protocol import Bucket, SharedMemory
 from areal_vllm_ext.transport.buckets import aligned
-from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
+from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource, remove_leftovers
 
 CPU = torch.device("cpu")
 SLOT = 4096
@@ -117,6 +117,38 @@ def test_nothing_is_left_where_the_trainer_is_killed_after_the_meeting() -> None
     finally:
         peers.end(process, connection)
         Path("/dev/shm", transfer.segment).unlink(missing_ok=True)
+
+
+def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_lives_is_not() -> None:
+    before = segments()
+    killed, to_killed = peers.start(peers.make_segment)
+    living, to_living = peers.start(peers.make_segment)
+    left, lives = to_killed.recv().segment, to_living.recv().segment
+    try:
+        killed.kill()
+        killed.join()
+        assert segments() == before | {left, lives}
+        sink = SharedMemorySink(1, 1024, SLOT)
+        assert segments() == before | {lives, sink.transfers[0].segment}
+        sink.close()
+        to_living.send("all have met")
+        assert to_living.recv() == "met"
+        assert segments() == before
+    finally:
+        peers.end(killed, to_killed)
+        peers.end(living, to_living)
+        for name in (left, lives):
+            Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def test_only_segments_are_removed() -> None:
+    other = Path("/dev/shm/areal-notes")
+    other.write_text("somebody's")
+    try:
+        remove_leftovers()
+        assert other.exists()
+    finally:
+        other.unlink()
 
 
 # Sizes

@@ -1,0 +1,78 @@
+"""A trainer that is killed (kill -9) in the middle of an update; started by ``gpu_smoke``.
+
+    python -m benchmarks.killed_trainer POINT TRANSPORT DIRECTORY CHECKPOINT
+
+POINT: ``meet``: the workers wait for it in the handshake, which it never begins. ``join``: shortly after it began it.
+``push``: workers were told of the second bucket, which it never sends (broadcast), or are copying it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.client.group import AsyncEngineGroup
+
+POINTS = ("meet", "join", "push")
+
+
+def die(after: float) -> None:
+    time.sleep(after)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    point, transport, directory, checkpoint = sys.argv[1:]
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    weights = {
+        name: tensor
+        for file in sorted(Path(checkpoint).glob("*.safetensors"))
+        for name, tensor in load_file(file, device=device).items()
+    }
+    make_sink = AsyncEngineGroup.sink
+
+    def deadly_sink(group: AsyncEngineGroup, *arguments: Any) -> Any:
+        sink = make_sink(group, *arguments)
+        if point == "meet":
+            sink.meet = lambda _opening: die(after=2.0)
+        elif point == "join":
+            meet = sink.meet
+
+            def meet_and_die(opening: Any) -> None:
+                threading.Thread(target=die, args=(0.25,), daemon=True).start()
+                meet(opening)
+                time.sleep(60)
+
+            sink.meet = meet_and_die
+        else:
+            push, pushed = sink.push, []
+
+            def push_or_die(*given: Any) -> None:
+                pushed.append(None)
+                if len(pushed) == 2:
+                    die(after=0.5)
+                push(*given)
+
+            sink.push = push_or_die
+        return sink
+
+    AsyncEngineGroup.sink = deadly_sink  # type: ignore[method-assign]
+    with EngineGroup.connect(directory) as group:
+        group.wait_ready(timeout=60)
+        print("begins", flush=True)
+        with group.update("never", deadline=100, transport=transport, bucket_mib=8) as update:
+            update.send(weights)
+    sys.exit("it was not killed")
+
+
+if __name__ == "__main__":
+    main()

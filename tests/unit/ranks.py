@@ -1,0 +1,214 @@
+"""A trainer of two ranks: processes of one torch.distributed job (gloo), which do what they are told, and can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import peers
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from areal_vllm_ext import EngineGroup
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+SIZE = 2
+
+
+class Ranks:
+    """The processes."""
+
+    def __init__(self, port: int, directory: str, key_file: str) -> None:
+        self._started = [peers.start(serve, rank, port, directory, key_file) for rank in range(SIZE)]
+        self.pids = [process.pid for process, _ in self._started]
+        for _, connection in self._started:
+            assert connection.poll(120)
+            assert connection.recv() == "ready"
+
+    def begin(self, *work: str, **options: Any) -> None:
+        """Have each rank do its ``work``, named as below; one name is for all."""
+        for rank, (_, connection) in enumerate(self._started):
+            connection.send((work[min(rank, len(work) - 1)], options))
+
+    def outcome(self, rank: int, timeout: float = 20.0) -> tuple[str, str, float]:
+        """What became of it: the error's type or an empty string, its message or the version, and how long it took."""
+        _, connection = self._started[rank]
+        assert connection.poll(timeout), f"rank {rank} hangs"
+        outcome: tuple[str, str, float] = connection.recv()
+        return outcome
+
+    def both(self, *work: str, **options: Any) -> list[tuple[str, str, float]]:
+        self.begin(*work, **options)
+        return [self.outcome(rank) for rank in range(SIZE)]
+
+    def heard(self, rank: int, what: str) -> None:
+        _, connection = self._started[rank]
+        assert connection.poll(20)
+        assert connection.recv() == what
+
+    def close(self) -> None:
+        for process, connection in self._started:
+            peers.end(process, connection)
+
+
+# What a rank does
+
+
+def serve(connection: Connection, rank: int, port: int, directory: str, key_file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=60)
+    )
+    group = EngineGroup.connect(directory, key_file=key_file)
+    parts(0)  # imports, and meets
+    connection.send("ready")
+    while True:
+        name, options = connection.recv()
+        started = time.monotonic()
+        try:
+            outcome = "", str(update(group, connection, globals()[name], **options))
+        except BaseException as error:
+            outcome = type(error).__name__, str(error)
+        connection.send((*outcome, time.monotonic() - started))
+
+
+def update(
+    group: EngineGroup, connection: Connection, work: Callable[..., Any], seed: int, deadline: float, bucket: int
+) -> object:
+    opened = group.update(seed, process_group=dist.group.WORLD, deadline=deadline)
+    opened._update._bucket_bytes = bucket
+    with opened:
+        work(opened, seed, connection)
+    return opened.result.version
+
+
+def tensors(seed: int) -> dict[str, torch.Tensor]:
+    from test_sending import weights
+
+    return weights(seed)
+
+
+def parts(seed: int, dim: int = 0) -> dict[str, torch.Tensor]:
+    """As a sharded trainer has them: each rank a part of each tensor."""
+    mesh = init_device_mesh("cpu", (SIZE,))
+    return {
+        name: distribute_tensor(tensor, mesh, [Shard(dim) if tensor.ndim > dim else Replicate()])
+        for name, tensor in tensors(seed).items()
+    }
+
+
+class Model(torch.nn.Module):
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.embed = torch.nn.Parameter(torch.zeros_like(state["embed"]))
+        self.layer = torch.nn.ParameterList([torch.zeros_like(state[f"layer.{i}"]) for i in range(2)])
+        self.norm = torch.nn.Parameter(torch.zeros_like(state["norm"]))
+        self.scale = torch.nn.Parameter(torch.zeros_like(state["scale"]))
+        self.load_state_dict(state)
+
+
+def fsdp(opened: Any, seed: int, _: Connection) -> None:
+    model = Model(tensors(seed))
+    fully_shard(model, mesh=init_device_mesh("cpu", (SIZE,)), ignored_params={model.scale})
+    assert model.embed.to_local().shape[0] == 50
+    opened.send(model)
+
+
+def rows(opened: Any, seed: int, _: Connection) -> None:
+    opened.send(parts(seed))
+
+
+def columns(opened: Any, seed: int, _: Connection) -> None:
+    opened.send(parts(seed, dim=1))
+
+
+def one_by_one(opened: Any, seed: int, _: Connection) -> None:
+    opened.send(iter(parts(seed).items()))
+
+
+def whole(opened: Any, seed: int, _: Connection) -> None:
+    """Not sharded, so without a collective."""
+    opened.send(tensors(seed))
+
+
+def in_double(opened: Any, seed: int, _: Connection) -> None:
+    opened.send({name: part.double() for name, part in parts(seed).items()}, dtype="float32")
+
+
+def fewer(opened: Any, seed: int, _: Connection) -> None:
+    opened.send({name: part for name, part in parts(seed).items() if name != "norm"})
+
+
+def not_finite(opened: Any, seed: int, _: Connection) -> None:
+    held = parts(seed)
+    held["norm"] = held["norm"] * float("nan")
+    opened.send(held)
+
+
+def _fails_at(seed: int, what: Callable[[], object]) -> Iterator[tuple[str, torch.Tensor]]:
+    held = parts(seed)  # now: it is a collective
+
+    def walk() -> Iterator[tuple[str, torch.Tensor]]:
+        for place, entry in enumerate(held.items()):
+            if place == 3:
+                what()
+            yield entry
+
+    return walk()
+
+
+def raises(opened: Any, seed: int, _: Connection) -> None:
+    opened.send(_fails_at(seed, lambda: 1 / 0))
+
+
+def raises_afterwards(opened: Any, seed: int, _: Connection) -> None:
+    opened.send(parts(seed))
+    raise ZeroDivisionError
+
+
+def raises_and_hides_it(opened: Any, seed: int, _: Connection) -> None:
+    with contextlib.suppress(ZeroDivisionError):
+        opened.send(_fails_at(seed, lambda: 1 / 0))
+
+
+def waits(opened: Any, seed: int, connection: Connection) -> None:
+    def wait() -> None:
+        connection.send("waiting")
+        time.sleep(60)
+
+    opened.send(_fails_at(seed, wait))
+
+
+def dies(opened: Any, seed: int, _: Connection) -> None:
+    opened.send(_fails_at(seed, lambda: os.kill(os.getpid(), 9)))
+
+
+def leaves_the_collective(opened: Any, seed: int, connection: Connection) -> None:
+    """Fails inside a round, where nobody can be told: the others are in the collective already."""
+    held = parts(seed)
+
+    def broken() -> torch.Tensor:
+        connection.send("left")
+        time.sleep(60)
+        raise AssertionError
+
+    held["layer.1"].full_tensor = broken  # type: ignore[attr-defined]
+    opened.send(held)
+
+
+def imports(*_: object) -> None:
+    """What a module's names need takes seconds to import."""
+    from transformers.core_model_loading import revert_weight_conversion  # noqa: F401 - imported is all it must be
+
+
+def sends_nothing(opened: Any, seed: int, _: Connection) -> None:
+    pass

@@ -1,0 +1,181 @@
+"""Updates that two ranks of a trainer send together: real collectives (gloo), real receivers, and one rank that fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ranks import Ranks
+from simulated_engine import Deployment, Shape, deployed
+from test_sending import WORKERS, Served, assert_untouched, checkpoint, weights
+
+from areal_vllm_ext import security
+
+__all__ = ["checkpoint"]  # the fixture
+
+
+@pytest.fixture(scope="module")
+def shared_engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Served]:
+    shape = Shape(workers=WORKERS, model=os.fspath(checkpoint))
+    with deployed(key, 2, shape=shape, simulate_workers=False) as deployment:
+        yield Served(deployment, checkpoint, key_file)
+
+
+@pytest.fixture
+def served(shared_engines: Served) -> Served:
+    shared_engines.weights.clear()
+    for engine in shared_engines.deployment.engines.values():
+        engine.calls.clear()
+    return shared_engines
+
+
+def options(seed: int, deadline: float = 20.0, bucket: int = 300) -> dict[str, object]:
+    return {"seed": seed, "deadline": deadline, "bucket": bucket}
+
+
+def start(deployment: Deployment, key_file: Path) -> Ranks:
+    from areal_vllm_ext.demo.deployment import free_ports
+
+    return Ranks(free_ports(1)[0], deployment.directory, os.fspath(key_file))
+
+
+@pytest.fixture(scope="module")
+def ranks(shared_engines: Served, key_file: Path) -> Iterator[Ranks]:
+    """For tests after which both are in step again."""
+    pair = start(shared_engines.deployment, key_file)
+    yield pair
+    pair.close()
+
+
+@pytest.fixture
+def mortal(served: Served, key_file: Path) -> Iterator[Ranks]:
+    pair = start(served.deployment, key_file)
+    yield pair
+    pair.close()
+
+
+def assert_works(ranks: Ranks, served: Served, seed: int, work: str = "rows", bucket: int = 300) -> None:
+    outcomes = ranks.both(work, **options(seed, bucket=bucket))
+    assert [outcome[:2] for outcome in outcomes] == [("", str(seed))] * 2
+    assert served.serves(weights(seed))
+
+
+@pytest.mark.parametrize("bucket", [300, 1 << 20], ids=["many rounds", "one round"])
+@pytest.mark.parametrize("work", ["fsdp", "rows", "columns", "one_by_one", "in_double"])
+def test_sharded_weights_are_gathered_and_every_rank_has_the_result(
+    ranks: Ranks, served: Served, work: str, bucket: int
+) -> None:
+    if work == "fsdp":
+        ranks.begin("imports", **options(0, deadline=100))
+        assert [ranks.outcome(rank, timeout=120)[0] for rank in range(2)] == ["InvalidWeights", "UpdateAborted"]
+    for seed in (1, 2):
+        assert_works(ranks, served, seed, work, bucket)
+
+
+FAILURES = {
+    "rank 0 finds a value that cannot be": (("not_finite",), "InvalidWeights", "UpdateAborted", "norm holds NaN"),
+    "rank 0 lacks a tensor": (("fewer",), "InvalidWeights", "UpdateAborted", "1 of 5 tensors are missing: norm"),
+    "rank 0 raises": (("raises", "one_by_one"), "ZeroDivisionError", "UpdateAborted", "ZeroDivisionError"),
+    "rank 1 raises": (("one_by_one", "raises"), "UpdateAborted", "ZeroDivisionError", "rank 1 .* ZeroDivisionError"),
+    "rank 1 raises after it has sent": (
+        ("rows", "raises_afterwards"),
+        "UpdateAborted",
+        "ZeroDivisionError",
+        "rank 1 .* ZeroDivisionError",
+    ),
+    "rank 1 raises and hides it": (
+        ("one_by_one", "raises_and_hides_it"),
+        "UpdateAborted",
+        "UpdateAborted",
+        "rank 1 .* ZeroDivisionError",
+    ),
+    "rank 0 raises after it has sent": (
+        ("raises_afterwards", "rows"),
+        "ZeroDivisionError",
+        "UpdateAborted",
+        "rank 0 .* ZeroDivisionError",
+    ),
+    "the ranks have other tensors": (("rows", "fewer"), "UpdateAborted", "UpdateAborted", "would send other tensors"),
+    "nobody sends": (("sends_nothing",), "InvalidWeights", "UpdateAborted", "the update sent nothing"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_rank_that_fails_fails_all_at_once_and_the_next_update_works(ranks: Ranks, served: Served, case: str) -> None:
+    work, first, second, message = FAILURES[case]
+    outcomes = ranks.both(*work, **options(3))
+    assert [outcome[0] for outcome in outcomes] == [first, second], outcomes
+    told = [text for kind, text, _ in outcomes if kind == "UpdateAborted"]
+    assert all(re.search(message, text) for text in told), told
+    assert max(outcome[2] for outcome in outcomes) < 5.0, "by its deadline only"
+    assert_untouched(served)
+    assert_works(ranks, served, 4)
+
+
+def test_an_engine_that_votes_no_fails_all_ranks(ranks: Ranks, served: Served) -> None:
+    engine = served.deployment.engines[1]
+    engine.errors["pause"] = "no pause today"
+    try:
+        outcomes = ranks.both("rows", **options(5))
+    finally:
+        engine.errors.clear()
+    assert [outcome[0] for outcome in outcomes] == ["UpdateAborted"] * 2
+    assert all("no pause today" in outcome[1] for outcome in outcomes)
+    assert served.weights == {}
+    assert_works(ranks, served, 6)
+
+
+def test_a_rank_that_is_killed_leaves_no_other_hanging(mortal: Ranks, served: Served) -> None:
+    mortal.begin("one_by_one", "dies", **options(7, deadline=4.0))
+    kind, message, seconds = mortal.outcome(0)
+    assert kind == "UpdateAborted", message
+    assert seconds < 6.0
+    assert_untouched(served)
+
+
+def test_rank_0_that_is_killed_leaves_no_other_hanging_and_engines_recover(
+    mortal: Ranks, ranks: Ranks, served: Served
+) -> None:
+    mortal.begin("dies", "one_by_one", **options(7, deadline=4.0))
+    kind, message, seconds = mortal.outcome(1)
+    assert kind == "UpdateAborted", message
+    assert seconds < 6.0
+    assert_works(ranks, served, 8)
+
+
+def test_a_rank_that_never_comes_is_named(mortal: Ranks, served: Served) -> None:
+    os.kill(mortal.pids[1] or 0, signal.SIGSTOP)
+    mortal.begin("whole", **options(9, deadline=1.5))
+    kind, message, seconds = mortal.outcome(0)
+    assert kind == "UpdateAborted"
+    assert "did not agree in time: rank 1 of the trainer did not come to step 1" in message
+    assert seconds < 4.0
+    assert_untouched(served)
+
+
+@pytest.mark.parametrize("stalling", [0, 1])
+def test_a_rank_that_stalls_is_given_up_by_all(mortal: Ranks, served: Served, stalling: int) -> None:
+    work = ["one_by_one", "one_by_one"]
+    work[stalling] = "waits"
+    mortal.begin(*work, **options(9, deadline=1.5))
+    mortal.heard(stalling, "waiting")
+    for rank in range(2):
+        kind, _, seconds = mortal.outcome(rank)
+        assert kind == "UpdateAborted"
+        assert seconds < 4.5
+    assert_untouched(served)
+
+
+def test_a_rank_that_is_stuck_in_a_collective_is_given_up_by_its_deadline(mortal: Ranks, served: Served) -> None:
+    mortal.begin("rows", "leaves_the_collective", **options(9, deadline=1.5, bucket=1 << 20))
+    mortal.heard(1, "left")
+    for rank in range(2):
+        kind, message, seconds = mortal.outcome(rank)
+        assert kind == "UpdateAborted"
+        assert "the collectives after it did not end" in message
+        assert seconds < 4.5
+    assert_untouched(served)
