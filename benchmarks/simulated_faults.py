@@ -123,7 +123,7 @@ def clock_drift(world: World, dice: random.Random) -> Fault:
     """Every clock runs at a rate of its own, up to a fifth fast or slow."""
     for process in (*world.engines, world.directory):
         process.clock = Clock(process.clock.offset, dice.uniform(0.8, 1.25))
-    return trainer_crash(world, dice) if dice.random() < 0.5 else engine_asleep(world, dice)
+    return dice.choice([trainer_crash, trainer_asleep, engine_asleep, partition])(world, dice)
 
 
 def two_trainers(world: World, dice: random.Random) -> Fault:
@@ -135,6 +135,12 @@ def two_trainers(world: World, dice: random.Random) -> Fault:
         rival.update("v-rival", deadline)
 
     return Fault(strike)
+
+
+def a_pause(world: World, dice: random.Random) -> Fault:
+    """Somebody pauses all engines and resumes them, or only resumes them."""
+    rival, pauses, deadline = world.trainer(), dice.random() < 0.5, dice.uniform(2.0, 20.0)
+    return Fault(lambda: rival.resume(pauses, deadline))
 
 
 def two_faults(world: World, dice: random.Random) -> Fault:
@@ -167,6 +173,7 @@ KINDS: dict[str, Draw] = {
     "partition": partition,
     "clock drift": clock_drift,
     "two trainers": two_trainers,
+    "a pause": a_pause,
     "two faults": two_faults,
 }
 

@@ -36,7 +36,7 @@ from areal_vllm_ext.engine_core.participant import (
     Participant,
     Reply,
 )
-from areal_vllm_ext.errors import EngineUnreachable
+from areal_vllm_ext.errors import ArealError, EngineUnreachable
 from areal_vllm_ext.protocol import (
     Abort,
     Answer,
@@ -744,6 +744,16 @@ class Trainer(Process):
         self.calls.append(call)
         self.run(lambda: self.create_task(self._update(call, on_phase)))
         return call
+
+    def resume(self, pauses_first: bool, deadline: float) -> None:
+        """Start a user's own resume, or a pause and a resume."""
+
+        async def run() -> None:
+            for work in (self.group.pause, self.group.resume) if pauses_first else (self.group.resume,):
+                with contextlib.suppress(ArealError):
+                    await work(deadline=deadline)
+
+        self.run(lambda: self.create_task(run()))
 
     async def _update(self, call: Call, on_phase: Callable[[str], None]) -> None:
         def announce(phase: str) -> None:
