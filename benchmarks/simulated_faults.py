@@ -25,6 +25,10 @@ PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
 # Two leases that run out (10 s each), an engine that registers again (1 s), and a request that waits for its time-out.
 RECOVERY_SECONDS = 40.0
 OVERRUN_SECONDS = 1.0
+# Whether engines that a trainer left behind serve again without another one, and how soon: a lease that runs out, and a
+# take-over. Until the directory does that by itself, the next trainer does.
+DIRECTORY_RECOVERS = False
+SERVES_AGAIN_SECONDS = 15.0
 
 
 @dataclasses.dataclass
@@ -217,10 +221,19 @@ class Round:
         heals = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
         comes = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
         world.at(heals, WORLDS_HAND, fault.heal)
+        if DIRECTORY_RECOVERS and dice.random() < 0.5:
+            world.run(until=heals)
+            world.run(until=heals + SERVES_AGAIN_SECONDS, done=self.serve)
+            require(self.serve(), "hang", f"engines do not serve {SERVES_AGAIN_SECONDS} s after the fault")
         world.run(until=comes)
         self.update_until_it_succeeds(max(heals, comes))
         world.run(until=max(world.now, heals) + 3.0)
         self.check_end()
+
+    def serve(self) -> bool:
+        """Whether all engines do; one that is tainted waits for the next update."""
+        engines = self.world.engines
+        return all(process.alive and (process.engine.running or process.engine.tainted) for process in engines)
 
     def update_until_it_succeeds(self, healed: float) -> None:
         world = self.world

@@ -577,9 +577,10 @@ class World:
             and not any(engine.participant.update or engine.participant.tainted for engine in engines)
         )
 
-    def switching(self, rank: int, call: CallCommit) -> None:
+    def switching(self, rank: int, call: CallCommit, fails: bool) -> None:
         """An engine is about to switch: is every other paused with the same update prepared, where it is the first?"""
-        self.switched[call.version].add(rank)
+        if not fails:
+            self.switched[call.version].add(rank)
         if call.update in self._begun:
             return
         self._begun.add(call.update)
@@ -593,16 +594,66 @@ class World:
             )
 
 
-class DirectoryProcess(Process):
+class Asking(Process):
+    """A process with the client's connection, which is simulated: a trainer, or whoever else commands engines."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name, world.clock())
+        self.pending: dict[Caller, asyncio.Future[Answer]] = {}
+
+    def group(self) -> AsyncEngineGroup:
+        """The real client, on this process's loop."""
+        group = AsyncEngineGroup((DIRECTORY,), None, 16 << 20)
+        group.holder = self.name
+        group._connection = self  # type: ignore[assignment]
+        return group
+
+    def hear(self, caller: Caller, message: Any) -> None:
+        if (future := self.pending.get(caller)) is not None and not future.done():
+            future.set_result(message)
+
+    # What the group asks of its connection
+
+    async def request(self, address: str, message: Message, timeout: float) -> Answer:
+        """As ``Connection.request``: asks again every second under one id, until its time is over."""
+        if not self.alive:
+            raise EngineUnreachable("this process is dead")
+        caller, future, ends = new_caller(self), self.create_future(), self.time() + timeout
+        self.pending[caller] = future
+
+        def ask() -> None:
+            left = ends - self.time()
+            if future.done():
+                return
+            if left <= 1e-9:
+                future.set_exception(EngineUnreachable(f"{address} did not answer within {timeout:.1f} s"))
+                return
+            self.world.send(self, address, caller, message)
+            self.after(min(left, REPEAT_SECONDS), ask)
+
+        ask()
+        try:
+            return await future
+        finally:
+            del self.pending[caller]
+
+    def keep_only(self, addresses: set[str]) -> None:
+        pass
+
+
+class DirectoryProcess(Asking):
     """The real directory."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(world, "directory", world.clock())
+        super().__init__(world, "directory")
         self.directory = Directory()
         self.answers: dict[Caller, Answer] = {}
         world.join(self, DIRECTORY)
 
     def hear(self, caller: Caller, message: Any) -> None:
+        if caller in self.pending:
+            super().hear(caller, message)
+            return
         if caller not in self.answers:
             self.answers[caller] = self.directory.handle(message, self.time())
         self.world.send(self, caller.peer, caller, self.answers[caller])
@@ -659,8 +710,8 @@ class EngineProcess(Process):
         if part == engine.step:
             call = engine.calls[0]
             fails = self._fails()
-            if isinstance(call, CallCommit) and not fails:
-                self.world.switching(self.rank, call)
+            if isinstance(call, CallCommit):
+                self.world.switching(self.rank, call, fails)
             engine.step(fails)
             self.world.check(self.rank)
         elif isinstance(part, functools.partial):
@@ -692,49 +743,14 @@ class Call:
     seconds: float = 0.0
 
 
-class Trainer(Process):
-    """A process with the real client, whose connection is simulated."""
+class Trainer(Asking):
+    """A trainer."""
 
     def __init__(self, world: World, name: str) -> None:
-        super().__init__(world, name, world.clock())
+        super().__init__(world, name)
         self.calls: list[Call] = []
-        self.pending: dict[Caller, asyncio.Future[Answer]] = {}
-        self.group = AsyncEngineGroup((DIRECTORY,), None, 16 << 20)
-        self.group.holder = name
-        self.group._connection = self  # type: ignore[assignment]
+        self.engines = self.group()
         world.join(self)
-
-    def hear(self, caller: Caller, message: Any) -> None:
-        if (future := self.pending.get(caller)) is not None and not future.done():
-            future.set_result(message)
-
-    # What the group asks of its connection
-
-    async def request(self, address: str, message: Message, timeout: float) -> Answer:
-        """As ``Connection.request``: asks again every second under one id, until its time is over."""
-        if not self.alive:
-            raise EngineUnreachable("this process is dead")
-        caller, future, ends = new_caller(self), self.create_future(), self.time() + timeout
-        self.pending[caller] = future
-
-        def ask() -> None:
-            left = ends - self.time()
-            if future.done():
-                return
-            if left <= 1e-9:
-                future.set_exception(EngineUnreachable(f"{address} did not answer within {timeout:.1f} s"))
-                return
-            self.world.send(self, address, caller, message)
-            self.after(min(left, REPEAT_SECONDS), ask)
-
-        ask()
-        try:
-            return await future
-        finally:
-            del self.pending[caller]
-
-    def keep_only(self, addresses: set[str]) -> None:
-        pass
 
     # What it does
 
@@ -749,7 +765,7 @@ class Trainer(Process):
         """Start a user's own resume, or a pause and a resume."""
 
         async def run() -> None:
-            for work in (self.group.pause, self.group.resume) if pauses_first else (self.group.resume,):
+            for work in (self.engines.pause, self.engines.resume) if pauses_first else (self.engines.resume,):
                 with contextlib.suppress(ArealError):
                     await work(deadline=deadline)
 
@@ -762,7 +778,7 @@ class Trainer(Process):
 
         started = self.time()
         try:
-            async with self.group.update(call.version, deadline=call.deadline, on_phase=announce) as update:
+            async with self.engines.update(call.version, deadline=call.deadline, on_phase=announce) as update:
                 # What ``send`` does on its thread.
                 await update._begin({name: Disk(path="/") for name in update._engines})
                 for index in range(BUCKETS):
