@@ -161,7 +161,7 @@ class Ground:
     def up(self) -> Iterator[None]:
         """The deployment serves meanwhile, and is on a version that a trainer has sent."""
         with self.deployment:
-            self.deployment.wait(timeout=240, report=lambda _: None)
+            self.deployment.wait(timeout=400, report=lambda _: None)
             try:
                 self.engines = asyncio.run(self._discover())
                 while len(self.trainers) < 2:

@@ -135,12 +135,8 @@ class Engine:
             self.carry_out([Reply(caller, refusal or self.status())])
         else:
             self.carry_out(self.participant.handle(caller, message, now))
-        if message.epoch < self.highest_epoch:
-            require(
-                self.state == before,
-                "rule",
-                f"{message} of a lower epoch than {self.highest_epoch} changed {before}",
-            )
+        if message.epoch < self.highest_epoch and self.state != before:
+            raise Violation("rule", f"{message} of a lower epoch than {self.highest_epoch} changed {before}")
         self.highest_epoch = max(self.highest_epoch, message.epoch)
 
     def status(self) -> Status:
