@@ -36,10 +36,9 @@ RESUME_TAINTED = (PARTICIPANT, "        if self.tainted:\n", "        if False:\
 # What is removed: where, what, and what stands there instead. Several where one guard stands behind another.
 MUTANTS = {
     "fencing": [(PARTICIPANT, "if epoch < self.epoch:", "if False:")],
-    "no commit before every pause (coordinator)": [FIRST_PAUSE],
-    "no commit before every pause (both)": [FIRST_PAUSE, COMMIT_ANYWHERE],
-    "no pause before every vote (coordinator)": [FIRST_VOTE],
-    "no pause before every vote (both)": [FIRST_VOTE, PAUSE_ANYWHERE, COMMIT_ANYWHERE],
+    "no commit before every pause": [FIRST_PAUSE],
+    "no commit before every pause, on either side": [FIRST_PAUSE, COMMIT_ANYWHERE],
+    "no pause before every vote": [FIRST_VOTE, PAUSE_ANYWHERE, COMMIT_ANYWHERE],
     "an engine pauses for what it holds": [PAUSE_ANYWHERE],
     "in doubt, it waits": [
         (

@@ -238,6 +238,8 @@ class Round:
     def update_until_it_succeeds(self, healed: float) -> None:
         world = self.world
         next_trainer = world.trainer()
+        if self.dice.random() < 0.3:  # a user looks after the engines first
+            next_trainer.resume(pauses_first=False, deadline=5.0)
         attempt = 0
         while True:
             attempt += 1

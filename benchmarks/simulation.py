@@ -679,9 +679,12 @@ class EngineProcess(Process):
         self.flush()
 
     def tick(self) -> None:
-        if effects := self.engine.participant.tick(self.time()):
+        participant, now = self.engine.participant, self.time()
+        if effects := participant.tick(now):
             self.engine.carry_out(effects)
             self.flush()
+        if participant.update and participant.phase == "receiving" and now > participant.update.ends:
+            raise Violation("leftover", f"{self.name} receives an update whose time is over")
         self.after(TICK_SECONDS, self.tick)
 
     def beat(self) -> None:
