@@ -388,7 +388,7 @@ class Round:
         if wrong := ground.wrong_tokens(statuses):
             outcome.violated("wrong_tokens", wrong)
         fresh = ground.fresh_update()
-        if fresh["outcome"] != "committed" or fresh["lost"]:
+        if fresh["outcome"] != "committed" or fresh.get("lost"):
             outcome.violated("hangs", f"a fresh update: {fresh}")
         statuses, problem = ground.wait_serving(ground.engines, time.monotonic() + 5.0)
         if problem:
