@@ -188,8 +188,9 @@ class Ground:
         """All processes in the namespaces, without this one's trainer."""
         found: set[int] = set()
         for name in self.namespaces.names.values():
-            listed = subprocess.run(["ip", "netns", "pids", name], check=True, capture_output=True, text=True)
-            found |= {int(pid) for pid in listed.stdout.split()}
+            with subprocess.Popen(["ip", "netns", "pids", name], stdout=subprocess.PIPE, text=True) as asking:
+                assert asking.stdout is not None
+                found |= {int(pid) for pid in asking.stdout.read().split()} - {asking.pid}
         return found - {os.getpid(), *(trainer.process.pid for trainer in self.trainers)}
 
     # What engines say
