@@ -1,6 +1,7 @@
 """Faults in the middle of updates: what breaks?
 
-    python -m benchmarks.faults --simulated --rounds 10000 [--engines 3] [--seed 0]   # in memory: see simulated_faults.py
+    python -m benchmarks.faults --simulated --rounds 10000 [--engines 3] [--seed 0]   # in memory: simulated_faults.py
+    python -m benchmarks.faults --rounds 60 [--moe] [--only "kill trainer"]            # a real vLLM: real_faults.py
 
 The last line is JSON. Exits with 1 where a promise was broken.
 """
@@ -16,6 +17,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Faults in the middle of updates.")
     parser.add_argument("--simulated", action="store_true", help="in memory, with simulated time")
     parser.add_argument("--rounds", type=int, default=1000)
+    parser.add_argument("--moe", action="store_true", help="a MoE model in the real vLLM")
     parser.add_argument("--engines", type=int, default=3, help="of the simulation")
     parser.add_argument("--seed", type=int, default=0, help="of the first round; each round has the next")
     parser.add_argument("--only", default="", help="only faults with this in their name")
@@ -24,12 +26,14 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="tell every message of the simulation")
     options = parser.parse_args()
 
-    from .simulated_faults import simulate
-
-    totals = simulate(options)
+    if options.simulated:
+        from .simulated_faults import simulate as play
+    else:
+        from .real_faults import play
+    totals = play(options)
     print(json.dumps(totals))
     kinds = ("mixed_versions", "hangs", "wrong_tokens", "leftovers", "overruns", "untrue_outcomes", "broken_rules")
-    return int(any(totals[kind] for kind in kinds))
+    return int(any(totals.get(kind) for kind in kinds))
 
 
 if __name__ == "__main__":

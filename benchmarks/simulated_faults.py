@@ -25,6 +25,10 @@ PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
 # Two leases that run out (10 s each), an engine that registers again (1 s), and a request that waits for its time-out.
 RECOVERY_SECONDS = 40.0
 OVERRUN_SECONDS = 1.0
+# Whether engines that a trainer left behind serve again without another one, and how soon: a lease that runs out, and a
+# take-over. Until the directory does that by itself, the next trainer does.
+DIRECTORY_RECOVERS = False
+SERVES_AGAIN_SECONDS = 15.0
 
 
 @dataclasses.dataclass
@@ -123,7 +127,7 @@ def clock_drift(world: World, dice: random.Random) -> Fault:
     """Every clock runs at a rate of its own, up to a fifth fast or slow."""
     for process in (*world.engines, world.directory):
         process.clock = Clock(process.clock.offset, dice.uniform(0.8, 1.25))
-    return trainer_crash(world, dice) if dice.random() < 0.5 else engine_asleep(world, dice)
+    return dice.choice([trainer_crash, trainer_asleep, engine_asleep, partition])(world, dice)
 
 
 def two_trainers(world: World, dice: random.Random) -> Fault:
@@ -135,6 +139,12 @@ def two_trainers(world: World, dice: random.Random) -> Fault:
         rival.update("v-rival", deadline)
 
     return Fault(strike)
+
+
+def a_pause(world: World, dice: random.Random) -> Fault:
+    """Somebody pauses all engines and resumes them, or only resumes them."""
+    rival, pauses, deadline = world.trainer(), dice.random() < 0.5, dice.uniform(2.0, 20.0)
+    return Fault(lambda: rival.resume(pauses, deadline))
 
 
 def two_faults(world: World, dice: random.Random) -> Fault:
@@ -167,6 +177,7 @@ KINDS: dict[str, Draw] = {
     "partition": partition,
     "clock drift": clock_drift,
     "two trainers": two_trainers,
+    "a pause": a_pause,
     "two faults": two_faults,
 }
 
@@ -210,14 +221,25 @@ class Round:
         heals = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
         comes = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
         world.at(heals, WORLDS_HAND, fault.heal)
+        if DIRECTORY_RECOVERS and dice.random() < 0.5:
+            world.run(until=heals)
+            world.run(until=heals + SERVES_AGAIN_SECONDS, done=self.serve)
+            require(self.serve(), "hang", f"engines do not serve {SERVES_AGAIN_SECONDS} s after the fault")
         world.run(until=comes)
         self.update_until_it_succeeds(max(heals, comes))
         world.run(until=max(world.now, heals) + 3.0)
         self.check_end()
 
+    def serve(self) -> bool:
+        """Whether all engines do; one that is tainted waits for the next update."""
+        engines = self.world.engines
+        return all(process.alive and (process.engine.running or process.engine.tainted) for process in engines)
+
     def update_until_it_succeeds(self, healed: float) -> None:
         world = self.world
         next_trainer = world.trainer()
+        if self.dice.random() < 0.3:  # a user looks after the engines first
+            next_trainer.resume(pauses_first=False, deadline=5.0)
         attempt = 0
         while True:
             attempt += 1

@@ -36,7 +36,7 @@ from areal_vllm_ext.engine_core.participant import (
     Participant,
     Reply,
 )
-from areal_vllm_ext.errors import EngineUnreachable
+from areal_vllm_ext.errors import ArealError, EngineUnreachable
 from areal_vllm_ext.protocol import (
     Abort,
     Answer,
@@ -135,12 +135,8 @@ class Engine:
             self.carry_out([Reply(caller, refusal or self.status())])
         else:
             self.carry_out(self.participant.handle(caller, message, now))
-        if message.epoch < self.highest_epoch:
-            require(
-                self.state == before,
-                "rule",
-                f"{message} of a lower epoch than {self.highest_epoch} changed {before}",
-            )
+        if message.epoch < self.highest_epoch and self.state != before:
+            raise Violation("rule", f"{message} of a lower epoch than {self.highest_epoch} changed {before}")
         self.highest_epoch = max(self.highest_epoch, message.epoch)
 
     def status(self) -> Status:
@@ -585,9 +581,10 @@ class World:
             and not any(engine.participant.update or engine.participant.tainted for engine in engines)
         )
 
-    def switching(self, rank: int, call: CallCommit) -> None:
+    def switching(self, rank: int, call: CallCommit, fails: bool) -> None:
         """An engine is about to switch: is every other paused with the same update prepared, where it is the first?"""
-        self.switched[call.version].add(rank)
+        if not fails:
+            self.switched[call.version].add(rank)
         if call.update in self._begun:
             return
         self._begun.add(call.update)
@@ -601,116 +598,19 @@ class World:
             )
 
 
-class DirectoryProcess(Process):
-    """The real directory."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(world, "directory", world.clock())
-        self.directory = Directory()
-        self.answers: dict[Caller, Answer] = {}
-        world.join(self, DIRECTORY)
-
-    def hear(self, caller: Caller, message: Any) -> None:
-        if caller not in self.answers:
-            self.answers[caller] = self.directory.handle(message, self.time())
-        self.world.send(self, caller.peer, caller, self.answers[caller])
-
-
-class EngineProcess(Process):
-    """An engine, its time, and its beats.
-
-    Attributes:
-        failing: calls or workers' steps that will fail.
-    """
-
-    def __init__(self, world: World, info: EngineInfo, rank: int) -> None:
-        super().__init__(world, f"engine-{rank}.{info.pid}", world.clock())
-        self.rank = rank
-        self.failing = 0
-        self.engine = Engine(info=info, log=functools.partial(world.log, self.name))
-        self._stepping = False
-        world.join(self, info.address)
-        self.after(world.dice.uniform(0, TICK_SECONDS), self.tick)
-        self.after(world.dice.uniform(0, BEAT_SECONDS), self.beat)
-
-    def hear(self, caller: Caller, message: Any) -> None:
-        if caller.peer == self.name.encode():
-            return  # the directory's answer to a beat
-        self.engine.receive(caller, message, self.time())
-        self.flush()
-
-    def tick(self) -> None:
-        if effects := self.engine.participant.tick(self.time()):
-            self.engine.carry_out(effects)
-            self.flush()
-        self.after(TICK_SECONDS, self.tick)
-
-    def beat(self) -> None:
-        beat = Register(engine=self.engine.info, epoch=self.engine.participant.epoch)
-        self.world.send(self, DIRECTORY, new_caller(self), beat)
-        self.after(BEAT_SECONDS, self.beat)
-
-    def flush(self) -> None:
-        """Answers go out, and what waits goes on a moment later."""
-        engine = self.engine
-        for caller, answer in engine.replies:
-            self.world.send(self, caller.peer, caller, answer)
-        engine.replies.clear()
-        if not self._stepping and engine.busy:
-            self._stepping = True
-            self.after(self.world.dice.uniform(0.0001, 0.003), self.step)
-
-    def step(self) -> None:
-        self._stepping = False
-        engine = self.engine
-        part = self.world.dice.choice(engine.parts())
-        if part == engine.step:
-            call = engine.calls[0]
-            fails = self._fails()
-            if isinstance(call, CallCommit) and not fails:
-                self.world.switching(self.rank, call)
-            engine.step(fails)
-            self.world.check(self.rank)
-        elif isinstance(part, functools.partial):
-            part(fails=self._fails())
-        else:
-            part()
-            if part == engine.become_idle:
-                self.world.check(self.rank)
-        self.flush()
-
-    def _fails(self) -> bool:
-        self.failing -= 1
-        return self.failing >= 0
-
-
-@dataclasses.dataclass
-class Call:
-    """A trainer's update.
-
-    Attributes:
-        outcome: None while it is under way; then the result, or the error.
-        slept: seconds for which the process could do nothing.
-    """
-
-    version: str
-    deadline: float
-    started: float
-    outcome: object = None
-    seconds: float = 0.0
-
-
-class Trainer(Process):
-    """A process with the real client, whose connection is simulated."""
+class Asking(Process):
+    """A process with the client's connection, which is simulated: a trainer, or whoever else commands engines."""
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name, world.clock())
-        self.calls: list[Call] = []
         self.pending: dict[Caller, asyncio.Future[Answer]] = {}
-        self.group = AsyncEngineGroup((DIRECTORY,), None, 16 << 20)
-        self.group.holder = name
-        self.group._connection = self  # type: ignore[assignment]
-        world.join(self)
+
+    def group(self) -> AsyncEngineGroup:
+        """The real client, on this process's loop."""
+        group = AsyncEngineGroup((DIRECTORY,), None, 16 << 20)
+        group.holder = self.name
+        group._connection = self  # type: ignore[assignment]
+        return group
 
     def hear(self, caller: Caller, message: Any) -> None:
         if (future := self.pending.get(caller)) is not None and not future.done():
@@ -744,6 +644,121 @@ class Trainer(Process):
     def keep_only(self, addresses: set[str]) -> None:
         pass
 
+
+class DirectoryProcess(Asking):
+    """The real directory."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, "directory")
+        self.directory = Directory()
+        self.answers: dict[Caller, Answer] = {}
+        world.join(self, DIRECTORY)
+
+    def hear(self, caller: Caller, message: Any) -> None:
+        if caller in self.pending:
+            super().hear(caller, message)
+            return
+        if caller not in self.answers:
+            self.answers[caller] = self.directory.handle(message, self.time())
+        self.world.send(self, caller.peer, caller, self.answers[caller])
+
+
+class EngineProcess(Process):
+    """An engine, its time, and its beats.
+
+    Attributes:
+        failing: calls or workers' steps that will fail.
+    """
+
+    def __init__(self, world: World, info: EngineInfo, rank: int) -> None:
+        super().__init__(world, f"engine-{rank}.{info.pid}", world.clock())
+        self.rank = rank
+        self.failing = 0
+        self.engine = Engine(info=info, log=functools.partial(world.log, self.name))
+        self._stepping = False
+        world.join(self, info.address)
+        self.after(world.dice.uniform(0, TICK_SECONDS), self.tick)
+        self.after(world.dice.uniform(0, BEAT_SECONDS), self.beat)
+
+    def hear(self, caller: Caller, message: Any) -> None:
+        if caller.peer == self.name.encode():
+            return  # the directory's answer to a beat
+        self.engine.receive(caller, message, self.time())
+        self.flush()
+
+    def tick(self) -> None:
+        participant, now = self.engine.participant, self.time()
+        if effects := participant.tick(now):
+            self.engine.carry_out(effects)
+            self.flush()
+        if participant.update and participant.phase == "receiving" and now > participant.update.ends:
+            raise Violation("leftover", f"{self.name} receives an update whose time is over")
+        self.after(TICK_SECONDS, self.tick)
+
+    def beat(self) -> None:
+        beat = Register(engine=self.engine.info, epoch=self.engine.participant.epoch)
+        self.world.send(self, DIRECTORY, new_caller(self), beat)
+        self.after(BEAT_SECONDS, self.beat)
+
+    def flush(self) -> None:
+        """Answers go out, and what waits goes on a moment later."""
+        engine = self.engine
+        for caller, answer in engine.replies:
+            self.world.send(self, caller.peer, caller, answer)
+        engine.replies.clear()
+        if not self._stepping and engine.busy:
+            self._stepping = True
+            self.after(self.world.dice.uniform(0.0001, 0.003), self.step)
+
+    def step(self) -> None:
+        self._stepping = False
+        engine = self.engine
+        part = self.world.dice.choice(engine.parts())
+        if part == engine.step:
+            call = engine.calls[0]
+            fails = self._fails()
+            if isinstance(call, CallCommit):
+                self.world.switching(self.rank, call, fails)
+            engine.step(fails)
+            self.world.check(self.rank)
+        elif isinstance(part, functools.partial):
+            part(fails=self._fails())
+        else:
+            part()
+            if part == engine.become_idle:
+                self.world.check(self.rank)
+        self.flush()
+
+    def _fails(self) -> bool:
+        self.failing -= 1
+        return self.failing >= 0
+
+
+@dataclasses.dataclass
+class Call:
+    """A trainer's update.
+
+    Attributes:
+        outcome: None while it is under way; then the result, or the error.
+        slept: seconds for which the process could do nothing.
+    """
+
+    version: str
+    deadline: float
+    started: float
+    outcome: object = None
+    seconds: float = 0.0
+
+
+class Trainer(Asking):
+    """A trainer."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world, name)
+        self.calls: list[Call] = []
+        self.engines = self.group()
+        world.join(self)
+
     # What it does
 
     def update(self, version: str, deadline: float, on_phase: Callable[[str], None] = nothing) -> Call:
@@ -753,6 +768,16 @@ class Trainer(Process):
         self.run(lambda: self.create_task(self._update(call, on_phase)))
         return call
 
+    def resume(self, pauses_first: bool, deadline: float) -> None:
+        """Start a user's own resume, or a pause and a resume."""
+
+        async def run() -> None:
+            for work in (self.engines.pause, self.engines.resume) if pauses_first else (self.engines.resume,):
+                with contextlib.suppress(ArealError):
+                    await work(deadline=deadline)
+
+        self.run(lambda: self.create_task(run()))
+
     async def _update(self, call: Call, on_phase: Callable[[str], None]) -> None:
         def announce(phase: str) -> None:
             self.world.log(self.name, f"phase {phase}")
@@ -760,7 +785,7 @@ class Trainer(Process):
 
         started = self.time()
         try:
-            async with self.group.update(call.version, deadline=call.deadline, on_phase=announce) as update:
+            async with self.engines.update(call.version, deadline=call.deadline, on_phase=announce) as update:
                 # What ``send`` does on its thread.
                 await update._begin({name: Disk(path="/") for name in update._engines})
                 for index in range(BUCKETS):

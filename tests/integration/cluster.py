@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from network import Namespaces, missing
 
 from areal_vllm_ext import EngineGroup, security
 from areal_vllm_ext.demo.deployment import WORKER_EXTENSION, Deployment, Node
 from areal_vllm_ext.demo.model import make_model
+from benchmarks.network import Namespaces, missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

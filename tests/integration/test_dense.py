@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from cluster import Cluster, process_of
-from network import missing
 
 from areal_vllm_ext import (
     AsyncEngineGroup,
@@ -26,6 +25,7 @@ from areal_vllm_ext import (
     UpdateAborted,
 )
 from areal_vllm_ext.client.weights import named_weights
+from benchmarks.network import missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

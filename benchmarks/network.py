@@ -39,12 +39,17 @@ class Namespaces:
     def make(self) -> None:
         for name in self.names.values():
             ip("netns", "add", name)
-        ip("link", "add", self.links["a"], "type", "veth", "peer", "name", self.links["b"])
+        self.lay_wire()
         for node, name in self.names.items():
-            ip("link", "set", self.links[node], "netns", name)
             ip("-n", name, "addr", "add", f"{self.addresses[node]}/24", "dev", self.links[node])
             ip("-n", name, "link", "set", self.links[node], "up")
             ip("-n", name, "link", "set", "lo", "up")
+
+    def lay_wire(self) -> None:
+        """Give each node a device, joined with the other's."""
+        ip("link", "add", self.links["a"], "type", "veth", "peer", "name", self.links["b"])
+        for node, name in self.names.items():
+            ip("link", "set", self.links[node], "netns", name)
 
     def remove(self) -> None:
         for name in self.names.values():

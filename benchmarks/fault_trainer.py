@@ -1,0 +1,78 @@
+"""The trainer of the fault rounds: a process that updates the engines when told to, and tells every phase.
+
+It reads a line of JSON for each update: ``version``, ``deadline``, and ``stop_at``, a phase before which it waits for
+another line. It prints a line of JSON for each phase, and one for the end: ``outcome`` and ``seconds``.
+
+The weights follow from the version alone, so any process can make the model that a version stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from areal_vllm_ext import EngineGroup, UpdateAborted
+from areal_vllm_ext.client.weights import named_weights
+
+
+class Weights:
+    """The model's weights of any version; those of version 0 are in its checkpoint."""
+
+    def __init__(self, model_dir: str) -> None:
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+        self._first = [parameter.detach().clone() for parameter in self.model.parameters()]
+
+    @torch.no_grad()
+    def set(self, version: int) -> PreTrainedModel:
+        """The model with the weights of ``version``."""
+        generator = torch.Generator().manual_seed(version)
+        for parameter, first in zip(self.model.parameters(), self._first, strict=True):
+            noise = torch.randn(first.shape, generator=generator) if version else 0.0
+            parameter.copy_(first + 0.05 * noise)
+        return self.model
+
+
+def tell(**what: object) -> None:
+    print(json.dumps(what), flush=True)
+
+
+def main() -> None:
+    directory, key_file, model_dir = sys.argv[1:]
+    weights = Weights(model_dir)
+    group = EngineGroup.connect(directory, key_file=key_file)
+    tell(ready=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+
+        def on_phase(phase: str, stop_at: str = order["stop_at"]) -> None:
+            tell(phase=phase)
+            if phase == stop_at:
+                sys.stdin.readline()
+
+        def tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+            named = list(named_weights(model))
+            for index, entry in enumerate(named):
+                if index == len(named) // 2:
+                    on_phase("receiving")
+                yield entry
+
+        model = weights.set(order["version"])
+        started = time.monotonic()
+        try:
+            with group.update(order["version"], deadline=order["deadline"], bucket_mib=0, on_phase=on_phase) as update:
+                update.send(tensors(model))
+            outcome, lost = "committed", list(update.result.lost)
+        except UpdateAborted as error:
+            outcome, lost = f"aborted: {error}", []
+        except Exception as error:
+            outcome, lost = f"{type(error).__name__}: {error}", []
+        tell(outcome=outcome, lost=lost, seconds=time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    main()
