@@ -9,8 +9,24 @@ The last line is JSON. Exits with 1 where a promise was broken.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
+import os
+import platform
 import sys
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+
+def described(totals: dict[str, object]) -> dict[str, object]:
+    """``totals``, with when and how they came about."""
+    return {
+        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
+        "command": "python -m benchmarks.faults " + " ".join(sys.argv[1:]),
+        "machine": f"{os.cpu_count()} cores, no GPU",
+        "versions": {"python": platform.python_version(), "areal-vllm-ext": package_version("areal-vllm-ext")},
+        "totals": totals,
+    }
 
 
 def main() -> int:
@@ -24,6 +40,7 @@ def main() -> int:
     parser.add_argument("--ignore", action="append", default=[], help='a kind of violation, such as "overrun"')
     parser.add_argument("--first", action="store_true", help="end at the first violation")
     parser.add_argument("--trace", action="store_true", help="tell every message of the simulation")
+    parser.add_argument("--out", type=Path, help="write the totals here (a real vLLM: the table of rounds)")
     options = parser.parse_args()
 
     if options.simulated:
@@ -31,6 +48,8 @@ def main() -> int:
     else:
         from .real_faults import play
     totals = play(options)
+    if options.simulated and options.out:
+        options.out.write_text(json.dumps(described(totals), indent=1) + "\n")
     print(json.dumps(totals))
     kinds = ("mixed_versions", "hangs", "wrong_tokens", "leftovers", "overruns", "untrue_outcomes", "broken_rules")
     return int(any(totals.get(kind) for kind in kinds))

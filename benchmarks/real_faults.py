@@ -467,7 +467,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
         "totals": totals,
         "rounds": [dataclasses.asdict(one) for one in done],
     }
-    RESULTS.write_text(json.dumps(table, indent=1) + "\n")
+    (options.out or RESULTS).write_text(json.dumps(table, indent=1) + "\n")
     return totals
 
 

@@ -25,10 +25,10 @@ PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
 # Two leases that run out (10 s each), an engine that registers again (1 s), and a request that waits for its time-out.
 RECOVERY_SECONDS = 40.0
 OVERRUN_SECONDS = 1.0
-# Whether engines that a trainer left behind serve again without another one, and how soon: a lease that runs out, and a
-# take-over. Until the directory does that by itself, the next trainer does.
-DIRECTORY_RECOVERS = False
+# How soon engines that a trainer left behind serve again, without another one: a lease that runs out, and a take-over. The
+# lease of a user's own pause is longer.
 SERVES_AGAIN_SECONDS = 15.0
+PAUSE_SECONDS = 45.0
 
 
 @dataclasses.dataclass
@@ -199,7 +199,7 @@ class Round:
             Violation: a promise was broken.
         """
         world, dice = self.world, self.dice
-        world.run(until=2.0)  # all have registered
+        world.run(until=6.0)  # all have joined
         first = world.trainer()
         fault = KINDS[self.kind](world, dice)
         phase, after = dice.choice(PHASES), dice.choice([0.0, 0.003, 0.03]) * dice.random()
@@ -221,19 +221,34 @@ class Round:
         heals = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
         comes = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
         world.at(heals, WORLDS_HAND, fault.heal)
-        if DIRECTORY_RECOVERS and dice.random() < 0.5:
-            world.run(until=heals)
-            world.run(until=heals + SERVES_AGAIN_SECONDS, done=self.serve)
-            require(self.serve(), "hang", f"engines do not serve {SERVES_AGAIN_SECONDS} s after the fault")
+        if dice.random() < 0.5:
+            self.wait_until_all_serve(heals)
         world.run(until=comes)
         self.update_until_it_succeeds(max(heals, comes))
         world.run(until=max(world.now, heals) + 3.0)
         self.check_end()
 
+    def wait_until_all_serve(self, healed: float) -> None:
+        """Nobody comes to the engines' help but the directory."""
+        world = self.world
+        world.run(until=healed)
+        calls = [call for trainer in world.trainers if trainer.alive for call in trainer.calls]
+        world.run(until=world.now + 60.0, done=lambda: all(call.outcome is not None for call in calls))
+        states = [process.engine.participant for process in world.engines]
+        paused_by_user = any(state.flow != "running" and not state.paused_for for state in states)
+        slowest = min(process.clock.rate for process in (*world.engines, world.directory))
+        seconds = (PAUSE_SECONDS if paused_by_user else SERVES_AGAIN_SECONDS) / min(slowest, 1.0)
+        world.run(until=world.now + seconds, done=self.serve)
+        require(self.serve(), "hang", f"engines do not serve {seconds} s after the fault")
+
     def serve(self) -> bool:
-        """Whether all engines do; one that is tainted waits for the next update."""
-        engines = self.world.engines
-        return all(process.alive and (process.engine.running or process.engine.tainted) for process in engines)
+        """Whether all engines do; one that is tainted or stale waits for the next update."""
+        return all(
+            process.alive
+            and process.joined
+            and (process.engine.running or process.engine.tainted or process.engine.participant.stale)
+            for process in self.world.engines
+        )
 
     def update_until_it_succeeds(self, healed: float) -> None:
         world = self.world

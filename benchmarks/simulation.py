@@ -17,7 +17,6 @@ import functools
 import heapq
 import itertools
 import random
-import types
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from unittest import mock
@@ -25,7 +24,7 @@ from unittest import mock
 from areal_vllm_ext.client import group as client_group
 from areal_vllm_ext.client import update as client_update
 from areal_vllm_ext.client.group import AsyncEngineGroup
-from areal_vllm_ext.directory import BEAT_SECONDS, Directory
+from areal_vllm_ext.directory import BEAT_SECONDS, SETTLE_SECONDS, Directory
 from areal_vllm_ext.engine_core.participant import (
     CallCancelPause,
     CallCommit,
@@ -42,6 +41,7 @@ from areal_vllm_ext.protocol import (
     Answer,
     Begin,
     Bucket,
+    DirectoryRequest,
     Disk,
     EngineInfo,
     EngineRequest,
@@ -50,6 +50,7 @@ from areal_vllm_ext.protocol import (
     Message,
     Prepare,
     Register,
+    Registered,
     Status,
     Version,
     WorkerDone,
@@ -59,6 +60,9 @@ from areal_vllm_ext.wire import Caller
 FIRST_VERSION = "v0"
 DIRECTORY = "tcp://directory:29700"
 TICK_SECONDS = 0.1
+LOOK_SECONDS = 0.2
+RECOVERY_SECONDS = 10.0
+GONE_SECONDS = 5.0
 REPEAT_SECONDS = 1.0
 BUCKETS = 2
 
@@ -430,8 +434,6 @@ class World:
 
     Attributes:
         now: the true time, in seconds.
-        exempt: engines that crashed and run on their first weights, until all are on one version again. One that was
-            merely lost is not exempt: it must stay paused until it is on the others' version.
         switched: the engines that ever switched to a version.
     """
 
@@ -445,7 +447,6 @@ class World:
         self._listening: dict[str, Process] = {}
         self._processes: dict[bytes, Process] = {}
         self.network = Network(self.dice)
-        self.exempt: set[int] = set()
         self.switched: dict[Version, set[int]] = collections.defaultdict(set)
         self._begun: set[str] = set()
         self._serving: collections.Counter[Version] = collections.Counter()
@@ -477,7 +478,6 @@ class World:
 
     def crash_engine(self, rank: int) -> None:
         self.engines[rank].kill()
-        self.exempt.add(rank)
         self._count(rank)
         self.log(self.engines[rank].name, "crashes")
 
@@ -542,6 +542,12 @@ class World:
         for delay in self.network.delays(self.now):
             self.at(self.now + delay, receiver, arrive)
 
+    def reaches(self, source: Process, address: str) -> bool:
+        """Whether a connection from ``source`` to ``address`` would stand."""
+        receiver = self._listening.get(address)
+        cut = self.network.cut
+        return receiver is not None and receiver.alive and (source.name in cut) == (receiver.name in cut)
+
     def join_links(self) -> None:
         """Every cut link is whole again."""
         self.network.cut.clear()
@@ -553,10 +559,6 @@ class World:
 
     def check(self, rank: int) -> None:
         """No two engines that serve are on different versions, whoever died or slept or was late. ``rank`` has changed."""
-        if self.exempt and self._is_one_version():
-            exempt, self.exempt = self.exempt, set()
-            for other in exempt:
-                self._count(other)
         self._count(rank)
         require(len(self._serving) <= 1, "mixed versions", f"engines serve {sorted(map(str, self._serving))}")
         engine = self.engines[rank].engine
@@ -569,17 +571,9 @@ class World:
             if not self._serving[before]:
                 del self._serving[before]
         process = self.engines[rank]
-        if process.alive and process.engine.running and rank not in self.exempt:
+        if process.alive and process.engine.running:
             self._counted[rank] = process.engine.version
             self._serving[process.engine.version] += 1
-
-    def _is_one_version(self) -> bool:
-        engines = [process.engine for process in self.engines]
-        return (
-            all(process.alive for process in self.engines)
-            and len({engine.version for engine in engines}) == 1
-            and not any(engine.participant.update or engine.participant.tainted for engine in engines)
-        )
 
     def switching(self, rank: int, call: CallCommit, fails: bool) -> None:
         """An engine is about to switch: is every other paused with the same update prepared, where it is the first?"""
@@ -592,7 +586,7 @@ class World:
             p = process.engine.participant
             ready = p.update is not None and p.update.begin.update == call.update and p.flow == "paused"
             require(
-                (ready and p.phase in ("prepared", "committing")) or other in self.exempt,
+                (ready and p.phase in ("prepared", "committing")) or not (process.alive and process.joined),
                 "rule",
                 f"engine {rank} commits while engine {other} is {p.phase}, {p.flow}",
             )
@@ -604,6 +598,7 @@ class Asking(Process):
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name, world.clock())
         self.pending: dict[Caller, asyncio.Future[Answer]] = {}
+        self.gone_since: dict[str, float] = {}
 
     def group(self) -> AsyncEngineGroup:
         """The real client, on this process's loop."""
@@ -629,6 +624,11 @@ class Asking(Process):
             left = ends - self.time()
             if future.done():
                 return
+            if self.world.reaches(self, address):
+                self.gone_since.pop(address, None)
+            elif self.time() - self.gone_since.setdefault(address, self.time()) > GONE_SECONDS:
+                future.set_exception(EngineUnreachable(f"{address} is not connected"))
+                return
             if left <= 1e-9:
                 future.set_exception(EngineUnreachable(f"{address} did not answer within {timeout:.1f} s"))
                 return
@@ -650,12 +650,28 @@ class DirectoryProcess(Asking):
 
     def __init__(self, world: World) -> None:
         super().__init__(world, "directory")
-        self.directory = Directory()
+        self.directory = Directory(self.time(), SETTLE_SECONDS)
         self.answers: dict[Caller, Answer] = {}
+        self.recovery: asyncio.Task[None] | None = None
         world.join(self, DIRECTORY)
+        self.after(LOOK_SECONDS, self.look)
+
+    def look(self) -> None:
+        """As ``DirectoryServer``: settle what a client has left."""
+        if (self.recovery is None or self.recovery.done()) and self.directory.recovery_due(self.time()):
+            self.world.log(self.name, "recovers")
+            self.recovery = self.create_task(self.recover())
+        self.after(LOOK_SECONDS, self.look)
+
+    async def recover(self) -> None:
+        try:
+            await self.group().recover(deadline=RECOVERY_SECONDS, resume=True)
+        except ArealError as error:
+            self.world.log(self.name, f"cannot recover: {error}")
+            await asyncio.sleep(BEAT_SECONDS)
 
     def hear(self, caller: Caller, message: Any) -> None:
-        if caller in self.pending:
+        if not isinstance(message, DirectoryRequest):  # an answer to what it asks, as a client, of engines or of itself
             super().hear(caller, message)
             return
         if caller not in self.answers:
@@ -675,6 +691,8 @@ class EngineProcess(Process):
         self.rank = rank
         self.failing = 0
         self.engine = Engine(info=info, log=functools.partial(world.log, self.name))
+        # It serves once it has heard from the directory what the group has agreed on.
+        self.engine.running = self.joined = False
         self._stepping = False
         world.join(self, info.address)
         self.after(world.dice.uniform(0, TICK_SECONDS), self.tick)
@@ -682,7 +700,9 @@ class EngineProcess(Process):
 
     def hear(self, caller: Caller, message: Any) -> None:
         if caller.peer == self.name.encode():
-            return  # the directory's answer to a beat
+            if isinstance(message, Registered):
+                self.registered(message)
+            return
         self.engine.receive(caller, message, self.time())
         self.flush()
 
@@ -695,8 +715,21 @@ class EngineProcess(Process):
             raise Violation("leftover", f"{self.name} receives an update whose time is over")
         self.after(TICK_SECONDS, self.tick)
 
+    def registered(self, message: Registered) -> None:
+        """The directory has answered a beat."""
+        engine = self.engine
+        engine.carry_out(engine.participant.group_at(message.version, message.agreed))
+        if not self.joined:
+            self.joined = True
+            engine.running = engine.participant.flow == "running"
+            self.world.check(self.rank)
+        self.flush()
+
     def beat(self) -> None:
-        beat = Register(engine=self.engine.info, epoch=self.engine.participant.epoch)
+        p = self.engine.participant
+        beat = Register(
+            engine=self.engine.info, epoch=p.epoch, version=p.version, agreed=p.agreed, unsettled=p.unsettled
+        )
         self.world.send(self, DIRECTORY, new_caller(self), beat)
         self.after(BEAT_SECONDS, self.beat)
 
@@ -789,7 +822,7 @@ class Trainer(Asking):
                 # What ``send`` does on its thread.
                 await update._begin({name: Disk(path="/") for name in update._engines})
                 for index in range(BUCKETS):
-                    await update._announce(index, EMPTY_BUCKET, 0)
+                    await update._announce(index, 0, (), 0)
                     update._buckets += 1
                     if not index:
                         announce("receiving")
@@ -799,9 +832,6 @@ class Trainer(Asking):
         if self.alive:
             call.outcome, call.seconds = outcome, self.time() - started
             self.world.log(self.name, f"update to {call.version} ends after {call.seconds:.3f} s: {outcome!r}")
-
-
-EMPTY_BUCKET: Any = types.SimpleNamespace(nbytes=0, segments=[])
 
 
 def new_caller(process: Process) -> Caller:

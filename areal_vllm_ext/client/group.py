@@ -503,15 +503,18 @@ class AsyncEngineGroup:
                     }
                     # Once more: while the lease is held, nobody joins; whoever has come just before it must do so first.
                     found = await self._discover(min(max(ends - time.monotonic(), 0.1), _DISCOVER_SECONDS))
-                    problem = describe_missing([answer for _, answer in found], None)
-                    if problem and not without_lost and any(answer.joining for _, answer in found):
-                        continue
+                    missing = describe_missing([answer for _, answer in found], None, self._dropped)
+                    if missing and not without_lost:
+                        if any(answer.joining for _, answer in found) and time.monotonic() < ends:
+                            continue
+                        raise EnginesMissing(missing)
                     members = {
                         engine.name: Member(engine, epochs[directory], directory)
                         for directory, answer in found
                         for engine in answer.alive
                     }
-                    yield await self._take_over(members, ends, all_here=not problem, resume=resume)
+                    all_here = not describe_missing([answer for _, answer in found], None)
+                    yield await self._take_over(members, ends, all_here=all_here, resume=resume)
                     return
 
     async def _present(self, ends: float, without_lost: bool) -> None:

@@ -243,7 +243,7 @@ class AsyncUpdate:
                 assert isinstance(status, protocol.Status)
                 if status.last_update == coordinator.update:
                     coordinator.found_committed(name, running=status.flow == "running")
-                elif status.update != coordinator.update and status.phase != "tainted":
+                elif status.update != coordinator.update and status.agreed < self._members[name].epoch:
                     given_up.add(name)
 
         await asyncio.gather(*(ask(name) for name in list(coordinator.lost)))
