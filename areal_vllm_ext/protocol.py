@@ -129,7 +129,8 @@ class Broadcast(Part, tag=True):
     """Rank 0 of a communicator, the trainer, broadcasts buckets. Ranks are assigned by the client, never computed.
 
     ``ranks`` maps a worker's rank inside its engine to its rank in the communicator. ``rendezvous`` is a
-    ``host:port`` of the trainer's store (gloo) or a unique id in hexadecimal (NCCL).
+    ``host:port`` of the trainer's store (gloo) or a unique id in hexadecimal (NCCL). ``met``: all have met there in an
+    earlier update, and nobody can any more.
     """
 
     backend: Literal["gloo", "nccl"]
@@ -137,6 +138,7 @@ class Broadcast(Part, tag=True):
     world_size: int
     ranks: dict[int, int]
     rendezvous: str
+    met: bool = False
 
 
 class SharedMemory(Part, tag=True):

@@ -447,6 +447,11 @@ class AsyncEngineGroup:
             self._sink = (key, made)
         return self._sink[1]
 
+    @property
+    def has_sink(self) -> bool:
+        """Whether there is a sending end of an earlier update."""
+        return self._sink is not None
+
     def drop_sink(self) -> None:
         """Close the sending end: after a failure, the next update makes a new one."""
         if self._sink is not None:

@@ -51,6 +51,7 @@ from .weights import Checker, Named, gathered, warn_unchecked
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from ..transport import Sink
     from .group import AsyncEngineGroup
 
 # After its deadline an update waits for one more answer to what it tells the engines last (keep the old weights, or commit),
@@ -402,15 +403,29 @@ class AsyncUpdate:
 
     # The bytes
 
+    def _met_sink(self, device: torch.device, expected: tuple[TensorMeta, ...]) -> Sink:
+        """The sending end, connected to every worker."""
+        while True:
+            kept = self._group.has_sink
+            sink = self._group.sink(
+                self._choose(device), self._engines, device, self._options.bucket_bytes, expected, self._left()
+            )
+            opening = self._submit(self._begin(dict(zip(self._engines, sink.transfers, strict=True))))
+            try:
+                sink.meet(opening)
+                opening.result()
+            except UpdateAborted:
+                # A worker may have lost its end of the last update's connection: then a new one is due, not an error.
+                self._group.drop_sink()
+                if not kept:
+                    raise
+            else:
+                return sink
+
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         first = next(pairs)
         device = first[1].device
-        sink = self._group.sink(
-            self._choose(device), self._engines, device, self._options.bucket_bytes, expected, self._left()
-        )
-        opening = self._submit(self._begin(dict(zip(self._engines, sink.transfers, strict=True))))
-        sink.meet(opening)
-        opening.result()
+        sink = self._met_sink(device, expected)
         announced: list[Future[None]] = []
 
         def failed() -> bool:

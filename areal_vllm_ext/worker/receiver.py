@@ -16,6 +16,7 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import torch
 import zmq
 
@@ -286,10 +287,17 @@ class Receiver:
 
     def source(self, transfer: protocol.Transfer, timeout: float, cancelled: threading.Event) -> Source:
         """The worker's end of ``transfer``; kept from one update to the next where the transport allows it."""
+        if isinstance(transfer, protocol.Broadcast):
+            met, transfer = transfer.met, msgspec.structs.replace(transfer, met=False)
+        else:
+            met = False
         with self._sources_lock:
-            for known, source in self._sources:
+            for place, (known, source) in enumerate(self._sources):
                 if known == transfer:
+                    self._sources.append(self._sources.pop(place))  # the least recently used is closed first
                     return source
+        if met:
+            raise RuntimeError("this worker no longer has its end of the trainer's connection")
         source = open_source(transfer, self, timeout, cancelled)
         if cancelled.is_set():
             source.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -483,3 +484,29 @@ def test_a_source_that_serves_one_update_is_closed_with_it(
     send(group, weights(1), transport="shared_memory")
     assert served.serves(weights(1))
     eventually(lambda: len(closed) == 2 * WORKERS)
+
+
+def lose_connections(receiver: Receiver) -> None:
+    for _, source in list(receiver._sources):
+        receiver.drop(source)
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
+def test_a_worker_that_lost_its_connection_gets_a_new_one(served: Served, group: EngineGroup, transport: str) -> None:
+    send(group, weights(30), transport=transport)
+    lose_connections(served.receivers[1][0])
+    send(group, weights(31), version=2, transport=transport)
+    assert served.serves(weights(31))
+
+
+def test_the_connection_that_was_used_least_recently_is_closed_first(served: Served, key_file: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        groups = [
+            stack.enter_context(EngineGroup.connect(served.deployment.directory, key_file=key_file)) for _ in range(5)
+        ]
+        receiver = served.receivers[0][0]
+        for number in (0, 1, 2, 3, 0, 4):
+            send(groups[number], weights(number), version=number, transport="broadcast")
+        kept = [source for _, source in receiver._sources]
+        send(groups[0], weights(0), version=9, transport="broadcast")
+        assert [source for _, source in receiver._sources] == [*kept[:2], kept[3], kept[2]]
