@@ -267,6 +267,11 @@ class Participant:
         self._pause_holder, self.orphaned = holder, False
         self._pause_lease_ends = now + lease if lease else float("inf")
 
+    def _hold_ends(self) -> None:
+        """No user keeps it paused any more, but its weights do: it is to run once they are right."""
+        self.paused_for = self.paused_for or STALE
+        self._hold("", 0, 0)
+
     def _keep_paused(self, caller: Caller, message: KeepPaused, now: float) -> list[Effect]:
         if self.flow == "running" or self.paused_for or self._pause_holder != message.holder:
             return self._refuse(caller, "state", f"this engine is not paused for {message.holder}")
@@ -282,6 +287,8 @@ class Participant:
     def _resume(self, caller: Caller) -> list[Effect]:
         if self.phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
+        if self.tainted or self.stale:
+            self._hold_ends()
         if self.tainted:
             return self._refuse(caller, "state", f"the weights are tainted ({self.tainted}): send another update")
         if self.stale:
@@ -525,6 +532,8 @@ class Participant:
         """Time passed: give up what is over its time."""
         effects: list[Effect] = []
         self.orphaned = self.flow != "running" and not self.paused_for and now >= self._pause_lease_ends
+        if self.orphaned and (self.tainted or self.stale):
+            self._hold_ends()
         if self.flow == "pausing" and self._pause_waiting and now >= self._pause_ends:
             waited = Error(kind="timeout", message="the engine did not become idle in time, the pause was taken back")
             effects += [Reply(caller, waited) for caller in self._pause_waiting]

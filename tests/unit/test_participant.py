@@ -929,3 +929,19 @@ def test_without_staging_loaded_and_paused_is_in_doubt() -> None:
     rig.take(rig.participant.load_done("u", ""))
     assert rig.participant.tick(MINUTE * 10) == []
     assert rig.state == ("prepared", "paused")
+
+
+@pytest.mark.parametrize("how", ["resume", "lease"])
+def test_a_users_pause_of_a_tainted_engine_ends_like_any_other(how: str) -> None:
+    """So that it runs again with the weights of the next update."""
+    rig = Rig()
+    rig.participant.tainted = "commit failed"
+    rig.ask(Pause(epoch=1, mode="keep", kv="keep", timeout=9, holder="h", lease=3))
+    rig.take(rig.participant.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
+    assert rig.participant.paused_for == ""
+    if how == "resume":
+        assert isinstance(rig.answers[rig.ask(Resume(epoch=1, timeout=1))], Error)
+    else:
+        rig.take(rig.participant.tick(3.0))
+    assert rig.participant.paused_for == "stale"
+    assert not rig.participant.unsettled, "nobody can help but an update"
