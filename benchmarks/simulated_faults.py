@@ -246,7 +246,7 @@ class Round:
         return all(
             process.alive
             and process.joined
-            and (process.engine.running or process.engine.tainted or process.engine.participant.stale)
+            and (process.engine.running or process.engine.participant.tainted or process.engine.participant.stale)
             for process in self.world.engines
         )
 

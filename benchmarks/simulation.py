@@ -28,6 +28,7 @@ from areal_vllm_ext.directory import BEAT_SECONDS, SETTLE_SECONDS, Directory
 from areal_vllm_ext.engine_core.participant import (
     CallCancelPause,
     CallCommit,
+    CallLoad,
     CallPause,
     CallResume,
     Effect,
@@ -67,7 +68,7 @@ REPEAT_SECONDS = 1.0
 BUCKETS = 2
 
 Kind = Literal["mixed versions", "hang", "wrong tokens", "leftover", "overrun", "rule", "untrue outcome"]
-EngineCall = CallPause | CallResume | CallCancelPause | CallCommit
+EngineCall = CallPause | CallResume | CallCancelPause | CallCommit | CallLoad
 IDS = itertools.count()
 
 
@@ -118,6 +119,7 @@ class Engine:
         self.whole: set[tuple[int, str]] = set()  # what the workers voted for
         self.answers: dict[Caller, Answer | None] = {}
         self.tainted = False
+        self.loading: CallLoad | None = None  # without staging: it holds parts of two versions
         self.replies: list[tuple[Caller, Answer]] = []
         self.log = log
 
@@ -211,14 +213,33 @@ class Engine:
                 self.outcomes.append(lambda: participant.cancel_done(call.call, pending))
             case CallCommit():
                 require(not self.running, "wrong tokens", "a commit was applied on an engine that runs")
-                whole = {(rank, call.update) for rank in range(len(self.orders))}
                 require(
-                    self.whole == whole, "wrong tokens", f"{call} was applied to {self.whole}, which is not all of it"
+                    self.holds(call.update),
+                    "wrong tokens",
+                    f"{call} was applied to {self.whole}, which is not all of it",
                 )
                 self.tainted = fails
                 if not fails:
                     self.version = call.version
                 self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
+            case CallLoad():
+                require(not self.running, "wrong tokens", "an engine that runs was loaded in place")
+                self.tainted, self.loading = True, call
+                if fails:
+                    self.end_load()
+
+    def end_load(self) -> None:
+        """Without staging: the last byte is loaded, or the update was given up."""
+        call, self.loading = self.loading, None
+        assert call is not None
+        participant, error = self.participant, "" if self.holds(call.update) else "given up"
+        if not error:
+            self.tainted, self.version = False, call.version
+        self.outcomes.append(lambda: participant.load_done(call.update, error))
+
+    def holds(self, update: str) -> bool:
+        """Whether every worker has all of ``update``."""
+        return self.whole == {(rank, update) for rank in range(len(self.orders))}
 
     def become_idle(self) -> None:
         """The pause that was asked for completes."""
@@ -262,7 +283,16 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.calls or self.outcomes or self.words or self.pausing is not None or any(self.orders))
+        waiting = self.calls or self.outcomes or self.words or self.pausing is not None or any(self.orders)
+        return bool(waiting or self.load_ends)
+
+    @property
+    def load_ends(self) -> bool:
+        """Whether a load in place has all its bytes, or will never have them."""
+        if self.loading is None:
+            return False
+        update = self.loading.update
+        return self.holds(update) or any(staged != update for staged in self.staged)
 
     def parts(self) -> list[Callable[[], None]]:
         """The parts of this process that have something to do, in the order in which they would if all were quick."""
@@ -275,6 +305,8 @@ class Engine:
             parts.append(self.step)
         if self.pausing is not None:
             parts.append(self.become_idle)
+        if self.load_ends:
+            parts.append(self.end_load)
         parts += [functools.partial(self.work, rank) for rank, orders in enumerate(self.orders) if orders]
         return parts
 
@@ -575,10 +607,8 @@ class World:
             self._counted[rank] = process.engine.version
             self._serving[process.engine.version] += 1
 
-    def switching(self, rank: int, call: CallCommit, fails: bool) -> None:
+    def switching(self, rank: int, call: CallCommit) -> None:
         """An engine is about to switch: is every other paused with the same update prepared, where it is the first?"""
-        if not fails:
-            self.switched[call.version].add(rank)
         if call.update in self._begun:
             return
         self._begun.add(call.update)
@@ -736,6 +766,7 @@ class EngineProcess(Process):
     def flush(self) -> None:
         """Answers go out, and what waits goes on a moment later."""
         engine = self.engine
+        self.world.switched[engine.participant.version].add(self.rank)
         for caller, answer in engine.replies:
             self.world.send(self, caller.peer, caller, answer)
         engine.replies.clear()
@@ -751,7 +782,7 @@ class EngineProcess(Process):
             call = engine.calls[0]
             fails = self._fails()
             if isinstance(call, CallCommit):
-                self.world.switching(self.rank, call, fails)
+                self.world.switching(self.rank, call)
             engine.step(fails)
             self.world.check(self.rank)
         elif isinstance(part, functools.partial):
@@ -778,6 +809,7 @@ class Call:
 
     version: str
     deadline: float
+    staging: str
     started: float
     outcome: object = None
     seconds: float = 0.0
@@ -796,7 +828,8 @@ class Trainer(Asking):
 
     def update(self, version: str, deadline: float, on_phase: Callable[[str], None] = nothing) -> Call:
         """Start an update. ``on_phase`` hears the group's phases, and ``receiving`` in the middle of the bytes."""
-        call = Call(version, deadline, started=self.world.now)
+        staging = self.world.dice.choice(["auto", "auto", "auto", "none"])
+        call = Call(version, deadline, staging, started=self.world.now)
         self.calls.append(call)
         self.run(lambda: self.create_task(self._update(call, on_phase)))
         return call
@@ -818,10 +851,12 @@ class Trainer(Asking):
 
         started = self.time()
         try:
-            async with self.engines.update(call.version, deadline=call.deadline, on_phase=announce) as update:
+            options = {"deadline": call.deadline, "staging": call.staging, "on_phase": announce}
+            async with self.engines.update(call.version, **options) as update:
                 # What ``send`` does on its thread.
                 await update._begin({name: Disk(path="/") for name in update._engines})
                 for index in range(BUCKETS):
+                    update._loading = True
                     await update._announce(index, 0, (), 0)
                     update._buckets += 1
                     if not index:
