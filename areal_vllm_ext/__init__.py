@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .client.group import AsyncEngineGroup, EngineGroup, UpdateResult, Verification
+    from .client.blocking import EngineGroup
+    from .client.group import AsyncEngineGroup, UpdateResult, Verification
     from .errors import (
         ArealError,
         EnginesMissing,
@@ -37,7 +38,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # vLLM imports this package in every process for its plugin: the client's imports wait until somebody uses it.
-    if name in ("EngineGroup", "AsyncEngineGroup", "UpdateResult", "Verification"):
+    if name == "EngineGroup":
+        from .client.blocking import EngineGroup
+
+        return EngineGroup
+    if name in ("AsyncEngineGroup", "UpdateResult", "Verification"):
         from .client import group
 
         return getattr(group, name)

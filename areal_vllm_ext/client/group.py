@@ -1,37 +1,32 @@
-"""``AsyncEngineGroup`` and ``EngineGroup``: every engine of a cluster as one object. One implementation: the asynchronous
-one; ``EngineGroup`` runs it on an event loop in a thread of its own.
-"""
+"""``AsyncEngineGroup``: every engine of a cluster as one object. ``blocking.py`` has its form without ``await``."""
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import os
 import socket
-import threading
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from .. import protocol, security
 from ..checkpoint import contents
 from ..config import Settings, split_address
-from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
+from ..errors import EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from . import recovery
 from .connection import Connection
 from .update import AsyncUpdate, UpdateOptions, UpdateResult
 from .verify import Difference, Verification, compare
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     import torch
-    from torch.distributed import ProcessGroup
 
     from ..protocol import (
         Answer,
@@ -46,18 +41,14 @@ if TYPE_CHECKING:
     )
     from ..transport import Sink
 
-__all__ = ["AsyncEngineGroup", "Difference", "EngineGroup", "EngineState", "Update", "UpdateResult", "Verification"]
-
-T = TypeVar("T")
+__all__ = ["AsyncEngineGroup", "Difference", "EngineState", "UpdateResult", "Verification"]
 
 _LEASE_SECONDS = 10.0
-_PAUSE_LEASE_SECONDS = 30.0
-_DISCOVER_SECONDS = 5.0
+PAUSE_LEASE_SECONDS = 30.0
+DISCOVER_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 # For what is still said after a deadline: less than a second in all.
 _GRACE_SECONDS = 0.5
-# After Ctrl-C, engines get so long to be told.
-_INTERRUPTED_SECONDS = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +165,7 @@ class AsyncEngineGroup:
 
     # Discovery
 
-    async def engines(self, timeout: float = _DISCOVER_SECONDS) -> list[EngineInfo]:
+    async def engines(self, timeout: float = DISCOVER_SECONDS) -> list[EngineInfo]:
         """The engines that are alive, by replica and DP rank.
 
         Raises:
@@ -192,7 +183,7 @@ class AsyncEngineGroup:
         problem = ""
         while (left := ends - time.monotonic()) > 0:
             try:
-                found = await self._discover(min(left, _DISCOVER_SECONDS))
+                found = await self._discover(min(left, DISCOVER_SECONDS))
                 alive = [engine for _, answer in found for engine in answer.alive]
                 problem = describe_missing([answer for _, answer in found], engines)
                 if not problem:
@@ -205,7 +196,7 @@ class AsyncEngineGroup:
             await asyncio.sleep(min(_POLL_SECONDS, max(ends - time.monotonic(), 0)))
         raise EnginesMissing(f"not ready after {timeout:.0f} s: {problem}")
 
-    async def status(self, timeout: float = _DISCOVER_SECONDS) -> list[EngineState]:
+    async def status(self, timeout: float = DISCOVER_SECONDS) -> list[EngineState]:
         """The state of every engine, also of those that were lost; an engine that does not answer is ``unreachable``."""
         found = await self._discover(timeout)
 
@@ -233,7 +224,7 @@ class AsyncEngineGroup:
         *,
         kv: KVPolicy = "keep",
         deadline: float = 60.0,
-        lease: float | None = _PAUSE_LEASE_SECONDS,
+        lease: float | None = PAUSE_LEASE_SECONDS,
     ) -> None:
         """Pause generation on every engine, all at once; returns when every engine is idle.
 
@@ -507,7 +498,7 @@ class AsyncEngineGroup:
                         for directory in sorted(self._addresses)
                     }
                     # Once more: while the lease is held, nobody joins; whoever has come just before it must do so first.
-                    found = await self._discover(min(max(ends - time.monotonic(), 0.1), _DISCOVER_SECONDS))
+                    found = await self._discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
                     missing = describe_missing([answer for _, answer in found], None, self._dropped)
                     if missing and not without_lost:
                         if any(answer.joining for _, answer in found) and time.monotonic() < ends:
@@ -529,7 +520,7 @@ class AsyncEngineGroup:
             EnginesMissing: not everybody is there. EngineUnreachable: a directory does not answer.
         """
         while True:
-            found = await self._discover(min(max(ends - time.monotonic(), 0.1), _DISCOVER_SECONDS))
+            found = await self._discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
             joining = any(answer.joining for _, answer in found)
             if without_lost or not joining or time.monotonic() + _POLL_SECONDS > ends:
                 break
@@ -544,7 +535,7 @@ class AsyncEngineGroup:
         """Fence every engine, and settle an update that its client left behind."""
 
         async def fence(name: str, member: Member) -> Target | None:
-            left = min(max(ends - time.monotonic(), 0.1), _DISCOVER_SECONDS)
+            left = min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS)
             try:
                 status = await self.request(member.engine.address, protocol.Fence(epoch=member.epoch), left)
             except EngineUnreachable as error:
@@ -580,7 +571,7 @@ class AsyncEngineGroup:
         while True:
             left = max(ends - time.monotonic(), 0.1)
             try:
-                answer = await self.request(directory, acquire, min(left, _DISCOVER_SECONDS))
+                answer = await self.request(directory, acquire, min(left, DISCOVER_SECONDS))
                 break
             except RequestError as error:
                 if error.kind != "held" or left <= _POLL_SECONDS:
@@ -679,137 +670,3 @@ def describe_missing(
     if not problems and not alive:
         problems.append("no engine has registered with the directory")
     return "; ".join(problems)
-
-
-class Update:
-    """The blocking form of ``AsyncUpdate``."""
-
-    def __init__(self, group: EngineGroup, update: AsyncUpdate) -> None:
-        self._group = group
-        self._update = update
-
-    @property
-    def result(self) -> UpdateResult:
-        """What it took; set when the block has been left."""
-        return self._update.result
-
-    def send(self, weights: Any, *, dtype: str | None = None) -> None:
-        """See ``AsyncUpdate.send``. The tensors are handled in the caller's thread, on its current device and stream."""
-        self._update.send_blocking(weights, dtype=dtype)
-
-    def __enter__(self) -> Update:
-        self._group.run(self._update.__aenter__())
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._group.run(self._update.__aexit__(kind, error, trace))
-
-
-class EngineGroup:
-    """The blocking form of ``AsyncEngineGroup``, with the same methods."""
-
-    def __init__(self, group: AsyncEngineGroup, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-        self._group = group
-        self._loop = loop
-        self._thread = thread
-
-    @classmethod
-    def connect(cls, *addresses: str, key_file: str | os.PathLike[str] | None = None) -> EngineGroup:
-        """See ``AsyncEngineGroup.connect``."""
-        group = AsyncEngineGroup.connect(*addresses, key_file=key_file)
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, name="areal-engine-group", daemon=True)
-        thread.start()
-        return cls(group, loop, thread)
-
-    def engines(self, timeout: float = _DISCOVER_SECONDS) -> list[EngineInfo]:
-        """See ``AsyncEngineGroup.engines``."""
-        return self.run(self._group.engines(timeout))
-
-    def wait_ready(self, engines: int | None = None, timeout: float = 600.0) -> list[EngineInfo]:
-        """See ``AsyncEngineGroup.wait_ready``."""
-        return self.run(self._group.wait_ready(engines, timeout))
-
-    def status(self, timeout: float = _DISCOVER_SECONDS) -> list[EngineState]:
-        """See ``AsyncEngineGroup.status``."""
-        return self.run(self._group.status(timeout))
-
-    def pause(
-        self,
-        mode: PauseMode = "keep",
-        *,
-        kv: KVPolicy = "keep",
-        deadline: float = 60.0,
-        lease: float | None = _PAUSE_LEASE_SECONDS,
-    ) -> None:
-        """See ``AsyncEngineGroup.pause``."""
-        self.run(self._group.pause(mode, kv=kv, deadline=deadline, lease=lease))
-
-    def resume(self, *, deadline: float = 60.0) -> None:
-        """See ``AsyncEngineGroup.resume``."""
-        self.run(self._group.resume(deadline=deadline))
-
-    def verify(self, checkpoint: str | os.PathLike[str] | None = None, *, deadline: float = 300.0) -> Verification:
-        """See ``AsyncEngineGroup.verify``."""
-        return self.run(self._group.verify(checkpoint, deadline=deadline))
-
-    def update(self, version: Version, *, process_group: ProcessGroup | None = None, **options: Any) -> Update:
-        """See ``AsyncEngineGroup.update``. Use: ``with group.update(version) as update: update.send(model)``.
-
-        ``process_group``: the ranks of a sharded trainer (FSDP, TP), which all do this with the same arguments. Their
-        ``DTensor`` weights are gathered, rank 0 commands and sends, and every rank gets the result, or the error of any.
-        """
-        update = self._group.update(version, **options)
-        if process_group is None:
-            return Update(self, update)
-        from .joint import JointUpdate
-
-        return JointUpdate(self, update, process_group, str(version))
-
-    def close(self) -> None:
-        """Close the connections and end the thread. Engines go on."""
-        if self._thread.is_alive():
-            self.run(self._group.close())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` on the group's loop and wait for it. An interrupt (Ctrl-C) cancels it and waits up to 2 s for its
-        clean-up; another ends the wait.
-        """
-        if not self._thread.is_alive():
-            work.close()
-            raise ArealError("this group is closed")
-        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
-        task: asyncio.Task[None] | None = None
-
-        async def run_to_the_end() -> None:
-            try:
-                outcome.set_result(await work)
-            except BaseException as error:
-                outcome.set_exception(error)
-
-        def start() -> None:
-            nonlocal task
-            task = task or self._loop.create_task(run_to_the_end())
-
-        def cancel() -> None:
-            # Started even now: an interrupt may have come before that, and what is never started has no clean-up.
-            start()
-            assert task is not None
-            self._loop.call_soon(task.cancel)
-
-        try:
-            self._loop.call_soon_threadsafe(start)
-            return outcome.result()
-        except KeyboardInterrupt:
-            self._loop.call_soon_threadsafe(cancel)
-            concurrent.futures.wait([outcome], timeout=_INTERRUPTED_SECONDS)
-            raise
-
-    def __enter__(self) -> EngineGroup:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from ..errors import ArealError, UpdateAborted
-from .group import EngineGroup, Update
+from .blocking import EngineGroup, Update
 from .update import AsyncUpdate, UpdateResult
 from .weights import Named, gathered, named_parts
 
