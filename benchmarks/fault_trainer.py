@@ -49,9 +49,12 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
 
-        def on_phase(phase: str, stop_at: str = order["stop_at"]) -> None:
+        stops = [order["stop_at"]]
+
+        def on_phase(phase: str, stops: list[str] = stops) -> None:
             tell(phase=phase)
-            if phase == stop_at:
+            if phase in stops:
+                stops.clear()  # once: an update that finds its connection lost begins again
                 sys.stdin.readline()
 
         def tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
