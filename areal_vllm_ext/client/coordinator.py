@@ -54,6 +54,7 @@ class Coordinator:
     Attributes:
         phase: where the update is.
         reason: why it was given up; empty where it was not.
+        refused: whether an engine said no, instead of nothing.
         committed: the engines that switched.
         lost: the engines that did not answer or failed from the first commit on, with the cause.
     """
@@ -75,6 +76,7 @@ class Coordinator:
         self.kv: KVPolicy = kv
         self.phase: Phase = "begin"
         self.reason = ""
+        self.refused = False
         self.committed: list[str] = []
         self.lost: dict[str, str] = {}
         self._awaited: set[str] = set()
@@ -124,6 +126,7 @@ class Coordinator:
         if self.phase == "prepare" and isinstance(answer, Ack):
             problem = self._compare(name, answer.manifest)
         if problem and self.phase in ("begin", "prepare", "pause"):
+            self.refused = True
             return self.give_up(f"{name}: {problem}")
         self._awaited.discard(name)
         if self.phase == "commit":

@@ -417,7 +417,7 @@ class AsyncUpdate:
             except UpdateAborted:
                 # A worker may have lost its end of the last update's connection: then a new one is due, not an error.
                 self._group.drop_sink()
-                if not kept:
+                if not (kept and self._coordinator and self._coordinator.refused):
                     raise
             else:
                 return sink
