@@ -18,11 +18,17 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 
+def command() -> str:
+    """How this run is repeated; where its results were written to does not matter for that."""
+    arguments = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--out" not in (word, before)]
+    return " ".join(["python -m benchmarks.faults", *arguments])
+
+
 def described(totals: dict[str, object]) -> dict[str, object]:
     """``totals``, with when and how they came about."""
     return {
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "command": "python -m benchmarks.faults " + " ".join(sys.argv[1:]),
+        "command": command(),
         "machine": f"{os.cpu_count()} cores, no GPU",
         "versions": {"python": platform.python_version(), "areal-vllm-ext": package_version("areal-vllm-ext")},
         "totals": totals,

@@ -37,6 +37,7 @@ from areal_vllm_ext.errors import ArealError
 from areal_vllm_ext.protocol import EngineInfo, Status
 
 from .fault_trainer import Weights
+from .faults import command
 from .wire import BadNamespaces
 
 ROOT = Path(__file__).parent.parent
@@ -458,7 +459,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
     totals["seconds"] = round(time.monotonic() - started)
     table = {
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "command": "python -m benchmarks.faults " + " ".join(sys.argv[1:]),
+        "command": command(),
         "machine": f"{os.cpu_count()} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') >> 30} GB, no GPU",
         "versions": {
             "python": platform.python_version(),
