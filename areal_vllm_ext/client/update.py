@@ -183,10 +183,12 @@ class AsyncUpdate:
         pairs = checker.check_source(weights, gather)
         try:
             self._send_buckets(pairs, expected)
-        except (InvalidWeights, UpdateAborted):
+        except (InvalidWeights, WeightsTainted):
             raise
         except (Cancelled, TimeoutError, concurrent.futures.TimeoutError, RuntimeError) as error:
-            raise UpdateAborted(f"update to version {self._version}: {str(error) or type(error).__name__}") from error
+            if isinstance(error, UpdateAborted) and not self._old_weights_lost:
+                raise
+            raise self._given_up(str(error) or type(error).__name__) from error
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
@@ -295,14 +297,20 @@ class AsyncUpdate:
         self._check_given_up(self._coordinator)
 
     def _check_given_up(self, coordinator: Coordinator) -> None:
-        if not coordinator.reason:
-            return
-        reason = f"update to version {self._version} was given up: {coordinator.reason}"
-        if self._options.staging == "none" and self._loading:
-            raise WeightsTainted(
-                f"{reason}; without staging the old weights are lost: the engines stay paused until a full update succeeds"
+        if coordinator.reason:
+            raise self._given_up(coordinator.reason)
+
+    @property
+    def _old_weights_lost(self) -> bool:
+        return self._options.staging == "none" and self._loading
+
+    def _given_up(self, reason: str) -> UpdateAborted | WeightsTainted:
+        said = f"update to version {self._version} was given up: {reason}"
+        if self._old_weights_lost:
+            return WeightsTainted(
+                f"{said}; without staging the old weights are lost: the engines stay paused until a full update succeeds"
             )
-        raise UpdateAborted(reason)
+        return UpdateAborted(said)
 
     def _stagings(self) -> dict[str, Staging]:
         """What each engine's workers stage, and with how many of them they share a device and a host."""

@@ -510,3 +510,15 @@ def test_the_connection_that_was_used_least_recently_is_closed_first(served: Ser
         kept = [source for _, source in receiver._sources]
         send(groups[0], weights(0), version=9, transport="broadcast")
         assert [source for _, source in receiver._sources] == [*kept[:2], kept[3], kept[2]]
+
+
+def test_without_staging_an_error_while_sending_says_that_the_weights_are_lost(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("areal_vllm_ext.worker.receiver.damaged", lambda segments, _: segments[0].tensor.name)
+    with pytest.raises(WeightsTainted, match=r"arrived with other bytes .*stay paused until a full update"):
+        send(group, weights(40), staging="none")
+    assert {state.phase for state in group.status()} == {"tainted"}
+    monkeypatch.undo()
+    send(group, weights(41), version=2)
+    assert served.serves(weights(41))
