@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -78,6 +79,12 @@ class Cluster:
         future = pool.submit(self.complete, rank, prompt, tokens)
         pool.shutdown(wait=False)
         return future
+
+    def wait_in_flight(self, group: EngineGroup, *ranks: int) -> None:
+        """Wait until the engines of these DP ranks have a request."""
+        ends = time.monotonic() + 20
+        while not all(state.requests for state in group.status() if state.dp_rank in ranks):
+            assert time.monotonic() < ends, "no request has come"
 
     def assert_serves_trainers_weights(self) -> None:
         """Every engine's greedy tokens are the trainer's."""

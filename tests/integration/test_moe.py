@@ -31,7 +31,7 @@ def test_three_updates_are_token_exact(cluster: Cluster, group: EngineGroup) -> 
 
 def test_update_with_requests_on_one_rank_only(cluster: Cluster, group: EngineGroup) -> None:
     requests = [cluster.start(0, PROMPT, 200), cluster.start(0, PROMPT[1:], 200)]
-    time.sleep(0.3)
+    cluster.wait_in_flight(group, 0)
     with group.update(cluster.train(), deadline=60) as update:
         update.send(cluster.model)
     for request in requests:
@@ -42,7 +42,7 @@ def test_update_with_requests_on_one_rank_only(cluster: Cluster, group: EngineGr
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 def test_pause_and_resume_under_load(cluster: Cluster, group: EngineGroup, mode: str) -> None:
     requests = [cluster.start(rank, PROMPT, 60) for rank in (0, 1)]
-    time.sleep(0.2)
+    cluster.wait_in_flight(group, 0, 1)
     group.pause(mode, deadline=30)  # type: ignore[arg-type]
     late = cluster.start(1, PROMPT, 4)
     time.sleep(0.3)
@@ -125,7 +125,7 @@ def test_staggered_arrival(cluster: Cluster, group: EngineGroup) -> None:
 
 def test_wait_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGroup) -> None:
     request = cluster.start(1, PROMPT, 250)
-    time.sleep(0.2)
+    cluster.wait_in_flight(group, 1)
     with pytest.raises(PauseFailed):
         group.pause("wait", deadline=0.3)
     assert len(request.result(timeout=100)["token_ids"]) == 250
