@@ -18,8 +18,8 @@ _FOLDER = "AREAL_TEST_DAMAGE"
 class CorruptibleWorker(WorkerExtension):
     """Flips a bit of the tensor that is named in the file of its DP rank, and takes the file away."""
 
-    def areal_attach(self: Any, endpoint: str) -> None:
-        super().areal_attach(endpoint)  # type: ignore[safe-super]
+    def areal_attach(self: Any, endpoint: str, token: str) -> None:
+        super().areal_attach(endpoint, token)  # type: ignore[safe-super]
         order = Path(os.environ[_FOLDER]) / str(self.vllm_config.parallel_config.data_parallel_index)
         threading.Thread(target=_watch, args=(self, order), daemon=True).start()
 
