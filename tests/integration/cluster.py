@@ -81,10 +81,10 @@ class Cluster:
         return future
 
     def wait_in_flight(self, group: EngineGroup, *ranks: int) -> None:
-        """Wait until the engines of these DP ranks have a request."""
-        ends = time.monotonic() + 20
-        while not all(state.requests for state in group.status() if state.dp_rank in ranks):
-            assert time.monotonic() < ends, "no request has come"
+        """Wait until each of these DP ranks has had a request; short ones may be over by then."""
+        ends, missing = time.monotonic() + 20, set(ranks)
+        while missing := missing - {state.dp_rank for state in group.status() if state.requests}:
+            assert time.monotonic() < ends, f"no request has come to DP ranks {missing}"
 
     def assert_serves_trainers_weights(self) -> None:
         """Every engine's greedy tokens are the trainer's."""

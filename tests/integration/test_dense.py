@@ -218,7 +218,7 @@ def test_wait_lets_requests_finish(cluster: Cluster, group: EngineGroup) -> None
     cluster.wait_in_flight(group, 0, 1)
     group.pause("wait")
     for request in requests:
-        assert len(request.result(timeout=1)["token_ids"]) == 100
+        assert len(request.result(timeout=5)["token_ids"]) == 100
     group.resume()
 
 
