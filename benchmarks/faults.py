@@ -13,6 +13,7 @@ import datetime as dt
 import json
 import os
 import platform
+import shlex
 import sys
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 def command() -> str:
     """How this run is repeated; where its results were written to does not matter for that."""
     arguments = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--out" not in (word, before)]
-    return " ".join(["python -m benchmarks.faults", *arguments])
+    return shlex.join(["python", "-m", "benchmarks.faults", *arguments])
 
 
 def described(totals: dict[str, object]) -> dict[str, object]:
