@@ -195,7 +195,7 @@ def _directory(options: argparse.Namespace) -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     gatekeeper = security.Gatekeeper(context, key)
     server = DirectoryServer(
-        context, host, port, key, settle_seconds=SETTLE_SECONDS, resume_orphans=settings.trainer_lost == "resume"
+        context, host, port, key, settle_seconds=SETTLE_SECONDS, resume_orphans=settings.resume_orphans
     )
     print(f"directory at {server.address}; engines find it with AREAL_VLLM_DIRECTORY={server.address}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):

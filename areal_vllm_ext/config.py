@@ -42,6 +42,11 @@ class Settings:
     trainer_lost: str = "resume"
     max_message_mib: int = 16
 
+    @property
+    def resume_orphans(self) -> bool:
+        """Whether engines run again that a trainer left paused when it died."""
+        return self.trainer_lost == "resume"
+
     @classmethod
     def load(
         cls, additional_config: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ

@@ -499,9 +499,10 @@ class AsyncEngineGroup:
                     }
                     # Once more: while the lease is held, nobody joins; whoever has come just before it must do so first.
                     found = await self._discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
-                    missing = describe_missing([answer for _, answer in found], None, self._dropped)
+                    answers = [answer for _, answer in found]
+                    missing = describe_missing(answers, None, self._dropped)
                     if missing and not without_lost:
-                        if any(answer.joining for _, answer in found) and time.monotonic() < ends:
+                        if any(answer.joining for answer in answers) and time.monotonic() < ends:
                             continue
                         raise EnginesMissing(missing)
                     members = {
@@ -509,7 +510,7 @@ class AsyncEngineGroup:
                         for directory, answer in found
                         for engine in answer.alive
                     }
-                    all_here = not describe_missing([answer for _, answer in found], None)
+                    all_here = not describe_missing(answers, None)
                     yield await self._take_over(members, ends, all_here=all_here, resume=resume)
                     return
 

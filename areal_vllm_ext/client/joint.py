@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from ..errors import ArealError, UpdateAborted
+from ..errors import ArealError, UpdateAborted, UpdateInDoubt
 from .blocking import EngineGroup, Update
 from .update import AsyncUpdate, UpdateResult
 from .weights import Named, gathered, named_parts
@@ -32,10 +32,8 @@ from .weights import Named, gathered, named_parts
 if TYPE_CHECKING:
     from types import TracebackType
 
-# After the last agreement rank 0 still has the votes, the pause, the commit (30 s) and the resume (30 s) before it.
-_OUTCOME_SECONDS = 75.0
-# A walk has its own deadline, whose error says more.
-_GRACE_SECONDS = 1.0
+# What is waited for here has its own end at the deadline, or less than a second after it, and says more then.
+_GRACE_SECONDS = 0.9
 
 # How often this process has begun an update to a version: all ranks count alike, so that each update has keys of its own.
 _begun: Counter[tuple[str, str]] = Counter()
@@ -100,7 +98,12 @@ class Agreement:
 
     def outcome(self) -> bytes:
         """The other ranks: hear how it ended."""
-        return self._wait("outcome", max(self._ends - time.monotonic(), 0.0) + _OUTCOME_SECONDS)
+        try:
+            return self._wait("outcome", max(self._ends - time.monotonic(), 0.0) + _GRACE_SECONDS)
+        except UpdateAborted as error:
+            raise UpdateInDoubt(
+                f"rank 0 of the trainer did not say how the update ended: {error}; status() tells"
+            ) from None
 
     def where(self) -> str:
         """Which ranks are behind, for people."""
@@ -248,12 +251,10 @@ class JointUpdate(Update):
     def _gather(self, parts: Iterable[Named]) -> Iterator[Named]:
         """Full tensors. All ranks agree before each collective."""
         if not isinstance(parts, list):
-            for (
-                name,
-                part,
-            ) in parts:  # the user's code, which may fail at each: not between the agreement and the gathering
-                self._agreement.step(_plan([(name, part)]))
-                yield from gathered([(name, part)])
+            # The user's code, which may fail at each: not between the agreement and the gathering.
+            for one in parts:
+                self._agreement.step(_plan([one]))
+                yield from gathered([one])
             return
         plan, walk, more = _plan(parts), gathered(parts), True
         while more:

@@ -89,14 +89,14 @@ class UpdateResult:
 class UpdateOptions:
     """See ``AsyncEngineGroup.update``."""
 
-    deadline: float = 300.0
-    transport: str = "auto"
-    staging: StagingKind = "auto"
-    mode: PauseMode = "keep"
-    kv: KVPolicy = "recompute"
-    bucket_bytes: int = 256 << 20
-    drop_lost: bool = False
-    on_phase: Callable[[str], None] | None = None
+    deadline: float
+    transport: str
+    staging: StagingKind
+    mode: PauseMode
+    kv: KVPolicy
+    bucket_bytes: int
+    drop_lost: bool
+    on_phase: Callable[[str], None] | None
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "broadcast", "ipc", "shared_memory"):

@@ -118,7 +118,7 @@ class Controller:
                 *split_address(address),
                 key,
                 settle_seconds=0.0 if alone and not explicit else SETTLE_SECONDS,
-                resume_orphans=settings.trainer_lost == "resume",
+                resume_orphans=settings.resume_orphans,
             )
         except SettingsError as error:
             cause = getattr(error.__cause__, "errno", None)

@@ -125,9 +125,7 @@ class Endpoint:
         self.attach_token = secrets.token_hex(16)
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
         self._world_size = world_size
-        self._participant = Participant(
-            version, frozenset(range(world_size)), resume_orphans=settings.trainer_lost == "resume"
-        )
+        self._participant = Participant(version, frozenset(range(world_size)), resume_orphans=settings.resume_orphans)
         self._weights: Weights | None = None
         self._digesting: dict[str, _Digesting] = {}
         self._weights_waiting: list[wire.Caller] = []

@@ -17,9 +17,8 @@ _SUCCESS, _IN_PROGRESS = 0, 7
 _UINT8 = 1
 _UNDEFINED = -(2**31)
 _UNIQUE_ID_BYTES = 128
-_OLDEST = (
-    21800  # the first with all of _Config and with non-blocking communicators that can be aborted in their handshake
-)
+# The first with all of _Config, and with non-blocking communicators that can be aborted in their handshake.
+_OLDEST = 21800
 # An abort takes some milliseconds. One that hangs (a device that no longer answers) is left to its thread.
 _ABORT_SECONDS = 2.0
 

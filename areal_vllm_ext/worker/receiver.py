@@ -203,11 +203,13 @@ def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
 def batches(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
     """Tensors in groups, so that what is done to each group costs little for each tensor."""
     batch: dict[str, torch.Tensor] = {}
+    nbytes = 0
     for name, tensor in pairs:
         batch[name] = tensor
-        if sum(one.nbytes for one in batch.values()) >= _BATCH_BYTES or len(batch) >= _BATCH_TENSORS:
+        nbytes += tensor.nbytes
+        if nbytes >= _BATCH_BYTES or len(batch) >= _BATCH_TENSORS:
             yield batch
-            batch = {}
+            batch, nbytes = {}, 0
     if batch:
         yield batch
 
