@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 REQUEST_ID_BYTES = 16
 
 # Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever, no name without end.
@@ -169,6 +169,15 @@ class Disk(Part, tag=True):
 Transfer = Broadcast | SharedMemory | CudaIpc | Disk
 
 
+class Sender(Part):
+    """A rank of the trainer that sends in an update. ``workers``: the ranks, inside the engine, of those of its workers that
+    it sends to; empty for all of them.
+    """
+
+    transfer: Transfer
+    workers: tuple[Rank, ...] = ()
+
+
 class Staging(Part):
     """Where a worker keeps an update's bytes until the commit. ``none``: nowhere, they go straight into the live model.
 
@@ -226,18 +235,21 @@ class Resume(Message):
 
 
 class Begin(Message):
-    """Open an update. The answer comes when every worker of the engine is ready to receive."""
+    """Open an update. The answer comes when every worker of the engine is ready to receive.
+
+    ``senders``: the trainer's ranks that send to this engine, by number.
+    """
 
     epoch: Epoch
     update: str
     version: Version
-    transfer: Transfer
+    senders: dict[Rank, Sender]
     timeout: Seconds
     staging: Staging = Staging()
 
 
 class Bucket(Message):
-    """Announce one bucket of ``nbytes`` bytes. The answer comes when every worker of the engine holds it.
+    """Announce one bucket of ``nbytes`` bytes. The answer comes when every worker holds it that ``sender`` sends to.
 
     ``location`` is the bucket's offset in shared memory, host's or GPU's, in bytes; other transports leave it 0.
     """
@@ -248,14 +260,20 @@ class Bucket(Message):
     nbytes: int
     segments: tuple[Segment, ...]
     location: int = 0
+    sender: Rank = 0
+
+    @property
+    def step(self) -> str:
+        """What ``WorkerDone`` calls it."""
+        return f"bucket {self.index} of sender {self.sender}" if self.sender else f"bucket {self.index}"
 
 
 class Prepare(Message):
-    """Ask for the vote, after ``buckets`` buckets were sent."""
+    """Ask for the vote, after each sender has sent so many ``buckets``."""
 
     epoch: Epoch
     update: str
-    buckets: int
+    buckets: dict[Rank, int]
 
 
 class Commit(Message):

@@ -46,6 +46,8 @@ PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
 TOKENS = 16
 PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
 LEASE_SECONDS = 10.0
+# A deployment of which nothing is left by then has ended in order.
+ENDED_SECONDS = 30.0
 SERVES_AGAIN_SECONDS = LEASE_SECONDS + 5.0
 DEADLINE = 20.0
 STOP_SECONDS = 12.0
@@ -184,6 +186,13 @@ class Ground:
     def pids(self) -> list[int]:
         """The engines and their workers."""
         return [pid for engine in self.engines for pid in (engine.pid, *(worker.pid for worker in engine.workers))]
+
+    def ended(self, timeout: float) -> bool:
+        """Wait until no engine and no worker is left; False where one still is."""
+        ends = time.monotonic() + timeout
+        while (left := any(Path(f"/proc/{pid}").exists() for pid in self.pids())) and time.monotonic() < ends:
+            time.sleep(0.1)
+        return not left
 
     def namespaces_pids(self) -> set[int]:
         """All processes in the namespaces, without this one's trainer."""
@@ -371,24 +380,27 @@ class Round:
         ends = max(healed + SERVES_AGAIN_SECONDS, time.monotonic() + 1.0)
         statuses, problem = ground.wait_serving(self.left, ends)
         outcome.serves_again_s = round(time.monotonic() - healed, 2)
-        if problem:
-            outcome.violated("mixed_versions" if problem.startswith("mixed") else "hangs", problem)
         versions = {status.version for status in statuses.values() if status}
         outcome.version = sorted(map(str, versions))
         if outcome.outcome == "committed" and not self.rival and self.version not in versions:
             outcome.violated("untrue_outcomes", f"committed, but engines are on {outcome.version}")
         if outcome.outcome.startswith("aborted") and self.version in versions:
             outcome.violated("untrue_outcomes", f"aborted, but engines are on {outcome.version}")
+        wrong = ground.wrong_tokens(statuses) if self.left[0].dp_rank == 0 and not problem else ""
+        # An EngineCore whose worker is gone says so, and vLLM's front end then ends itself and every engine.
+        if self.kind == "kill worker" and (problem or wrong) and ground.ended(ENDED_SECONDS):
+            outcome.outcome += "; vLLM ended the deployment"
+            return
+        if problem:
+            outcome.violated("mixed_versions" if problem.startswith("mixed") else "hangs", problem)
+        if wrong:
+            outcome.violated("wrong_tokens", wrong)
         if not kills_engine(self.kind):
-            self.check_all_there(statuses)
-        elif self.left[0].dp_rank == 0 and (wrong := ground.wrong_tokens(statuses)):
-            outcome.violated("wrong_tokens", wrong)
+            self.check_all_there()
 
-    def check_all_there(self, statuses: dict[int, Status | None]) -> None:
-        """The engines are all there: right tokens before and after a fresh update, and nothing left."""
+    def check_all_there(self) -> None:
+        """The engines are all there: a fresh update works, with right tokens after it, and nothing is left."""
         ground, outcome = self.ground, self.outcome
-        if wrong := ground.wrong_tokens(statuses):
-            outcome.violated("wrong_tokens", wrong)
         fresh = ground.fresh_update()
         if fresh["outcome"] != "committed" or fresh.get("lost"):
             outcome.violated("hangs", f"a fresh update: {fresh}")

@@ -22,8 +22,10 @@ from typing import Any, Literal
 from unittest import mock
 
 from areal_vllm_ext.client import group as client_group
+from areal_vllm_ext.client import sending as client_sending
 from areal_vllm_ext.client import update as client_update
 from areal_vllm_ext.client.group import AsyncEngineGroup
+from areal_vllm_ext.client.sending import Sending
 from areal_vllm_ext.directory import BEAT_SECONDS, SETTLE_SECONDS, Directory
 from areal_vllm_ext.engine_core.participant import (
     CallCancelPause,
@@ -52,6 +54,7 @@ from areal_vllm_ext.protocol import (
     Prepare,
     Register,
     Registered,
+    Sender,
     Status,
     Version,
     WorkerDone,
@@ -261,7 +264,7 @@ class Engine:
                 self.whole = {entry for entry in self.whole if entry[0] != rank}
                 step = "begin"
             case Bucket():
-                step = f"bucket {order.index}"
+                step = order.step
             case Prepare():
                 step = "prepare"
             case _:
@@ -854,13 +857,15 @@ class Trainer(Asking):
             options = {"deadline": call.deadline, "staging": call.staging, "on_phase": announce}
             async with self.engines.update(call.version, **options) as update:
                 # What ``send`` does on its thread.
-                await update._begin({name: Disk(path="/") for name in update._engines})
+                await update._begin({name: {0: Sender(transfer=Disk(path="/"))} for name in update.engines})
+                loop = asyncio.get_running_loop()
+                sending = update._sending = Sending(self.engines, loop, update.engines, call.version, update.ends)
                 for index in range(BUCKETS):
-                    update._loading = True
-                    await update._announce(index, 0, (), 0)
-                    update._buckets += 1
+                    sending.begun = True
+                    await sending.announce(update._coordinator.update, index, 0, (), 0)
                     if not index:
                         announce("receiving")
+                update.sent_by(0, BUCKETS, 0, [])
             outcome: object = update.result
         except Exception as error:
             outcome = error
@@ -897,5 +902,6 @@ def simulated_time() -> Iterator[None]:
     with (
         mock.patch.object(client_group, "time", SimulatedTime),
         mock.patch.object(client_update, "time", SimulatedTime),
+        mock.patch.object(client_sending, "time", SimulatedTime),
     ):
         yield

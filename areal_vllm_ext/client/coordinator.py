@@ -29,8 +29,8 @@ from ..protocol import (
     PauseMode,
     Prepare,
     Resume,
+    Sender,
     Staging,
-    Transfer,
     Version,
 )
 
@@ -92,29 +92,35 @@ class Coordinator:
         return frozenset(self._awaited)
 
     def begin(
-        self, transfers: Mapping[str, Transfer], timeout: float, stagings: Mapping[str, Staging] | None = None
+        self,
+        senders: Mapping[str, Mapping[int, Sender]],
+        timeout: float,
+        stagings: Mapping[str, Staging] | None = None,
     ) -> dict[str, EngineRequest]:
-        """Open the update everywhere."""
+        """Open the update everywhere. ``senders``: by engine, who sends to it."""
         self._awaited = set(self.members)
         return {
             name: Begin(
                 epoch=member.epoch,
                 update=self.update,
                 version=self.version,
-                transfer=transfers[name],
+                senders=dict(senders[name]),
                 timeout=timeout,
                 staging=stagings[name] if stagings else Staging(),
             )
             for name, member in self.members.items()
         }
 
-    def sent(self, buckets: int, manifest: str = "") -> dict[str, EngineRequest]:
-        """All bytes were sent: ask for the votes. ``manifest`` is of what was sent; empty where the trainer cannot tell."""
+    def sent(self, buckets: Mapping[int, int], manifest: str = "") -> dict[str, EngineRequest]:
+        """All bytes were sent, by each sender in so many buckets: ask for the votes.
+
+        ``manifest`` is of what was sent; empty where the trainer cannot tell.
+        """
         assert self.phase == "send", self.phase
         self._manifest = manifest or None
         self.phase, self._awaited = "prepare", set(self.members)
         return {
-            name: Prepare(epoch=member.epoch, update=self.update, buckets=buckets)
+            name: Prepare(epoch=member.epoch, update=self.update, buckets=dict(buckets))
             for name, member in self.members.items()
         }
 

@@ -16,6 +16,7 @@ import msgspec
 from .. import protocol, security
 from ..checkpoint import contents
 from ..config import Settings, split_address
+from ..directory import BEAT_SECONDS
 from ..errors import EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from . import recovery
 from .connection import Connection
@@ -515,20 +516,23 @@ class AsyncEngineGroup:
                     return
 
     async def _present(self, ends: float, without_lost: bool) -> None:
-        """Wait until engines that have just started have joined, which they do when no client is at work.
+        """Wait until engines that have just started have joined, which they do when no client is at work; and for the next
+        beat of one that is lost: it may have slept, or been cut off, until now.
 
         Raises:
             EnginesMissing: not everybody is there. EngineUnreachable: a directory does not answer.
         """
+        next_beat = time.monotonic() + 1.5 * BEAT_SECONDS
         while True:
             found = await self._discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
-            joining = any(answer.joining for _, answer in found)
-            if without_lost or not joining or time.monotonic() + _POLL_SECONDS > ends:
-                break
+            answers = [answer for _, answer in found]
+            missing = "" if without_lost else describe_missing(answers, None, self._dropped)
+            if not missing:
+                return
+            joining = any(answer.joining for answer in answers)
+            if time.monotonic() + _POLL_SECONDS > (ends if joining else min(ends, next_beat)):
+                raise EnginesMissing(missing)
             await asyncio.sleep(_POLL_SECONDS)
-        missing = describe_missing([answer for _, answer in found], None, self._dropped)
-        if missing and not without_lost:
-            raise EnginesMissing(missing)
 
     async def _take_over(
         self, members: dict[str, Member], ends: float, *, all_here: bool, resume: bool

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-
 from .. import digest, protocol
 from ..errors import (
     ArealError,
@@ -30,26 +28,26 @@ from ..errors import (
 )
 from ..protocol import (
     Answer,
-    Bucket,
     EngineInfo,
     EngineRequest,
     KVPolicy,
     PauseMode,
-    Segment,
+    Sender,
     Staging,
     StagingKind,
     TensorMeta,
-    Transfer,
     Version,
 )
 from ..transport import Cancelled
-from ..transport.buckets import filled_buckets, total_bytes
-from ..transport.ipc import device_id
+from ..transport.buckets import total_bytes
 from .coordinator import Coordinator, Member
+from .sending import Sending, choose_transport
 from .weights import Checker, Named, gathered, warn_unchecked
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    import torch
 
     from ..transport import Sink
     from .group import AsyncEngineGroup
@@ -117,11 +115,12 @@ class AsyncUpdate:
         self._members: dict[str, Member] = {}
         self._coordinator: Coordinator | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ends = 0.0
+        self.ends = 0.0
         self._nbytes = 0
         self._expected_bytes = 0
-        self._loading = False
-        self._buckets = 0
+        self._prepared = False
+        self._sending: Sending | None = None
+        self._buckets: dict[int, int] = {}
         self._entries: list[tuple[TensorMeta, int]] = []
         self._started = 0.0
         self._pause_started = 0.0
@@ -145,10 +144,25 @@ class AsyncUpdate:
             raise ArealError("the update has no result yet: it is set when its block has been left")
         return self._result
 
+    @property
+    def engines(self) -> dict[str, tuple[EngineInfo, int]]:
+        """The engines, by name, with their epochs."""
+        return {name: (engine, self._members[name].epoch) for name, engine in self._engines.items()}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which the engines compute."""
+        return next(iter(self._engines.values())).dtype
+
+    def expected(self) -> tuple[TensorMeta, ...]:
+        """The engines' checkpoint, as the first engine describes it. From a thread that is not the event loop's."""
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(self._expected(), self._loop).result()
+
     async def __aenter__(self) -> AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
-        self._ends = self._started + self._options.deadline
+        self.ends = self._started + self._options.deadline
         command = self._group.command(self._options.deadline, without_lost=self._options.drop_lost)
         targets = await self._command.enter_async_context(command)
         self._engines = {name: target.engine for name, target in targets.items()}
@@ -176,19 +190,32 @@ class AsyncUpdate:
         if self._coordinator is not None:
             raise ArealError("an update sends once; begin another update")
         if isinstance(weights, (str, os.PathLike)):
-            self._open({name: protocol.Disk(path=str(Path(weights).absolute())) for name in self._engines})
+            disk = Sender(transfer=protocol.Disk(path=str(Path(weights).absolute())))
+            self.open({name: {0: disk} for name in self._engines}).result()
             return
-        expected = self._await(self._expected())
-        checker = Checker(expected, self._dtype(), dtype)
+        expected = self.expected()
+        checker = Checker(expected, self.dtype, dtype)
         pairs = checker.check_source(weights, gather)
-        try:
+        with self.sending_fails():
             self._send_buckets(pairs, expected)
+
+    @contextlib.contextmanager
+    def sending_fails(self) -> Iterator[None]:
+        """The body sends; whatever stops it is an error of this update."""
+        try:
+            yield
         except (InvalidWeights, WeightsTainted):
             raise
         except (Cancelled, TimeoutError, concurrent.futures.TimeoutError, RuntimeError) as error:
             if isinstance(error, UpdateAborted) and not self._old_weights_lost:
                 raise
             raise self._given_up(str(error) or type(error).__name__) from error
+
+    def sent_by(self, sender: int, buckets: int, nbytes: int, entries: list[tuple[TensorMeta, int]]) -> None:
+        """A sender has sent so much, and these of the weights."""
+        self._buckets[sender] = buckets
+        self._nbytes += nbytes
+        self._entries += entries
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
@@ -200,7 +227,7 @@ class AsyncUpdate:
             if coordinator.phase in ("begin", "send") and error is not None:
                 await self._drive(coordinator.give_up(f"{type(error).__name__}: {error}"))
             elif coordinator.phase == "send":
-                self._loading = True
+                self._prepared = True
                 # From disk nothing passes through here: then the engines' votes are compared with each other only.
                 manifest = digest.manifest(self._entries) if self._entries else ""
                 await self._drive(coordinator.sent(self._buckets, manifest))
@@ -255,19 +282,9 @@ class AsyncUpdate:
     # The protocol
 
     def _left(self) -> float:
-        return self._ends - time.monotonic()
-
-    def _dtype(self) -> str:
-        """The dtype in which the engines compute."""
-        return next(iter(self._engines.values())).dtype
-
-    def _await(self, work: Any) -> Any:
-        """From the sending thread: run ``work`` on the event loop and wait for it."""
-        assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return self.ends - time.monotonic()
 
     async def _expected(self) -> tuple[TensorMeta, ...]:
-        """The engines' checkpoint, as the first engine describes it."""
         name, engine = next(iter(self._engines.items()))
         answer = await self._group.request(engine.address, protocol.DescribeWeights(), self._left())
         assert isinstance(answer, protocol.Weights), (name, answer)
@@ -276,15 +293,16 @@ class AsyncUpdate:
             warn_unchecked(answer.error)
         return answer.tensors
 
-    def _open(self, transfers: dict[str, Transfer]) -> None:
-        """Begin on every engine; returns when every worker is ready to receive.
+    def open(self, senders: dict[str, dict[int, Sender]]) -> Future[None]:
+        """Begin on every engine, with these senders to it; is done when every worker is ready to receive.
 
         Raises:
             UpdateAborted: an engine is not.
         """
-        self._await(self._begin(transfers))
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(self._begin(senders), self._loop)
 
-    async def _begin(self, transfers: dict[str, Transfer]) -> None:
+    async def _begin(self, senders: dict[str, dict[int, Sender]]) -> None:
         self._coordinator = Coordinator(
             uuid.uuid4().hex,
             self._version,
@@ -293,7 +311,7 @@ class AsyncUpdate:
             self._options.kv,
             in_place=self._options.staging == "none",
         )
-        await self._drive(self._coordinator.begin(transfers, self._left(), self._stagings()))
+        await self._drive(self._coordinator.begin(senders, self._left(), self._stagings()))
         self._check_given_up(self._coordinator)
 
     def _check_given_up(self, coordinator: Coordinator) -> None:
@@ -302,7 +320,8 @@ class AsyncUpdate:
 
     @property
     def _old_weights_lost(self) -> bool:
-        return self._options.staging == "none" and self._loading
+        loading = self._prepared or (self._sending is not None and self._sending.begun)
+        return self._options.staging == "none" and loading
 
     def _given_up(self, reason: str) -> UpdateAborted | WeightsTainted:
         said = f"update to version {self._version} was given up: {reason}"
@@ -415,10 +434,10 @@ class AsyncUpdate:
         """The sending end, connected to every worker."""
         while True:
             kept = self._group.has_sink
-            sink = self._group.sink(
-                self._choose(device), self._engines, device, self._options.bucket_bytes, expected, self._left()
-            )
-            opening = self._submit(self._begin(dict(zip(self._engines, sink.transfers, strict=True))))
+            kind = choose_transport(self._options.transport, device, self._engines.values())
+            sink = self._group.sink(kind, self._engines, device, self._options.bucket_bytes, expected, self._left())
+            transfers = zip(self._engines, sink.transfers, strict=True)
+            opening = self.open({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
             try:
                 sink.meet(opening)
                 opening.result()
@@ -431,77 +450,15 @@ class AsyncUpdate:
                 return sink
 
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
-        first = next(pairs)
-        device = first[1].device
-        sink = self._met_sink(device, expected)
-        announced: list[Future[None]] = []
-
-        def failed() -> bool:
-            return any(future.done() and future.exception() is not None for future in announced) or self._left() <= 0
-
-        location = 0
-
-        def memory(nbytes: int) -> torch.Tensor:
-            nonlocal location
-            # A slot is free again when the workers have copied what lay in it some buckets ago.
-            if len(announced) >= sink.slots:
-                announced[-sink.slots].result(timeout=max(self._left(), 0))
-            location, buffer = sink.buffer(self._buckets, nbytes)
-            return buffer
-
-        bucket_bytes = min(sink.bucket_bytes, total_bytes(expected, self._dtype()) or sink.bucket_bytes)
-        for bucket in filled_buckets(itertools.chain([first], pairs), bucket_bytes, memory):
-            if name := bucket.not_finite():
-                raise InvalidWeights(f"{name} holds NaN or infinite values")
-            if sink.announced_is_sent and device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            self._loading = True
-            segments = bucket.segments()
-            self._entries += [(segment.tensor, segment.digest) for segment in segments]
-            announced.append(self._submit(self._announce(self._buckets, bucket.nbytes, segments, location)))
-            sink.push(bucket.filled, self._left(), failed)
-            self._buckets += 1
-            self._nbytes += bucket.nbytes
-        for future in announced:
-            future.result(timeout=max(self._left(), 0))
-        sink.release()
-
-    def _submit(self, work: Any) -> Future[None]:
         assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    async def _announce(self, index: int, nbytes: int, segments: tuple[Segment, ...], location: int) -> None:
-        """Tell every engine of a bucket; returns when every worker holds it.
-
-        Raises:
-            UpdateAborted: naming the engine that failed.
-        """
+        first = next(pairs)
+        sink = self._met_sink(first[1].device, expected)
+        sending = self._sending = Sending(self._group, self._loop, self.engines, self._version, self.ends)
         assert self._coordinator is not None
-        update = self._coordinator.update
-
-        async def ask(name: str, engine: EngineInfo) -> None:
-            bucket = Bucket(
-                epoch=self._members[name].epoch,
-                update=update,
-                index=index,
-                nbytes=nbytes,
-                segments=segments,
-                location=location,
-            )
-            try:
-                await self._group.request(engine.address, bucket, max(self._left(), 0.05))
-            except (EngineUnreachable, RequestError) as error:
-                raise UpdateAborted(f"update to version {self._version}: {name}: {error}") from None
-
-        await asyncio.gather(*(ask(name, engine) for name, engine in self._engines.items()))
-
-    def _choose(self, device: torch.device) -> str:
-        """The transport that ``auto`` means for tensors on ``device``."""
-        if self._options.transport != "auto":
-            return self._options.transport
-        # NCCL has one rank a device: a worker on the trainer's own device is reached by memory.
-        if device.type == "cuda":
-            own = device_id(device)
-            if any(worker.device_id == own for engine in self._engines.values() for worker in engine.workers):
-                return "ipc"
-        return "broadcast"
+        sending.send(
+            self._coordinator.update,
+            sink,
+            itertools.chain([first], pairs),
+            min(sink.bucket_bytes, total_bytes(expected, self.dtype) or sink.bucket_bytes),
+        )
+        self.sent_by(0, sending.buckets, sending.nbytes, sending.entries)

@@ -125,8 +125,9 @@ class _Update:
     loading: bool = False
     loaded: bool = False
     manifest: str = ""
-    # Who waits for which step ("begin", "bucket 3", "prepare"), and which workers have finished it.
+    # Who waits for which step ("begin", "prepare", a bucket's), which workers it is for where not all, and who has finished.
     waiting: dict[str, list[Caller]] = dataclasses.field(default_factory=dict)
+    workers: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
     finished: dict[str, set[int]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -197,7 +198,7 @@ class Participant:
             case Begin():
                 return self._begin(caller, message, now)
             case Bucket():
-                return self._step(caller, message, f"bucket {message.index}")
+                return self._bucket(caller, message)
             case Prepare():
                 return self._step(caller, message, "prepare")
             case Commit():
@@ -314,10 +315,24 @@ class Participant:
             return self._wait_for_workers(caller, self.update, "begin", [])
         if self.phase == "prepared" and self.flow != "running":
             return self._refuse(caller, "state", "an update is in doubt on this engine: commit or abort it first")
+        receiving = [set(sender.workers) for sender in message.senders.values()]
+        if not receiving or not all(self.workers.issuperset(ranks) for ranks in receiving):
+            problem = f"this engine has workers 0 to {len(self.workers) - 1}, and the update has {message.senders}"
+            return self._refuse(caller, "state", problem)
         effects = self._give_up("a newer update began") if self.update else []
         self.update = _Update(message, ends=now + message.timeout)
         self.phase = "receiving"
         return [*effects, *self._wait_for_workers(caller, self.update, "begin", [Order(message)])]
+
+    def _bucket(self, caller: Caller, message: Bucket) -> list[Effect]:
+        update = self.update
+        if update is not None and update.begin.update == message.update:
+            sender = update.begin.senders.get(message.sender)
+            if sender is None:
+                return self._refuse(caller, "state", f"sender {message.sender} is none of this update's here")
+            if sender.workers:
+                update.workers[message.step] = frozenset(sender.workers)
+        return self._step(caller, message, message.step)
 
     def _step(self, caller: Caller, message: Bucket | Prepare, step: str) -> list[Effect]:
         update = self.update
@@ -349,7 +364,7 @@ class Participant:
     def _finished(self, update: _Update, step: str) -> bool:
         """Whether all have done ``step``; the vote without staging is that all is loaded."""
         loaded = update.loaded or step != "prepare" or not update.in_place
-        return loaded and update.finished.get(step, set()) >= self.workers
+        return loaded and update.finished.get(step, set()) >= update.workers.get(step, self.workers)
 
     def _commit(self, caller: Caller, message: Commit) -> list[Effect]:
         if message.update == self.last_update:

@@ -50,14 +50,24 @@ _T = TypeVar("_T")
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
 
-# Trainers that take turns each keep their connection, so many at most.
+# Trainers that take turns each keep their connection, so many at most; a trainer of more senders keeps all of its own.
 _KEPT_SOURCES = 4
 _LOOK_SECONDS = 0.05
 _BATCH_BYTES, _BATCH_TENSORS = 64 << 20, 256
 
 
+class Lane:
+    """What one sender brings."""
+
+    def __init__(self, transfer: protocol.Transfer) -> None:
+        self.transfer = transfer
+        self.orders: queue.SimpleQueue[Bucket | Prepare | None] = queue.SimpleQueue()
+        self.source: Source | None = None
+        self.received = 0
+
+
 class Intake:
-    """One update's way into staging."""
+    """One update's way into staging. Each sender has a lane with a thread of its own: none waits for another."""
 
     def __init__(self, receiver: Receiver, begin: Begin) -> None:
         self.begin = begin
@@ -65,18 +75,28 @@ class Intake:
         # Of each tensor what it is, and the digest of its bytes.
         self.manifest: dict[str, tuple[TensorMeta, int]] = {}
         self._receiver = receiver
-        self._orders: queue.SimpleQueue[Bucket | Prepare | None] = queue.SimpleQueue()
+        self._lanes = {
+            number: Lane(sender.transfer)
+            for number, sender in begin.senders.items()
+            if not sender.workers or receiver.rank in sender.workers
+        }
+        self._opening = threading.Lock()
         self._ends = monotonic() + begin.timeout
         self._cancelled = threading.Event()
-        self._received = 0
-        self._place: Place = "host"
+        self._place: Place | None = None
         # Without staging: what waits to be loaded; at most one bucket, and None after the last.
         self._arrived: queue.Queue[dict[str, torch.Tensor] | None] = queue.Queue(maxsize=1)
-        self._thread = threading.Thread(target=self._run, name=f"areal-intake-{begin.update[:8]}", daemon=True)
-        self._thread.start()
+        for number, lane in self._lanes.items():
+            name = f"areal-intake-{begin.update[:8]}-{number}"
+            threading.Thread(target=self._run, args=(lane,), name=name, daemon=True).start()
+        if not self._lanes:
+            self._report("begin", "begin: nobody sends to this worker")
 
     def put(self, order: Bucket | Prepare) -> None:
-        self._orders.put(order)
+        """A bucket of another worker's sender is not for this one. The vote comes when all lanes are empty: any can take it."""
+        number = order.sender if isinstance(order, Bucket) else next(iter(self._lanes), None)
+        if number in self._lanes:
+            self._lanes[number].orders.put(order)
 
     def cancel(self) -> None:
         """Give up: whatever blocks is left alone, and its result thrown away."""
@@ -85,7 +105,8 @@ class Intake:
 
     def finish(self) -> None:
         """End the thread, and free the staging; the connection to the sender stays for the next update."""
-        self._orders.put(None)
+        for lane in self._lanes.values():
+            lane.orders.put(None)
         self.tensors = {}
 
     @property
@@ -111,22 +132,21 @@ class Intake:
                 return step(timeout=_LOOK_SECONDS)
         raise Cancelled
 
-    def _run(self) -> None:
+    def _run(self, lane: Lane) -> None:
         step = "begin"
         source: Source | None = None
         try:
-            source = self._receiver.source(self.begin.transfer, self._ends - monotonic(), self._cancelled)
-            nbytes = self.begin.staging.nbytes or source.nbytes
-            self._place = staging.choose(self.begin.staging, nbytes, self._receiver.device)
-            self._report(step)
-            while (order := self._next()) is not None:
+            source = self._receiver.source(lane.transfer, self._ends - monotonic(), self._cancelled, len(self._lanes))
+            if self._opened(lane, source):
+                self._report(step)
+            while (order := self._next(lane)) is not None:
                 if isinstance(order, Prepare):
                     step = "prepare"
-                    self._check(source, order)
+                    self._check(order)
                     self._report(step, manifest=digest.manifest(self.manifest.values()))
                 else:
-                    step = f"bucket {order.index}"
-                    self._receive(source, order)
+                    step = order.step
+                    self._receive(lane, source, order)
                     self._report(step)
         except Cancelled:
             self._receiver.drop(source)
@@ -141,22 +161,35 @@ class Intake:
             if source is not None and not source.reusable:
                 source.close()
 
-    def _next(self) -> Bucket | Prepare | None:
+    def _opened(self, lane: Lane, source: Source) -> bool:
+        """Whether this lane is the last."""
+        with self._opening:
+            if self._place is None:
+                nbytes = self.begin.staging.nbytes or source.nbytes
+                self._place = staging.choose(self.begin.staging, nbytes, self._receiver.device)
+            lane.source = source
+            return all(one.source for one in self._lanes.values())
+
+    def _next(self, lane: Lane) -> Bucket | Prepare | None:
         try:
-            return self._orders.get(timeout=max(self._ends - monotonic(), 0.0))
+            return lane.orders.get(timeout=max(self._ends - monotonic(), 0.0))
         except queue.Empty:
             # Over its time: the engine has given this update up as well. Prepared weights are the engine's to discard.
             return None
 
-    def _receive(self, source: Source, order: Bucket) -> None:
+    def _receive(self, lane: Lane, source: Source, order: Bucket) -> None:
         """One bucket, compared with what the trainer put into it."""
-        buffer = source.receive(order, self._ends - monotonic(), self._cancelled)
-        buffer = staging.put(buffer, self._place, self._receiver.device)
+        buffer = self._put(source.receive(order, self._ends - monotonic(), self._cancelled))
         tensors = dict(unpack(order.segments, buffer))
         if name := damaged(order.segments, buffer):
             raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
         self._take(tensors, [segment.digest for segment in order.segments], unchecked=source.unchecked)
-        self._received += 1
+        lane.received += 1
+
+    def _put(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Into staging."""
+        assert self._place is not None
+        return staging.put(buffer, self._place, self._receiver.device)
 
     def _take(self, tensors: dict[str, torch.Tensor], digests: Iterable[int], *, unchecked: bool) -> None:
         """Check what has come, and stage it, or hand it over to be loaded."""
@@ -177,13 +210,15 @@ class Intake:
     def _hand_over(self, tensors: dict[str, torch.Tensor] | None) -> None:
         self._wait_for(lambda timeout: self._arrived.put(tensors, timeout=timeout))
 
-    def _check(self, source: Source, order: Prepare) -> None:
+    def _check(self, order: Prepare) -> None:
         """Vote: is everything here that a load needs? Raises where it is not."""
-        for tensors in batches(source.load_all()):
-            staged = {name: staging.put(tensor, self._place, self._receiver.device) for name, tensor in tensors.items()}
-            self._take(staged, digest.digests_of(staged.values()), unchecked=source.unchecked)
-        if self._received != order.buckets:
-            raise RuntimeError(f"{order.buckets} buckets were sent, {self._received} arrived")
+        for number, lane in self._lanes.items():
+            assert lane.source is not None
+            for tensors in batches(lane.source.load_all()):
+                staged = {name: self._put(tensor) for name, tensor in tensors.items()}
+                self._take(staged, digest.digests_of(staged.values()), unchecked=lane.source.unchecked)
+            if lane.received != (sent := order.buckets.get(number, 0)):
+                raise RuntimeError(f"{sent} buckets were sent, {lane.received} arrived")
         expected = self._receiver.expected()
         if expected is not None and (problem := checkpoint.missing(self.manifest, expected)):
             raise ValueError(problem)
@@ -287,8 +322,8 @@ class Receiver:
 
     # Called from intakes
 
-    def source(self, transfer: protocol.Transfer, timeout: float, cancelled: threading.Event) -> Source:
-        """The worker's end of ``transfer``; kept from one update to the next where the transport allows it."""
+    def source(self, transfer: protocol.Transfer, timeout: float, cancelled: threading.Event, senders: int) -> Source:
+        """The worker's end of ``transfer``, one of ``senders``. Kept for the next update where the transport allows it."""
         if isinstance(transfer, protocol.Broadcast):
             met, transfer = transfer.met, msgspec.structs.replace(transfer, met=False)
         else:
@@ -307,7 +342,8 @@ class Receiver:
         if source.reusable:
             with self._sources_lock:
                 self._sources.append((transfer, source))
-                outdated, self._sources = self._sources[:-_KEPT_SOURCES], self._sources[-_KEPT_SOURCES:]
+                kept = max(_KEPT_SOURCES, senders)
+                outdated, self._sources = self._sources[:-kept], self._sources[-kept:]
             for _, old in outdated:
                 old.close()
         return source

@@ -55,9 +55,12 @@ MESSAGES: tuple[protocol.Message, ...] = (
     protocol.DescribeWeights(),
     protocol.Pause(epoch=0, mode="keep", kv="keep", timeout=1e6),
     protocol.Resume(epoch=0, timeout=1e6),
-    *(protocol.Begin(epoch=0, update="u", version=1, transfer=one, timeout=1e6) for one in _TRANSFERS),
+    *(
+        protocol.Begin(epoch=0, update="u", version=1, senders={0: protocol.Sender(transfer=one)}, timeout=1e6)
+        for one in _TRANSFERS
+    ),
     protocol.Bucket(epoch=0, update="u", index=2**60, nbytes=2**60, segments=(_SEGMENT,)),
-    protocol.Prepare(epoch=0, update="u", buckets=2**60),
+    protocol.Prepare(epoch=0, update="u", buckets={0: 2**60}),
     protocol.Commit(epoch=0, update="u"),
     protocol.Abort(epoch=0, update="u", reason="a stranger says so"),
     protocol.Fence(epoch=0),

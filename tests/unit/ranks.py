@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def update(
     group: EngineGroup, connection: Connection, work: Callable[..., Any], seed: int, deadline: float, bucket: int
 ) -> object:
     opened = group.update(seed, process_group=dist.group.WORLD, deadline=deadline)
-    opened._update._bucket_bytes = bucket
+    opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket)
     with opened:
         work(opened, seed, connection)
     return opened.result.version

@@ -297,7 +297,7 @@ class Workers:
             case Bucket():
                 known = self._manifests.setdefault((worker, message.update), {})
                 known.update({segment.tensor.name: (segment.tensor, segment.digest) for segment in message.segments})
-                step = f"bucket {message.index}"
+                step = message.step
             case Prepare():
                 step = "prepare"
             case protocol.DigestWeights():

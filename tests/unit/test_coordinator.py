@@ -18,6 +18,7 @@ from areal_vllm_ext.protocol import (
     Pause,
     Prepare,
     Resume,
+    Sender,
     Weights,
 )
 
@@ -35,7 +36,7 @@ class Trainer:
         self.coordinator = Coordinator("u", "v1", members)
         self.asked: dict[str, EngineRequest] = {}
         self.all_asked: list[tuple[str, EngineRequest]] = []
-        self.take(self.coordinator.begin({name: Disk(path="/") for name in NAMES}, timeout=LEFT))
+        self.take(self.coordinator.begin({name: {0: Sender(transfer=Disk(path="/"))} for name in NAMES}, timeout=LEFT))
 
     def take(self, requests: dict[str, EngineRequest]) -> None:
         if requests:
@@ -56,7 +57,7 @@ class Trainer:
         """Go on, with every engine agreeing, until ``phase``."""
         while self.coordinator.phase != phase:
             if self.coordinator.phase == "send":
-                self.take(self.coordinator.sent(buckets=3))
+                self.take(self.coordinator.sent(buckets={0: 3}))
             else:
                 self.all_agree()
         return self
@@ -92,10 +93,12 @@ def test_every_engine_is_asked_step_by_step_and_commit_comes_after_the_last_paus
 def test_requests_carry_what_the_update_was_asked_for() -> None:
     members = {"a": Member(epoch=1)}
     coordinator = Coordinator("u", "v1", members, mode="abort", kv="keep")
-    begin = coordinator.begin({"a": Disk(path="/x")}, timeout=LEFT)["a"]
-    assert begin == Begin(epoch=1, update="u", version="v1", transfer=Disk(path="/x"), timeout=LEFT)
+    begin = coordinator.begin({"a": {0: Sender(transfer=Disk(path="/x"))}}, timeout=LEFT)["a"]
+    assert begin == Begin(
+        epoch=1, update="u", version="v1", senders={0: Sender(transfer=Disk(path="/x"))}, timeout=LEFT
+    )
     assert coordinator.answered("a", Ack(), LEFT) == {}
-    assert coordinator.sent(4) == {"a": Prepare(epoch=1, update="u", buckets=4)}
+    assert coordinator.sent({0: 4}) == {"a": Prepare(epoch=1, update="u", buckets={0: 4})}
     assert coordinator.answered("a", Ack(), 3.0) == {
         "a": Pause(epoch=1, mode="abort", kv="keep", timeout=3.0, update="u")
     }

@@ -32,7 +32,7 @@ from areal_vllm_ext import (
     security,
 )
 from areal_vllm_ext.errors import RequestError
-from areal_vllm_ext.protocol import Ack, AcquireLease, Begin, Commit, Disk, Fence, Lease, Pause, Prepare
+from areal_vllm_ext.protocol import Ack, AcquireLease, Begin, Commit, Disk, Fence, Lease, Pause, Prepare, Sender
 
 if TYPE_CHECKING:
     from raw_client import RawClient
@@ -321,8 +321,10 @@ def test_a_successor_aborts_what_a_dead_trainer_left_behind_and_resumes(
     for engine in deployment.engines.values():
         trainer = raw(engine.endpoint.address)
         for request in (
-            Begin(epoch=epoch, update="left", version="never", transfer=Disk(path="/"), timeout=60.0),
-            Prepare(epoch=epoch, update="left", buckets=0),
+            Begin(
+                epoch=epoch, update="left", version="never", senders={0: Sender(transfer=Disk(path="/"))}, timeout=60.0
+            ),
+            Prepare(epoch=epoch, update="left", buckets={0: 0}),
             Pause(epoch=epoch, mode="keep", kv="recompute", timeout=60.0, update="left"),
         ):
             assert isinstance(trainer.ask(request), Ack)
@@ -340,8 +342,10 @@ def test_a_successor_finishes_what_a_dead_trainer_committed_on_one_engine(
     trainers = [raw(engine.endpoint.address) for engine in deployment.engines.values()]
     for trainer in trainers:
         for request in (
-            Begin(epoch=epoch, update="left", version="half", transfer=Disk(path="/"), timeout=60.0),
-            Prepare(epoch=epoch, update="left", buckets=0),
+            Begin(
+                epoch=epoch, update="left", version="half", senders={0: Sender(transfer=Disk(path="/"))}, timeout=60.0
+            ),
+            Prepare(epoch=epoch, update="left", buckets={0: 0}),
             Pause(epoch=epoch, mode="keep", kv="recompute", timeout=60.0, update="left"),
         ):
             assert isinstance(trainer.ask(request), Ack)

@@ -27,6 +27,7 @@ from areal_vllm_ext.protocol import (
     Pause,
     Prepare,
     Resume,
+    Sender,
 )
 
 Raw = Callable[..., RawClient]
@@ -53,8 +54,10 @@ class Trainer:
         """Go as far as the request ``upto``, which reaches ``engines`` of the two."""
         epoch = self.epoch
         steps: dict[str, EngineRequest] = {
-            "begin": Begin(epoch=epoch, update="u", version=1, transfer=Disk(path="/"), timeout=300),
-            "prepare": Prepare(epoch=epoch, update="u", buckets=0),
+            "begin": Begin(
+                epoch=epoch, update="u", version=1, senders={0: Sender(transfer=Disk(path="/"))}, timeout=300
+            ),
+            "prepare": Prepare(epoch=epoch, update="u", buckets={0: 0}),
             "pause": Pause(epoch=epoch, mode="keep", kv="recompute", timeout=300, update="u"),
             "commit": Commit(epoch=epoch, update="u"),
             "resume": Resume(epoch=epoch, timeout=300),

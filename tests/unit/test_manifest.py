@@ -27,7 +27,7 @@ from areal_vllm_ext import EngineGroup, UpdateAborted, digest
 from areal_vllm_ext import checkpoint as checkpoints
 from areal_vllm_ext.client.coordinator import Coordinator, Member
 from areal_vllm_ext.engine_core.participant import Participant, Reply
-from areal_vllm_ext.protocol import Ack, Begin, Disk, Error, Prepare, WorkerDone
+from areal_vllm_ext.protocol import Ack, Begin, Disk, Error, Prepare, Sender, WorkerDone
 from areal_vllm_ext.transport.broadcast import GlooCommunicator
 from areal_vllm_ext.transport.disk import DiskSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySource
@@ -140,10 +140,10 @@ class Sent:
     def __init__(self, deployment: Deployment) -> None:
         self.names = [engine.name for engine in deployment.engines.values()]
         self.coordinator = Coordinator("u", 1, {name: Member(1) for name in self.names})
-        self.coordinator.begin({name: Disk(path="/") for name in self.names}, 10)
+        self.coordinator.begin({name: {0: Sender(transfer=Disk(path="/"))} for name in self.names}, 10)
         for name in self.names:
             self.coordinator.answered(name, Ack(), 10)
-        self.coordinator.sent(1, "sent")
+        self.coordinator.sent({0: 1}, "sent")
 
     def vote(self, wrong: int) -> None:
         for place, name in enumerate(self.names):
@@ -154,10 +154,12 @@ class Sent:
 
 def test_workers_of_one_engine_that_hold_different_weights_vote_no() -> None:
     engine, caller = Participant(0, frozenset({0, 1})), Caller(b"p", b"r")
-    engine.handle(caller, Begin(epoch=1, update="u", version=1, transfer=Disk(path="/"), timeout=10), 0.0)
+    engine.handle(
+        caller, Begin(epoch=1, update="u", version=1, senders={0: Sender(transfer=Disk(path="/"))}, timeout=10), 0.0
+    )
     for rank in (0, 1):
         engine.worker_done(WorkerDone(update="u", rank=rank, step="begin"))
-    engine.handle(caller, Prepare(epoch=1, update="u", buckets=0), 0.0)
+    engine.handle(caller, Prepare(epoch=1, update="u", buckets={0: 0}), 0.0)
     engine.worker_done(WorkerDone(update="u", rank=0, step="prepare", manifest="a"))
     (reply,) = engine.worker_done(WorkerDone(update="u", rank=1, step="prepare", manifest="b"))
     assert isinstance(reply, Reply)

@@ -35,6 +35,7 @@ from areal_vllm_ext.protocol import (
     PauseMode,
     Prepare,
     Resume,
+    Sender,
     Staging,
     WorkerDone,
 )
@@ -78,13 +79,17 @@ class Rig:
     # What is asked
 
     def begin(self, update: str = "u", epoch: int = 1, timeout: float = MINUTE) -> Caller:
-        return self.ask(Begin(epoch=epoch, update=update, version=NEW, transfer=Disk(path="/"), timeout=timeout))
+        return self.ask(
+            Begin(
+                epoch=epoch, update=update, version=NEW, senders={0: Sender(transfer=Disk(path="/"))}, timeout=timeout
+            )
+        )
 
     def bucket(self, index: int = 0, update: str = "u", epoch: int = 1) -> Caller:
         return self.ask(Bucket(epoch=epoch, update=update, index=index, nbytes=0, segments=()))
 
     def prepare(self, update: str = "u", epoch: int = 1) -> Caller:
-        return self.ask(Prepare(epoch=epoch, update=update, buckets=1))
+        return self.ask(Prepare(epoch=epoch, update=update, buckets={0: 1}))
 
     def pause(
         self,
@@ -217,6 +222,28 @@ def test_an_update_goes_from_begin_to_the_new_version() -> None:
     assert rig.state == ("idle", "resuming")
     rig.resumed()
     assert rig.acked(resume)
+    assert rig.state == ("idle", "running")
+
+
+def test_a_bucket_waits_for_the_workers_of_its_sender_only() -> None:
+    rig = Rig(workers=2)
+    senders = {number: Sender(transfer=Disk(path="/"), workers=(number,)) for number in range(2)}
+    rig.ask(Begin(epoch=1, update="u", version=NEW, senders=senders, timeout=MINUTE))
+    first, second = (
+        rig.ask(Bucket(epoch=1, update="u", index=0, nbytes=0, segments=(), sender=number)) for number in range(2)
+    )
+    rig.done("bucket 0 of sender 1", rank=1)
+    assert rig.acked(second)
+    assert first not in rig.answers
+    stranger = rig.ask(Bucket(epoch=1, update="u", index=0, nbytes=0, segments=(), sender=2))
+    assert "sender 2 is none" in str(rig.answers[stranger])
+
+
+def test_a_sender_to_workers_that_are_not_there_is_refused() -> None:
+    rig = Rig(workers=2)
+    for senders in ({}, {0: Sender(transfer=Disk(path="/"), workers=(1, 2))}):
+        asked = rig.ask(Begin(epoch=1, update="u", version=NEW, senders=senders, timeout=MINUTE))
+        assert "has workers 0 to 1" in str(rig.answers[asked])
     assert rig.state == ("idle", "running")
 
 
@@ -847,7 +874,14 @@ def test_orphans_are_left_alone_where_they_are_set_so() -> None:
 def in_place() -> Rig:
     rig = Rig()
     rig.ask(
-        Begin(epoch=1, update="u", version=NEW, transfer=Disk(path="/"), timeout=MINUTE, staging=Staging(kind="none"))
+        Begin(
+            epoch=1,
+            update="u",
+            version=NEW,
+            senders={0: Sender(transfer=Disk(path="/"))},
+            timeout=MINUTE,
+            staging=Staging(kind="none"),
+        )
     )
     rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="begin")))
     return rig
@@ -863,7 +897,7 @@ def paused_in_place() -> Rig:
 
 def test_without_staging_no_byte_is_loaded_before_the_pause() -> None:
     rig = in_place()
-    for asked in (rig.bucket(), rig.ask(Prepare(epoch=1, update="u", buckets=0))):
+    for asked in (rig.bucket(), rig.ask(Prepare(epoch=1, update="u", buckets={0: 0}))):
         answer = rig.answers[asked]
         assert isinstance(answer, Error)
         assert "needs a paused engine; this one is running" in answer.message
@@ -877,7 +911,7 @@ def test_without_staging_the_vote_is_that_all_is_loaded() -> None:
     rig.bucket(1)
     assert [call for call in rig.calls if isinstance(call, CallLoad)] == [CallLoad("u", NEW)], "loading begins once"
     assert "was loaded in part" in rig.participant.tainted
-    asked = rig.ask(Prepare(epoch=1, update="u", buckets=2))
+    asked = rig.ask(Prepare(epoch=1, update="u", buckets={0: 2}))
     rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="prepare")))
     assert asked not in rig.answers
     assert rig.participant.phase == "receiving"
@@ -924,7 +958,7 @@ def test_without_staging_giving_up_before_the_first_byte_loses_nothing() -> None
 
 def test_without_staging_loaded_and_paused_is_in_doubt() -> None:
     rig = paused_in_place()
-    rig.ask(Prepare(epoch=1, update="u", buckets=0))
+    rig.ask(Prepare(epoch=1, update="u", buckets={0: 0}))
     rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="prepare")))
     rig.take(rig.participant.load_done("u", ""))
     assert rig.participant.tick(MINUTE * 10) == []

@@ -21,7 +21,8 @@ from simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
 from waiting import eventually, in_thread
 
 from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted, security
-from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, Prepare, SharedMemory
+from areal_vllm_ext.client.sending import choose_transport
+from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, Prepare, Sender, SharedMemory
 from areal_vllm_ext.transport.shared_memory import SharedMemorySource
 from areal_vllm_ext.worker.receiver import Receiver
 
@@ -315,16 +316,18 @@ def test_orders_of_another_update_are_not_carried_out(
     endpointless: Receiver, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
 ) -> None:
     said = reports(endpointless, monkeypatch)
-    endpointless._handle(Begin(epoch=1, update="this", version=1, transfer=Disk(path=str(checkpoint)), timeout=5.0))
+    endpointless._handle(
+        Begin(epoch=1, update="this", version=1, senders={0: Sender(transfer=Disk(path=str(checkpoint)))}, timeout=5.0)
+    )
     eventually(lambda: said == [("begin", "")])
-    endpointless._handle(Prepare(epoch=1, update="other", buckets=0))
+    endpointless._handle(Prepare(epoch=1, update="other", buckets={0: 0}))
     endpointless._handle(Bucket(epoch=1, update="other", index=0, nbytes=0, segments=()))
     endpointless._handle(Ack())
     time.sleep(0.05)
     assert said == [("begin", "")]
     with pytest.raises(RuntimeError, match="has no staged weights of update other"):
         endpointless.staged("other")
-    endpointless._handle(Prepare(epoch=1, update="this", buckets=0))
+    endpointless._handle(Prepare(epoch=1, update="this", buckets={0: 0}))
     eventually(lambda: said[1:] == [("prepare", "")])
     assert {name for name, _ in endpointless.staged("this")} == set(SHAPES)
     endpointless.discard("this")
@@ -336,8 +339,10 @@ def test_a_bucket_that_is_missing_is_a_no(
     endpointless: Receiver, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
 ) -> None:
     said = reports(endpointless, monkeypatch)
-    endpointless._handle(Begin(epoch=1, update="this", version=1, transfer=Disk(path=str(checkpoint)), timeout=5.0))
-    endpointless._handle(Prepare(epoch=1, update="this", buckets=3))
+    endpointless._handle(
+        Begin(epoch=1, update="this", version=1, senders={0: Sender(transfer=Disk(path=str(checkpoint)))}, timeout=5.0)
+    )
+    endpointless._handle(Prepare(epoch=1, update="this", buckets={0: 3}))
     eventually(lambda: len(said) == 2)
     assert said[1][0] == "prepare"
     assert "3 buckets were sent, 0 arrived" in said[1][1]
@@ -350,7 +355,13 @@ def test_a_newer_update_ends_the_one_before_with_its_thread(
     said = reports(endpointless, monkeypatch)
     for update in ("first", "second"):
         endpointless._handle(
-            Begin(epoch=1, update=update, version=1, transfer=Disk(path=str(checkpoint)), timeout=60.0)
+            Begin(
+                epoch=1,
+                update=update,
+                version=1,
+                senders={0: Sender(transfer=Disk(path=str(checkpoint)))},
+                timeout=60.0,
+            )
         )
     eventually(lambda: said.count(("begin", "")) >= 1)
     eventually(lambda: "areal-intake-first" not in [thread.name for thread in threading.enumerate()])
@@ -364,7 +375,7 @@ def test_a_transfer_that_cannot_be_opened_is_told_to_the_engine(
 ) -> None:
     said = reports(endpointless, monkeypatch)
     transfer = SharedMemory(segment="areal-" + "0" * 32, nbytes=16)
-    endpointless._handle(Begin(epoch=1, update="this", version=1, transfer=transfer, timeout=5.0))
+    endpointless._handle(Begin(epoch=1, update="this", version=1, senders={0: Sender(transfer=transfer)}, timeout=5.0))
     eventually(lambda: said)
     assert said[0][0] == "begin"
     assert "not on this host" in said[0][1]
@@ -460,19 +471,16 @@ def test_an_unknown_staging_is_refused(group: EngineGroup) -> None:
 
 
 def test_auto_is_ipc_where_a_worker_runs_on_the_trainers_own_gpu(
-    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+    group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("areal_vllm_ext.client.update.device_id", lambda _: "GPU-1")
-    with group.update(1, deadline=5) as update:
-        opened = update._update
-        name, engine = next(iter(opened._engines.items()))
-        there = msgspec.structs.replace(engine.workers[0], device_id="GPU-1")
-        assert opened._choose(torch.device("cuda", 0)) == "broadcast"
-        opened._engines[name] = msgspec.structs.replace(engine, workers=(*engine.workers[1:], there))
-        assert opened._choose(torch.device("cuda", 0)) == "ipc"
-        assert opened._choose(torch.device("cpu")) == "broadcast"
-        update.send(weights(1))
-    assert served.serves(weights(1))
+    monkeypatch.setattr("areal_vllm_ext.client.sending.device_id", lambda _: "GPU-1")
+    engine = group.engines()[0]
+    there = msgspec.structs.replace(engine.workers[0], device_id="GPU-1")
+    moved = msgspec.structs.replace(engine, workers=(*engine.workers[1:], there))
+    assert choose_transport("auto", torch.device("cuda", 0), [engine]) == "broadcast"
+    assert choose_transport("auto", torch.device("cuda", 0), [engine, moved]) == "ipc"
+    assert choose_transport("auto", torch.device("cpu"), [moved]) == "broadcast"
+    assert choose_transport("shared_memory", torch.device("cuda", 0), [moved]) == "shared_memory"
 
 
 def test_a_source_that_serves_one_update_is_closed_with_it(

@@ -34,6 +34,7 @@ from areal_vllm_ext.protocol import (
     Lease,
     Register,
     Registered,
+    Sender,
     Status,
     Weights,
     WorkerDone,
@@ -64,7 +65,7 @@ def test_a_stranger_does_not_take_a_workers_place(deployment: Deployment, raw: R
     assert isinstance(refusal, Error)
     assert "was not started with worker 0 on stranger" in refusal.message
     assert [one.node for one in status(client).engine.workers] == [HOST]
-    begun = Begin(epoch=1, update="u", version=1, transfer=Disk(path="/"), timeout=5.0)
+    begun = Begin(epoch=1, update="u", version=1, senders={0: Sender(transfer=Disk(path="/"))}, timeout=5.0)
     assert isinstance(client.ask(begun), Ack), "the order went to somebody else"
 
 
@@ -81,7 +82,7 @@ def test_only_the_worker_itself_votes(deployment: Deployment, raw: Raw) -> None:
     engine = deployment.engines[0]
     engine.seconds["prepare"] = NEVER
     client = raw(engine.endpoint.address)
-    begun = Begin(epoch=1, update="u", version=1, transfer=Disk(path="/"), timeout=60.0)
+    begun = Begin(epoch=1, update="u", version=1, senders={0: Sender(transfer=Disk(path="/"))}, timeout=60.0)
     assert isinstance(client.ask(begun), Ack)
     for vote in (WorkerDone(update="u", rank=0, step="prepare"), WorkerDone(update="u", rank=0, step="x", error="no")):
         client.send(os.urandom(16), protocol.encoder.encode(vote))

@@ -30,6 +30,7 @@ from areal_vllm_ext.protocol import (
     Pause,
     Prepare,
     Resume,
+    Sender,
     Status,
     Version,
 )
@@ -76,6 +77,8 @@ class Client:
         self.asleep = False
         self.coordinator: Coordinator | None = None
         self.found: dict[str, Status] = {}
+        # Started anew since the client came: no longer what it found.
+        self.crashed: set[str] = set()
         self.voted: set[str] = set()
         self.paused: set[str] = set()
         self.script: Script | None = self.take_over() if purpose == "update" else self.command()
@@ -141,7 +144,7 @@ class Client:
             for name, status in statuses.items()
         }
         self.coordinator = Coordinator(f"u{next(IDS)}", self.version, members)
-        return self.coordinator.begin({name: Disk(path="/") for name in NAMES}, timeout=DEADLINE)
+        return self.coordinator.begin({name: {0: Sender(transfer=Disk(path="/"))} for name in NAMES}, timeout=DEADLINE)
 
     def drive(self, name: str, asked: EngineRequest, answer: Answer | None) -> dict[str, EngineRequest]:
         coordinator = self.coordinator
@@ -159,7 +162,7 @@ class Client:
         if coordinator.phase != phase:
             self.waiting.clear()
         if coordinator.phase == "send":
-            requests = coordinator.sent(buckets=0)
+            requests = coordinator.sent(buckets={0: 0})
         for request in requests.values():
             if isinstance(request, Commit):
                 assert self.voted == set(NAMES), "a commit without all votes"
@@ -226,15 +229,15 @@ class Transaction(RuleBasedStateMachine):
         if client.done:
             self.clients.remove(client)
             if client.coordinator is not None and not client.asleep:
-                self.check_end(client.coordinator, client.found)
+                self.check_end(client, client.coordinator)
 
-    def check_end(self, coordinator: Coordinator, found: dict[str, Status]) -> None:
+    def check_end(self, client: Client, coordinator: Coordinator) -> None:
         event("aborted" if coordinator.reason else "committed with losses" if coordinator.lost else "committed")
         if coordinator.reason:
             assert coordinator.committed == []
         for name, engine in self.engines.items():
-            if name not in self.exempt and name not in coordinator.lost:
-                expected = found[name].version if coordinator.reason else coordinator.version
+            if name not in self.exempt | client.crashed and name not in coordinator.lost:
+                expected = client.found[name].version if coordinator.reason else coordinator.version
                 assert engine.version == expected, f"{name} is on {engine.version}, not on {expected}"
 
     def waiting(self) -> list[tuple[Client, Caller]]:
@@ -412,6 +415,8 @@ class Transaction(RuleBasedStateMachine):
         self.engines[name] = Engine(log=note)
         self.network = [packet for packet in self.network if packet.engine != name]
         self.exempt.add(name)
+        for client in self.clients:
+            client.crashed.add(name)
         event("engine crashed")
 
     # What must hold

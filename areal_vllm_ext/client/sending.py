@@ -1,0 +1,153 @@
+"""One sender's part of an update: its tensors in buckets, each announced to the engines and put on its way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
+from ..protocol import Bucket, EngineInfo, Segment, TensorMeta, Version
+from ..transport.buckets import filled_buckets
+from ..transport.ipc import device_id
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from ..transport import Sink
+    from .group import AsyncEngineGroup
+
+
+class Sending:
+    """The buckets of one sender.
+
+    Attributes:
+        begun: whether an engine may have heard of a bucket.
+        buckets, nbytes: how much was sent.
+        entries: what was sent: each tensor with its digest.
+    """
+
+    def __init__(
+        self,
+        group: AsyncEngineGroup,
+        loop: asyncio.AbstractEventLoop,
+        engines: Mapping[str, tuple[EngineInfo, int]],
+        version: Version,
+        ends: float,
+        sender: int = 0,
+    ) -> None:
+        """
+        Args:
+            group: whose connection is used.
+            loop: the event loop of ``group``; not the calling thread's.
+            engines: those that this sender sends to, by name, with their epochs.
+            version: of the weights, for people.
+            ends: when, by ``time.monotonic()``, it is given up.
+            sender: its number in the update.
+        """
+        self._group, self._loop, self._engines = group, loop, engines
+        self._version, self._ends, self._sender = version, ends, sender
+        self.begun = False
+        self.buckets = 0
+        self.nbytes = 0
+        self.entries: list[tuple[TensorMeta, int]] = []
+
+    def send(
+        self,
+        update: str,
+        sink: Sink,
+        pairs: Iterator[tuple[TensorMeta, torch.Tensor]],
+        bucket_bytes: int,
+        turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        """Send all of ``pairs`` through ``sink``, which has met the workers; returns when every worker holds them.
+
+        Args:
+            update: the update's id.
+            sink: the sending end.
+            pairs: the tensors; each is done with when the next is asked for.
+            bucket_bytes: size of a bucket.
+            turn: held while a bucket is on its way.
+
+        Raises:
+            InvalidWeights: a tensor holds NaN or infinite values.
+            UpdateAborted: naming the engine that failed. TimeoutError, Cancelled: the bytes did not get through.
+        """
+        announced: list[Future[None]] = []
+
+        def failed() -> bool:
+            return any(future.done() and future.exception() is not None for future in announced) or self._left() <= 0
+
+        location = 0
+
+        def memory(nbytes: int) -> torch.Tensor:
+            nonlocal location
+            # A slot is free again when the workers have copied what lay in it some buckets ago.
+            if len(announced) >= sink.slots:
+                announced[-sink.slots].result(timeout=max(self._left(), 0))
+            location, buffer = sink.buffer(self.buckets, nbytes)
+            return buffer
+
+        for filled in filled_buckets(pairs, bucket_bytes, memory):
+            if name := filled.not_finite():
+                raise InvalidWeights(f"{name} holds NaN or infinite values")
+            if sink.announced_is_sent and filled.filled.device.type != "cpu":
+                torch.accelerator.synchronize(filled.filled.device)
+            segments = filled.segments()
+            self.entries += [(segment.tensor, segment.digest) for segment in segments]
+            self.begun = True
+            with turn():
+                announcing = self.announce(update, self.buckets, filled.nbytes, segments, location)
+                announced.append(asyncio.run_coroutine_threadsafe(announcing, self._loop))
+                sink.push(filled.filled, self._left(), failed)
+            self.buckets += 1
+            self.nbytes += filled.nbytes
+        for future in announced:
+            future.result(timeout=max(self._left(), 0))
+        sink.release()
+
+    def _left(self) -> float:
+        return self._ends - time.monotonic()
+
+    async def announce(
+        self, update: str, index: int, nbytes: int, segments: tuple[Segment, ...], location: int
+    ) -> None:
+        """Tell every engine of a bucket; returns when every worker holds it.
+
+        Raises:
+            UpdateAborted: naming the engine that failed.
+        """
+
+        async def ask(name: str, engine: EngineInfo, epoch: int) -> None:
+            bucket = Bucket(
+                epoch=epoch,
+                update=update,
+                index=index,
+                nbytes=nbytes,
+                segments=segments,
+                location=location,
+                sender=self._sender,
+            )
+            try:
+                await self._group.request(engine.address, bucket, max(self._left(), 0.05))
+            except (EngineUnreachable, RequestError) as error:
+                raise UpdateAborted(f"update to version {self._version}: {name}: {error}") from None
+
+        await asyncio.gather(*(ask(name, *engine) for name, engine in self._engines.items()))
+
+
+def choose_transport(asked: str, device: torch.device, engines: Iterable[EngineInfo]) -> str:
+    """The transport that ``auto`` means for tensors on ``device``."""
+    if asked != "auto":
+        return asked
+    # NCCL has one rank a device: a worker on the trainer's own device is reached by memory.
+    if device.type == "cuda":
+        own = device_id(device)
+        if any(worker.device_id == own for engine in engines for worker in engine.workers):
+            return "ipc"
+    return "broadcast"
