@@ -20,7 +20,7 @@ test: set-up ## Run the tests (ARGS="-k pause": some of them)
 	@exec $(BIN)/pytest -q $(ARGS)
 
 test-deep: set-up ## Run the tests with many more hypothesis examples
-	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q $(ARGS)
+	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q --timeout 7200 $(ARGS)
 
 lint: set-up ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import ArealError
 from .group import DISCOVER_SECONDS, PAUSE_LEASE_SECONDS, AsyncEngineGroup
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .verify import Verification
 
 T = TypeVar("T")
+Senders = Literal["first", "parts", "colocated"]
 
 # After Ctrl-C, engines get so long to be told.
 _INTERRUPTED_SECONDS = 2.0
@@ -99,18 +100,36 @@ class EngineGroup:
         """See ``AsyncEngineGroup.verify``."""
         return self.run(self._group.verify(checkpoint, deadline=deadline))
 
-    def update(self, version: Version, *, process_group: ProcessGroup | None = None, **options: Any) -> Update:
+    def update(
+        self,
+        version: Version,
+        *,
+        process_group: ProcessGroup | None = None,
+        senders: Senders = "first",
+        **options: Any,
+    ) -> Update:
         """See ``AsyncEngineGroup.update``. Use: ``with group.update(version) as update: update.send(model)``.
 
-        ``process_group``: the ranks of a sharded trainer (FSDP, TP), which all do this with the same arguments. Their
-        ``DTensor`` weights are gathered, rank 0 commands and sends, and every rank gets the result, or the error of any.
+        Args:
+            version: names the new weights.
+            process_group: the ranks of a trainer of several (FSDP, TP, PP, DP), which all do this with the same arguments.
+                ``DTensor`` weights are gathered, rank 0 commands, and every rank gets the result, or the error of any.
+            senders: who sends. ``first``: rank 0, all of it. ``parts``: each rank a part of what it has; a rank need not
+                have all (PP, EP), and what several have is spread over them. ``colocated``: each rank all of it, to the
+                workers on its own device (by CUDA IPC).
+            options: see ``AsyncEngineGroup.update``.
         """
         update = self._group.update(version, **options)
         if process_group is None:
             return Update(self, update)
         from .joint import JointUpdate
 
-        return JointUpdate(self, update, process_group, str(version))
+        return JointUpdate(self, update, process_group, version, senders)
+
+    @property
+    def asynchronous(self) -> tuple[AsyncEngineGroup, asyncio.AbstractEventLoop]:
+        """What this is the form of, and the loop that it runs on."""
+        return self._group, self._loop
 
     def close(self) -> None:
         """Close the connections and end the thread. Engines go on."""

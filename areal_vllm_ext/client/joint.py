@@ -1,9 +1,9 @@
-"""An update that all ranks of a ``torch.distributed`` job send together: their sharded weights are gathered, rank 0 sends.
+"""An update of all ranks of a ``torch.distributed`` job: their sharded weights are gathered, and rank 0 sends, or every rank.
 
 Gathering is a collective, which only comes back when every rank is in it. So before each bucket's worth of tensors the ranks
 agree to go on: a rank that has failed (an engine said no, a tensor does not fit, an error of the user's) says so instead, and
-all others fail with its reason. The agreement goes through the job's store, not through a collective, and has the update's
-deadline. A rank that dies inside a collective is out of reach of that: each rank's walk is on a thread, left at the deadline.
+all others fail with its reason (``agreement.py``). A rank that dies inside a collective is out of reach of that: each rank's
+walk is on a thread, left at the deadline.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store
 
-from ..errors import ArealError, UpdateAborted, UpdateInDoubt
-from .blocking import EngineGroup, Update
+from ..errors import ArealError, UpdateAborted, UpdateInDoubt, WeightsTainted
+from .agreement import GRACE_SECONDS, Agreement
+from .blocking import EngineGroup, Senders, Update
+from .senders import RankSends
 from .update import AsyncUpdate, UpdateResult
 from .weights import Named, gathered, named_parts
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-# What is waited for here has its own end at the deadline, or less than a second after it, and says more then.
-_GRACE_SECONDS = 0.9
+    from ..protocol import Version
 
 # How often this process has begun an update to a version: all ranks count alike, so that each update has keys of its own.
 _begun: Counter[tuple[str, str]] = Counter()
@@ -43,95 +43,20 @@ class _Outcome(msgspec.Struct):
     """What rank 0 tells the others when it is over."""
 
     error: str = ""
+    kind: Literal["UpdateAborted", "UpdateInDoubt", "WeightsTainted"] = "UpdateAborted"
     result: UpdateResult | None = None
 
+    @classmethod
+    def of(cls, error: BaseException) -> _Outcome:
+        """An error of rank 0: for the others the update was given up, if it leaves no doubt."""
+        said = f"rank 0 of the trainer: {str(error) or type(error).__name__}"
+        if isinstance(error, UpdateInDoubt):
+            return cls(said, "UpdateInDoubt")
+        return cls(said, "WeightsTainted" if isinstance(error, WeightsTainted) else "UpdateAborted")
 
-class Agreement:
-    """Steps that all ranks of a job take, or none does."""
-
-    def __init__(self, group: dist.ProcessGroup, update: str, ends: float) -> None:
-        """
-        Args:
-            group: the ranks.
-            update: names what they do; the same on each rank, and another each time.
-            ends: when, by ``time.monotonic()``, waiting for the others is given up.
-        """
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._store = dist.PrefixStore(f"areal-{group.group_name}-{update}", _get_process_group_store(group))
-        self._ends = ends
-        self._step = 0
-        self._failed = ""
-
-    def step(self, same: str) -> None:
-        """Go on when every rank has come to its equal step.
-
-        Args:
-            same: what must be equal on all ranks.
-
-        Raises:
-            UpdateAborted: a rank failed, did not come in time, or has another ``same``.
-        """
-        if self._failed:
-            raise UpdateAborted(self._failed)
-        self._step += 1
-        self._store.set(f"at/{self.rank}", str(self._step))
-        if self._store.compare_set(f"same/{self._step}", "", same) != same.encode():
-            reason = f"rank {self.rank} of the trainer would send other tensors than the ranks before it"
-            self._store.set(f"go/{self._step}", reason)
-        elif self._store.add(f"come/{self._step}", 1) == self.size:
-            self._store.set(f"go/{self._step}", "")
-            for key in ("come", "go", "same") if self._step > 2 else ():
-                self._store.delete_key(f"{key}/{self._step - 2}")  # all have come here, so nobody is back there
-        if reason := self._wait(f"go/{self._step}", max(self._ends - time.monotonic(), 0.0)).decode():
-            raise UpdateAborted(reason)
-
-    def fail(self, reason: str) -> None:
-        """Have every other rank fail at its next step, with this reason."""
-        self._failed = self._failed or f"rank {self.rank} of the trainer: {reason}"
-        # Where the store is gone so are the others, or they hear of it themselves.
-        with contextlib.suppress(dist.DistError):
-            self._store.set(f"go/{self._step + 1}", self._failed)
-
-    def tell(self, outcome: bytes) -> None:
-        """Rank 0: say how it ended."""
-        self._store.set("outcome", outcome.decode())
-
-    def outcome(self) -> bytes:
-        """The other ranks: hear how it ended."""
-        try:
-            return self._wait("outcome", max(self._ends - time.monotonic(), 0.0) + _GRACE_SECONDS)
-        except UpdateAborted as error:
-            raise UpdateInDoubt(
-                f"rank 0 of the trainer did not say how the update ended: {error}; status() tells"
-            ) from None
-
-    def where(self) -> str:
-        """Which ranks are behind, for people."""
-        with contextlib.suppress(dist.DistError):
-            steps = {
-                rank: int(self._store.get(f"at/{rank}")) if self._store.check([f"at/{rank}"]) else 0
-                for rank in range(self.size)
-            }
-            last = max(steps.values())
-            behind = [str(rank) for rank, step in steps.items() if step < last]
-            if behind:
-                return f"rank {', '.join(behind)} of the trainer did not come to step {last}"
-            return f"every rank came to step {last}: the collectives after it did not end"
-        return "the job's store does not answer: is its rank 0 gone?"
-
-    def _wait(self, key: str, timeout: float) -> bytes:
-        # Looked for, not waited for: a wait would keep the store from everybody else in this process.
-        ends, pause = time.monotonic() + timeout, 1e-4
-        try:
-            while not self._store.check([key]):
-                if time.monotonic() > ends:
-                    raise UpdateAborted(f"the trainer's ranks did not agree in time: {self.where()}")
-                time.sleep(pause)
-                pause = min(pause * 1.5, 5e-3)
-            value: bytes = self._store.get(key)
-        except dist.DistError as error:
-            raise UpdateAborted(f"the trainer's ranks cannot agree, their store is gone: {error}") from None
-        return value
+    def exception(self) -> ArealError:
+        kinds = {"UpdateInDoubt": UpdateInDoubt, "WeightsTainted": WeightsTainted}
+        return kinds.get(self.kind, UpdateAborted)(self.error)
 
 
 def _plan(parts: list[Named]) -> str:
@@ -143,20 +68,26 @@ def _plan(parts: list[Named]) -> str:
 class JointUpdate(Update):
     """``Update`` for a trainer of several ranks: every rank opens it and calls ``send``; every rank has its result or error.
 
-    Made by ``EngineGroup.update(version, process_group=...)``. Only rank 0 talks to the engines.
+    Made by ``EngineGroup.update(version, process_group=...)``. Only rank 0 commands the engines.
     """
 
-    def __init__(self, engines: EngineGroup, update: AsyncUpdate, group: dist.ProcessGroup, name: str) -> None:
+    def __init__(
+        self, engines: EngineGroup, update: AsyncUpdate, group: dist.ProcessGroup, version: Version, senders: Senders
+    ) -> None:
         """
         Args:
-            engines: this rank's; only rank 0's is used.
-            update: likewise.
+            engines: this rank's connection.
+            update: the transaction; rank 0's is the one that counts.
             group: the trainer's ranks.
-            name: of the version.
+            version: names the new weights.
+            senders: who sends, see ``EngineGroup.update``.
         """
+        if senders not in get_args(Senders):
+            raise ValueError(f"senders must be one of {', '.join(get_args(Senders))}, not {senders!r}")
         super().__init__(engines, update)
         self._ranks = group
-        self._name = name
+        self._name = str(version)
+        self._senders = senders
         self._leads = dist.get_rank(group) == 0
         self._heard: UpdateResult | None = None
         self._agreement: Agreement
@@ -182,14 +113,18 @@ class JointUpdate(Update):
         return self
 
     def send(self, weights: Any, *, dtype: str | None = None) -> None:
-        """See ``AsyncUpdate.send``. On every rank, with the same tensors in the same order.
+        """See ``AsyncUpdate.send``. On every rank; where rank 0 sends, with the same tensors in the same order.
 
         ``DTensor`` weights are gathered a bucket at a time. The caller's thread waits; the tensors are handled in another,
         on the caller's device and stream.
         """
 
         def walk() -> None:
-            if self._leads:
+            if self._senders != "first" and not isinstance(weights, (str, os.PathLike)):
+                sends = RankSends(self._senders, self._group, self._update, self._agreement, self._ends)
+                with self._update.sending_fails():
+                    sends.send(weights, dtype)
+            elif self._leads:
                 self._update.send_blocking(weights, dtype=dtype, gather=self._gather)
             elif not isinstance(weights, (str, os.PathLike)):
                 parts = named_parts(weights)
@@ -221,19 +156,23 @@ class JointUpdate(Update):
     def _close(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """End the update, or hear how rank 0 ended it."""
         if not self._leads:
-            if error is None:
-                outcome = msgspec.json.decode(self._agreement.outcome(), type=_Outcome)
-                if outcome.error:
-                    raise UpdateAborted(outcome.error)
-                self._heard = outcome.result
+            try:
+                if error is None:
+                    outcome = msgspec.json.decode(self._agreement.outcome(), type=_Outcome)
+                    if outcome.error:
+                        raise outcome.exception()
+                    self._heard = outcome.result
+            finally:
+                if self._heard is None:
+                    self._group.asynchronous[0].drop_sink()  # the workers may not have had all that was sent through it
             return
-        outcome = _Outcome(error=str(error) or type(error).__name__)
+        outcome = _Outcome.of(error) if error else _Outcome()
         try:
             super().__exit__(kind, error, trace)
             if error is None:
                 outcome = _Outcome(result=self._update.result)
         except BaseException as failure:
-            outcome = _Outcome(error=f"rank 0 of the trainer: {failure}")
+            outcome = _Outcome.of(failure)
             raise
         finally:
             with contextlib.suppress(dist.DistError):  # the store is gone: the others hear that
@@ -293,7 +232,7 @@ class JointUpdate(Update):
 
         threading.Thread(target=run, name="areal-joint-update", daemon=True).start()
         try:
-            done.result(timeout=max(self._ends - time.monotonic(), 0.0) + _GRACE_SECONDS)
+            done.result(timeout=max(self._ends - time.monotonic(), 0.0) + GRACE_SECONDS)
         except FutureTimeout:
             if done.done():
                 raise

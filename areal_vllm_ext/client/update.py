@@ -118,8 +118,9 @@ class AsyncUpdate:
         self.ends = 0.0
         self._nbytes = 0
         self._expected_bytes = 0
-        self._prepared = False
         self._sending: Sending | None = None
+        # Whether engines may have loaded some of it, where they do not stage.
+        self._loading = False
         self._buckets: dict[int, int] = {}
         self._entries: list[tuple[TensorMeta, int]] = []
         self._started = 0.0
@@ -131,6 +132,16 @@ class AsyncUpdate:
     def deadline(self) -> float:
         """Seconds for all of it."""
         return self._options.deadline
+
+    @property
+    def version(self) -> Version:
+        """Names the new weights."""
+        return self._version
+
+    @property
+    def transport(self) -> str:
+        """As it was asked for."""
+        return self._options.transport
 
     @property
     def bucket_bytes(self) -> int:
@@ -211,6 +222,21 @@ class AsyncUpdate:
                 raise
             raise self._given_up(str(error) or type(error).__name__) from error
 
+    def others_send(self) -> None:
+        """Other ranks of the trainer send from here on."""
+        self._loading = True
+
+    @property
+    def id(self) -> str:
+        """The update's name among the engines, once it was opened."""
+        assert self._coordinator is not None
+        return self._coordinator.update
+
+    @property
+    def refused(self) -> bool:
+        """Whether an engine said no, instead of nothing."""
+        return self._coordinator is not None and self._coordinator.refused
+
     def sent_by(self, sender: int, buckets: int, nbytes: int, entries: list[tuple[TensorMeta, int]]) -> None:
         """A sender has sent so much, and these of the weights."""
         self._buckets[sender] = buckets
@@ -227,7 +253,7 @@ class AsyncUpdate:
             if coordinator.phase in ("begin", "send") and error is not None:
                 await self._drive(coordinator.give_up(f"{type(error).__name__}: {error}"))
             elif coordinator.phase == "send":
-                self._prepared = True
+                self._loading = True
                 # From disk nothing passes through here: then the engines' votes are compared with each other only.
                 manifest = digest.manifest(self._entries) if self._entries else ""
                 await self._drive(coordinator.sent(self._buckets, manifest))
@@ -320,7 +346,7 @@ class AsyncUpdate:
 
     @property
     def _old_weights_lost(self) -> bool:
-        loading = self._prepared or (self._sending is not None and self._sending.begun)
+        loading = self._loading or (self._sending is not None and self._sending.begun)
         return self._options.staging == "none" and loading
 
     def _given_up(self, reason: str) -> UpdateAborted | WeightsTainted:
@@ -444,7 +470,7 @@ class AsyncUpdate:
             except UpdateAborted:
                 # A worker may have lost its end of the last update's connection: then a new one is due, not an error.
                 self._group.drop_sink()
-                if not (kept and self._coordinator and self._coordinator.refused):
+                if not (kept and self.refused):
                     raise
             else:
                 return sink
@@ -454,9 +480,8 @@ class AsyncUpdate:
         first = next(pairs)
         sink = self._met_sink(first[1].device, expected)
         sending = self._sending = Sending(self._group, self._loop, self.engines, self._version, self.ends)
-        assert self._coordinator is not None
         sending.send(
-            self._coordinator.update,
+            self.id,
             sink,
             itertools.chain([first], pairs),
             min(sink.bucket_bytes, total_bytes(expected, self.dtype) or sink.bucket_bytes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -77,16 +77,22 @@ class Checker:
         self._cast: torch.dtype | None = getattr(torch, cast) if cast else None
         self._tied: set[str] = set()
 
-    def check(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+    def check(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, part: bool = False
+    ) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """Yield what is to be sent.
+
+        Args:
+            weights: the tensors.
+            part: whether others have the rest.
 
         Raises:
             InvalidWeights: for a tensor that the engines could not load, and at the end for one that is missing.
         """
-        for meta, tensor in self._checked(weights):
+        for meta, tensor in self._checked(weights, part=part):
             yield meta, tensor.to(getattr(torch, meta.dtype))
 
-    def _checked(self, weights: Iterable[Named]) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+    def _checked(self, weights: Iterable[Named], *, part: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """What is to be sent, not cast yet. No tensor is computed with, so that a ``DTensor`` costs no collective."""
         sent: set[str] = set()
         for name, tensor in weights:
@@ -101,9 +107,14 @@ class Checker:
                 raise InvalidWeights(problem + hint)
             sent.add(name)
             yield meta, tensor
-        if not sent:
+        if not part:
+            self.check_whole(sent)
+
+    def check_whole(self, names: Collection[str]) -> None:
+        """Raises InvalidWeights where ``names`` are not all that the engines need."""
+        if not names:
             raise InvalidWeights("there was no tensor to send")
-        if self._expected and (problem := checkpoint.missing(sent, self._expected)):
+        if self._expected and (problem := checkpoint.missing(names, self._expected)):
             raise InvalidWeights(problem)
 
     def check_source(
@@ -116,8 +127,10 @@ class Checker:
             self.check_ahead(parts)
         return self.check(gather(parts))
 
-    def check_ahead(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def check_ahead(self, weights: Sequence[tuple[str, torch.Tensor]], *, part: bool = False) -> tuple[TensorMeta, ...]:
         """Check names, shapes and dtypes of all of ``weights`` now, so that an error comes before any engine hears of it.
+
+        ``part`` as in ``check``. Returns what is to be sent.
 
         Second names of tied weights, which checkpoints leave out, are found here, where all tensors are alive: memory that
         an iterable has freed, or used again, would look tied.
@@ -126,8 +139,7 @@ class Checker:
         self._tied = {
             name for name, tensor in weights if name not in self._expected and _identity(tensor) in identities
         }
-        for _ in self._checked(weights):
-            pass
+        return tuple(meta for meta, _ in self._checked(weights, part=part))
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:

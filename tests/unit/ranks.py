@@ -83,9 +83,15 @@ def serve(connection: Connection, rank: int, port: int, directory: str, key_file
 
 
 def update(
-    group: EngineGroup, connection: Connection, work: Callable[..., Any], seed: int, deadline: float, bucket: int
+    group: EngineGroup,
+    connection: Connection,
+    work: Callable[..., Any],
+    seed: int,
+    deadline: float,
+    bucket: int,
+    **given: Any,
 ) -> object:
-    opened = group.update(seed, process_group=dist.group.WORLD, deadline=deadline)
+    opened = group.update(seed, process_group=dist.group.WORLD, deadline=deadline, **given)
     opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket)
     with opened:
         work(opened, seed, connection)
@@ -139,6 +145,29 @@ def one_by_one(opened: Any, seed: int, _: Connection) -> None:
 def whole(opened: Any, seed: int, _: Connection) -> None:
     """Not sharded, so without a collective."""
     opened.send(tensors(seed))
+
+
+def own_layers(opened: Any, seed: int, _: Connection) -> None:
+    """As a pipeline has them: each rank other tensors."""
+    held = list(tensors(seed).items())
+    opened.send(dict(held[:3] if dist.get_rank() == 0 else held[3:]))
+
+
+def not_in_step(opened: Any, seed: int, _: Connection) -> None:
+    """As a data-parallel trainer has them whose ranks have drifted apart."""
+    opened.send(tensors(seed + dist.get_rank()))
+
+
+def dies_in_its_part(opened: Any, seed: int, _: Connection) -> None:
+    held = tensors(seed)
+    held["layer.1"].full_tensor = lambda: os.kill(os.getpid(), 9)  # type: ignore[attr-defined]
+    opened.send(held)
+
+
+def fails_in_its_part(opened: Any, seed: int, _: Connection) -> None:
+    held = tensors(seed)
+    held["layer.1"].full_tensor = lambda: 1 / 0  # type: ignore[attr-defined]
+    opened.send(held)
 
 
 def in_double(opened: Any, seed: int, _: Connection) -> None:

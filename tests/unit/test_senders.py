@@ -1,0 +1,214 @@
+"""Updates in which every rank of a trainer sends: real collectives, real receivers, and ranks that fail."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from test_joint import mortal, options, ranks, served, shared_engines
+from test_sending import Served, assert_untouched, checkpoint, weights
+
+from areal_vllm_ext import InvalidWeights, UpdateAborted
+from areal_vllm_ext.client.senders import Holding, Opening, place_of, plan
+from areal_vllm_ext.protocol import EngineInfo, TensorMeta, WorkerInfo
+
+if TYPE_CHECKING:
+    from ranks import Ranks
+
+__all__ = ["checkpoint", "mortal", "ranks", "served", "shared_engines"]  # the fixtures
+
+SENDERS = ("parts", "colocated")
+
+
+def assert_all_serve(ranks: Ranks, served: Served, seed: int, work: str, **given: object) -> None:
+    outcomes = ranks.both(work, **options(seed), **given)
+    assert [outcome[:2] for outcome in outcomes] == [("", str(seed))] * 2
+    assert served.serves(weights(seed))
+
+
+@pytest.mark.parametrize("bucket", [300, 1 << 20], ids=["many rounds", "one round"])
+@pytest.mark.parametrize(
+    ("senders", "work"),
+    [("parts", "rows"), ("parts", "own_layers"), ("parts", "whole"), ("colocated", "rows"), ("colocated", "whole")],
+)
+def test_every_rank_sends(ranks: Ranks, served: Served, senders: str, work: str, bucket: int) -> None:
+    for seed in (1, 2):
+        served.weights.clear()
+        outcomes = ranks.both(work, **options(seed, bucket=bucket), senders=senders)
+        assert [outcome[:2] for outcome in outcomes] == [("", str(seed))] * 2
+        assert served.serves(weights(seed))
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
+@pytest.mark.parametrize("staging", ["host", "none"])
+def test_parts_go_by_each_transport_and_without_staging(
+    ranks: Ranks, served: Served, transport: str, staging: str
+) -> None:
+    for seed in (3, 4):
+        assert_all_serve(ranks, served, seed, "rows", senders="parts", transport=transport, staging=staging)
+
+
+FAILURES = {
+    "parts, a tensor is nowhere": (
+        "parts",
+        "fewer",
+        ("InvalidWeights", "InvalidWeights"),
+        "1 of 5 tensors are missing: norm",
+    ),
+    "parts, tensors one by one": ("parts", "one_by_one", ("InvalidWeights", "InvalidWeights"), "an iterator"),
+    "parts, a value that cannot be": ("parts", "not_finite", None, "norm holds NaN"),
+    "colocated, a rank lacks tensors": (
+        "colocated",
+        "own_layers",
+        ("InvalidWeights", "InvalidWeights"),
+        "rank 0 .* lacks",
+    ),
+    "colocated, ranks have drifted apart": (
+        "colocated",
+        "not_in_step",
+        ("InvalidWeights", "UpdateAborted"),
+        "other weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_what_cannot_be_sent_fails_on_every_rank(ranks: Ranks, served: Served, case: str) -> None:
+    senders, work, kinds, message = FAILURES[case]
+    outcomes = ranks.both(work, **options(5), senders=senders)
+    assert all(outcome[0] in ("InvalidWeights", "UpdateAborted") for outcome in outcomes), outcomes
+    if kinds:
+        assert tuple(outcome[0] for outcome in outcomes) == kinds, outcomes
+    assert any(re.search(message, outcome[1]) for outcome in outcomes), outcomes
+    assert max(outcome[2] for outcome in outcomes) < 5.0, "by its deadline only"
+    assert_untouched(served)
+    assert_all_serve(ranks, served, 6, "rows", senders=senders)
+
+
+@pytest.mark.parametrize("senders", SENDERS)
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_in_its_part_fails_all(ranks: Ranks, served: Served, senders: str, failing: int) -> None:
+    work = ["whole", "whole"]
+    work[failing] = "fails_in_its_part"
+    outcomes = ranks.both(*work, **options(7, deadline=8.0), senders=senders)
+    assert outcomes[failing][0] == "ZeroDivisionError"
+    assert outcomes[1 - failing][0] == "UpdateAborted"
+    assert_untouched(served)
+    assert_all_serve(ranks, served, 8, "whole", senders=senders)
+
+
+@pytest.mark.parametrize("senders", SENDERS)
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_rank_that_is_killed_in_its_part_leaves_no_other_hanging(
+    mortal: Ranks, ranks: Ranks, served: Served, senders: str, dying: int
+) -> None:
+    work = ["whole", "whole"]
+    work[dying] = "dies_in_its_part"
+    mortal.begin(*work, **options(9, deadline=4.0), senders=senders)
+    kind, message, seconds = mortal.outcome(1 - dying)
+    assert kind == "UpdateAborted", message
+    assert seconds < 6.0
+    if dying:
+        assert_untouched(served)
+    assert_all_serve(ranks, served, 10, "rows", senders=senders)
+
+
+@pytest.mark.parametrize("senders", SENDERS)
+def test_an_engine_that_refuses_fails_all_ranks_and_the_next_update_works(
+    ranks: Ranks, served: Served, senders: str
+) -> None:
+    engine = served.deployment.engines[1]
+    engine.errors["pause"] = "no pause today"
+    try:
+        outcomes = ranks.both("rows", **options(11), senders=senders)
+    finally:
+        engine.errors.clear()
+    assert [outcome[0] for outcome in outcomes] == ["UpdateAborted"] * 2
+    assert all("no pause today" in outcome[1] for outcome in outcomes)
+    assert_all_serve(ranks, served, 12, "rows", senders=senders)
+
+
+def test_workers_that_have_lost_their_connections_get_new_ones(ranks: Ranks, served: Served) -> None:
+    assert_all_serve(ranks, served, 13, "rows", senders="parts", transport="broadcast")
+    for receivers in served.receivers.values():
+        for receiver in receivers:
+            receiver.drop(receiver._sources[-1][1])
+    assert_all_serve(ranks, served, 14, "rows", senders="parts", transport="broadcast")
+
+
+# Who sends what
+
+
+def meta(name: str, size: int = 64) -> TensorMeta:
+    return TensorMeta(name, "float32", (size,))
+
+
+def opening(*devices: tuple[str, ...]) -> Opening:
+    """Engines whose workers are on these devices."""
+    engines = {}
+    for number, places in enumerate(devices):
+        workers = tuple(
+            WorkerInfo(rank=rank, node="n/10.0.0.1", pid=1, device="cuda", device_id=place)
+            for rank, place in enumerate(places)
+        )
+        engines[f"engine {number}"] = (engine(number, workers), 1)
+    return Opening(engines, (), "float32")
+
+
+def engine(number: int, workers: tuple[WorkerInfo, ...]) -> EngineInfo:
+    return EngineInfo(
+        replica="r",
+        dp_rank=number,
+        dp_size=2,
+        headless=False,
+        node="n/10.0.0.1",
+        pid=1,
+        incarnation=str(number),
+        address="tcp://127.0.0.1:1",
+        model="m",
+        dtype="float32",
+        device="cuda",
+        vllm_version="0",
+        package_version="0",
+        workers=workers,
+    )
+
+
+def test_what_several_ranks_have_is_spread_over_them_by_size() -> None:
+    sizes = {"a": 4096, "b": 1024, "c": 1024, "d": 1024, "own": 64}
+    shared = tuple(meta(name, size) for name, size in sizes.items() if name != "own")
+    holdings = [Holding(shared, "GPU-0"), Holding((*shared, meta("own")), "GPU-1"), Holding((), "GPU-2")]
+    made = plan("parts", opening(("GPU-8", "GPU-9")), holdings, 1 << 20)
+    assert made.sends == [{"a"}, {"b", "c", "d", "own"}, set()]
+    assert made.serves == [{"engine 0": (0, 1)}] * 3
+    assert made.rounds == [["a", "b", "c", "d", "own"]]
+
+
+def test_a_round_is_as_large_as_a_bucket() -> None:
+    holdings = [Holding(tuple(meta(name) for name in "abcde"), "GPU-0")]
+    assert plan("parts", opening(("GPU-0",)), holdings, 512).rounds == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_each_worker_is_served_by_the_rank_on_its_device() -> None:
+    holdings = [Holding((meta("a"),), f"GPU-{rank}") for rank in range(4)]
+    made = plan("colocated", opening(("GPU-1", "GPU-0"), ("GPU-2", "GPU-0")), holdings, 512)
+    assert made.serves == [{"engine 0": (1,), "engine 1": (1,)}, {"engine 0": (0,)}, {"engine 1": (0,)}, {}]
+    assert made.sends == [{"a"}] * 4
+
+
+def test_workers_of_one_device_are_shared_out_to_the_ranks_there() -> None:
+    holdings = [Holding((meta("a"),), place_of("cpu", "n")) for _ in range(2)]
+    made = plan("colocated", opening(("cpu", "cpu")), holdings, 512)
+    assert made.serves == [{"engine 0": (0,)}, {"engine 0": (1,)}]
+
+
+def test_a_worker_without_a_rank_on_its_device_is_named() -> None:
+    with pytest.raises(UpdateAborted, match="worker 1 of engine 0 runs on GPU-7, where no rank of the trainer is"):
+        plan("colocated", opening(("GPU-0", "GPU-7")), [Holding((meta("a"),), "GPU-0")], 512)
+
+
+def test_ranks_that_mean_different_tensors_by_one_name_are_told() -> None:
+    holdings = [Holding((meta("a", 4),), "GPU-0"), Holding((meta("a", 5),), "GPU-1")]
+    with pytest.raises(InvalidWeights, match="a is another tensor on rank 1"):
+        plan("parts", opening(("GPU-0",)), holdings, 512)
