@@ -24,6 +24,7 @@ Version = int | Name
 Seconds = Annotated[float, msgspec.Meta(ge=-1e7, le=1e7)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0, le=300)]
 PauseMode = Literal["abort", "wait", "keep"]
+StatusPhase = Literal["idle", "receiving", "prepared", "committing", "tainted", "stale"]
 KVPolicy = Literal["keep", "recompute"]
 StagingKind = Literal["auto", "device", "host", "none"]
 ErrorKind = Literal[
@@ -431,7 +432,7 @@ class Status(Message):
 
     engine: EngineInfo
     version: Version
-    phase: Literal["idle", "receiving", "prepared", "committing", "tainted", "stale"]
+    phase: StatusPhase
     flow: Literal["running", "pausing", "paused", "resuming"]
     pause_mode: PauseMode | None
     paused_for: str

@@ -149,31 +149,7 @@ class Engine:
         self.highest_epoch = max(self.highest_epoch, message.epoch)
 
     def status(self) -> Status:
-        """As ``Endpoint`` tells it."""
-        state = self.participant
-        return Status(
-            engine=self.info,
-            version=state.version,
-            phase=state.phase
-            if state.phase != "idle"
-            else "tainted"
-            if state.tainted
-            else "stale"
-            if state.stale
-            else "idle",
-            flow=state.flow,
-            pause_mode=state.pause_mode,
-            paused_for=state.paused_for,
-            epoch=state.epoch,
-            update=state.update.begin.update if state.update else "",
-            update_version=state.update.begin.version if state.update else None,
-            last_update=state.last_update,
-            requests_running=0,
-            requests_waiting=0,
-            waiting_for_engine=0.0,
-            agreed=state.agreed,
-            orphaned=state.orphaned,
-        )
+        return self.participant.status(self.info)
 
     @property
     def state(self) -> tuple[object, ...]:
@@ -759,10 +735,7 @@ class EngineProcess(Process):
         self.flush()
 
     def beat(self) -> None:
-        p = self.engine.participant
-        beat = Register(
-            engine=self.engine.info, epoch=p.epoch, version=p.version, agreed=p.agreed, unsettled=p.unsettled
-        )
+        beat = self.engine.participant.beat(self.engine.info)
         self.world.send(self, DIRECTORY, new_caller(self), beat)
         self.after(BEAT_SECONDS, self.beat)
 

@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 from time import monotonic
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import zmq
@@ -30,7 +30,6 @@ from ..protocol import (
     Fence,
     GetStatus,
     Hello,
-    Register,
     Status,
     WeightDigests,
     Weights,
@@ -219,7 +218,7 @@ class Endpoint:
                 self._expire_digests(now)
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + BEAT_SECONDS
-                    self._register(directory)
+                    self._tell(directory, self._participant.beat(self.info))
             if self._farewell:
                 directory.linger = _LAST_WORD_MILLISECONDS
                 self._tell(directory, protocol.Unregister(engine=self.info))
@@ -252,17 +251,6 @@ class Endpoint:
                 pass
         except BlockingIOError:
             pass
-
-    def _register(self, directory: zmq.Socket[bytes]) -> None:
-        state = self._participant
-        beat = Register(
-            engine=self.info,
-            epoch=state.epoch,
-            version=state.version,
-            agreed=state.agreed,
-            unsettled=state.unsettled,
-        )
-        self._tell(directory, beat)
 
     def _tell(self, directory: zmq.Socket[bytes], message: protocol.DirectoryRequest) -> None:
         try:
@@ -371,34 +359,8 @@ class Endpoint:
                 self._server.answer(asked.caller, protocol.Error(kind="timeout", message=problem))
 
     def _status(self) -> Status:
-        state = self._participant
         running, waiting = self._engine.request_counts()
-        return Status(
-            engine=self.info,
-            version=state.version,
-            phase=self._phase(),
-            flow=state.flow,
-            pause_mode=state.pause_mode,
-            paused_for=state.paused_for,
-            epoch=state.epoch,
-            update=state.update.begin.update if state.update else "",
-            update_version=state.update.begin.version if state.update else None,
-            last_update=state.last_update,
-            agreed=state.agreed,
-            orphaned=state.orphaned,
-            requests_running=running,
-            requests_waiting=waiting,
-            waiting_for_engine=self._engine.oldest_call_seconds(),
-            error=state.tainted or state.stale or state.error,
-            weights=state.weights,
-            unproven=state.unproven,
-        )
-
-    def _phase(self) -> Literal["idle", "receiving", "prepared", "committing", "tainted", "stale"]:
-        state = self._participant
-        if state.phase != "idle":
-            return state.phase
-        return "tainted" if state.tainted else "stale" if state.stale else "idle"
+        return self._participant.status(self.info, running, waiting, self._engine.oldest_call_seconds())
 
     def _carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:

@@ -34,13 +34,17 @@ from ..protocol import (
     Begin,
     Bucket,
     Commit,
+    EngineInfo,
     Error,
     ErrorKind,
     KeepPaused,
     Pause,
     PauseMode,
     Prepare,
+    Register,
     Resume,
+    Status,
+    StatusPhase,
     Version,
     WorkerDone,
     WorkerOrder,
@@ -215,6 +219,38 @@ class Participant:
             return True
         left_paused = self.flow != "running" and self.paused_for not in ("", STALE) and not self.tainted
         return self._resume_orphans and (self.orphaned or left_paused)
+
+    def status(self, engine: EngineInfo, running: int = 0, waiting: int = 0, waiting_for_engine: float = 0.0) -> Status:
+        """What the engine says of itself; ``running`` and ``waiting`` requests, and for how long its loop came to no call."""
+        phase: StatusPhase = self.phase
+        if phase == "idle" and (self.tainted or self.stale):
+            phase = "tainted" if self.tainted else "stale"
+        return Status(
+            engine=engine,
+            version=self.version,
+            phase=phase,
+            flow=self.flow,
+            pause_mode=self.pause_mode,
+            paused_for=self.paused_for,
+            epoch=self.epoch,
+            update=self.update.begin.update if self.update else "",
+            update_version=self.update.begin.version if self.update else None,
+            last_update=self.last_update,
+            agreed=self.agreed,
+            orphaned=self.orphaned,
+            requests_running=running,
+            requests_waiting=waiting,
+            waiting_for_engine=waiting_for_engine,
+            error=self.tainted or self.stale or self.error,
+            weights=self.weights,
+            unproven=self.unproven,
+        )
+
+    def beat(self, engine: EngineInfo) -> Register:
+        """What the engine tells the directory every second."""
+        return Register(
+            engine=engine, epoch=self.epoch, version=self.version, agreed=self.agreed, unsettled=self.unsettled
+        )
 
     def fence(self, epoch: int) -> Error | None:
         """Obey ``epoch`` and higher ones from now on; returns the refusal of a lower one."""
