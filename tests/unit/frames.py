@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
+from engine_infos import engine_info
 
 from areal_vllm_ext import protocol, security, wire
 
@@ -28,21 +29,7 @@ _MALFORMED_ID = bytes(protocol.REQUEST_ID_BYTES)
 
 _WORKER = protocol.WorkerInfo(rank=0, node="stranger", pid=1, device="cpu", device_id="cpu")
 # No directory may take it: an engine that was once listed keeps every client waiting until it is forgotten.
-_ENGINE = protocol.EngineInfo(
-    replica="stranger",
-    dp_rank=-1,
-    dp_size=10**9,
-    headless=False,
-    node="stranger",
-    pid=1,
-    incarnation="9" * 20,
-    address="tcp://127.0.0.1:1",
-    model="m",
-    dtype="float32",
-    device="cpu",
-    vllm_version="v",
-    package_version="p",
-)
+_ENGINE = engine_info(-1, 10**9, replica="stranger", node="stranger", incarnation="9" * 20)
 _TRANSFERS: tuple[protocol.Transfer, ...] = (
     protocol.Disk(path="/nowhere"),
     protocol.SharedMemory(segment="areal-" + "0" * 32, nbytes=1 << 40),

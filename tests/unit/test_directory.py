@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
+from engine_infos import engine_info
 from raw_client import RawClient
 from waiting import eventually
 
@@ -37,21 +38,7 @@ Raw = Callable[..., RawClient]
 
 
 def engine(rank: int = 0, incarnation: str = "1", replica: str = "replica") -> EngineInfo:
-    return EngineInfo(
-        replica=replica,
-        dp_rank=rank,
-        dp_size=2,
-        headless=False,
-        node="node",
-        pid=1,
-        incarnation=incarnation,
-        address="tcp://127.0.0.1:1",
-        model="model",
-        dtype="float32",
-        device="cpu",
-        vllm_version="0",
-        package_version="0",
-    )
+    return engine_info(rank, replica=replica, incarnation=incarnation)
 
 
 def beat(directory: Directory, info: EngineInfo, now: float, epoch: int = 0) -> protocol.Answer:

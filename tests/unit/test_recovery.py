@@ -5,25 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+from engine_infos import engine_info
 
 from areal_vllm_ext.client import recovery
-from areal_vllm_ext.protocol import Abort, Agree, Commit, EngineInfo, Resume, Status
+from areal_vllm_ext.protocol import Abort, Agree, Commit, Resume, Status
 
-ENGINE = EngineInfo(
-    replica="r",
-    dp_rank=0,
-    dp_size=2,
-    headless=False,
-    node="n",
-    pid=1,
-    incarnation="i",
-    address="tcp://127.0.0.1:1",
-    model="m",
-    dtype="float32",
-    device="cpu",
-    vllm_version="0.32.0",
-    package_version="0",
-)
+ENGINE = engine_info()
 IDLE = Status(
     engine=ENGINE,
     version=1,

@@ -6,12 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+from engine_infos import engine_info
 from test_joint import mortal, options, ranks, served, shared_engines
 from test_sending import Served, assert_untouched, checkpoint, weights
 
 from areal_vllm_ext import InvalidWeights, UpdateAborted
 from areal_vllm_ext.client.senders import Holding, Opening, place_of, plan
-from areal_vllm_ext.protocol import EngineInfo, TensorMeta, WorkerInfo
+from areal_vllm_ext.protocol import TensorMeta, WorkerInfo
 
 if TYPE_CHECKING:
     from ranks import Ranks
@@ -152,27 +153,8 @@ def opening(*devices: tuple[str, ...]) -> Opening:
             WorkerInfo(rank=rank, node="n/10.0.0.1", pid=1, device="cuda", device_id=place)
             for rank, place in enumerate(places)
         )
-        engines[f"engine {number}"] = (engine(number, workers), 1)
+        engines[f"engine {number}"] = (engine_info(number, device="cuda", workers=workers), 1)
     return Opening(engines, (), "float32")
-
-
-def engine(number: int, workers: tuple[WorkerInfo, ...]) -> EngineInfo:
-    return EngineInfo(
-        replica="r",
-        dp_rank=number,
-        dp_size=2,
-        headless=False,
-        node="n/10.0.0.1",
-        pid=1,
-        incarnation=str(number),
-        address="tcp://127.0.0.1:1",
-        model="m",
-        dtype="float32",
-        device="cuda",
-        vllm_version="0",
-        package_version="0",
-        workers=workers,
-    )
 
 
 def test_what_several_ranks_have_is_spread_over_them_by_size() -> None:

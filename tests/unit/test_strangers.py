@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import zmq
+from engine_infos import engine_info
 from raw_client import RawClient
 from simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 from waiting import eventually
@@ -134,21 +135,7 @@ def test_the_directory_gives_no_absurd_epoch_away() -> None:
 
 
 def engine(replica: str = "r", rank: int = 0, size: int = 1, incarnation: str = "1") -> EngineInfo:
-    return EngineInfo(
-        replica=replica,
-        dp_rank=rank,
-        dp_size=size,
-        headless=False,
-        node="n",
-        pid=1,
-        incarnation=incarnation,
-        address="tcp://127.0.0.1:1",
-        model="m",
-        dtype="float32",
-        device="cpu",
-        vllm_version="v",
-        package_version="p",
-    )
+    return engine_info(rank, size, replica=replica, incarnation=incarnation)
 
 
 def found(known: Directory, now: float) -> Engines:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 import zmq
+from engine_infos import engine_info
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_client import RawClient
@@ -122,21 +123,7 @@ def mutations() -> st.SearchStrategy[bytes]:
         for message in (
             protocol.Hello(),
             protocol.Register(
-                engine=protocol.EngineInfo(
-                    replica="r",
-                    dp_rank=0,
-                    dp_size=1,
-                    headless=False,
-                    node="n",
-                    pid=1,
-                    incarnation="i",
-                    address="a",
-                    model="m",
-                    dtype="float32",
-                    device="cpu",
-                    vllm_version="v",
-                    package_version="p",
-                ),
+                engine=engine_info(),
                 epoch=1,
             ),
             protocol.AcquireLease(holder="h", seconds=1.0, above=3),
