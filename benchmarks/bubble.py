@@ -14,9 +14,7 @@ import argparse
 import contextlib
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 from .load import Load, load
@@ -108,8 +106,7 @@ def main() -> int:
         trainer.set(version)
         sets.append([(name, tensor.clone()) for name, tensor in trainer.weights()])
     with contextlib.ExitStack() as stack:
-        folder = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-bubble-")))
-        server = stack.enter_context(serving(trainer, folder, place, native=options.native))
+        server = stack.enter_context(serving(trainer, place, options.logs, native=options.native))
         group = stack.enter_context(server.connect())
         group.wait_ready(engines=options.engines, timeout=60)
         ways, native = ways_of(server, group, join(server), sets[0], options)

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -73,10 +77,16 @@ class TrainerModel:
         return list(named_weights(self.model))
 
     def save_shape(self, folder: Path) -> None:
-        """Write what ``vllm serve --load-format dummy --skip-tokenizer-init`` wants."""
+        """Write what ``vllm serve --load-format dummy`` wants."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.model.config.architectures = [type(self.model).__name__]
         self.model.config.save_pretrained(folder)
         GenerationConfig(do_sample=False, pad_token_id=0).save_pretrained(folder)
+        # vLLM gives log-probabilities to servers with a tokenizer only. A word for each token.
+        words = {f"t{i}": i for i in range(self.model.config.vocab_size)}
+        backend = Tokenizer(WordLevel(words, unk_token="t0"))
+        backend.pre_tokenizer = WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="t0").save_pretrained(folder)
         header: dict[str, dict[str, Any]] = {}
         end = 0
         for name, tensor in self.weights():

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -55,9 +54,9 @@ def main() -> int:
     trainer = TrainerModel(options.size, dtype, place.trainer_device)
     speeds: dict[str, list[float]] = {"with": [], "without": []}
     with contextlib.ExitStack() as stack:
-        folder = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-overhead-")))
+        logs = options.logs
         servers = {
-            name: stack.enter_context(serving(trainer, folder, place, extension=extension))
+            name: stack.enter_context(serving(trainer, place, logs and logs / name, extension=extension))
             for name, extension in (("with", WORKER_EXTENSION), ("without", None))
         }
         stack.enter_context(servers["with"].connect()).wait_ready(engines=1, timeout=60)

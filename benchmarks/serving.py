@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import statistics
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,19 +120,18 @@ def _distance(one: Sequence[float], other: Sequence[float]) -> float:
 
 @contextlib.contextmanager
 def serving(
-    trainer: TrainerModel, folder: Path, place: Place, *, native: str = "", extension: str | None = BASELINE_WORKER
+    trainer: TrainerModel, place: Place, logs: Path | None, *, native: str = "", extension: str | None = BASELINE_WORKER
 ) -> Iterator[Server]:
     """Start engines of the trainer's shape. The calling thread is on the trainer's node meanwhile.
 
     Args:
         trainer: its shape and dtype.
-        folder: for the checkpoint and the logs.
         place: where.
+        logs: a folder to keep the engines' logs in.
         native: vLLM's own weight transfer to start with (``ipc``, ``nccl``), if any.
         extension: the worker's class; None starts a vLLM that this package leaves alone.
     """
-    trainer.save_shape(folder / "model")
-    arguments = ["--load-format", "dummy", "--skip-tokenizer-init", "--no-enable-prefix-caching"]
+    arguments = ["--load-format", "dummy", "--no-enable-prefix-caching"]
     arguments += ["--dtype", str(trainer.model.dtype).removeprefix("torch."), "--tensor-parallel-size", str(place.tp)]
     if native:
         arguments += ["--weight-transfer-config", json.dumps({"backend": native})]
@@ -139,6 +139,8 @@ def serving(
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "TRITON_F32_DEFAULT": "ieee"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-bench-")))
+        trainer.save_shape(folder / "model")
         key_file, host, node = None, "127.0.0.1", Node(engines=place.engines)
         if place.device == "cuda":
             gpus = place.engines * place.tp
@@ -170,7 +172,7 @@ def serving(
         deployment = Deployment(
             folder / "model",
             [node],
-            log_dir=folder / ("logs" if extension else "logs-without"),
+            log_dir=logs or folder / "logs",
             vllm_args=arguments,
             env=env,
             worker_extension=extension,

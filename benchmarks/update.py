@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +207,7 @@ def main() -> int:
     trainer = TrainerModel(options.size, options.dtype, place.trainer_device)
     print(f"{options.size}: {trainer.tensors} tensors, {trainer.nbytes / 1e6:.1f} MB", flush=True)
     with contextlib.ExitStack() as stack:
-        folder = options.logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-bench-")))
-        server = stack.enter_context(serving(trainer, folder, place, native=options.native))
+        server = stack.enter_context(serving(trainer, place, options.logs, native=options.native))
         rows = contest(server, trainer, options)
     columns = ["way", "right", "total_ms", "pause_ms", "commit_ms", "gb_per_s", "of_raw_link", "peak_mib"]
     print(table(rows, columns))
