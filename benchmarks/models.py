@@ -7,6 +7,7 @@ room, and is for ``vllm serve --load-format dummy``. The engines' weights mean s
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class TrainerModel:
     """
 
     def __init__(self, size: str, dtype: torch.dtype, device: torch.device) -> None:
+        # Its cores are the engines' too. A thread of torch's that waits for one of them holds all others up: with two on two
+        # cores beside a busy engine, a text takes a minute.
+        if device.type == "cpu":
+            torch.set_num_threads(max((os.cpu_count() or 1) // 2, 1))
         self.model = _make(size, dtype, device)
         self.set(0)
         weights = self.weights()
@@ -84,9 +89,10 @@ class TrainerModel:
         GenerationConfig(do_sample=False, pad_token_id=0).save_pretrained(folder)
         # vLLM gives log-probabilities to servers with a tokenizer only. A word for each token.
         words = {f"t{i}": i for i in range(self.model.config.vocab_size)}
-        backend = Tokenizer(WordLevel(words, unk_token="t0"))
+        unknown = "t0"
+        backend = Tokenizer(WordLevel(words, unk_token=unknown))
         backend.pre_tokenizer = WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="t0").save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown).save_pretrained(folder)
         header: dict[str, dict[str, Any]] = {}
         end = 0
         for name, tensor in self.weights():
