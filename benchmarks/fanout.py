@@ -26,14 +26,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from areal_vllm_ext import AsyncEngineGroup, security
+from areal_vllm_ext import AsyncEngineGroup, UpdateAborted, security
 
 from .report import finish, spread, table
 
 ENGINES = Path(__file__).parent.parent / "tests" / "unit" / "simulated_engine.py"
 COUNTS = (1, 4, 16, 64, 256, 1024)
 WARM_UP = 3
-DEADLINE = 60.0
+DEADLINE = 20.0
 
 
 @contextlib.contextmanager
@@ -114,14 +114,20 @@ async def measure(count: int, rounds: int, directory: str, key_file: Path, pids:
             await timed("resume", group.resume(deadline=DEADLINE))
         client, seconds = time.process_time() - client, time.perf_counter() - started
         server = cpu_seconds(pids) - server - idle * seconds
-        for version in range(rounds):
-            await timed("transaction", transaction(version + 1))
+        aborted, version = [], 0
+        while version < rounds and len(aborted) <= rounds // 10:
+            try:
+                await timed("transaction", transaction(version + 1))
+                version += 1
+            except UpdateAborted as error:  # the machine is too small for so many: none has switched
+                aborted.append(str(error))
         states = await group.status(timeout=30)
-        if {(state.version, state.state) for state in states} != {(rounds, "running")} or len(states) != count:
-            raise RuntimeError("not every engine runs on the last version")
+        if {(state.version, state.state) for state in states} != {(version, "running")} or len(states) != count:
+            raise RuntimeError(f"not every engine runs on version {version}")
     return {
         "engines": count,
-        **{f"{what}_ms": spread(values) for what, values in times.items()},
+        **{f"{what}_ms": spread(values) for what, values in times.items() if values},
+        "aborted": aborted,
         # Of a pause or a resume, which do the same: discovery, lease, a fence of all, a command to all.
         "client_ms": round(client / rounds / 2 * 1e3, 2),
         "server_ms": round(max(server, 0.0) / rounds / 2 * 1e3, 2),
@@ -156,7 +162,11 @@ def main() -> None:
             print(f"{count} engines measured", flush=True)
     flat = [
         {"engines": row["engines"]}
-        | {f"{what} {share}": row[f"{what}_ms"][share] for what in ("pause", "transaction") for share in ("p50", "p99")}
+        | {
+            f"{what} {share}": row.get(f"{what}_ms", {}).get(share)
+            for what in ("pause", "transaction")
+            for share in ("p50", "p99")
+        }
         | {name: row[name] for name in ("client_ms", "server_ms", "idle_cores")}
         for row in rows
     ]
