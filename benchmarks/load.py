@@ -25,6 +25,10 @@ _ROOT = Path(__file__).parent.parent
 _PROMPT = [11, 7, 5, 3, 2, 13, 17, 19]
 
 
+# Tokens that are read within this came together: the server, or this process, was late for the first.
+_TOGETHER_SECONDS = 0.0005
+
+
 @dataclass
 class Load:
     """What came of a load; filled when its block has been left.
@@ -43,7 +47,7 @@ class Load:
             later - earlier
             for stream in self.streams
             for (earlier, _), (later, _) in itertools.pairwise(stream)
-            if later > start and earlier < end
+            if later > start and earlier < end and later - earlier > _TOGETHER_SECONDS
         ]
 
     def tokens(self, start: float, end: float) -> int:

@@ -1,9 +1,8 @@
 """One update of a real vLLM under load: ours, AReaL's way, vLLM's own, and the raw link that none can beat.
 
     python -m benchmarks.update --device cpu --transport broadcast --size 300mb          # two network namespaces, gloo
-    python -m benchmarks.update --device cuda --transport ipc --size qwen3-8b            # one GPU, trainer and engine on it
-    python -m benchmarks.update --device cuda --transport broadcast --size qwen3-8b      # two GPUs, NCCL
-    python -m benchmarks.update --device cuda --transport ipc --apart --size 1gb-moe     # two GPUs, pulled over NVLink
+    python -m benchmarks.update --device cuda --transport ipc --colocated --size qwen3-8b     # one GPU for both
+    python -m benchmarks.update --device cuda --transport broadcast,ipc --size qwen3-8b       # a GPU each: NCCL, and a pull
 
 The ways take turns, each turn with new weights, on one start of the server. After a way's first and last update every
 engine must serve the trainer's weights (greedy tokens of Hugging Face's in float32, log-probabilities in bf16), else the way
@@ -30,8 +29,6 @@ from .models import SIZES, TrainerModel
 from .report import finish, table
 from .serving import Place, Server, serving
 from .ways import Native, Ours, PerTensor, Timing, Way, Weights, join, raw_broadcast, raw_copy
-
-TRANSPORTS = ("broadcast", "ipc", "shared_memory")
 
 
 class Contest:
@@ -70,9 +67,9 @@ class Contest:
     def _memory(self) -> list[Any]:
         return self._server.rpc("baseline_memory")
 
-    def rows(self, raw: list[float]) -> list[dict[str, Any]]:
-        """The table: a way each, the raw link last."""
-        limit = statistics.median(raw)
+    def rows(self, raw: dict[str, list[float]]) -> list[dict[str, Any]]:
+        """The table: a way each, the raw links last. Shares are of the first of these."""
+        limit = statistics.median(next(iter(raw.values())))
         rows: list[dict[str, Any]] = []
         for name in [*self.timings, *(name for name in self.problems if name not in self.timings)]:
             row: dict[str, Any] = {"way": name, "right": name not in self.problems}
@@ -86,7 +83,8 @@ class Contest:
             if name in self.problems:
                 row["problem"] = self.problems[name]
             rows.append(row)
-        return [*rows, {"way": "raw link", "right": True, **_row(raw, self._trainer.nbytes, limit)}]
+        nbytes = self._trainer.nbytes
+        return rows + [{"way": name, "right": True, **_row(times, nbytes, limit)} for name, times in raw.items()]
 
 
 def _row(totals: list[float], nbytes: int, limit: float) -> dict[str, Any]:
@@ -102,11 +100,12 @@ def _row(totals: list[float], nbytes: int, limit: float) -> dict[str, Any]:
 def compared(rows: list[dict[str, Any]]) -> dict[str, float]:
     """How often faster ours is than each other way that was right, in total and in its pause."""
     by_name = {row["way"]: row for row in rows if row["right"] and "pause_ms" in row}
-    if (ours := by_name.pop("ours", None)) is None:
+    if (ours := next((row for name, row in by_name.items() if name.startswith("ours")), None)) is None:
         return {}
     return {
         f"{what}, {name} / ours": round(row[f"{what}_ms"] / ours[f"{what}_ms"], 2)
         for name, row in by_name.items()
+        if row is not ours
         for what in ("total", "pause")
     }
 
@@ -119,7 +118,7 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
         group.wait_ready(engines=options.engines, timeout=60)
         link = join(server)
         weights = trainer.weights()
-        raw = raw_link(server, trainer, link, options)
+        raw = {f"raw {name}": raw_link(name, server, trainer, link, options) for name in options.transport}
         ways, native = ways_of(server, group, link, weights, options)
         running = Contest(server, trainer)
         # vLLM's transfers must be opened one at a time, so these have their turns in a row.
@@ -139,29 +138,37 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
                         running.turn(way, counts=number >= warm_up, check=number in {0, warm_up + rounds - 1})
                 if opened is not None:
                     opened.close()
-        # A table of right ways only counts where ours is right at the very end too.
+        # After whatever the others did to the model, ours brings it right again.
         running.turn(ways[0], counts=False, check=True)
         return running.rows(raw)
 
 
-def raw_link(server: Server, trainer: TrainerModel, link: Link, options: argparse.Namespace) -> list[float]:
+def raw_link(
+    transport: str, server: Server, trainer: TrainerModel, link: Link | None, options: argparse.Namespace
+) -> list[float]:
     """The same bytes by the bare transport."""
-    if options.transport == "broadcast":
+    if transport == "broadcast":
+        assert link is not None
         return raw_broadcast(server, link, trainer.nbytes, options.rounds + 1)[1:]
-    target = torch.device("cuda", int(options.apart)) if options.transport == "ipc" else torch.device("cpu")
+    apart = int(not server.place.colocated)
+    target = torch.device("cuda", apart) if transport == "ipc" else torch.device("cpu")
     return raw_copy(trainer.weights(), target, options.rounds)
 
 
 def ways_of(
-    server: Server, group: EngineGroup, link: Link, weights: Weights, options: argparse.Namespace
+    server: Server, group: EngineGroup, link: Link | None, weights: Weights, options: argparse.Namespace
 ) -> tuple[list[Way], list[Native]]:
     """Those that can take turns, ours first; and those of vLLM's, of which one can be open at a time."""
-    settings = {"transport": options.transport, "staging": options.staging, "kv": options.kv, "deadline": 300}
+    settings = {"staging": options.staging, "kv": options.kv, "deadline": 300}
     if options.bucket_mib:
         settings["bucket_mib"] = options.bucket_mib
     # Loads of single tensors into a live model fail on CPU, where parameters are packed: there is nothing to load into.
     forms = (True,) if options.device == "cpu" else (False, True)
-    ways: list[Way] = [Ours(group, **settings), *(PerTensor(server, link, layerwise=form) for form in forms)]
+    ways: list[Way] = [
+        Ours(group, f"ours, {transport}", transport=transport, **settings) for transport in options.transport
+    ]
+    if link is not None:
+        ways += [PerTensor(server, link, layerwise=form) for form in forms]
     packings = (False, True) if options.native else ()
     return ways, [Native(server, options.native, packed=packed, weights=weights) for packed in packings]
 
@@ -169,12 +176,14 @@ def ways_of(
 def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
     """The command line, with what all benchmarks of updates are told."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--transport", choices=TRANSPORTS, default="broadcast")
+    parser.add_argument(
+        "--transport", type=lambda text: text.split(","), default=["broadcast"], help="broadcast, ipc, shared_memory"
+    )
     parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--dtype", help="default: float32 on CPU, bfloat16 on GPUs")
     parser.add_argument("--engines", type=int, default=1, help="data-parallel engines")
     parser.add_argument("--tp", type=int, default=1, help="workers of each engine")
-    parser.add_argument("--apart", action="store_true", help="ipc: engines on other GPUs than the trainer's")
+    parser.add_argument("--colocated", action="store_true", help="CUDA: engines on the trainer's GPU too")
     parser.add_argument("--load", type=int, default=4, help="requests at a time on each engine")
     parser.add_argument("--tokens", type=int, default=300, help="of each of those requests")
     parser.add_argument("--staging", default="auto")
@@ -187,12 +196,11 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     cuda = options.device == "cuda"
     # vLLM has these on GPUs only.
-    native = {"broadcast": "nccl", "ipc": "" if options.apart else "ipc"}.get(options.transport, "") if cuda else ""
-    options.native = "" if options.no_native else native
+    options.native = "" if options.no_native or not cuda else "ipc" if options.colocated else "nccl"
     place = Place(
         options.device,
-        two_nodes=not cuda and options.transport == "broadcast",
-        colocated=cuda and options.transport != "broadcast" and not options.apart,
+        two_nodes=not cuda and "shared_memory" not in options.transport,
+        colocated=cuda and options.colocated,
         engines=options.engines,
         tp=options.tp,
     )
@@ -213,8 +221,7 @@ def main() -> int:
     print(table(rows, columns))
     facts = {"bytes": trainer.nbytes, "tensors": trainer.tensors, "dtype": str(options.dtype), "load": options.load}
     finish({**facts, "rows": rows, "compared": compared(rows)}, options.out)
-    ours = next(row for row in rows if row["way"] == "ours")
-    return 0 if ours["right"] else 1
+    return 0 if all(row["right"] for row in rows if row["way"].startswith("ours")) else 1
 
 
 if __name__ == "__main__":

@@ -41,9 +41,8 @@ class Way(Protocol):
 class Ours:
     """A transaction of this package."""
 
-    def __init__(self, group: EngineGroup, **options: Any) -> None:
-        self._group, self._options = group, options
-        self.name = "ours"
+    def __init__(self, group: EngineGroup, name: str, **options: Any) -> None:
+        self.name, self._group, self._options = name, group, options
 
     def update(self, version: int, weights: Weights) -> Timing:
         started = time.perf_counter()
@@ -160,8 +159,10 @@ def _source(weights: Weights) -> Any:
     return Source()
 
 
-def join(server: Server) -> Link:
-    """A process group with all workers."""
+def join(server: Server) -> Link | None:
+    """A process group with all workers; None where trainer and engines share a GPU, which NCCL refuses."""
+    if server.place.device == "cuda" and server.place.colocated:
+        return None
     port, size = free_ports(1)[0], 1 + server.place.engines * server.place.tp
     with ThreadPoolExecutor(1) as pool:
         joining = pool.submit(server.rpc, "baseline_join", server.host, port, size)
@@ -199,7 +200,11 @@ def raw_copy(weights: Weights, target: torch.device, rounds: int) -> list[float]
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-    return [_timed(one) for _ in range(rounds + 1)][1:]
+    times = [_timed(one) for _ in range(rounds + 1)][1:]
+    targets.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return times
 
 
 def _timed(work: Callable[[], None]) -> float:
