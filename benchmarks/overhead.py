@@ -4,17 +4,21 @@
 
 Both servers are up all the time and alike but for ``--worker-extension-cls``; a client is connected to the one with it. A
 round is a load on one and then on the other, which comes first alternates. The last line is JSON; ``ratio`` is the median
-of the rounds' ratios of tokens per second, with the extension to without.
+of the rounds' ratios of tokens per second, with the extension to without. ``cpu_ratio`` is that of CPU time for a token of
+all of a server's processes, which tells more where others use the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import os
 import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,17 +29,38 @@ from .models import SIZES, TrainerModel
 from .report import finish, table
 from .serving import Place, Server, serving
 
+FIGURES = ("tokens_per_s", "cpu_ms_per_token")
 _SETTLE_SECONDS = 0.5
 
 
-def tokens_per_second(server: Server, requests: int, tokens: int, seconds: float) -> float:
-    """Under a load of its own."""
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of one server under a load of its own."""
+
+    tokens_per_s: float
+    cpu_ms_per_token: float
+
+
+def cpu_seconds(server: Server) -> float:
+    """What all processes of the server have taken so far; those are the process group of ``vllm serve``."""
+    (process,) = server.deployment.processes
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            ticks += (int(fields[11]) + int(fields[12])) * (int(fields[2]) == process.pid)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def measure(server: Server, requests: int, tokens: int, seconds: float) -> Speed:
+    """Put a load on ``server`` for some seconds."""
     with load(server.url, server.model, 1, requests, tokens) as felt:
         time.sleep(_SETTLE_SECONDS)
-        start = time.monotonic()
+        start, before = time.monotonic(), cpu_seconds(server)
         time.sleep(seconds)
-        end = time.monotonic()
-    return felt.tokens(start, end) / (end - start)
+        end, after = time.monotonic(), cpu_seconds(server)
+    came = felt.tokens(start, end)
+    return Speed(round(came / (end - start), 1), round((after - before) / came * 1e3, 4))
 
 
 def main() -> int:
@@ -52,7 +77,7 @@ def main() -> int:
     place = Place(options.device, colocated=options.device == "cuda")
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     trainer = TrainerModel(options.size, dtype, place.trainer_device)
-    speeds: dict[str, list[float]] = {"with": [], "without": []}
+    speeds: dict[str, list[Speed]] = {"with": [], "without": []}
     with contextlib.ExitStack() as stack:
         logs = options.logs
         servers = {
@@ -61,17 +86,23 @@ def main() -> int:
         }
         stack.enter_context(servers["with"].connect()).wait_ready(engines=1, timeout=60)
         for server in servers.values():
-            tokens_per_second(server, options.load, options.tokens, options.seconds)
+            measure(server, options.load, options.tokens, options.seconds)
         for number in range(options.rounds):
             for name in ("with", "without") if number % 2 else ("without", "with"):
-                speed = tokens_per_second(servers[name], options.load, options.tokens, options.seconds)
-                speeds[name].append(round(speed, 1))
-    ratios = [with_it / without for with_it, without in zip(speeds["with"], speeds["without"], strict=True)]
-    rows = [{"extension": name, "tokens_per_s": statistics.median(values)} for name, values in speeds.items()]
-    print(table(rows, ["extension", "tokens_per_s"]))
-    ratio = statistics.median(ratios)
-    print(f"with / without: {ratio:.4f}, of each round {', '.join(f'{one:.3f}' for one in ratios)}")
-    finish({"ratio": round(ratio, 4), "ratios": [round(one, 4) for one in ratios], "speeds": speeds}, options.out)
+                speeds[name].append(measure(servers[name], options.load, options.tokens, options.seconds))
+    rows = [
+        {"extension": name} | {what: statistics.median(getattr(speed, what) for speed in values) for what in FIGURES}
+        for name, values in speeds.items()
+    ]
+    print(table(rows, ["extension", *FIGURES]))
+    pairs = list(zip(speeds["with"], speeds["without"], strict=True))
+    ratios, cpu_ratios = ([getattr(a, what) / getattr(b, what) for a, b in pairs] for what in FIGURES)
+    print(f"with / without: {statistics.median(ratios):.4f}, of each round {', '.join(f'{one:.3f}' for one in ratios)}")
+    results: dict[str, Any] = {"ratio": statistics.median(ratios), "cpu_ratio": statistics.median(cpu_ratios)}
+    results |= {"ratios": [round(one, 4) for one in ratios], "cpu_ratios": [round(one, 4) for one in cpu_ratios]}
+    finish(
+        {**results, "rounds": {name: [dataclasses.asdict(one) for one in speeds[name]] for name in speeds}}, options.out
+    )
     return 0
 
 
