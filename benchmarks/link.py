@@ -21,7 +21,7 @@ class Link:
         self._group: Any
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            self._group = dist.ProcessGroupNCCL(self._store, rank, size, _TIMEOUT)
+            self._group = dist.ProcessGroupNCCL(self._store, rank, size, dist.ProcessGroupNCCL.Options())
         else:
             self._group = dist.ProcessGroupGloo(self._store, rank, size, _TIMEOUT)
         self.meet()

@@ -152,6 +152,8 @@ def _make(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
                 model = Qwen3ForCausalLM(Qwen3Config(**shape))
     finally:
         torch.set_default_dtype(default)
-    model = model.to(dtype).eval().requires_grad_(False)
+    # Not ``model.to(dtype)``: it would round the rotary embedding's frequencies, which vLLM keeps in float32.
+    model = model.eval().requires_grad_(False)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return model

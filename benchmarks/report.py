@@ -60,13 +60,18 @@ def installed(package: str) -> str:
         return ""
 
 
-def finish(results: dict[str, Any], out: Path | None) -> None:
-    """Write the results to ``out``, if any, and print them as the last line."""
+def save(results: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """Write the results to ``out``, if any; returns them with their description."""
     whole = described(results)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(whole, indent=1) + "\n")
-    print(json.dumps(whole), flush=True)
+    return whole
+
+
+def finish(results: dict[str, Any], out: Path | None) -> None:
+    """Write the results to ``out``, if any, and print them as the last line."""
+    print(json.dumps(save(results, out)), flush=True)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

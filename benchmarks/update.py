@@ -26,7 +26,7 @@ from areal_vllm_ext import EngineGroup
 from .link import Link
 from .load import load
 from .models import SIZES, TrainerModel
-from .report import finish, table
+from .report import finish, save, table
 from .serving import Place, Server, serving
 from .ways import Native, Ours, PerTensor, Timing, Way, Weights, join, raw_broadcast, raw_copy
 
@@ -97,6 +97,12 @@ def _row(totals: list[float], nbytes: int, limit: float) -> dict[str, Any]:
     }
 
 
+def results(rows: list[dict[str, Any]], trainer: TrainerModel, options: argparse.Namespace) -> dict[str, Any]:
+    """The JSON."""
+    facts = {"bytes": trainer.nbytes, "tensors": trainer.tensors, "dtype": str(options.dtype), "load": options.load}
+    return {**facts, "rows": rows, "compared": compared(rows)}
+
+
 def compared(rows: list[dict[str, Any]]) -> dict[str, float]:
     """How often faster ours is than each other way that was right, in total and in its pause."""
     by_name = {row["way"]: row for row in rows if row["right"] and "pause_ms" in row}
@@ -138,6 +144,8 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
                         running.turn(way, counts=number >= warm_up, check=number in {0, warm_up + rounds - 1})
                 if opened is not None:
                     opened.close()
+                # Should a later way hang, these are not lost.
+                save(results(running.rows(raw), trainer, options), options.out)
         # After whatever the others did to the model, ours brings it right again.
         running.turn(ways[0], counts=False, check=True)
         return running.rows(raw)
@@ -219,8 +227,7 @@ def main() -> int:
         rows = contest(server, trainer, options)
     columns = ["way", "right", "total_ms", "pause_ms", "commit_ms", "gb_per_s", "of_raw_link", "peak_mib"]
     print(table(rows, columns))
-    facts = {"bytes": trainer.nbytes, "tensors": trainer.tensors, "dtype": str(options.dtype), "load": options.load}
-    finish({**facts, "rows": rows, "compared": compared(rows)}, options.out)
+    finish(results(rows, trainer, options), options.out)
     return 0 if all(row["right"] for row in rows if row["way"].startswith("ours")) else 1
 
 
