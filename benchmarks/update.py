@@ -80,6 +80,11 @@ class Contest:
                 commits = [timing.commit_ms for timing in timings if timing.commit_ms is not None]
                 row["commit_ms"] = round(statistics.median(commits), 2) if commits else None
                 row["peak_mib"] = self.memory.get(name)
+                if phases := timings[0].phases:
+                    row["phases_ms"] = {
+                        phase: round(statistics.median(timing.phases.get(phase, 0.0) for timing in timings), 2)
+                        for phase in phases
+                    }
             if name in self.problems:
                 row["problem"] = self.problems[name]
             rows.append(row)
@@ -227,6 +232,9 @@ def main() -> int:
         rows = contest(server, trainer, options)
     columns = ["way", "right", "total_ms", "pause_ms", "commit_ms", "gb_per_s", "of_raw_link", "peak_mib"]
     print(table(rows, columns))
+    for row in rows:
+        if "phases_ms" in row:
+            print(f"{row['way']}, medians: {', '.join(f'{phase} {ms} ms' for phase, ms in row['phases_ms'].items())}")
     finish(results(rows, trainer, options), options.out)
     return 0 if all(row["right"] for row in rows if row["way"].startswith("ours")) else 1
 

@@ -6,10 +6,11 @@ the request to pause to the answer to resume (for ours ``UpdateResult.pause_ms``
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +26,18 @@ Weights = list[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one update."""
+    """Milliseconds of one update.
+
+    Attributes:
+        commit_ms: ours: the longest switch of an engine.
+        phases: ours: from a phase's first request to the next phase's; ``connect`` is what comes before the first, and
+            ``begin`` ends when all bytes are sent.
+    """
 
     total_ms: float
     pause_ms: float
     commit_ms: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
 
 
 class Way(Protocol):
@@ -45,11 +53,17 @@ class Ours:
         self.name, self._group, self._options = name, group, options
 
     def update(self, version: int, weights: Weights) -> Timing:
-        started = time.perf_counter()
-        with self._group.update(version, **self._options) as update:
+        moments = [("connect", time.perf_counter())]
+
+        def on_phase(phase: str) -> None:
+            moments.append((phase, time.perf_counter()))
+
+        with self._group.update(version, on_phase=on_phase, **self._options) as update:
             update.send(weights)
-        total = (time.perf_counter() - started) * 1e3
-        return Timing(total, update.result.pause_ms, update.result.commit_ms)
+        moments.append(("end", time.perf_counter()))
+        phases = {name: (after - before) * 1e3 for (name, before), (_, after) in itertools.pairwise(moments)}
+        total = (moments[-1][1] - moments[0][1]) * 1e3
+        return Timing(total, update.result.pause_ms, update.result.commit_ms, phases)
 
 
 class _InThePause:
