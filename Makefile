@@ -27,7 +27,7 @@ lint: set-up ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: set-up ## Measure on this machine (ARGS: see benchmarks/)
+bench: set-up ## Measure on this machine, an hour (ARGS: names of some; see benchmarks/)
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## Remove all that the targets made, .venv too

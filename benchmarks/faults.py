@@ -9,31 +9,11 @@ The last line is JSON. Exits with 1 where a promise was broken.
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
-import os
-import platform
-import shlex
 import sys
-from importlib.metadata import version as package_version
 from pathlib import Path
 
-
-def command() -> str:
-    """How this run is repeated; where its results were written to does not matter for that."""
-    arguments = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--out" not in (word, before)]
-    return shlex.join(["python", "-m", "benchmarks.faults", *arguments])
-
-
-def described(totals: dict[str, object]) -> dict[str, object]:
-    """``totals``, with when and how they came about."""
-    return {
-        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "command": command(),
-        "machine": f"{os.cpu_count()} cores, no GPU",
-        "versions": {"python": platform.python_version(), "areal-vllm-ext": package_version("areal-vllm-ext")},
-        "totals": totals,
-    }
+from .report import described
 
 
 def main() -> int:
@@ -56,7 +36,7 @@ def main() -> int:
         from .real_faults import play
     totals = play(options)
     if options.simulated and options.out:
-        options.out.write_text(json.dumps(described(totals), indent=1) + "\n")
+        options.out.write_text(json.dumps(described({"totals": totals}), indent=1) + "\n")
     print(json.dumps(totals))
     kinds = ("mixed_versions", "hangs", "wrong_tokens", "leftovers", "overruns", "untrue_outcomes", "broken_rules")
     return int(any(totals.get(kind) for kind in kinds))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime as dt
 import functools
 import json
 import subprocess
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -37,11 +35,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-import areal_vllm_ext
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import Deployment, Node
 
 from .killed_trainer import POINTS
+from .report import finish
 
 PROMPTS = [[10, 20, 30], list(range(500, 540)), [7] * 5, [1000 + 3 * i for i in range(100)]]
 TOKENS = 24
@@ -271,31 +269,10 @@ def main() -> int:
             except Exception as error:
                 failures.append(f"{kind}: {type(error).__name__}: {error}")
                 print(failures[-1], file=sys.stderr, flush=True)
-    import vllm
-
-    result = {
-        "command": " ".join(["python -m benchmarks.gpu_smoke", *sys.argv[1:]]),
-        "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
-        "gpus": gpus,
-        "device": torch.cuda.get_device_name(0) if gpus else "cpu",
-        "versions": {
-            "areal-vllm-ext": areal_vllm_ext.__version__,
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "seconds": round(time.monotonic() - started, 1),
-        "rows": rows,
-        "failures": failures,
-        "token_exact": bool(rows)
-        and not failures
-        and all(row["token_exact"] and row["tokens_changed"] for row in rows),
-    }
-    text = json.dumps(result)
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(text)
-    return 0 if result["token_exact"] else 1
+    exact = bool(rows) and not failures and all(row["token_exact"] and row["tokens_changed"] for row in rows)
+    seconds = round(time.monotonic() - started, 1)
+    finish({"seconds": seconds, "rows": rows, "failures": failures, "token_exact": exact}, options.out)
+    return 0 if exact else 1
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import datetime as dt
 import json
 import os
-import platform
 import queue
 import random
 import signal
@@ -25,7 +23,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +34,7 @@ from areal_vllm_ext.errors import ArealError
 from areal_vllm_ext.protocol import EngineInfo, Status
 
 from .fault_trainer import Weights
-from .faults import command
+from .report import described
 from .wire import BadNamespaces
 
 ROOT = Path(__file__).parent.parent
@@ -469,17 +466,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
     totals["max_overrun_s"] = max(one.overrun_s for one in done)
     totals["deployments"] = deployments
     totals["seconds"] = round(time.monotonic() - started)
-    table = {
-        "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-        "command": command(),
-        "machine": f"{os.cpu_count()} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') >> 30} GB, no GPU",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: package_version(name) for name in ("vllm", "torch", "areal-vllm-ext")},
-        },
-        "totals": totals,
-        "rounds": [dataclasses.asdict(one) for one in done],
-    }
+    table = described({"totals": totals, "rounds": [dataclasses.asdict(one) for one in done]})
     (options.out or RESULTS).write_text(json.dumps(table, indent=1) + "\n")
     return totals
 

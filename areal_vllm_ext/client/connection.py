@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import math
 import os
 import time
@@ -11,7 +13,6 @@ import uuid
 from typing import TYPE_CHECKING
 
 import zmq
-import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
 from .. import protocol, security, wire
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _REPEAT_SECONDS = 1.0
 # A server whose connection is lost for so long is taken for gone, however long its caller would wait.
 _GONE_SECONDS = 5.0
+_READ_AT_ONCE = 64
 
 _EVENTS = {
     zmq.Event.CONNECTED: "it accepts connections but does not answer",
@@ -39,8 +41,25 @@ _EVENTS = {
 }
 
 
+@dataclasses.dataclass(slots=True)
+class _Pending:
+    """A request under way: what was sent where, until when it is waited for, and what repeats it or gives it up."""
+
+    address: str
+    peer: bytes
+    payload: bytes
+    timeout: float
+    ends: float
+    answer: asyncio.Future[Answer]
+    timer: asyncio.TimerHandle | None = None
+
+
 class Connection:
-    """A ROUTER socket, connected to many servers. Belongs to one event loop."""
+    """A ROUTER socket, connected to many servers. Belongs to one event loop.
+
+    The loop watches the socket itself, without ``zmq.asyncio``: a command of a thousand engines is two thousand messages,
+    and that costs several tasks, futures and system calls for each of them.
+    """
 
     def __init__(self, key_for: Callable[[str], security.ClusterKey], max_message_bytes: int = 16 << 20) -> None:
         """
@@ -50,7 +69,8 @@ class Connection:
         """
         self._key_for = key_for
         self._max_message_bytes = max_message_bytes
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.routing_id = uuid.uuid4().bytes
         self._socket.linger = 0
@@ -58,11 +78,17 @@ class Connection:
         self._socket.sndhwm = 0
         wire.tune_client(self._socket)
         self._peers: dict[str, bytes] = {}
-        self._pending: dict[bytes, asyncio.Future[Answer]] = {}
+        # Ids are this connection's own, as its routing id is: counted, since randomness is a system call for each.
+        self._id_prefix = os.urandom(protocol.REQUEST_ID_BYTES - 8)
+        self._id_numbers = itertools.count()
+        self._pending: dict[bytes, _Pending] = {}
         self._events: dict[str, zmq.Event] = {}
         self._unconnected_since: dict[str, float] = {}
         self._monitor = self._socket.get_monitor_socket()
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        self._reading = False
+        self._loop.add_reader(self._socket.fileno(), self._read)
+        self._loop.add_reader(self._monitor.fileno(), self._watch)
+        self._loop.call_soon(self._watch)  # a ZeroMQ descriptor tells nothing before the first look
 
     async def request(self, address: str, message: Message, timeout: float) -> Answer:
         """Send ``message`` to ``address`` and wait for its answer.
@@ -75,23 +101,44 @@ class Connection:
             raise ValueError(
                 f"a message of {len(payload) >> 20} MiB is more than engines read: raise AREAL_VLLM_MAX_MESSAGE_MIB there"
             )
-        peer = self._peer(address)
-        request_id = os.urandom(protocol.REQUEST_ID_BYTES)
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._pending[request_id] = answer
-        ends = asyncio.get_running_loop().time() + timeout
+        if timeout <= 0:
+            raise self._unreachable(address, timeout)
+        request_id = self._id_prefix + next(self._id_numbers).to_bytes(8, "big")
+        pending = _Pending(
+            address, self._peer(address), payload, timeout, self._loop.time() + timeout, self._loop.create_future()
+        )
+        self._pending[request_id] = pending
         try:
-            while (left := ends - asyncio.get_running_loop().time()) > 0:
-                with contextlib.suppress(zmq.ZMQError):
-                    await self._socket.send_multipart([peer, request_id, payload], zmq.NOBLOCK)
-                done, _ = await asyncio.wait([answer], timeout=min(left, _REPEAT_SECONDS))
-                if done:
-                    return answer.result()
-                if (seconds := time.monotonic() - self._unconnected_since.get(address, math.inf)) > _GONE_SECONDS:
-                    raise EngineUnreachable(f"{address} is not connected since {seconds:.1f} s{self._why(address)}")
+            self._send(request_id, pending)
+            return await pending.answer
         finally:
-            self._pending.pop(request_id, None)
-        raise EngineUnreachable(f"{address} did not answer within {timeout:.1f} s{self._why(address)}")
+            del self._pending[request_id]
+            if pending.timer:
+                pending.timer.cancel()
+
+    def _send(self, request_id: bytes, pending: _Pending) -> None:
+        """Send it, and look again when it should have been answered."""
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.send_multipart([pending.peer, request_id, pending.payload], zmq.NOBLOCK)
+        self._read_soon()
+        seconds = min(pending.ends - self._loop.time(), _REPEAT_SECONDS)
+        pending.timer = self._loop.call_later(seconds, self._repeat, request_id, pending)
+
+    def _repeat(self, request_id: bytes, pending: _Pending) -> None:
+        """It was not answered: give it up, or say it again."""
+        if pending.answer.done():
+            return
+        address = pending.address
+        if (seconds := time.monotonic() - self._unconnected_since.get(address, math.inf)) > _GONE_SECONDS:
+            said = f"{address} is not connected since {seconds:.1f} s{self._why(address)}"
+            pending.answer.set_exception(EngineUnreachable(said))
+        elif self._loop.time() >= pending.ends:
+            pending.answer.set_exception(self._unreachable(address, pending.timeout))
+        else:
+            self._send(request_id, pending)
+
+    def _unreachable(self, address: str, timeout: float) -> EngineUnreachable:
+        return EngineUnreachable(f"{address} did not answer within {timeout:.1f} s{self._why(address)}")
 
     def keep_only(self, addresses: set[str]) -> None:
         """Stop reconnecting to engines that are gone."""
@@ -99,11 +146,11 @@ class Connection:
             del self._peers[address], self._unconnected_since[address]
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.disconnect(address)
+        self._read_soon()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_reader(self._monitor.fileno())
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
@@ -125,22 +172,40 @@ class Connection:
         reason = _EVENTS.get(event, "") if event else ""
         return f": {reason}" if reason else ""
 
-    async def _read(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart()
+    def _read_soon(self) -> None:
+        # A ZeroMQ descriptor tells of a change once, and any call on the socket may use that up: look after each.
+        if not self._reading:
+            self._reading = True
+            self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        self._reading = False
+        if self._socket.closed:
+            return
+        for _ in range(_READ_AT_ONCE):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
             if len(frames) != 3:
                 continue
-            answer = self._pending.get(frames[1])
-            if answer is None or answer.done():
+            pending = self._pending.get(frames[1])
+            if pending is None or pending.answer.done():
                 continue
             try:
-                answer.set_result(protocol.answer_decoder.decode(frames[2]))
+                pending.answer.set_result(protocol.answer_decoder.decode(frames[2]))
             except protocol.UNREADABLE as error:
-                answer.set_result(protocol.Error(kind="malformed", message=f"the answer cannot be read: {error}"))
+                pending.answer.set_result(
+                    protocol.Error(kind="malformed", message=f"the answer cannot be read: {error}")
+                )
+        self._read_soon()  # after others of this loop have had their turn
 
-    async def _watch(self) -> None:
-        while True:
-            event = parse_monitor_message(await self._monitor.recv_multipart())
+    def _watch(self) -> None:
+        while not self._monitor.closed:
+            try:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
             address, kind = event["endpoint"].decode(), zmq.Event(event["event"])
             # A refused handshake ends in a disconnect: the cause is worth more than its consequence.
             refused = self._events.get(address) in (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 import os
 import secrets
 import socket
@@ -204,7 +205,7 @@ class Endpoint:
             poller.register(directory, zmq.POLLIN)
             next_beat = 0.0
             while not self._stopping:
-                ready = dict(poller.poll(_TICK_MILLISECONDS))
+                ready = dict(poller.poll(self._milliseconds_to_tick(next_beat)))
                 if self._wake_read.fileno() in ready:
                     self._drain_wakes()
                 while self._posted:
@@ -231,6 +232,13 @@ class Endpoint:
         finally:
             directory.close()
             self._server.socket.close()
+
+    def _milliseconds_to_tick(self, next_beat: float) -> int:
+        """How long it may wait for a message: where nothing can run out of time, until the next beat."""
+        state = self._participant
+        if state.update or state.flow != "running" or self._digesting or not self._all_attached.is_set():
+            return _TICK_MILLISECONDS
+        return math.ceil(min(max(next_beat - monotonic(), 0.0), BEAT_SECONDS) * 1e3)
 
     def _read_directory(self, directory: zmq.Socket[bytes]) -> None:
         while directory.poll(0):

@@ -207,6 +207,7 @@ class Workers:
         self._manifests: dict[tuple[zmq.Socket[bytes], str], dict[str, tuple[protocol.TensorMeta, int]]] = {}
         self._work: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_write.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._wake_read.fileno(), zmq.POLLIN)
         self._stopping = False
@@ -243,7 +244,8 @@ class Workers:
 
     def _do(self, what: Callable[[], None]) -> None:
         self._work.append(what)
-        self._wake_write.send(b"\0")
+        with contextlib.suppress(BlockingIOError):  # the buffer is full, so the thread wakes anyway
+            self._wake_write.send(b"\0")
 
     def _attach(self, engine: SimulatedEngine, rank: int) -> None:
         worker = wire.connect(self._context, engine.endpoint.address, self._key, os.urandom(16))

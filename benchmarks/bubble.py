@@ -1,0 +1,132 @@
+"""What requests feel of updates: a steady load on all engines, first without updates, then with one every second by each way.
+
+    python -m benchmarks.bubble --device cpu --size tiny [--engines 2] [--seconds 15]
+
+A bubble is the longest gap between two tokens of one request during an update, less the median gap without updates. Frozen
+requests go on in each way (vLLM's pause mode ``keep``). Ours lets them recompute their keys and values, as new weights ask
+for; the others keep those of the old weights (``--kv keep`` does too). Options as of ``benchmarks.update``; the last line
+is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from typing import Any
+
+from .load import Load, load
+from .models import TrainerModel
+from .report import finish, percentile, table
+from .serving import Server, serving
+from .update import parsed, ways_of
+from .ways import Native, Way, Weights, join
+
+EVERY_SECONDS = 1.0
+
+
+class Window:
+    """Some seconds of load, and the updates in them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.start = time.monotonic()
+        self.end = self.start
+        self.updates: list[tuple[float, float]] = []
+        self.problem = ""
+
+    def row(self, load: Load, quiet: Window) -> dict[str, Any]:
+        """What the load felt."""
+        gap = statistics.median(load.gaps(quiet.start, quiet.end))
+        speed = load.tokens(self.start, self.end) / (self.end - self.start)
+        before = load.tokens(quiet.start, quiet.end) / (quiet.end - quiet.start)
+        bubbles = [(max(load.gaps(*update)) - gap) * 1e3 for update in self.updates if load.gaps(*update)]
+        row: dict[str, Any] = {
+            "way": self.name,
+            "right": not self.problem,
+            "updates": len(self.updates),
+            "tokens_per_s": round(speed, 1),
+            "of_quiet": round(speed / before, 4),
+            "median_gap_ms": round(statistics.median(load.gaps(self.start, self.end)) * 1e3, 2),
+        }
+        if bubbles:
+            row["bubble_ms"] = round(statistics.median(bubbles), 2)
+            row["longest_bubble_ms"] = round(max(bubbles), 2)
+        else:
+            gaps = load.gaps(self.start, self.end)
+            row["p99_gap_ms"] = round(percentile(gaps, 0.99) * 1e3, 2)
+            row["longest_gap_ms"] = round(max(gaps) * 1e3, 2)
+        if self.problem:
+            row["problem"] = self.problem
+        return row
+
+
+def updates(server: Server, trainer: TrainerModel, way: Way, sets: list[Weights], seconds: float) -> Window:
+    """Update every second, or as soon as the last one has ended, with two sets of weights in turn."""
+    turn = 0
+
+    def update() -> tuple[float, float]:
+        nonlocal turn
+        turn += 1
+        started = time.monotonic()
+        way.update(turn, sets[turn % len(sets)])
+        return started, time.monotonic()
+
+    window = Window(way.name)
+    try:
+        update()
+        update()  # the first two of a way set it up
+        window = Window(way.name)
+        while (due := window.start + len(window.updates) * EVERY_SECONDS) < window.start + seconds:
+            time.sleep(max(due - time.monotonic(), 0.0))
+            if time.monotonic() > window.start + seconds:
+                break
+            window.updates.append(update())
+        time.sleep(max(window.start + seconds - time.monotonic(), 0.0))
+        window.end = time.monotonic()
+        trainer.set(turn % len(sets) + 1)
+        if wrong := server.wrong(trainer):
+            window.problem = f"wrong: {wrong}"
+    except Exception as error:
+        window.problem = f"failed: {type(error).__name__}: {str(error)[:500]}"
+        server.post("/resume")
+    window.end = max(window.end, time.monotonic() if window.problem.startswith("failed") else window.end)
+    return window
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of load for each way")
+    options, place = parsed(parser)
+    trainer = TrainerModel(options.size, options.dtype, place.trainer_device)
+    sets: list[Weights] = []
+    for version in (1, 2):
+        trainer.set(version)
+        sets.append([(name, tensor.clone()) for name, tensor in trainer.weights()])
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(trainer, place, options.logs, native=options.native))
+        group = stack.enter_context(server.connect())
+        group.wait_ready(engines=options.engines, timeout=60)
+        ways, native = ways_of(server, group, join(server), sets[0], options)
+        windows = []
+        with load(server.url, server.model, options.engines, options.load, options.tokens) as felt:
+            quiet = Window("without updates")
+            time.sleep(options.seconds)
+            quiet.end = time.monotonic()
+            for way in (*ways, *native):
+                if isinstance(way, Native):
+                    way.open(sets[0])
+                windows.append(updates(server, trainer, way, sets, options.seconds))
+                if isinstance(way, Native):
+                    way.close()
+    rows = [window.row(felt, quiet) for window in (quiet, *windows)]
+    columns = ["way", "right", "updates", "tokens_per_s", "of_quiet", "bubble_ms", "longest_bubble_ms", "median_gap_ms"]
+    print(table(rows, columns))
+    finish({"bytes": trainer.nbytes, "load": options.load, "engines": options.engines, "rows": rows}, options.out)
+    return 0 if rows[1]["right"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Models of any size with random weights, made on the spot: the trainer's, and a checkpoint of their shape for vLLM.
+
+The checkpoint is a safetensors file whose header is true and whose data are a hole in the file: it takes no time and no
+room, and is for ``vllm serve --load-format dummy``. The engines' weights mean something after the first update only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from areal_vllm_ext.client.weights import named_weights
+
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+# hidden, layers, heads, KV heads, width of the MLP, vocabulary; the rest by name.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"shape": (128, 2, 4, 2, 256, 512), "head_dim": 32},
+    "300mb": {"shape": (1024, 5, 16, 8, 3072, 6144), "head_dim": 64},  # in float32
+    # A thousand matrices of 98 kB each, and the norms: hidden is chosen by dtype.
+    "1000-tensors": {"shape": (0, 143, 3, 3, 192, 512), "head_dim": 64},
+    "1gb-dense": {"shape": (2048, 8, 16, 8, 6144, 32768), "head_dim": 128},
+    "qwen3-8b": {"shape": (4096, 36, 32, 8, 12288, 151936), "head_dim": 128},
+    "tiny-moe": {"shape": (128, 2, 4, 2, 256, 512), "head_dim": 32, "experts": (8, 2, 64)},
+    # A thousand experts: 64 of three matrices in each of 6 layers, under names of their own.
+    "1gb-moe": {"shape": (1024, 6, 16, 8, 3072, 32768), "head_dim": 64, "experts": (64, 8, 384)},
+    # Qwen3-30B-A3B's shape with 8 of its 48 layers.
+    "qwen3-30b-a3b-8l": {"shape": (2048, 8, 32, 4, 6144, 151936), "head_dim": 128, "experts": (128, 8, 768)},
+}
+
+
+class TrainerModel:
+    """The trainer's model.
+
+    Attributes:
+        model: Hugging Face's.
+        nbytes: of the tensors that an update sends; tensors: how many those are.
+    """
+
+    def __init__(self, size: str, dtype: torch.dtype, device: torch.device) -> None:
+        # Its cores are the engines' too. A thread of torch's that waits for one of them holds all others up: with two on two
+        # cores beside a busy engine, a text takes a minute.
+        if device.type == "cpu":
+            torch.set_num_threads(max((os.cpu_count() or 1) // 2, 1))
+        self.model = _make(size, dtype, device)
+        self.set(0)
+        weights = self.weights()
+        self.nbytes = sum(tensor.nbytes for _, tensor in weights)
+        self.tensors = len(weights)
+
+    @torch.no_grad()
+    def set(self, version: int) -> None:
+        """Weights that follow from ``version`` alone."""
+        parameters = list(self.model.parameters())
+        generator = torch.Generator(parameters[0].device).manual_seed(version)
+        for parameter in parameters:
+            if parameter.dim() > 1:
+                # Wide enough for tokens that tell two sets of weights apart, narrow enough for logits within reason.
+                parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5, generator=generator)
+            else:
+                parameter.normal_(1.0, 0.1, generator=generator)
+
+    def weights(self) -> list[tuple[str, torch.Tensor]]:
+        """What an update sends: checkpoint names (an expert each, in an MoE) and full tensors."""
+        return list(named_weights(self.model))
+
+    def save_shape(self, folder: Path) -> None:
+        """Write what ``vllm serve --load-format dummy`` wants."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.config.architectures = [type(self.model).__name__]
+        self.model.config.save_pretrained(folder)
+        GenerationConfig(do_sample=False, pad_token_id=0).save_pretrained(folder)
+        # vLLM gives log-probabilities to servers with a tokenizer only. A word for each token.
+        words = {f"t{i}": i for i in range(self.model.config.vocab_size)}
+        unknown = "t0"
+        backend = Tokenizer(WordLevel(words, unk_token=unknown))
+        backend.pre_tokenizer = WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=unknown).save_pretrained(folder)
+        header: dict[str, dict[str, Any]] = {}
+        end = 0
+        for name, tensor in self.weights():
+            start, end = end, end + tensor.nbytes
+            dtype = _SAFETENSORS_DTYPES[tensor.dtype]
+            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+
+    @torch.no_grad()
+    def greedy(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        """The oracle where arithmetic is exact enough for it: Hugging Face's own continuation of each prompt."""
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=self.model.device)
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
+            answers.append(out[0, len(prompt) :].tolist())
+        return answers
+
+    @torch.no_grad()
+    def logprobs(self, prompt: list[int]) -> list[float]:
+        """The oracle elsewhere: the log-probability of each token of ``prompt`` after those before it."""
+        ids = torch.tensor([prompt], device=self.model.device)
+        logprobs = self.model(ids).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+
+def _make(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    known = SIZES[size]
+    hidden, layers, heads, kv_heads, width, vocabulary = known["shape"]
+    shape: dict[str, Any] = {
+        "hidden_size": hidden or 512 // dtype.itemsize,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": width,
+        "vocab_size": vocabulary,
+        "head_dim": known["head_dim"],
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+        "dtype": dtype,
+    }
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            if "experts" in known:
+                experts, chosen, expert_width = known["experts"]
+                shape |= {"num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": expert_width}
+                model: PreTrainedModel = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, norm_topk_prob=True))
+            else:
+                model = Qwen3ForCausalLM(Qwen3Config(**shape))
+    finally:
+        torch.set_default_dtype(default)
+    # Not ``model.to(dtype)``: it would round the rotary embedding's frequencies, which vLLM keeps in float32.
+    model = model.eval().requires_grad_(False)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return model

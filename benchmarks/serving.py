@@ -1,0 +1,195 @@
+"""A real vLLM for the benchmarks, the trainer's place beside it, and the oracle: does it serve the trainer's weights?"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import torch
+
+from areal_vllm_ext import EngineGroup, security
+from areal_vllm_ext.demo.completions import Completions
+from areal_vllm_ext.demo.deployment import Deployment, Node
+
+from .models import TrainerModel
+from .network import Namespaces, missing
+
+BASELINE_WORKER = "benchmarks.baseline_worker.BaselineWorker"
+PROMPTS = [[10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7], [7] * 5]
+TOKENS = 16
+# Of the difference between two sets of weights. bf16 in another order of summation differs by some hundredths.
+_LOGPROB_TOLERANCE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the engines and the trainer live.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``. On CPU with ``two_nodes`` the trainer is in one network namespace and all engines in
+            another; on CUDA the trainer has the first GPU, and the engines the others, or with ``colocated`` the same.
+        engines: data-parallel engines, each of ``tp`` workers.
+    """
+
+    device: str
+    two_nodes: bool = False
+    colocated: bool = False
+    engines: int = 1
+    tp: int = 1
+
+    @property
+    def trainer_device(self) -> torch.device:
+        return torch.device("cuda", 0) if self.device == "cuda" else torch.device("cpu")
+
+
+class Server:
+    """A deployment and its trainer."""
+
+    def __init__(self, deployment: Deployment, place: Place, key_file: str | None, host: str) -> None:
+        """``host``: the trainer's own address, which workers reach."""
+        self.deployment, self.place, self.key_file, self.host = deployment, place, key_file, host
+        self.model = str(deployment.model_dir)
+        self.url = deployment.url
+        self._last: list[float] = []
+
+    def connect(self) -> EngineGroup:
+        return EngineGroup.connect(self.deployment.directory, key_file=self.key_file)
+
+    def post(self, path: str, body: dict[str, Any] | None = None, timeout: float = 300.0, **query: str) -> Any:
+        """A call of vLLM's HTTP API.
+
+        Raises:
+            RuntimeError: it did not answer 200.
+        """
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=timeout)
+        with contextlib.closing(connection):
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", f"{path}?{urlencode(query)}", json.dumps(body or {}), headers)
+            answer = connection.getresponse()
+            text = answer.read()
+        if answer.status != http.HTTPStatus.OK:
+            raise RuntimeError(f"{path} answered {answer.status}: {text[:2000].decode(errors='replace')}")
+        return json.loads(text) if text else None
+
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of every worker; returns the answers of the first engine's."""
+        answer = self.post("/collective_rpc", {"method": method, "args": arguments})
+        return answer["results"] if answer else []
+
+    def wrong(self, trainer: TrainerModel) -> str:
+        """How what the engines serve differs from the trainer's model; empty where it does not.
+
+        In float32 greedy tokens must be Hugging Face's. In bf16 near-ties part the two, so log-probabilities of a prompt are
+        compared instead: their mean distance must be a tenth, at most, of the distance to the weights before.
+        """
+        completions = Completions(self.url)
+        exact = trainer.model.dtype == torch.float32
+        if exact:
+            tokens = trainer.greedy(PROMPTS, TOKENS)
+            for engine in range(self.place.engines):
+                served = completions.greedy(PROMPTS, tokens=TOKENS, engine=engine)
+                if served != tokens:
+                    return f"engine {engine} generates {served[0][:5]}..., Hugging Face {tokens[0][:5]}..."
+            return ""
+        prompt = [(37 * i + 11) % trainer.model.config.vocab_size for i in range(200)]
+        expected = trainer.logprobs(prompt)
+        before, self._last = self._last, expected
+        body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+        answer = self.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
+        served = [entry[str(token)]["logprob"] for entry, token in zip(answer[1:], prompt[1:], strict=True)]
+        error = _distance(served, expected)
+        scale = _distance(before, expected) if before else 1.0
+        if error > _LOGPROB_TOLERANCE * scale:
+            return f"log-probabilities differ by {error:.3f} nats; from one set of weights to the next {scale:.3f}"
+        print(f"log-probabilities: {error:.4f} nats from the trainer's, {scale:.3f} from the last weights", flush=True)
+        return ""
+
+
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.fmean(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@contextlib.contextmanager
+def serving(
+    trainer: TrainerModel, place: Place, logs: Path | None, *, native: str = "", extension: str | None = BASELINE_WORKER
+) -> Iterator[Server]:
+    """Start engines of the trainer's shape. The calling thread is on the trainer's node meanwhile.
+
+    Args:
+        trainer: its shape and dtype.
+        place: where.
+        logs: a folder to keep the engines' logs in.
+        native: vLLM's own weight transfer to start with (``ipc``, ``nccl``), if any.
+        extension: the worker's class; None starts a vLLM that this package leaves alone.
+    """
+    arguments = ["--load-format", "dummy", "--no-enable-prefix-caching"]
+    arguments += ["--dtype", str(trainer.model.dtype).removeprefix("torch."), "--tensor-parallel-size", str(place.tp)]
+    if native:
+        arguments += ["--weight-transfer-config", json.dumps({"backend": native})]
+    # The baselines' routes; an own TF32 of Triton's would not be the oracle's float32.
+    env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "TRITON_F32_DEFAULT": "ieee"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-bench-")))
+        trainer.save_shape(folder / "model")
+        key_file, host, node = None, "127.0.0.1", Node(engines=place.engines)
+        if place.device == "cuda":
+            gpus = place.engines * place.tp
+            first = 0 if place.colocated else 1
+            visible = ",".join(str(first + i) for i in range(gpus))
+            node = dataclasses.replace(node, env={"CUDA_VISIBLE_DEVICES": visible})
+            # Room for the trainer, its optimizer's stead, and staging; and for a load's keys and values.
+            arguments += ["--kv-cache-memory-bytes", str(4 << 30), "--gpu-memory-utilization", "0.4"]
+        elif place.two_nodes:
+            if problem := missing():
+                raise RuntimeError(problem)
+            namespaces = Namespaces()
+            stack.callback(namespaces.remove)
+            namespaces.make()
+            key_file = str(folder / "cluster.key")
+            security.write_key(key_file)
+            host = namespaces.addresses["a"]
+            env |= {"AREAL_VLLM_KEY_FILE": key_file}
+            node = dataclasses.replace(
+                node,
+                address=namespaces.addresses["b"],
+                prefix=namespaces.prefix("b"),
+                env={"GLOO_SOCKET_IFNAME": namespaces.links["b"]},
+            )
+            stack.enter_context(namespaces.inside("a"))
+            stack.enter_context(_variable("GLOO_SOCKET_IFNAME", namespaces.links["a"]))
+        else:
+            stack.enter_context(_variable("GLOO_SOCKET_IFNAME", "lo"))
+        deployment = Deployment(
+            folder / "model",
+            [node],
+            log_dir=logs or folder / "logs",
+            vllm_args=arguments,
+            env=env,
+            worker_extension=extension,
+        )
+        stack.enter_context(deployment)
+        deployment.wait(timeout=400)
+        yield Server(deployment, place, key_file, host)
+
+
+@contextlib.contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,243 @@
+"""One update of a real vLLM under load: ours, AReaL's way, vLLM's own, and the raw link that none can beat.
+
+    python -m benchmarks.update --device cpu --transport broadcast --size 300mb          # two network namespaces, gloo
+    python -m benchmarks.update --device cuda --transport ipc --colocated --size qwen3-8b     # one GPU for both
+    python -m benchmarks.update --device cuda --transport broadcast,ipc --size qwen3-8b       # a GPU each: NCCL, and a pull
+
+The ways take turns, each turn with new weights, on one start of the server. After a way's first and last update every
+engine must serve the trainer's weights (greedy tokens of Hugging Face's in float32, log-probabilities in bf16), else the way
+is reported as wrong, and nothing is compared with it. Medians; the first ``--warm-up`` updates of each do not count. The
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from areal_vllm_ext import EngineGroup
+
+from .link import Link
+from .load import load
+from .models import SIZES, TrainerModel
+from .report import finish, save, table
+from .serving import Place, Server, serving
+from .ways import Native, Ours, PerTensor, Timing, Way, Weights, join, raw_broadcast, raw_copy
+
+
+class Contest:
+    """The ways, and what became of each."""
+
+    def __init__(self, server: Server, trainer: TrainerModel) -> None:
+        self._server, self._trainer = server, trainer
+        self._version = 0
+        self.timings: dict[str, list[Timing]] = {}
+        self.problems: dict[str, str] = {}
+        self.memory: dict[str, float] = {}
+
+    def turn(self, way: Way, *, counts: bool, check: bool) -> None:
+        """One update by ``way`` with weights of its own; a way that has failed is left out from then on."""
+        if way.name in self.problems:
+            return
+        self._version += 1
+        self._trainer.set(self._version)
+        weights = self._trainer.weights()
+        try:
+            before = self._server.rpc("baseline_memory")
+            timing = way.update(self._version, weights)
+            if before and before[0]:
+                extra = max(int(after[1]) - int(then[0]) for then, after in zip(before, self._memory(), strict=True))
+                self.memory[way.name] = max(self.memory.get(way.name, 0.0), round(extra / 2**20, 1))
+            if check and (wrong := self._server.wrong(self._trainer)):
+                self.problems[way.name] = f"wrong: {wrong}"
+        except Exception as error:
+            self.problems[way.name] = f"failed: {type(error).__name__}: {str(error)[:500]}"
+            self._server.post("/resume")
+        if problem := self.problems.get(way.name):
+            print(f"{way.name}: {problem}", file=sys.stderr, flush=True)
+        elif counts:
+            self.timings.setdefault(way.name, []).append(timing)
+
+    def _memory(self) -> list[Any]:
+        return self._server.rpc("baseline_memory")
+
+    def rows(self, raw: dict[str, list[float]]) -> list[dict[str, Any]]:
+        """The table: a way each, the raw links last. Shares are of the first of these."""
+        limit = statistics.median(next(iter(raw.values())))
+        rows: list[dict[str, Any]] = []
+        for name in [*self.timings, *(name for name in self.problems if name not in self.timings)]:
+            row: dict[str, Any] = {"way": name, "right": name not in self.problems}
+            if timings := self.timings.get(name):
+                row |= _row([timing.total_ms for timing in timings], self._trainer.nbytes, limit)
+                row["pause_ms"] = round(statistics.median(timing.pause_ms for timing in timings), 2)
+                row["all_pause_ms"] = [round(timing.pause_ms, 2) for timing in timings]
+                commits = [timing.commit_ms for timing in timings if timing.commit_ms is not None]
+                row["commit_ms"] = round(statistics.median(commits), 2) if commits else None
+                row["peak_mib"] = self.memory.get(name)
+                if phases := timings[0].phases:
+                    row["phases_ms"] = {
+                        phase: round(statistics.median(timing.phases.get(phase, 0.0) for timing in timings), 2)
+                        for phase in phases
+                    }
+            if name in self.problems:
+                row["problem"] = self.problems[name]
+            rows.append(row)
+        nbytes = self._trainer.nbytes
+        return rows + [{"way": name, "right": True, **_row(times, nbytes, limit)} for name, times in raw.items()]
+
+
+def _row(totals: list[float], nbytes: int, limit: float) -> dict[str, Any]:
+    total = statistics.median(totals)
+    return {
+        "total_ms": round(total, 2),
+        "gb_per_s": round(nbytes / total / 1e6, 3),
+        "of_raw_link": round(limit / total, 3),
+        "all_total_ms": [round(one, 2) for one in totals],
+    }
+
+
+def results(rows: list[dict[str, Any]], trainer: TrainerModel, options: argparse.Namespace) -> dict[str, Any]:
+    """The JSON."""
+    facts = {"bytes": trainer.nbytes, "tensors": trainer.tensors, "dtype": str(options.dtype), "load": options.load}
+    return {**facts, "rows": rows, "compared": compared(rows)}
+
+
+def compared(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How often faster ours is than each other way that was right, in total and in its pause."""
+    by_name = {row["way"]: row for row in rows if row["right"] and "pause_ms" in row}
+    if (ours := next((row for name, row in by_name.items() if name.startswith("ours")), None)) is None:
+        return {}
+    return {
+        f"{what}, {name} / ours": round(row[f"{what}_ms"] / ours[f"{what}_ms"], 2)
+        for name, row in by_name.items()
+        if row is not ours
+        for what in ("total", "pause")
+    }
+
+
+def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Let the ways take turns."""
+    rounds, warm_up = options.rounds, options.warm_up
+    with contextlib.ExitStack() as stack:
+        group = stack.enter_context(server.connect())
+        group.wait_ready(engines=options.engines, timeout=60)
+        link = join(server)
+        weights = trainer.weights()
+        raw = {f"raw {name}": raw_link(name, server, trainer, link, options) for name in options.transport}
+        ways, native = ways_of(server, group, link, weights, options)
+        running = Contest(server, trainer)
+        # vLLM's transfers must be opened one at a time, so these have their turns in a row.
+        groups: list[list[Way]] = [ways, *([way] for way in native)]
+        busy = load(server.url, server.model, options.engines, options.load, options.tokens)
+        with busy:
+            for together in groups:
+                opened = next((way for way in together if isinstance(way, Native)), None)
+                if opened is not None:
+                    try:
+                        opened.open(weights)
+                    except Exception as error:
+                        running.problems[opened.name] = f"failed: {type(error).__name__}: {str(error)[:500]}"
+                        continue
+                for number in range(warm_up + rounds):
+                    for way in together:
+                        running.turn(way, counts=number >= warm_up, check=number in {0, warm_up + rounds - 1})
+                if opened is not None:
+                    opened.close()
+                # Should a later way hang, these are not lost.
+                save(results(running.rows(raw), trainer, options), options.out)
+        # After whatever the others did to the model, ours brings it right again.
+        running.turn(ways[0], counts=False, check=True)
+        return running.rows(raw)
+
+
+def raw_link(
+    transport: str, server: Server, trainer: TrainerModel, link: Link | None, options: argparse.Namespace
+) -> list[float]:
+    """The same bytes by the bare transport."""
+    if transport == "broadcast":
+        assert link is not None
+        return raw_broadcast(server, link, trainer.nbytes, options.rounds + 1)[1:]
+    apart = int(not server.place.colocated)
+    target = torch.device("cuda", apart) if transport == "ipc" else torch.device("cpu")
+    return raw_copy(trainer.weights(), target, options.rounds)
+
+
+def ways_of(
+    server: Server, group: EngineGroup, link: Link | None, weights: Weights, options: argparse.Namespace
+) -> tuple[list[Way], list[Native]]:
+    """Those that can take turns, ours first; and those of vLLM's, of which one can be open at a time."""
+    settings = {"staging": options.staging, "kv": options.kv, "deadline": 300}
+    if options.bucket_mib:
+        settings["bucket_mib"] = options.bucket_mib
+    # Loads of single tensors into a live model fail on CPU, where parameters are packed: there is nothing to load into.
+    forms = (True,) if options.device == "cpu" else (False, True)
+    ways: list[Way] = [
+        Ours(group, f"ours, {transport}", transport=transport, **settings) for transport in options.transport
+    ]
+    if link is not None:
+        ways += [PerTensor(server, link, layerwise=form) for form in forms]
+    packings = (False, True) if options.native else ()
+    return ways, [Native(server, options.native, packed=packed, weights=weights) for packed in packings]
+
+
+def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
+    """The command line, with what all benchmarks of updates are told."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--transport", type=lambda text: text.split(","), default=["broadcast"], help="broadcast, ipc, shared_memory"
+    )
+    parser.add_argument("--size", choices=tuple(SIZES), default="tiny")
+    parser.add_argument("--dtype", help="default: float32 on CPU, bfloat16 on GPUs")
+    parser.add_argument("--engines", type=int, default=1, help="data-parallel engines")
+    parser.add_argument("--tp", type=int, default=1, help="workers of each engine")
+    parser.add_argument("--colocated", action="store_true", help="CUDA: engines on the trainer's GPU too")
+    parser.add_argument("--load", type=int, default=4, help="requests at a time on each engine")
+    parser.add_argument("--tokens", type=int, default=300, help="of each of those requests")
+    parser.add_argument("--staging", default="auto")
+    parser.add_argument("--kv", default="recompute", help="keep: as the others do")
+    parser.add_argument("--bucket-mib", type=int, default=0, help="default: the package's")
+    parser.add_argument("--no-native", action="store_true", help="leave vLLM's own transfer out")
+    parser.add_argument("--out", type=Path, help="write the JSON here too")
+    parser.add_argument("--logs", type=Path, help="keep the engines' logs here")
+    options = parser.parse_args()
+    options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
+    cuda = options.device == "cuda"
+    # vLLM has these on GPUs only.
+    options.native = "" if options.no_native or not cuda else "ipc" if options.colocated else "nccl"
+    place = Place(
+        options.device,
+        two_nodes=not cuda and "shared_memory" not in options.transport,
+        colocated=cuda and options.colocated,
+        engines=options.engines,
+        tp=options.tp,
+    )
+    return options, place
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=2)
+    options, place = parsed(parser)
+    trainer = TrainerModel(options.size, options.dtype, place.trainer_device)
+    print(f"{options.size}: {trainer.tensors} tensors, {trainer.nbytes / 1e6:.1f} MB", flush=True)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serving(trainer, place, options.logs, native=options.native))
+        rows = contest(server, trainer, options)
+    columns = ["way", "right", "total_ms", "pause_ms", "commit_ms", "gb_per_s", "of_raw_link", "peak_mib"]
+    print(table(rows, columns))
+    for row in rows:
+        if "phases_ms" in row:
+            print(f"{row['way']}, medians: {', '.join(f'{phase} {ms} ms' for phase, ms in row['phases_ms'].items())}")
+    finish(results(rows, trainer, options), options.out)
+    return 0 if all(row["right"] for row in rows if row["way"].startswith("ours")) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""The ways to bring new weights to engines that are compared: ours, AReaL's, vLLM's own, and the raw link as the limit.
+
+Times are the trainer's, alike for all: ``total`` is from the first request of an update to the last answer, ``pause`` from
+the request to pause to the answer to resume (for ours ``UpdateResult.pause_ms``, which is that).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.demo.deployment import free_ports
+
+from .link import Link
+from .serving import Server
+
+Weights = list[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one update.
+
+    Attributes:
+        commit_ms: ours: the longest switch of an engine.
+        phases: ours: from a phase's first request to the next phase's; ``connect`` is what comes before the first, and
+            ``begin`` ends when all bytes are sent.
+    """
+
+    total_ms: float
+    pause_ms: float
+    commit_ms: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+class Way(Protocol):
+    name: str
+
+    def update(self, version: int, weights: Weights) -> Timing: ...
+
+
+class Ours:
+    """A transaction of this package."""
+
+    def __init__(self, group: EngineGroup, name: str, **options: Any) -> None:
+        self.name, self._group, self._options = name, group, options
+
+    def update(self, version: int, weights: Weights) -> Timing:
+        moments = [("connect", time.perf_counter())]
+
+        def on_phase(phase: str) -> None:
+            moments.append((phase, time.perf_counter()))
+
+        with self._group.update(version, on_phase=on_phase, **self._options) as update:
+            update.send(weights)
+        moments.append(("end", time.perf_counter()))
+        phases = {name: (after - before) * 1e3 for (name, before), (_, after) in itertools.pairwise(moments)}
+        total = (moments[-1][1] - moments[0][1]) * 1e3
+        return Timing(total, update.result.pause_ms, update.result.commit_ms, phases)
+
+
+class _InThePause:
+    """A way that does all its work while the engines are paused."""
+
+    name: str
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def update(self, version: int, weights: Weights) -> Timing:
+        started = time.perf_counter()
+        self._server.post("/pause", mode="keep")
+        self.transfer(weights)
+        self._server.post("/resume")
+        took = (time.perf_counter() - started) * 1e3
+        return Timing(took, took)
+
+    def transfer(self, weights: Weights) -> None:
+        raise NotImplementedError
+
+
+class PerTensor(_InThePause):
+    """AReaL's: a broadcast for each tensor, and a ``load_weights`` for each.
+
+    ``layerwise`` feeds all of them to one reload of vLLM's instead: the nearest that is right where ``load_weights`` on a
+    live model is not (on CPU, where parameters are packed and gone; some MoE kernels).
+    """
+
+    def __init__(self, server: Server, link: Link, *, layerwise: bool) -> None:
+        super().__init__(server)
+        self._link, self._layerwise = link, layerwise
+        self.name = f"AReaL's way{', layerwise' if layerwise else ''}"
+
+    def transfer(self, weights: Weights) -> None:
+        names = [name for name, _ in weights]
+        dtypes = [str(tensor.dtype).removeprefix("torch.") for _, tensor in weights]
+        shapes = [list(tensor.shape) for _, tensor in weights]
+        with ThreadPoolExecutor(1) as pool:
+            receiving = pool.submit(self._server.rpc, "baseline_receive", names, dtypes, shapes, self._layerwise)
+            for _, tensor in weights:
+                self._link.broadcast(tensor.contiguous())
+            receiving.result()
+
+
+class Native(_InThePause):
+    """vLLM's own weight transfer, over its HTTP routes."""
+
+    def __init__(self, server: Server, backend: str, *, packed: bool, weights: Weights) -> None:
+        super().__init__(server)
+        self.name = f"vLLM's {backend}{', packed' if packed else ''}"
+        self._backend, self._packed = backend, packed
+        # Larger than the largest tensor, which must fit.
+        self._buffer = max(1 << 30, *(tensor.nbytes for _, tensor in weights))
+        self._engine: Any = None
+
+    def open(self, weights: Weights) -> None:
+        """Meet the workers; one of these can be open at a time."""
+        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+
+        client = HTTPVLLMWeightSyncClient(self._server.url)
+        common = {"packed": self._packed, "packed_buffer_size_bytes": self._buffer, "rank": 0}
+        if self._backend == "ipc":
+            from vllm.distributed.weight_transfer.ipc_engine import (
+                IPCTrainerInitInfo,
+                IPCTrainerWeightTransferEngine,
+            )
+
+            info = IPCTrainerInitInfo(**common)
+            self._engine = IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=_source(weights))
+            return
+        from vllm.distributed.weight_transfer.nccl_engine import (
+            NCCLTrainerInitInfo,
+            NCCLTrainerWeightTransferEngine,
+        )
+
+        place = self._server.place
+        info = NCCLTrainerInitInfo(
+            master_address=self._server.host,
+            master_port=free_ports(1)[0],
+            world_size=1 + place.engines * place.tp,
+            **common,
+        )
+        self._engine = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=_source(weights))
+
+    def transfer(self, weights: Weights) -> None:
+        self._engine.source = _source(weights)
+        self._engine.send_weights()
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._server.post("/shutdown_weight_transfer_engine")
+            self._engine.shutdown()
+            self._engine = None
+
+
+def _source(weights: Weights) -> Any:
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Source(WeightSource):  # type: ignore[misc]
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+
+        def __iter__(self) -> Any:
+            return iter(weights)
+
+    return Source()
+
+
+def join(server: Server) -> Link | None:
+    """A process group with all workers; None where trainer and engines share a GPU, which NCCL refuses."""
+    if server.place.device == "cuda" and server.place.colocated:
+        return None
+    port, size = free_ports(1)[0], 1 + server.place.engines * server.place.tp
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(server.rpc, "baseline_join", server.host, port, size)
+        link = Link(server.host, port, 0, size, server.place.trainer_device)
+        joining.result()
+    return link
+
+
+def raw_broadcast(server: Server, link: Link, nbytes: int, rounds: int) -> list[float]:
+    """Milliseconds of one broadcast of ``nbytes`` to all workers, without anything else."""
+    buffer = torch.empty(nbytes, dtype=torch.uint8, device=server.place.trainer_device)
+    with ThreadPoolExecutor(1) as pool:
+        receiving = pool.submit(server.rpc, "baseline_raw", nbytes, rounds)
+
+        def one() -> None:
+            link.broadcast(buffer)
+            link.meet()
+
+        times = []
+        for _ in range(rounds):
+            link.meet()
+            times.append(_timed(one))
+        receiving.result()
+    return times
+
+
+def raw_copy(weights: Weights, target: torch.device, rounds: int) -> list[float]:
+    """Milliseconds of copying all tensors to ``target`` (the same device, another one, or host memory), once each."""
+    sources = [tensor for _, tensor in weights]
+    targets = [torch.empty_like(tensor, device=target) for tensor in sources]
+
+    def one() -> None:
+        torch._foreach_copy_(targets, sources, non_blocking=True)
+        for device in {target, sources[0].device}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+    times = [_timed(one) for _ in range(rounds + 1)][1:]
+    targets.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return times
+
+
+def _timed(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3
