@@ -6,29 +6,36 @@ with fixed random keys, modulo 2^64 (two different rows collide with a probabili
 is mixed with the row's number, so that its place counts, and their sum with the number of bytes. Dtype and shape are not
 in it: compare them beside it, or use ``manifest``.
 
-All tensors of a bucket cost as many kernel launches as one of its size. Temporary memory: two pieces of ``_PIECE_BYTES``,
-and a quarter of the buffer for the hashes of its rows and their places. Measured: 1.5 GB/s for each core of a Xeon of 2.5 GHz,
-180 to 330 GB/s on an H200 (a bucket of 256 MiB: 1.2 to 1.5 ms; with 4096 tensors in it 10 ms, of which most is Python).
+On GPUs one Triton kernel reads any number of tensors where they lie (``digest_kernel.py``). On CPUs, and where there is no
+Triton, it is torch's operators: all tensors of a bucket cost as many launches as one of its size; temporary memory: two pieces
+of ``_PIECE_BYTES``, and a quarter of the buffer for the hashes of its rows and their places. Measured: 1.5 GB/s for each core
+of a Xeon of 2.5 GHz, 180 to 330 GB/s on an H200 with torch's operators.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from .protocol import TensorMeta
 
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
 ROW_BYTES = 256
 _WORDS = ROW_BYTES // 4
 # What is hashed at once: on a CPU it stays in a core's cache, on a GPU it is long enough to hide a launch.
 _PIECE_BYTES = {"cpu": 1 << 20}
 _PIECE_BYTES_ELSEWHERE = 32 << 20
-# ``digests_of`` puts tensors up to this together.
+# Of several tensors, those up to this are put together.
 _SMALL_BYTES = 16 << 20
+# For the kernel: what it cannot read where it lies is copied, so much at once.
+_COPIED_BYTES = 256 << 20
 
 
 def _signed(bits: int) -> int:
@@ -60,6 +67,8 @@ def digests(buffer: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[int]
             raise ValueError(f"{nbytes} bytes at {offset} do not lie on rows inside a buffer of {buffer.numel()} bytes")
     if not spans:
         return []
+    if has_kernel(buffer.device):
+        return _by_kernel([buffer[offset : offset + nbytes] for offset, nbytes in spans], buffer.device)
     rows = _hash_rows(buffer, spans)
     counts = [-(-nbytes // ROW_BYTES) for _, nbytes in spans]
     total = sum(counts)
@@ -80,9 +89,68 @@ def digests(buffer: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[int]
 def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
     """The digest of each tensor, of any dtype and device, over its elements in order.
 
-    Small ones are copied into one buffer first, so that many of them cost few launches; a large one that is not contiguous
-    is copied for the time of its digest.
+    On CPUs, small ones are copied into one buffer first, so that many of them cost few launches; a large one that is not
+    contiguous is copied for the time of its digest.
     """
+    result: list[int] = []
+    for device, together in itertools.groupby(tensors, key=lambda tensor: tensor.device):
+        if has_kernel(device):
+            result += _by_kernel(together, device)
+        else:
+            result += _by_operators(together)
+    return result
+
+
+@functools.cache
+def has_kernel(device: torch.device) -> bool:
+    """Whether the kernel runs on ``device``, and gives there what torch's operators give."""
+    if device.type != "cuda":
+        return False
+    probe = torch.arange(1 << 20, device=device).view(torch.uint8)
+    probes = [probe, probe[: 3 * ROW_BYTES], probe[: 2 * ROW_BYTES + 7], probe[:2], probe[:0]]
+    try:
+        right = _by_kernel(probes, device) == _by_operators(probes, on_cpu=True)
+    except Exception:  # no Triton, or no compiler for its launchers
+        logger.info("areal_vllm_ext: digests are computed by torch's operators, which takes longer", exc_info=True)
+        return False
+    if not right:
+        logger.warning("areal_vllm_ext: the kernel for digests is wrong on %s, and is not used", device)
+    return right
+
+
+def _by_kernel(tensors: Iterable[torch.Tensor], device: torch.device) -> list[int]:
+    from . import digest_kernel
+
+    result: list[int] = []
+    batch: list[torch.Tensor] = []
+    copied = 0
+
+    def flush() -> None:
+        nonlocal copied
+        if batch:
+            spans = [(tensor.data_ptr(), tensor.nbytes) for tensor in batch]
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                sums = digest_kernel.row_sums(spans, _keys(device), _constants(device))
+                sizes = torch.tensor([nbytes for _, nbytes in spans]).to(device)
+                values: list[int] = _mix(sums + sizes * _GAMMA).tolist()
+            result.extend(value % (1 << 64) for value in values)
+        batch.clear()
+        copied = 0
+
+    for tensor in tensors:
+        readable = tensor.detach().contiguous()
+        if readable.data_ptr() % digest_kernel.ALIGNMENT:
+            readable = readable.clone()
+        if readable.data_ptr() != tensor.data_ptr():
+            copied += readable.nbytes
+        batch.append(readable)
+        if copied > _COPIED_BYTES:
+            flush()
+    flush()
+    return result
+
+
+def _by_operators(tensors: Iterable[torch.Tensor], *, on_cpu: bool = False) -> list[int]:
     result: list[int] = []
     small: list[torch.Tensor] = []
     nbytes = 0
@@ -95,14 +163,15 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
         nbytes = 0
 
     for tensor in tensors:
-        if small and (tensor.device != small[0].device or nbytes + tensor.nbytes > _SMALL_BYTES):
+        one = tensor.detach().cpu() if on_cpu else tensor.detach()
+        if nbytes + one.nbytes > _SMALL_BYTES:
             flush()
-        if tensor.nbytes > _SMALL_BYTES:
-            flat = as_bytes(tensor.detach())
+        if one.nbytes > _SMALL_BYTES:
+            flat = as_bytes(one)
             result += digests(flat, [(0, flat.numel())])
         else:
-            small.append(tensor.detach())
-            nbytes += tensor.nbytes
+            small.append(one)
+            nbytes += one.nbytes
     flush()
     return result
 
@@ -126,6 +195,11 @@ def _keys(device: torch.device) -> torch.Tensor:
     text = hashlib.shake_256(b"areal_vllm_ext.digest").digest(8 * _WORDS)
     keys = [int.from_bytes(text[start : start + 8], "little", signed=True) | 1 for start in range(0, len(text), 8)]
     return torch.tensor(keys, device=device)
+
+
+@functools.cache
+def _constants(device: torch.device) -> torch.Tensor:
+    return torch.tensor([_GAMMA, _FIRST, _SECOND], device=device)
 
 
 def _small(tensors: Sequence[torch.Tensor]) -> list[int]:

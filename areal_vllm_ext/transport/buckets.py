@@ -38,27 +38,21 @@ class Bucket:
         self._buffer = buffer
         self._tensors: list[tuple[TensorMeta, int]] = []
         self.nbytes = 0
-        self._finite: list[tuple[str, torch.Tensor]] = []
+        self._named: list[tuple[str, torch.Tensor]] = []
 
     def fits(self, tensor: torch.Tensor) -> bool:
         return self.nbytes + tensor.nbytes <= self._buffer.numel()
 
     def add(self, meta: TensorMeta, tensor: torch.Tensor) -> None:
         place = self._buffer[self.nbytes : self.nbytes + tensor.nbytes]
-        place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        if tensor.is_floating_point():
-            # torch has no isfinite for the 8-bit dtypes.
-            wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-            self._finite.append((meta.name, torch.isfinite(wide).all()))
+        copied = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        self._named.append((meta.name, copied))
         self._tensors.append((meta, self.nbytes))
         self.nbytes += aligned(tensor.nbytes)
 
     def not_finite(self) -> str:
-        """The name of a tensor with NaN or infinite values, or an empty string. One look at the device for all of them."""
-        flags = [flag for _, flag in self._finite]
-        if not flags or bool(torch.stack(flags).all()):
-            return ""
-        return next(name for name, flag in self._finite if not flag)
+        """The name of a tensor with NaN or infinite values, or an empty string."""
+        return not_finite(self._named)
 
     @property
     def filled(self) -> torch.Tensor:
@@ -69,6 +63,22 @@ class Bucket:
         spans = [(offset, _nbytes(meta)) for meta, offset in self._tensors]
         values = digest.digests(self.filled, spans)
         return tuple(Segment(*placed, value) for placed, value in zip(self._tensors, values, strict=True))
+
+
+def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """The name of a tensor with NaN or infinite values, or an empty string. One look at the device for all of a dtype."""
+    by_dtype: dict[torch.dtype, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in named:
+        if tensor.is_floating_point() and tensor.numel():
+            # torch computes nothing with the 8-bit dtypes.
+            wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+            by_dtype.setdefault(tensor.dtype, []).append((name, wide))
+    for together in by_dtype.values():
+        # The largest value is finite where all are; isfinite would write a tensor of flags for each.
+        finite = torch.isfinite(torch.stack(torch._foreach_norm([tensor for _, tensor in together], math.inf))).tolist()
+        if not all(finite):
+            return next(name for (name, _), one in zip(together, finite, strict=True) if not one)
+    return ""
 
 
 def filled_buckets(

@@ -27,13 +27,11 @@ class WorkerExtension:
             RuntimeError: where the staged weights are not those of ``update``, or loading them failed, or they are not what
                 a fresh load gives.
         """
-        from .loader import load
-
         receiver = self._areal_receiver
         try:
             weights = receiver.staged(update)
             with receiver.served.switching(receiver.contents(update)):
-                load(self, weights)
+                receiver.loader.load(weights, receiver.bound(update))
                 unproven: str = receiver.served.prove(weights)
             return unproven
         finally:

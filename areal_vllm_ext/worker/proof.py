@@ -46,12 +46,8 @@ def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mappin
     Raises:
         ProofFailed: naming the parameters and layers that are wrong.
     """
-    if worker.vllm_config.parallel_config.enable_eplb:
-        return "experts move between the ranks (EPLB), so a fresh load has others"
-    needed = int(_ROOM * max(_size(worker.get_model()), _size_of(weights) if worker.device.type == "cpu" else 0))
-    free = free_bytes(worker.device)
-    if needed > free:
-        return f"no room on {worker.device} for a second model: {needed >> 20} MiB needed, {free >> 20} MiB free"
+    if reason := obstacle(worker, weights):
+        return reason
     fresh: torch.nn.Module | None = None
     try:
         fresh = fresh_model(worker, weights)
@@ -71,6 +67,17 @@ def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mappin
             f"{len(wrong)} tensors are not what a fresh load of the same weights gives: {', '.join(wrong[:5])}{more}; this "
             "vLLM reloads this model wrongly: restart the engine from the checkpoint, and report it"
         )
+    return ""
+
+
+def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
+    """Why ``prove`` need not be tried now; empty where it can be."""
+    if worker.vllm_config.parallel_config.enable_eplb:
+        return "experts move between the ranks (EPLB), so a fresh load has others"
+    needed = int(_ROOM * max(_size(worker.get_model()), _size_of(weights) if worker.device.type == "cpu" else 0))
+    free = free_bytes(worker.device)
+    if needed > free:
+        return f"no room on {worker.device} for a second model: {needed >> 20} MiB needed, {free >> 20} MiB free"
     return ""
 
 

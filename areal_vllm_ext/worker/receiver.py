@@ -38,11 +38,13 @@ from ..transport import Cancelled, Source, open_source
 from ..transport.buckets import damaged, unpack
 from ..transport.ipc import device_id
 from . import staging
+from .loader import Loader
 from .served import Contents, Served, WeightsChanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from .plan import BoundPlan
     from .staging import Place
 
 _T = TypeVar("_T")
@@ -74,6 +76,8 @@ class Intake:
         self.tensors: dict[str, torch.Tensor] = {}
         # Of each tensor what it is, and the digest of its bytes.
         self.manifest: dict[str, tuple[TensorMeta, int]] = {}
+        # Of staged tensors, where there is a load plan.
+        self.bound: BoundPlan | None = None
         self._receiver = receiver
         self._lanes = {
             number: Lane(sender.transfer)
@@ -107,7 +111,7 @@ class Intake:
         """End the thread, and free the staging; the connection to the sender stays for the next update."""
         for lane in self._lanes.values():
             lane.orders.put(None)
-        self.tensors = {}
+        self.tensors, self.bound = {}, None
 
     @property
     def in_place(self) -> bool:
@@ -157,7 +161,7 @@ class Intake:
                 self._report(step, f"{step}: {type(error).__name__}: {error}")
         finally:
             if self._cancelled.is_set():
-                self.tensors.clear()
+                self.tensors, self.bound = {}, None
             if source is not None and not source.reusable:
                 source.close()
 
@@ -167,6 +171,7 @@ class Intake:
             if self._place is None:
                 nbytes = self.begin.staging.nbytes or source.nbytes
                 self._place = staging.choose(self.begin.staging, nbytes, self._receiver.device)
+                self.bound = None if self.in_place else self._receiver.loader.bind()
             lane.source = source
             return all(one.source for one in self._lanes.values())
 
@@ -206,6 +211,8 @@ class Intake:
             self._hand_over(tensors)
         else:
             self.tensors.update(tensors)
+            if bound := self.bound:
+                bound.add(tensors)
 
     def _hand_over(self, tensors: dict[str, torch.Tensor] | None) -> None:
         self._wait_for(lambda timeout: self._arrived.put(tensors, timeout=timeout))
@@ -268,6 +275,7 @@ class Receiver:
         self.device: torch.device = torch.device(worker.device)
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.own_host = settings.host or security.own_address_toward(host)
+        self.loader = Loader(worker)
         self.served = Served(worker, (config.model_config.model, config.model_config.revision))
         self._max_message_bytes = settings.max_message_mib << 20
         self._model = (config.model_config.model, config.model_config.revision)
@@ -307,6 +315,11 @@ class Receiver:
         if intake is None or intake.begin.update != update:
             raise RuntimeError(f"worker {self.rank} has no staged weights of update {update}")
         return intake.stream() if intake.in_place else list(intake.tensors.items())
+
+    def bound(self, update: str) -> BoundPlan | None:
+        """What was staged for ``update``, added to the load plan; None without one."""
+        intake = self._intake
+        return intake.bound if intake is not None and intake.begin.update == update else None
 
     def contents(self, update: str) -> Contents:
         """What was staged for ``update``, with digests."""

@@ -82,8 +82,10 @@ class Served:
         names = frozenset(name for name, _ in weights)
         if names == self._proven:
             return ""
-        live = proof.digests_of_model(self._worker.get_model())
-        unproven = proof.prove(self._worker, weights, live)
+        # Asked again with each update, so before anything that costs time in the pause.
+        unproven = proof.obstacle(self._worker, weights)
+        live = {} if unproven else proof.digests_of_model(self._worker.get_model())
+        unproven = unproven or proof.prove(self._worker, weights, live)
         if unproven:
             logger.warning("areal_vllm_ext: not proven that a reload gives what a fresh load gives: %s", unproven)
         else:

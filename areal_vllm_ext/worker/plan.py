@@ -1,0 +1,444 @@
+"""Load plans: which part of which staged tensor becomes which part of which live tensor, so that the next load is a few
+batched copies instead of vLLM's loaders, layer by layer.
+
+``Recorder`` watches one load by those loaders, operator by operator, and keeps what it understands: copies (of any strided
+part, broadcast or cast) and constants. A plan comes of it only where that is all there is. Each of these is a reason to go
+on as before:
+
+- an operator that computes with a weight, or looks at its values;
+- a weight that does not end in a live tensor, or in another place too: packed, where no operator shows it, or kept aside;
+- a live tensor that is written in part, or twice;
+- a layer that has other attributes after the load: made of its weights, for all that can be told (oneDNN's packed weights,
+  the absorbed projections of MLA).
+
+A plan is proven before it is used: replayed into other memory, it must give the bytes that the load gave.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+_FILLS = {aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default}
+_COPIES = {aten.clone.default, aten._to_copy.default}  # noqa: SLF001 - the name of an operator
+# They take from a tensor what it is, and nothing of its values.
+_SHAPE_ONLY = {
+    aten.empty_like.default,
+    aten.is_pinned.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.new_zeros.default,
+    aten.zeros_like.default,
+}
+# What a reload itself leaves on the modules; parameters and buffers are looked at one by one.
+_NO_STATE = {"_parameters", "_buffers", "_modules", "_do_torchao_reload", "_original_do_torchao_reload"}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class NotPlanned(Exception):
+    """The load cannot be replayed; says why."""
+
+
+class Part(NamedTuple):
+    """A strided part of a tensor or a storage; offset and strides in elements."""
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Between which elements it lies."""
+        reach = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return self.offset, self.offset + reach + 1
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This part of ``tensor``, which is contiguous."""
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+
+class Copy(NamedTuple):
+    """A copy into a storage, out of the tensor ``source``."""
+
+    to: Part
+    source: str
+    part: Part
+
+
+class _Storage:
+    """What was written into one storage."""
+
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        """That of the live tensors ``names``, or a temporary one."""
+        self.names = names
+        self.dtype: torch.dtype | None = None
+        self.copies: list[Copy] = []
+        self.constants: list[Part] = []
+        # How many of the copies were handed on to another storage.
+        self.handed_on = 0
+
+
+class Recorder(TorchDispatchMode):
+    """Watches a load: ``with Recorder(model, live, staged) as recorder: ...``, then ``recorder.plan()``."""
+
+    def __init__(
+        self, model: torch.nn.Module, live: Mapping[str, torch.Tensor], staged: Mapping[str, torch.Tensor]
+    ) -> None:
+        """
+        Args:
+            model: what is loaded into.
+            live: the tensors that kernels read, by name; tied ones under each of their names.
+            staged: the tensors that are loaded; contiguous. Several may lie in one storage.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model, self._live, self._staged = model, live, staged
+        self._attributes = dict(_attributes(model))
+        self._reason = ""
+        self._storages: dict[StorageWeakRef, _Storage] = {}
+        names: dict[StorageWeakRef, list[str]] = {}
+        for name, tensor in live.items():
+            names.setdefault(_key(tensor), []).append(name)
+        for key, together in names.items():
+            self._storages[key] = _Storage(names=tuple(together))
+        # A bucket is one storage of many tensors.
+        self._spans: dict[StorageWeakRef, list[tuple[int, int, str]]] = {}
+        for name, tensor in staged.items():
+            start = _part(tensor).offset * tensor.itemsize
+            self._spans.setdefault(_key(tensor), []).append((start, start + tensor.nbytes, name))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self._reason:
+            # Whatever this file makes of it, the load itself goes on.
+            try:
+                self._note(func, args, kwargs or {}, result)
+            except NotPlanned as reason:
+                self._reason = str(reason)
+            except Exception as error:
+                self._reason = f"{func} was not understood ({type(error).__name__}: {error})"
+        return result
+
+    def plan(self) -> Plan:
+        """What was recorded, proven. To be called when the load is over, with both sets of tensors as they were left.
+
+        Raises:
+            NotPlanned: it cannot be replayed.
+        """
+        if self._reason:
+            raise NotPlanned(self._reason)
+        gc.collect()
+        for key, storage in self._storages.items():
+            if not storage.names and storage.copies and not key.expired():
+                raise NotPlanned(f"the loaders keep a copy of {storage.copies[0].source} aside")
+            if not storage.names and len(storage.copies) > storage.handed_on:
+                raise NotPlanned(f"{storage.copies[-1].source} is loaded into what no live tensor shows")
+        for name, value in _attributes(self._model):
+            if not _same(self._attributes.pop(name, _attributes), value):
+                raise NotPlanned(f"{name} is made anew with each load")
+        targets = [
+            Target(self._flat(storage), storage)
+            for storage in self._storages.values()
+            if storage.names and storage.copies
+        ]
+        for target in targets:
+            target.check({name: self._live[name] for name in target.names}, self._staged)
+        return Plan(targets, self._staged, {name: tensor.data_ptr() for name, tensor in self._live.items()})
+
+    def _flat(self, storage: _Storage) -> torch.Tensor:
+        """All of a live storage, as one tensor."""
+        tensor = self._live[storage.names[0]]
+        if storage.dtype != tensor.dtype or any(self._live[name].dtype != tensor.dtype for name in storage.names):
+            raise NotPlanned(f"{storage.names[0]} is written as another dtype than it has")
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+
+    # One operator
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if func is aten.copy_.default:
+            self._copied(args[0], args[1])
+            return
+        inputs = list(_tensors((*args, *kwargs.values())))
+        known = [tensor for tensor in inputs if self._is_known(tensor)]
+        if not known or func in _SHAPE_ONLY:
+            return
+        outputs = list(_tensors((result,)))
+        if func in _FILLS:
+            self._filled(args[0])
+        elif func in _COPIES:
+            self._copied(outputs[0], args[0])
+        elif not (_only_views(func, inputs, outputs) or (all(tensor.is_meta for tensor in outputs) and outputs)):
+            raise NotPlanned(f"{func} computes with {self._name(known[0])}")
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        key = _key(tensor)
+        return key in self._storages or key in self._spans
+
+    def _name(self, tensor: torch.Tensor) -> str:
+        if (storage := self._storages.get(_key(tensor))) is None:
+            return self._source(tensor)
+        return (
+            storage.names[0] if storage.names else storage.copies[0].source if storage.copies else "a temporary tensor"
+        )
+
+    def _source(self, part: torch.Tensor) -> str:
+        """The staged tensor that ``part`` is of."""
+        low, high = (place * part.itemsize for place in _part(part).span)
+        for start, end, name in self._spans[_key(part)]:
+            if start <= low and high <= end:
+                return name
+        raise NotPlanned("a part of several incoming tensors is loaded as one")
+
+    def _filled(self, target: torch.Tensor) -> None:
+        storage = self._storages.get(_key(target))
+        if storage is None or not target.numel() or target.is_meta:
+            return
+        self._typed(storage, target)
+        self._constant(storage, _part(target))
+
+    def _constant(self, storage: _Storage, part: Part) -> None:
+        low, high = part.span
+        if any(copy.to.span[0] < high and low < copy.to.span[1] for copy in storage.copies):
+            raise NotPlanned(f"{storage.copies[0].source} is overwritten by a constant")
+        storage.constants.append(part)
+
+    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if target.is_meta or not target.numel():
+            # vLLM has a loader copy into a meta tensor first, to count what it loads.
+            if (between := self._storages.get(_key(source))) is not None:
+                between.handed_on = len(between.copies)
+            return
+        source = source.expand(target.shape)
+        to, key = _part(target), _key(target)
+        if key == _key(source) and to == _part(source) and target.dtype == source.dtype:
+            return  # onto itself
+        if key in self._spans:
+            raise NotPlanned(f"the incoming {self._source(target)} is written to")
+        storage = self._storages.get(key)
+        if _key(source) in self._spans:
+            name = self._source(source)
+            staged = self._staged[name]
+            if source.dtype != staged.dtype:
+                raise NotPlanned(f"{name} is read as {source.dtype}")
+            part = _part(source)
+            if storage is None:
+                storage = self._storages[key] = _Storage()
+            self._typed(storage, target)
+            storage.copies.append(Copy(to, name, _moved(part, -_part(staged).offset)))
+            return
+        between = self._storages.get(_key(source))
+        if between is None:
+            if storage is not None and (storage.names or storage.copies):
+                raise NotPlanned(f"{self._name(target)} is written from an unknown tensor")
+            return
+        if between.names:
+            raise NotPlanned(f"the live {self._name(source)} is copied")
+        if storage is None:
+            storage = self._storages[key] = _Storage()
+        self._typed(storage, target)
+        self._hand_on(between, source, storage, to)
+
+    def _hand_on(self, between: _Storage, source: torch.Tensor, storage: _Storage, to: Part) -> None:
+        """All of a temporary tensor is copied: what was written into it counts as written into where it goes."""
+        part = _part(source)
+        whole = source.numel() * source.itemsize == source.untyped_storage().nbytes()
+        if not whole or part.shape != to.shape or part.stride != to.stride or between.dtype != storage.dtype:
+            raise NotPlanned(
+                f"{between.copies[0].source if between.copies else 'a tensor'} is loaded by way of another layout"
+            )
+        shift = to.offset - part.offset
+        for constant in between.constants:
+            self._constant(storage, _moved(constant, shift))
+        storage.copies += [copy._replace(to=_moved(copy.to, shift)) for copy in between.copies]
+        between.handed_on = len(between.copies)
+
+    def _typed(self, storage: _Storage, target: torch.Tensor) -> None:
+        if storage.dtype not in (None, target.dtype):
+            raise NotPlanned(f"{self._name(target)} is written as {storage.dtype} and as {target.dtype}")
+        storage.dtype = target.dtype
+
+
+class Target:
+    """One storage of live tensors, and what is copied into it."""
+
+    def __init__(self, flat: torch.Tensor, storage: _Storage) -> None:
+        self.flat = flat
+        self.names = storage.names
+        self.copies = tuple(_simplified(copy) for copy in storage.copies)
+        self._constants = storage.constants
+
+    def check(self, live: Mapping[str, torch.Tensor], staged: Mapping[str, torch.Tensor]) -> None:
+        """Every element is written exactly once, or constant, or part of a tensor that is not loaded; and the copies give
+        the bytes that are there.
+
+        Raises:
+            NotPlanned: naming the tensor where they do not.
+        """
+        written = torch.zeros(self.flat.shape, dtype=torch.uint8, device=self.flat.device)
+        for constant in self._constants:
+            constant.of(written).fill_(255)
+        for copy in self.copies:
+            place = copy.to.of(written)
+            place.copy_(torch.where(place == 255, 1, place + 1))
+        if self._overlaps():
+            raise NotPlanned(f"{self.names[0]} is written through overlapping parts")
+        for name, tensor in live.items():
+            counts = _part(tensor).of(written)
+            if bool(counts.any()) and not bool(((counts == 1) | (counts == 255)).all()):
+                how = "in part only" if bool((counts == 0).any()) else "more than once"
+                raise NotPlanned(f"{name} is written {how}")
+        replayed = ~self.flat.view(_BITS[self.flat.itemsize])
+        for copy in self.copies:
+            copy.to.of(replayed.view(self.flat.dtype)).copy_(copy.part.of(staged[copy.source]))
+        wrong = (replayed != self.flat.view(replayed.dtype)) & (written == 1)
+        if bool(wrong.any()):
+            raise NotPlanned(f"{self.names[0]} is changed after it was loaded")
+
+    def _overlaps(self) -> bool:
+        """Whether a part of this storage has an element twice: a copy of it could write either value there."""
+        return any(
+            step == 0 and size > 1
+            for copy in self.copies
+            for size, step in zip(copy.to.shape, copy.to.stride, strict=True)
+        )
+
+
+class Plan:
+    """How staged tensors become the live model."""
+
+    def __init__(
+        self, targets: Iterable[Target], staged: Mapping[str, torch.Tensor], addresses: dict[str, int]
+    ) -> None:
+        """
+        Args:
+            targets: what is written, checked.
+            staged: what it was recorded on.
+            addresses: where each live tensor lay then.
+        """
+        # Of each incoming tensor what it must be, and which parts of it are copied where.
+        self.sources = {name: (tensor.dtype, tensor.shape) for name, tensor in staged.items()}
+        self.copies: dict[str, list[tuple[torch.Tensor, Part]]] = {name: [] for name in staged}
+        self._addresses = addresses
+        self.nbytes = 0
+        for target in targets:
+            for copy in target.copies:
+                view = copy.to.of(target.flat)
+                self.copies[copy.source].append((view, copy.part))
+                self.nbytes += view.nbytes
+
+    def fits(self, live: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these are the tensors that it was recorded on, where they were."""
+        return {name: tensor.data_ptr() for name, tensor in live.items()} == self._addresses
+
+
+class BoundPlan:
+    """A plan whose sources have come. What costs time for each tensor is done here, beside the running engine."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._missing = dict(plan.sources)
+        # A batch has one pair of dtypes, and is either contiguous throughout or not: that decides which kernel copies it.
+        self._batches: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._fits = True
+        # Several senders have a thread each.
+        self._lock = threading.Lock()
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take in staged tensors; contiguous."""
+        with self._lock:
+            for name, tensor in tensors.items():
+                if self._missing.pop(name, None) != (tensor.dtype, tensor.shape):
+                    self._fits = False
+                    return
+                for view, part in self.plan.copies[name]:
+                    source = part.of(tensor)
+                    kind = (view.dtype, tensor.dtype, view.is_contiguous() and source.is_contiguous())
+                    targets, sources = self._batches.setdefault(kind, ([], []))
+                    targets.append(view)
+                    sources.append(source)
+
+    @property
+    def complete(self) -> bool:
+        """Whether exactly the tensors of the plan have come."""
+        return self._fits and not self._missing
+
+    def copy(self) -> None:
+        """Switch the live model to the staged tensors; the device may not have finished on return."""
+        for targets, sources in self._batches.values():
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+
+
+def _key(tensor: torch.Tensor) -> StorageWeakRef:
+    # As long as the reference is held, no other storage gets this one's identity.
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _part(tensor: torch.Tensor) -> Part:
+    """What ``tensor`` is of its storage."""
+    return Part(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+
+
+def _moved(part: Part, by: int) -> Part:
+    return part._replace(offset=part.offset + by)
+
+
+def _simplified(copy: Copy) -> Copy:
+    """Runs of memory are copied faster than shapes."""
+    if _is_run(copy.to) and _is_run(copy.part):
+        run = ((copy.to.numel,), (1,))
+        return Copy(Part(copy.to.offset, *run), copy.source, Part(copy.part.offset, *run))
+    return copy
+
+
+def _is_run(part: Part) -> bool:
+    expected = 1
+    for size, step in zip(reversed(part.shape), reversed(part.stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """What modules hold beside parameters and buffers, and what that holds: kernels, implementations, quantisation methods."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in _NO_STATE or isinstance(value, torch.nn.Module):
+                continue
+            yield f"{name}.{key}", value
+            for inner, held in getattr(value, "__dict__", {}).items():
+                yield f"{name}.{key}.{inner}", held
+
+
+def _same(before: Any, after: Any) -> bool:
+    if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor) and before is not after:
+        # Default scales; operators that computed them from weights were seen.
+        return after.numel() == 1 and before.dtype == after.dtype and torch.equal(before, after)
+    return before is after or (isinstance(after, (bool, int, float, str)) and bool(before == after))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _only_views(func: Any, inputs: Iterable[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    """Whether an operator only gave other names to memory."""
+    if not outputs or any(one.alias_info is not None and one.alias_info.is_write for one in func._schema.arguments):  # noqa: SLF001
+        return False
+    return {_key(tensor) for tensor in outputs} <= {_key(tensor) for tensor in inputs}

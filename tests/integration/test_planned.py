@@ -1,0 +1,77 @@
+"""Load plans on real vLLM, in this test's own process: weights that lie as they were loaded are copied, packed ones never."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from test_in_process import START, run
+
+from areal_vllm_ext.demo.model import make_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+# As on GPUs: vLLM for CPU would pack the weights, and has no setting against it.
+UNPACKED = """
+import torch
+from vllm.model_executor.layers import utils
+
+def dispatch(layer, remove_weight):
+    layer.cpu_linear = torch.nn.functional.linear
+
+utils.dispatch_cpu_unquantized_gemm = dispatch
+"""
+
+UPDATES = (
+    START
+    + """
+from transformers import AutoModelForCausalLM
+from areal_vllm_ext import EngineGroup
+
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+reload_weights, reloads = worker.reload_weights, []
+worker.reload_weights = lambda **options: (reloads.append(1), reload_weights(**options))
+prompt = [10, 20, 30]
+facts = {"exact": [], "commit_ms": []}
+
+def exact():
+    options = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    said = llm.generate(TokensPrompt(prompt_token_ids=prompt), options, use_tqdm=False)[0].outputs[0].token_ids
+    return list(said) == model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, 3:].tolist()
+
+with EngineGroup.connect() as group:
+    group.wait_ready(engines=1, timeout=30)
+    for version in range(4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        with group.update(version, deadline=60) as update:
+            update.send(model)
+        facts["exact"].append(exact())
+        facts["commit_ms"].append(round(update.result.commit_ms, 1))
+    facts["verified"] = group.verify().equal
+print(json.dumps(facts | {"reloads": len(reloads)}))
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("tied", "moe", "prepare", "reloads"),
+    [(True, False, UNPACKED, 1), (False, False, UNPACKED, 1), (False, False, "", 4), (True, True, UNPACKED, 4)],
+    ids=["tied", "untied", "packed linears", "packed experts"],
+)
+def test_updates_are_copied_where_weights_lie_as_they_were_loaded(
+    tmp_path: Path, tied: bool, moe: bool, prepare: str, reloads: int
+) -> None:
+    make_model(tmp_path, moe=moe, tie_word_embeddings=tied)
+    done = run(prepare + UPDATES, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["exact"] == [True] * 4, facts
+    assert facts["verified"]
+    assert facts["reloads"] == reloads, done.stderr[-3000:]
