@@ -21,7 +21,7 @@ from .load import Load, load
 from .models import TrainerModel
 from .report import finish, percentile, table
 from .serving import Server, serving
-from .update import parsed, ways_of
+from .update import connected, parsed, ways_of
 from .ways import Native, Way, Weights, join
 
 EVERY_SECONDS = 1.0
@@ -107,9 +107,8 @@ def main() -> int:
         sets.append([(name, tensor.clone()) for name, tensor in trainer.weights()])
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(trainer, place, options.logs, native=options.native))
-        group = stack.enter_context(server.connect())
-        group.wait_ready(engines=options.engines, timeout=60)
-        ways, native = ways_of(server, group, join(server), sets[0], options)
+        groups = connected(server, stack, options)
+        ways, native = ways_of(server, groups, join(server), sets[0], options)
         windows = []
         with load(server.url, server.model, options.engines, options.load, options.tokens) as felt:
             quiet = Window("without updates")

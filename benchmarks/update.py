@@ -125,18 +125,17 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
     """Let the ways take turns."""
     rounds, warm_up = options.rounds, options.warm_up
     with contextlib.ExitStack() as stack:
-        group = stack.enter_context(server.connect())
-        group.wait_ready(engines=options.engines, timeout=60)
+        groups = connected(server, stack, options)
         link = join(server)
         weights = trainer.weights()
         raw = {f"raw {name}": raw_link(name, server, trainer, link, options) for name in options.transport}
-        ways, native = ways_of(server, group, link, weights, options)
+        ways, native = ways_of(server, groups, link, weights, options)
         running = Contest(server, trainer)
         # vLLM's transfers must be opened one at a time, so these have their turns in a row.
-        groups: list[list[Way]] = [ways, *([way] for way in native)]
+        sittings: list[list[Way]] = [ways, *([way] for way in native)]
         busy = load(server.url, server.model, options.engines, options.load, options.tokens)
         with busy:
-            for together in groups:
+            for together in sittings:
                 opened = next((way for way in together if isinstance(way, Native)), None)
                 if opened is not None:
                     try:
@@ -168,8 +167,16 @@ def raw_link(
     return raw_copy(trainer.weights(), target, options.rounds)
 
 
+def connected(server: Server, stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[str, EngineGroup]:
+    """A client for each transport: one alone would make its connections anew whenever the transport changes."""
+    groups = {transport: stack.enter_context(server.connect()) for transport in options.transport}
+    for group in groups.values():
+        group.wait_ready(engines=options.engines, timeout=60)
+    return groups
+
+
 def ways_of(
-    server: Server, group: EngineGroup, link: Link | None, weights: Weights, options: argparse.Namespace
+    server: Server, groups: dict[str, EngineGroup], link: Link | None, weights: Weights, options: argparse.Namespace
 ) -> tuple[list[Way], list[Native]]:
     """Those that can take turns, ours first; and those of vLLM's, of which one can be open at a time."""
     settings = {"staging": options.staging, "kv": options.kv, "deadline": 300}
@@ -178,7 +185,7 @@ def ways_of(
     # Loads of single tensors into a live model fail on CPU, where parameters are packed: there is nothing to load into.
     forms = (True,) if options.device == "cpu" else (False, True)
     ways: list[Way] = [
-        Ours(group, f"ours, {transport}", transport=transport, **settings) for transport in options.transport
+        Ours(group, f"ours, {transport}", transport=transport, **settings) for transport, group in groups.items()
     ]
     if link is not None:
         ways += [PerTensor(server, link, layerwise=form) for form in forms]
