@@ -67,7 +67,7 @@ class TrainerModel:
 
     @torch.no_grad()
     def set(self, version: int) -> None:
-        """Weights that follow from ``version`` alone."""
+        """Weights that follow from ``version`` alone; they are there when this returns."""
         parameters = list(self.model.parameters())
         generator = torch.Generator(parameters[0].device).manual_seed(version)
         for parameter in parameters:
@@ -76,10 +76,15 @@ class TrainerModel:
                 parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5, generator=generator)
             else:
                 parameter.normal_(1.0, 0.1, generator=generator)
+        if parameters[0].is_cuda:
+            torch.cuda.synchronize()
 
     def weights(self) -> list[tuple[str, torch.Tensor]]:
         """What an update sends: checkpoint names (an expert each, in an MoE) and full tensors."""
-        return list(named_weights(self.model))
+        weights = list(named_weights(self.model))
+        if weights[0][1].is_cuda:  # an MoE's are copies of what the model holds fused
+            torch.cuda.synchronize()
+        return weights
 
     def save_shape(self, folder: Path) -> None:
         """Write what ``vllm serve --load-format dummy`` wants."""
