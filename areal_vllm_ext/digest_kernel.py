@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -15,25 +14,26 @@ _ROWS = 512
 ALIGNMENT = 16
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mix(values: Any, first: Any, second: Any) -> Any:
+# No annotations: Triton looks their names up, and knows its own only.
+@triton.jit
+def _mix(values, first, second):  # type: ignore[no-untyped-def]
     values = (values ^ ((values >> 30) & 0x3FFFFFFFF)) * first
     values = (values ^ ((values >> 27) & 0x1FFFFFFFFF)) * second
     return values ^ ((values >> 31) & 0x1FFFFFFFF)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _hash(
-    addresses: Any,
-    sizes: Any,
-    owners: Any,
-    starts: Any,
-    keys: Any,
-    sums: Any,
-    constants: Any,
+def _hash(  # type: ignore[no-untyped-def]
+    addresses,
+    sizes,
+    owners,
+    starts,
+    keys,
+    sums,
+    constants,
     rows: tl.constexpr,
     step: tl.constexpr,
-) -> None:
+):
     """Add to the sum of a tensor the mixed hashes of some of its rows.
 
     Of tensor i: ``addresses[i]`` and ``sizes[i]`` in bytes; of program j: its tensor ``owners[j]``, and its first row there.
@@ -41,26 +41,33 @@ def _hash(
     program = tl.program_id(0)
     owner = tl.load(owners + program)
     size = tl.load(sizes + owner)
-    address = tl.multiple_of(tl.load(addresses + owner), 16)
-    words = address.to(tl.pointer_type(tl.int32))
+    address = tl.load(addresses + owner)
+    words = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
     octets = address.to(tl.pointer_type(tl.uint8))
     gamma, first, second = tl.load(constants), tl.load(constants + 1), tl.load(constants + 2)
     start = tl.load(starts + program)
     column = tl.arange(0, 64)
     key = tl.load(keys + column)[None, :]
     total = tl.zeros((step,), tl.int64)
-    for done in range(0, rows, step):
-        row = start + done + tl.arange(0, step)
-        word = row[:, None] * 64 + column[None, :]
-        value = tl.load(words + word, mask=word * 4 + 4 <= size, other=0)
-        if size % 4 != 0:
-            # The last word of a tensor that does not fill it: as if zeros followed.
-            for byte in tl.static_range(3):
-                place = word * 4 + byte
-                cut = (word * 4 + 4 > size) & (place < size)
-                value += tl.load(octets + place, mask=cut, other=0).to(tl.int32) << (8 * byte)
-        hashed = tl.sum(value.to(tl.int64) * key, axis=1)
-        total += tl.where(row * 256 < size, _mix(hashed + (row + 1) * gamma, first, second), 0)
+    if (start + rows) * 256 <= size:
+        # Rows of the tensor throughout: loads without a mask are four words wide.
+        for done in range(0, rows, step):
+            row = start + done + tl.arange(0, step)
+            value = tl.load(words + row[:, None] * 64 + column[None, :])
+            total += _mix(tl.sum(value.to(tl.int64) * key, axis=1) + (row + 1) * gamma, first, second)
+    else:
+        for done in range(0, rows, step):
+            row = start + done + tl.arange(0, step)
+            word = row[:, None] * 64 + column[None, :]
+            value = tl.load(words + word, mask=word * 4 + 4 <= size, other=0)
+            if size % 4 != 0:
+                # The last word of a tensor that does not fill it: as if zeros followed.
+                for byte in tl.static_range(3):
+                    place = word * 4 + byte
+                    cut = (word * 4 + 4 > size) & (place < size)
+                    value += tl.load(octets + place, mask=cut, other=0).to(tl.int32) << (8 * byte)
+            hashed = tl.sum(value.to(tl.int64) * key, axis=1)
+            total += tl.where(row * 256 < size, _mix(hashed + (row + 1) * gamma, first, second), 0)
     tl.atomic_add(sums + owner, tl.sum(total, axis=0))
 
 
