@@ -33,6 +33,7 @@ class WorkerExtension:
             with receiver.served.switching(receiver.contents(update)):
                 receiver.loader.load(weights, receiver.bound(update))
                 unproven: str = receiver.served.prove(weights)
+                receiver.confirm(update)
             return unproven
         finally:
             receiver.discard(update)
