@@ -39,7 +39,7 @@ from ..transport.buckets import damaged, unpack
 from ..transport.ipc import CudaIpcSource, device_id
 from . import staging
 from .loader import Loader
-from .served import Contents, Served, WeightsChanged
+from .served import Contents, Served, WeightsChanged, beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -139,6 +139,10 @@ class Intake:
         raise Cancelled
 
     def _run(self, lane: Lane) -> None:
+        with beside(self._receiver.device):
+            self._serve(lane)
+
+    def _serve(self, lane: Lane) -> None:
         step = "begin"
         source: Source | None = None
         try:
@@ -472,7 +476,8 @@ class Receiver:
     def _digest(self, order: DigestWeights) -> None:
         weights, error, busy = None, "", False
         try:
-            weights = self.served.describe(order.contents)
+            with beside(self.device):
+                weights = self.served.describe(order.contents)
         except WeightsChanged as changed:
             error, busy = str(changed), True
         except Exception as problem:
