@@ -97,7 +97,8 @@ class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
-    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major.
+    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major. In a bucket of
+    ``allocations``, from the start of the one with this number.
 
     ``digest`` is that of its bytes (``digest.py``), made by the trainer when the bucket was filled.
     """
@@ -105,6 +106,14 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
     tensor: TensorMeta
     offset: int
     digest: int
+    allocation: int = 0
+
+
+class Allocation(msgspec.Struct, frozen=True, array_like=True):
+    """Device memory of the trainer's: ``nbytes`` bytes that a ``cudaIpcMemHandle_t`` (64 bytes) opens."""
+
+    handle: bytes
+    nbytes: int
 
 
 class WorkerWeights(Part):
@@ -152,13 +161,15 @@ class SharedMemory(Part, tag=True):
 class CudaIpc(Part, tag=True):
     """Buckets lie in ``nbytes`` bytes of device memory that the trainer shares with the workers of its host.
 
-    ``host`` is the kernel's boot id, ``device_id`` the GPU's UUID, ``handle`` a ``cudaIpcMemHandle_t`` (64 bytes).
+    ``host`` is the kernel's boot id, ``device_id`` the GPU's UUID, ``handle`` a ``cudaIpcMemHandle_t`` (64 bytes). With
+    ``shares``, most tensors come as buckets of ``allocations``, and a worker on that device stages nothing.
     """
 
     host: str
     device_id: str
     handle: bytes
     nbytes: int
+    shares: bool = False
 
 
 class Disk(Part, tag=True):
@@ -252,7 +263,9 @@ class Begin(Message):
 class Bucket(Message):
     """Announce one bucket of ``nbytes`` bytes. The answer comes when every worker holds it that ``sender`` sends to.
 
-    ``location`` is the bucket's offset in shared memory, host's or GPU's, in bytes; other transports leave it 0.
+    ``location`` is the bucket's offset in shared memory, host's or GPU's, in bytes; other transports leave it 0. Where there
+    are ``allocations``, the tensors lie in the trainer's own memory instead, and may be read for as long as the last 8 bytes of
+    the shared memory hold ``stamp``.
     """
 
     epoch: Epoch
@@ -262,6 +275,8 @@ class Bucket(Message):
     segments: tuple[Segment, ...]
     location: int = 0
     sender: Rank = 0
+    allocations: tuple[Allocation, ...] = ()
+    stamp: int = 0
 
     @property
     def step(self) -> str:

@@ -835,7 +835,9 @@ class Trainer(Asking):
                 sending = update._sending = Sending(self.engines, loop, update.engines, call.version, update.ends)
                 for index in range(BUCKETS):
                     sending.begun = True
-                    await sending.announce(update._coordinator.update, index, 0, (), 0)
+                    await sending.announce(
+                        Bucket(epoch=0, update=update._coordinator.update, index=index, nbytes=0, segments=())
+                    )
                     if not index:
                         announce("receiving")
                 update.sent_by(0, BUCKETS, 0, [])

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from ..errors import EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
-from ..protocol import Bucket, EngineInfo, Segment, TensorMeta, Version
-from ..transport.buckets import filled_buckets
-from ..transport.ipc import device_id
+from ..protocol import Bucket, EngineInfo, TensorMeta, Version
+from ..transport.buckets import filled_buckets, not_finite
+from ..transport.ipc import CudaIpcSink, device_id
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -64,6 +65,7 @@ class Sending:
         pairs: Iterator[tuple[TensorMeta, torch.Tensor]],
         bucket_bytes: int,
         turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        lasting: frozenset[int] = frozenset(),
     ) -> None:
         """Send all of ``pairs`` through ``sink``, which has met the workers; returns when every worker holds them.
 
@@ -73,6 +75,7 @@ class Sending:
             pairs: the tensors; each is done with when the next is asked for.
             bucket_bytes: size of a bucket.
             turn: held while a bucket is on its way.
+            lasting: where storages begin that outlive the update: their tensors can be lent to the workers.
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
@@ -93,20 +96,26 @@ class Sending:
             location, buffer = sink.buffer(self.buckets, nbytes)
             return buffer
 
-        for filled in filled_buckets(pairs, bucket_bytes, memory):
+        lent: list[tuple[TensorMeta, torch.Tensor]] = []
+        travelling = without_lent(pairs, sink, lasting, lent) if isinstance(sink, CudaIpcSink) else pairs
+        for filled in filled_buckets(travelling, bucket_bytes, memory):
             if name := filled.not_finite():
                 raise InvalidWeights(f"{name} holds NaN or infinite values")
             if sink.announced_is_sent and filled.filled.device.type != "cpu":
                 torch.accelerator.synchronize(filled.filled.device)
-            segments = filled.segments()
-            self.entries += [(segment.tensor, segment.digest) for segment in segments]
-            self.begun = True
+            bucket = Bucket(
+                epoch=0,
+                update=update,
+                index=self.buckets,
+                nbytes=filled.nbytes,
+                segments=filled.segments(),
+                location=location,
+            )
             with turn():
-                announcing = self.announce(update, self.buckets, filled.nbytes, segments, location)
-                announced.append(asyncio.run_coroutine_threadsafe(announcing, self._loop))
+                announced.append(self._announced(bucket))
                 sink.push(filled.filled, self._left(), failed)
-            self.buckets += 1
-            self.nbytes += filled.nbytes
+        if lent and isinstance(sink, CudaIpcSink):
+            announced += self._lend(update, sink, lent)
         for future in announced:
             future.result(timeout=max(self._left(), 0))
         sink.release()
@@ -114,9 +123,22 @@ class Sending:
     def _left(self) -> float:
         return self._ends - time.monotonic()
 
-    async def announce(
-        self, update: str, index: int, nbytes: int, segments: tuple[Segment, ...], location: int
-    ) -> None:
+    def _lend(
+        self, update: str, sink: CudaIpcSink, tensors: list[tuple[TensorMeta, torch.Tensor]]
+    ) -> Iterator[Future[None]]:
+        if name := not_finite((meta.name, tensor) for meta, tensor in tensors):
+            raise InvalidWeights(f"{name} holds NaN or infinite values")
+        for bucket in sink.lend(tensors):
+            yield self._announced(msgspec.structs.replace(bucket, update=update, index=self.buckets))
+
+    def _announced(self, bucket: Bucket) -> Future[None]:
+        self.entries += [(segment.tensor, segment.digest) for segment in bucket.segments]
+        self.buckets += 1
+        self.nbytes += bucket.nbytes
+        self.begun = True
+        return asyncio.run_coroutine_threadsafe(self.announce(bucket), self._loop)
+
+    async def announce(self, bucket: Bucket) -> None:
         """Tell every engine of a bucket; returns when every worker holds it.
 
         Raises:
@@ -124,21 +146,27 @@ class Sending:
         """
 
         async def ask(name: str, engine: EngineInfo, epoch: int) -> None:
-            bucket = Bucket(
-                epoch=epoch,
-                update=update,
-                index=index,
-                nbytes=nbytes,
-                segments=segments,
-                location=location,
-                sender=self._sender,
-            )
+            own = msgspec.structs.replace(bucket, epoch=epoch, sender=self._sender)
             try:
-                await self._group.request(engine.address, bucket, max(self._left(), 0.05))
+                await self._group.request(engine.address, own, max(self._left(), 0.05))
             except (EngineUnreachable, RequestError) as error:
                 raise UpdateAborted(f"update to version {self._version}: {name}: {error}") from None
 
         await asyncio.gather(*(ask(name, *engine) for name, engine in self._engines.items()))
+
+
+def without_lent(
+    pairs: Iterator[tuple[TensorMeta, torch.Tensor]],
+    sink: CudaIpcSink,
+    lasting: frozenset[int],
+    lent: list[tuple[TensorMeta, torch.Tensor]],
+) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+    """What has to travel; what ``sink`` can lend of the storages that begin at ``lasting`` is put into ``lent``."""
+    for meta, tensor in pairs:
+        if tensor.untyped_storage().data_ptr() in lasting and sink.can_lend(tensor):
+            lent.append((meta, tensor))
+        else:
+            yield meta, tensor
 
 
 def choose_transport(asked: str, device: torch.device, engines: Iterable[EngineInfo]) -> str:

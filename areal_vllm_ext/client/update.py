@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import msgspec
+
 from .. import digest, protocol
 from ..errors import (
     ArealError,
@@ -40,9 +42,10 @@ from ..protocol import (
 )
 from ..transport import Cancelled
 from ..transport.buckets import total_bytes
+from ..transport.ipc import CudaIpcSink
 from .coordinator import Coordinator, Member
 from .sending import Sending, choose_transport
-from .weights import Checker, Named, gathered, warn_unchecked
+from .weights import Checker, Named, gathered, storages, warn_unchecked
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -123,6 +126,8 @@ class AsyncUpdate:
         self._loading = False
         self._buckets: dict[int, int] = {}
         self._entries: list[tuple[TensorMeta, int]] = []
+        self._lasting: frozenset[int] = frozenset()
+        self._lender: CudaIpcSink | None = None
         self._started = 0.0
         self._pause_started = 0.0
         self._commit_seconds = 0.0
@@ -183,6 +188,8 @@ class AsyncUpdate:
     async def send(self, weights: Any, *, dtype: str | None = None) -> None:
         """Bring new weights to every engine's staging. The engines generate meanwhile.
 
+        Change the weights after the update's block: by CUDA IPC, engines read them where they are until then.
+
         Args:
             weights: an ``nn.Module``, a state dict, an iterable of (name, tensor), or the path of a Hugging Face
                 checkpoint directory that every engine can read.
@@ -207,6 +214,9 @@ class AsyncUpdate:
         expected = self.expected()
         checker = Checker(expected, self.dtype, dtype)
         pairs = checker.check_source(weights, gather)
+        # Weights that travel as they are, out of memory that is there until the update is over, can be lent.
+        if dtype is None and self._options.staging in ("auto", "device"):
+            self._lasting = storages(weights)
         with self.sending_fails():
             self._send_buckets(pairs, expected)
 
@@ -252,6 +262,8 @@ class AsyncUpdate:
                 return
             if coordinator.phase in ("begin", "send") and error is not None:
                 await self._drive(coordinator.give_up(f"{type(error).__name__}: {error}"))
+            elif coordinator.phase == "send" and (name := self._lender.changed() if self._lender else ""):
+                await self._drive(coordinator.give_up(f"{name} was changed before the update was over"))
             elif coordinator.phase == "send":
                 self._loading = True
                 # From disk nothing passes through here: then the engines' votes are compared with each other only.
@@ -280,6 +292,8 @@ class AsyncUpdate:
                 commit_ms=self._commit_seconds * 1e3,
             )
         finally:
+            if self._lender:
+                self._lender.take_back()
             if self._result is None:
                 self._group.drop_sink()
             await self._command.aclose()
@@ -462,7 +476,11 @@ class AsyncUpdate:
             kept = self._group.has_sink
             kind = choose_transport(self._options.transport, device, self._engines.values())
             sink = self._group.sink(kind, self._engines, device, self._options.bucket_bytes, expected, self._left())
-            transfers = zip(self._engines, sink.transfers, strict=True)
+            self._lender = sink if isinstance(sink, CudaIpcSink) and self._lasting else None
+            lent = (
+                (msgspec.structs.replace(one, shares=True) for one in self._lender.transfers) if self._lender else None
+            )
+            transfers = zip(self._engines, lent or sink.transfers, strict=True)
             opening = self.open({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
             try:
                 sink.meet(opening)
@@ -485,5 +503,6 @@ class AsyncUpdate:
             sink,
             itertools.chain([first], pairs),
             min(sink.bucket_bytes, total_bytes(expected, self.dtype) or sink.bucket_bytes),
+            lasting=self._lasting,
         )
         self.sent_by(0, sending.buckets, sending.nbytes, sending.entries)

@@ -151,3 +151,17 @@ def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
 def warn_unchecked(reason: str) -> None:
     """Say that names and shapes are not checked ahead."""
     warnings.warn(f"names and shapes cannot be checked before they are sent: {reason}", RuntimeWarning, stacklevel=3)
+
+
+def storages(source: object) -> frozenset[int]:
+    """Where the storages of a module's, a dict's or a list's tensors begin; a generator's tensors may not last."""
+    if isinstance(source, torch.nn.Module):
+        source = source.state_dict()
+    tensors = (
+        source.values()
+        if isinstance(source, Mapping)
+        else [one for _, one in source]
+        if isinstance(source, list)
+        else ()
+    )
+    return frozenset(one.untyped_storage().data_ptr() for one in tensors if not hasattr(one, "to_local"))

@@ -48,11 +48,13 @@ class Source(Protocol):
     Attributes:
         reusable: whether it can serve another update.
         unchecked: whether the trainer could not look at the values (so the worker must).
+        shared: whether the tensors stay where they are, in the trainer's memory, until the commit.
         nbytes: of all weights, where this end knows it; else 0.
     """
 
     reusable: bool
     unchecked: bool
+    shared: bool
     nbytes: int
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
@@ -104,7 +106,7 @@ class Sink(Protocol):
         ...
 
     def release(self) -> None:
-        """The update is over: free the buffers, keep the connections."""
+        """All is sent: free the buffers, keep the connections."""
         ...
 
     def close(self) -> None: ...

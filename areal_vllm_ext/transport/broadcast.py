@@ -159,6 +159,7 @@ class BroadcastSource:
 
     reusable = True
     unchecked = False
+    shared = False
     nbytes = 0
 
     def __init__(self, transfer: Broadcast, receiver: Receiver, timeout: float, cancelled: threading.Event) -> None:

@@ -60,7 +60,7 @@ class Bucket:
 
     def segments(self) -> tuple[Segment, ...]:
         """What lies where, with the digest of each tensor as it lies in the buffer now."""
-        spans = [(offset, _nbytes(meta)) for meta, offset in self._tensors]
+        spans = [(offset, nbytes_of(meta)) for meta, offset in self._tensors]
         values = digest.digests(self.filled, spans)
         return tuple(Segment(*placed, value) for placed, value in zip(self._tensors, values, strict=True))
 
@@ -103,7 +103,8 @@ def filled_buckets(
         yield bucket
 
 
-def _nbytes(meta: TensorMeta) -> int:
+def nbytes_of(meta: TensorMeta) -> int:
+    """Bytes of a tensor."""
     dtype: torch.dtype = getattr(torch, meta.dtype)
     return math.prod(meta.shape) * dtype.itemsize
 
@@ -113,7 +114,7 @@ def damaged(segments: Sequence[Segment], buffer: torch.Tensor) -> str:
 
     ``segments`` were unpacked before, so each lies inside the buffer.
     """
-    values = digest.digests(buffer, [(segment.offset, _nbytes(segment.tensor)) for segment in segments])
+    values = digest.digests(buffer, [(segment.offset, nbytes_of(segment.tensor)) for segment in segments])
     for segment, value in zip(segments, values, strict=True):
         if value != segment.digest:
             return segment.tensor.name

@@ -21,6 +21,7 @@ class DiskSource:
 
     reusable = False
     unchecked = True
+    shared = False
 
     def __init__(self, transfer: Disk) -> None:
         """Look the directory through.

@@ -1,31 +1,46 @@
-"""CUDA IPC: trainer and workers on one host, the best when on one GPU. Two slots of device memory: the trainer fills one
-while the workers copy the other, each into staging of its own.
+"""CUDA IPC: trainer and workers on one host, the best when on one GPU. Tensors come in one of two ways.
 
-The slots are allocated apart (``cudaMalloc``), not by torch: a handle names a whole allocation, torch's are parts of larger
-ones that it uses again, and with expandable segments they have no handle at all.
+**Lent**, where they live on in the trainer (a module, a state dict) as they are to be sent: the trainer tells of the
+allocations that they lie in, and what a worker on that GPU has staged is the trainer's memory. A worker on another GPU copies
+it over. The trainer takes its memory back when the update is over, by a stamp that workers look at after they have loaded: one
+that is late finds out that what it copied may have changed, and is tainted.
+
+**In slots**, all others: two slots of device memory; the trainer fills one while the workers copy the other, each into staging
+of its own. The slots are allocated apart (``cudaMalloc``), not by torch, whose allocations have no handle with expandable
+segments: then nothing can be lent either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import secrets
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
-from ..protocol import Bucket, CudaIpc
+from .. import digest
+from ..protocol import Allocation, Bucket, CudaIpc, Segment, TensorMeta
 from . import watch
+from .buckets import aligned, nbytes_of
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     from ..worker.receiver import Receiver
 
 _HANDLE_BYTES = 64
 _ENABLE_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
+_STAMP_BYTES = digest.ROW_BYTES
+# What a worker keeps open of a trainer is device memory that a trainer's death does not free.
+_KEEP_OPEN_SECONDS = 30.0
+# Tensors in one announcement, so that its message stays small.
+_LENT_TOGETHER = 16384
 _COPY_KIND = 4  # cudaMemcpyDefault: from device to device, wherever each is
 
 
@@ -60,10 +75,11 @@ _FUNCTIONS: dict[str, list[Any]] = {
 class CudaRuntime:
     """The functions of the CUDA runtime that torch does not offer. They work on the current device."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, driver: str = "libcuda.so.1") -> None:
         """
         Args:
             path: the library, or its name where the process has loaded it already.
+            driver: that of the driver.
 
         Raises:
             RuntimeError: it cannot be loaded.
@@ -72,6 +88,7 @@ class CudaRuntime:
             library = ctypes.CDLL(path)
         except OSError as error:
             raise RuntimeError(f"the CUDA runtime cannot be loaded ({error}): use transport='shared_memory'") from None
+        self._driver = driver
         self._call: dict[str, Any] = {}
         for name, argument_types in _FUNCTIONS.items():
             self._call[name] = library[name]
@@ -100,6 +117,14 @@ class CudaRuntime:
             "cudaIpcOpenMemHandle", ctypes.byref(address), _Handle.from_buffer_copy(handle), _ENABLE_PEER_ACCESS
         )
         return Memory(address.value or 0, nbytes, functools.partial(self._call["cudaIpcCloseMemHandle"], address))
+
+    def allocation(self, address: int) -> Memory:
+        """All of the allocation that ``address`` lies in. It is not this object's to free."""
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        driver = ctypes.CDLL(self._driver)
+        if driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)):
+            raise RuntimeError("cuMemGetAddressRange failed")
+        return Memory(base.value, size.value, lambda: None)
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         """Begin to copy, on a CUDA stream."""
@@ -144,16 +169,15 @@ _own: dict[bytes, Memory] = {}
 class CudaIpcSource:
     """The worker's end."""
 
-    # Opened for each update: what is kept open keeps a dead trainer's device memory.
-    reusable = False
+    reusable = True
     unchecked = False
     nbytes = 0
 
     def __init__(self, transfer: CudaIpc, receiver: Receiver) -> None:
-        """Open the trainer's memory.
+        """Open the trainer's slots.
 
         Raises:
-            RuntimeError: this worker cannot reach it.
+            RuntimeError: this worker cannot reach them.
         """
         self._device = receiver.device
         if self._device.type != "cuda":
@@ -162,30 +186,96 @@ class CudaIpcSource:
             )
         if transfer.host != host_id():
             raise RuntimeError("the trainer is on another host: use transport='broadcast'")
-        if transfer.device_id != device_id(self._device):
+        near = transfer.device_id == device_id(self._device)
+        if not near:
             _check_peer(self._device, transfer.device_id)
+        self.shared = transfer.shares and near
+        self._transfer = transfer
         self._runtime = load()
+        self._opened: dict[bytes, Memory] = {}
+        self._idle: threading.Timer | None = None
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(self._device)
-            try:
-                opened = _own.get(transfer.handle) or self._runtime.open(transfer.handle, transfer.nbytes)
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"the trainer's memory on GPU {transfer.device_id} cannot be opened ({error}): is the trainer gone, in "
-                    "a container of its own, or without peer access? Else use transport='broadcast' or 'shared_memory'"
-                ) from None
-        self._memory: Memory | None = opened
+        self._open(transfer.handle, transfer.nbytes)
+
+    def _open(self, handle: bytes, nbytes: int) -> Memory:
+        """The trainer's memory; opened once, and closed when it was not used for a while."""
+        self._keep_open()
+        opened = self._opened
+        if handle not in opened:
+            with torch.cuda.device(self._device):
+                try:
+                    opened[handle] = _own.get(handle) or self._runtime.open(handle, nbytes)
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"the trainer's memory on GPU {self._transfer.device_id} cannot be opened ({error}): is the trainer "
+                        "gone, in a container of its own, or without peer access? Else use transport='broadcast' or "
+                        "'shared_memory'"
+                    ) from None
+        return opened[handle]
+
+    def _keep_open(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        # A new dictionary: whoever uses an opened memory has it by now.
+        self._idle = threading.Timer(_KEEP_OPEN_SECONDS, lambda: setattr(self, "_opened", {}))
+        self._idle.daemon = True
+        self._idle.start()
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
-        assert self._memory is not None
-        if min(bucket.location, bucket.nbytes) < 0 or bucket.location + bucket.nbytes > self._memory.nbytes:
+        memory = self._open(self._transfer.handle, self._transfer.nbytes)
+        if min(bucket.location, bucket.nbytes) < 0 or bucket.location + bucket.nbytes > memory.nbytes:
             raise ValueError("the bucket does not lie inside the trainer's memory")
+        return self._copied([(memory, bucket.location, bucket.nbytes)], timeout, cancelled)
+
+    def lent(
+        self, bucket: Bucket, timeout: float, cancelled: threading.Event
+    ) -> Iterator[tuple[Sequence[Segment], torch.Tensor]]:
+        """Tensors that lie in the trainer's own memory, with the memory that they are in here, and where.
+
+        On the trainer's GPU that memory itself. Raises as ``receive`` does.
+        """
+        opened = [self._open(one.handle, one.nbytes) for one in bucket.allocations]
+        # What the trainer has freed meanwhile is not kept open.
+        wanted = {self._transfer.handle, *(one.handle for one in bucket.allocations)}
+        self._opened = {handle: memory for handle, memory in self._opened.items() if handle in wanted}
+        by_allocation: dict[int, list[Segment]] = {}
+        for segment in bucket.segments:
+            by_allocation.setdefault(segment.allocation, []).append(segment)
+        for number, segments in by_allocation.items():
+            memory = opened[number]
+            if self.shared:
+                yield segments, torch.as_tensor(memory, device=self._device)
+                continue
+            places, moved, end = [], [], 0
+            for segment in segments:
+                nbytes = nbytes_of(segment.tensor)
+                if segment.offset < 0 or segment.offset + nbytes > memory.nbytes:
+                    raise ValueError(f"{segment.tensor.name} does not lie inside its allocation")
+                places.append((memory, segment.offset, aligned(nbytes)))
+                moved.append(msgspec.structs.replace(segment, offset=end))
+                end += places[-1][2]
+            yield moved, self._copied(places, timeout, cancelled)
+
+    def stamp(self) -> torch.Tensor:
+        """Where the trainer shows for how long it lends what it announced: one int64, which it changes when it does not."""
+        memory = self._open(self._transfer.handle, self._transfer.nbytes)
+        return torch.as_tensor(memory, device=self._device)[-8:].view(torch.int64)
+
+    def _copied(
+        self, places: Sequence[tuple[Memory, int, int]], timeout: float, cancelled: threading.Event
+    ) -> torch.Tensor:
+        """The bytes at (memory, offset, bytes), one after the other, in memory of this worker's."""
         with torch.cuda.device(self._device):
-            buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
+            buffer = torch.empty(sum(nbytes for _, _, nbytes in places), dtype=torch.uint8, device=self._device)
             buffer.record_stream(self._stream)  # an update that is given up frees it while the copy runs
             self._stream.wait_stream(torch.cuda.current_stream())
-            source = self._memory.address + bucket.location
-            self._runtime.copy(buffer.data_ptr(), source, bucket.nbytes, self._stream.cuda_stream)
+            to = buffer.data_ptr()
+            for memory, offset, nbytes in places:
+                self._runtime.copy(
+                    to, memory.address + offset, min(nbytes, memory.nbytes - offset), self._stream.cuda_stream
+                )
+                to += nbytes
             done = torch.cuda.Event()
             done.record(self._stream)
             watch(done.query, timeout, cancelled.is_set)
@@ -197,7 +287,9 @@ class CudaIpcSource:
     def close(self) -> None:
         # Not under a copy that still runs: a GPU that reads memory that is gone is of no use to its engine any more.
         self._stream.synchronize()
-        self._memory = None
+        if self._idle is not None:
+            self._idle.cancel()
+        self._opened = {}
 
 
 def _check_peer(device: torch.device, other: str) -> None:
@@ -235,13 +327,19 @@ class CudaIpcSink:
         with torch.cuda.device(device):
             torch.cuda.empty_cache()  # what torch keeps in reserve is room too
             try:
-                memory = runtime.allocate(self.slots * slot_bytes)
+                memory = runtime.allocate(self.slots * slot_bytes + _STAMP_BYTES)
             except RuntimeError as error:
                 raise RuntimeError(
                     f"{device} has no room for two slots of {slot_bytes >> 20} MiB ({error}): use a smaller bucket_mib"
                 ) from None
             self._handle = runtime.share(memory)
             self._memory: torch.Tensor | None = torch.as_tensor(memory, device=device)
+            self._stream = torch.cuda.Stream(device)
+        self._runtime, self._device = runtime, device
+        # Until the update is over: these tensors, as they were when they were announced, and the allocations they lie in.
+        self._lent: list[tuple[str, torch.Tensor, int]] = []
+        self._allocations: dict[bytes, Memory] = {}
+        self._handles: dict[int, bytes] = {}  # by where an allocation, or a tensor, begins
         _own[self._handle] = memory
         transfer = CudaIpc(host=host_id(), device_id=device_id(device), handle=self._handle, nbytes=memory.nbytes)
         self.transfers = [transfer] * engines
@@ -261,9 +359,68 @@ class CudaIpcSink:
     def push(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
         """Nothing to do: announced is sent."""
 
+    def can_lend(self, tensor: torch.Tensor) -> bool:
+        """Whether workers can use ``tensor`` where it lies."""
+        if tensor.device != self._device or not tensor.is_contiguous() or not tensor.nbytes:
+            return False
+        with torch.cuda.device(self._device), contextlib.suppress(RuntimeError, OSError):
+            memory = self._runtime.allocation(tensor.data_ptr())
+            if (tensor.data_ptr() - memory.address) % digest.ROW_BYTES == 0:
+                if memory.address not in self._handles:
+                    handle = self._handles[memory.address] = self._runtime.share(memory)
+                    self._allocations[handle] = _own[handle] = memory
+                self._handles[tensor.data_ptr()] = self._handles[memory.address]
+                return True
+        return False
+
+    def lend(self, tensors: Sequence[tuple[TensorMeta, torch.Tensor]]) -> Iterator[Bucket]:
+        """Announcements of tensors that can be lent; they must stay as they are until ``take_back``."""
+        torch.cuda.synchronize(self._device)  # workers read on streams of their own
+        stamp = secrets.randbits(62) | 1
+        self._stamp(stamp)
+        for start in range(0, len(tensors), _LENT_TOGETHER):
+            together = tensors[start : start + _LENT_TOGETHER]
+            self._lent += [(meta.name, tensor, tensor._version) for meta, tensor in together]  # noqa: SLF001
+            values = digest.digests_of(tensor for _, tensor in together)
+            numbers: dict[bytes, int] = {}
+            segments = []
+            for (meta, tensor), value in zip(together, values, strict=True):
+                handle = self._handles[tensor.data_ptr()]
+                number = numbers.setdefault(handle, len(numbers))
+                offset = tensor.data_ptr() - self._allocations[handle].address
+                segments.append(Segment(meta, offset, value, number))
+            yield Bucket(
+                epoch=0,
+                update="",
+                index=0,
+                nbytes=sum(tensor.nbytes for _, tensor in together),
+                segments=tuple(segments),
+                allocations=tuple(Allocation(handle, self._allocations[handle].nbytes) for handle in numbers),
+                stamp=stamp,
+            )
+
+    def changed(self) -> str:
+        """The name of a lent tensor that was written to meanwhile, as far as torch knows; else empty."""
+        return next((name for name, tensor, version in self._lent if tensor._version != version), "")  # noqa: SLF001
+
+    def take_back(self) -> None:
+        """The update is over for every engine that has answered: what was lent may change from now on."""
+        if self._lent:
+            self._stamp(0)
+            for handle in self._allocations:
+                _own.pop(handle, None)
+            self._lent, self._allocations, self._handles = [], {}, {}
+
+    def _stamp(self, value: int) -> None:
+        assert self._memory is not None
+        with torch.cuda.stream(self._stream):
+            self._memory[-8:].view(torch.int64).fill_(value)
+        self._stream.synchronize()
+
     def release(self) -> None:
-        """The memory is kept: workers have it open until they have switched."""
+        """The slots are kept for the next update."""
 
     def close(self) -> None:
+        self.take_back()
         _own.pop(self._handle, None)
         self._memory = None

@@ -52,6 +52,7 @@ class SharedMemorySource:
 
     reusable = True
     unchecked = False
+    shared = False
     nbytes = 0
 
     def __init__(self, transfer: SharedMemory, device: torch.device) -> None:

@@ -31,8 +31,9 @@ class WorkerExtension:
         try:
             weights = receiver.staged(update)
             with receiver.served.switching(receiver.contents(update)):
-                receiver.loader.load(weights, receiver.bound(update))
+                receiver.served.copied = receiver.loader.load(weights, receiver.bound(update))
                 unproven: str = receiver.served.prove(weights)
+                receiver.confirm(update)
             return unproven
         finally:
             receiver.discard(update)

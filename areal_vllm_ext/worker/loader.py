@@ -41,22 +41,30 @@ class Loader:
             plan, self._plan, self._tried = None, None, {}
         return BoundPlan(plan) if plan else None
 
-    def load(self, weights: Iterable[tuple[str, torch.Tensor]], bound: BoundPlan | None = None) -> None:
+    def load(
+        self, weights: Iterable[tuple[str, torch.Tensor]], bound: BoundPlan | None = None
+    ) -> dict[str, torch.Tensor]:
         """Load a complete set of checkpoint tensors. On the worker's own thread, while its engine is paused.
 
         Args:
             weights: (name, tensor) in checkpoint format, on any device; a list where they are staged.
             bound: a plan that they were added to, if any.
+
+        Returns:
+            where a plan copied an incoming tensor whole into one run of live memory: that run, which must have its digest.
         """
+        copied: dict[str, torch.Tensor] = {}
         if bound is not None and bound.complete and bound.plan is self._plan:
             bound.copy()
             self._forget_old_weights()
+            copied = bound.plan.whole
         elif isinstance(weights, list) and self._worth_a_plan(dict(weights)):
             self._load_and_record(weights)
         else:
             self._load_layerwise(weights)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
+        return copied
 
     def _worth_a_plan(self, staged: dict[str, torch.Tensor]) -> bool:
         tried, self._tried = self._tried, {name: (tensor.dtype, tensor.shape) for name, tensor in staged.items()}

@@ -331,12 +331,17 @@ class Plan:
         self.sources = {name: (tensor.dtype, tensor.shape) for name, tensor in staged.items()}
         self.copies: dict[str, list[tuple[torch.Tensor, Part]]] = {name: [] for name in staged}
         self._addresses = addresses
+        # Of incoming tensors that are copied whole, and into one run of memory: that run.
+        self.whole: dict[str, torch.Tensor] = {}
         self.nbytes = 0
         for target in targets:
             for copy in target.copies:
                 view = copy.to.of(target.flat)
                 self.copies[copy.source].append((view, copy.part))
                 self.nbytes += view.nbytes
+                source = staged[copy.source]
+                if source.dtype == view.dtype and copy.part == Part(0, (source.numel(),), (1,)) and _is_run(copy.to):
+                    self.whole[copy.source] = view
 
     def fits(self, live: Mapping[str, torch.Tensor]) -> bool:
         """Whether these are the tensors that it was recorded on, where they were."""

@@ -36,10 +36,10 @@ from ..protocol import (
 )
 from ..transport import Cancelled, Source, open_source
 from ..transport.buckets import damaged, unpack
-from ..transport.ipc import device_id
+from ..transport.ipc import CudaIpcSource, device_id
 from . import staging
 from .loader import Loader
-from .served import Contents, Served, WeightsChanged
+from .served import Contents, Served, WeightsChanged, beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -78,6 +78,8 @@ class Intake:
         self.manifest: dict[str, tuple[TensorMeta, int]] = {}
         # Of staged tensors, where there is a load plan.
         self.bound: BoundPlan | None = None
+        # Where trainers show for how long they lend what is staged, and what it shows until then.
+        self._lent: list[tuple[torch.Tensor, int]] = []
         self._receiver = receiver
         self._lanes = {
             number: Lane(sender.transfer)
@@ -111,7 +113,7 @@ class Intake:
         """End the thread, and free the staging; the connection to the sender stays for the next update."""
         for lane in self._lanes.values():
             lane.orders.put(None)
-        self.tensors, self.bound = {}, None
+        self.tensors, self.bound, self._lent = {}, None, []
 
     @property
     def in_place(self) -> bool:
@@ -137,6 +139,10 @@ class Intake:
         raise Cancelled
 
     def _run(self, lane: Lane) -> None:
+        with beside(self._receiver.device):
+            self._serve(lane)
+
+    def _serve(self, lane: Lane) -> None:
         step = "begin"
         source: Source | None = None
         try:
@@ -161,7 +167,7 @@ class Intake:
                 self._report(step, f"{step}: {type(error).__name__}: {error}")
         finally:
             if self._cancelled.is_set():
-                self.tensors, self.bound = {}, None
+                self.tensors, self.bound, self._lent = {}, None, []
             if source is not None and not source.reusable:
                 source.close()
 
@@ -169,7 +175,7 @@ class Intake:
         """Whether this lane is the last."""
         with self._opening:
             if self._place is None:
-                nbytes = self.begin.staging.nbytes or source.nbytes
+                nbytes = 0 if source.shared else self.begin.staging.nbytes or source.nbytes
                 self._place = staging.choose(self.begin.staging, nbytes, self._receiver.device)
                 self.bound = None if self.in_place else self._receiver.loader.bind()
             lane.source = source
@@ -184,12 +190,40 @@ class Intake:
 
     def _receive(self, lane: Lane, source: Source, order: Bucket) -> None:
         """One bucket, compared with what the trainer put into it."""
+        if order.allocations:
+            self._view(lane, source, order)
+            return
         buffer = self._put(source.receive(order, self._ends - monotonic(), self._cancelled))
         tensors = dict(unpack(order.segments, buffer))
         if name := damaged(order.segments, buffer):
             raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
         self._take(tensors, [segment.digest for segment in order.segments], unchecked=source.unchecked)
         lane.received += 1
+
+    def _view(self, lane: Lane, source: Source, order: Bucket) -> None:
+        """Tensors in the trainer's own memory."""
+        if not isinstance(source, CudaIpcSource):
+            raise ValueError("memory of the trainer's was announced over another transport")  # noqa: TRY004 - from the wire
+        tensors: dict[str, torch.Tensor] = {}
+        for segments, buffer in source.lent(order, self._ends - monotonic(), self._cancelled):
+            tensors |= unpack(segments, self._put(buffer))
+        told = {segment.tensor.name: segment.digest for segment in order.segments}
+        for name, value in zip(tensors, digest.digests_of(tensors.values()), strict=True):
+            if told[name] != value:
+                raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
+        if source.shared:
+            self._lent.append((source.stamp(), order.stamp))
+        self._take(tensors, [told[name] for name in tensors], unchecked=source.unchecked)
+        lane.received += 1
+
+    def confirm(self) -> None:
+        """After a load: what lies in the trainer's memory was what was announced, up to here.
+
+        Raises:
+            RuntimeError: the trainer may have changed it meanwhile.
+        """
+        if any(int(shown) != stamp for shown, stamp in self._lent):
+            raise RuntimeError("the trainer took its memory back before it was loaded: update this engine again")
 
     def _put(self, buffer: torch.Tensor) -> torch.Tensor:
         """Into staging."""
@@ -321,6 +355,12 @@ class Receiver:
         intake = self._intake
         return intake.bound if intake is not None and intake.begin.update == update else None
 
+    def confirm(self, update: str) -> None:
+        """See ``Intake.confirm``."""
+        intake = self._intake
+        if intake is not None and intake.begin.update == update:
+            intake.confirm()
+
     def contents(self, update: str) -> Contents:
         """What was staged for ``update``, with digests."""
         intake = self._intake
@@ -436,7 +476,8 @@ class Receiver:
     def _digest(self, order: DigestWeights) -> None:
         weights, error, busy = None, "", False
         try:
-            weights = self.served.describe(order.contents)
+            with beside(self.device):
+                weights = self.served.describe(order.contents)
         except WeightsChanged as changed:
             error, busy = str(changed), True
         except Exception as problem:

@@ -7,6 +7,7 @@ damaged. They are taken while the engine generates already, on a thread of their
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def beside(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """For threads beside the engine's: what they have the device do does not wait for the engine's steps, nor these for it."""
+    return torch.cuda.stream(_stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+
 
 Contents = dict[str, tuple[TensorMeta, int]]
 
@@ -42,6 +54,9 @@ class Served:
         self._model = model
         self._contents: Contents | None = None
         self._after_commit: dict[str, int] = {}
+        # What the last commit copied: runs of live memory that must have the digests of the incoming tensors.
+        self.copied: dict[str, torch.Tensor] = {}
+        self._wrong: tuple[str, ...] = ()
         self._proven: frozenset[str] = frozenset()
         # Raised when a switch begins and when it has ended: odd meanwhile.
         self._changes = 0
@@ -55,7 +70,7 @@ class Served:
         """The body puts weights with these digests into the live model."""
         with self._state:
             self._changes += 1
-            self._after_commit = {}
+            self._after_commit, self._wrong = {}, ()
             self._contents = {}  # nobody's, should the body fail
         try:
             yield
@@ -112,7 +127,7 @@ class Served:
             layout=self._layout(),
             manifest=manifest,
             live=live,
-            changed=tuple(name for name, value in live.items() if after_commit.get(name) != value),
+            changed=(*(name for name, value in live.items() if after_commit.get(name) != value), *self._wrong),
             contents=tuple(applied.values()) if contents and applied else (),
         )
 
@@ -134,11 +149,31 @@ class Served:
 
     def _remember(self) -> None:
         try:
-            self._take()
+            with beside(self._worker.device):
+                self._take()
+                self._compare()
         except WeightsChanged:
             pass  # the next commit has its own
         except Exception:
             logger.warning("areal_vllm_ext: no digests of the live weights could be taken", exc_info=True)
+
+    def _compare(self) -> None:
+        """Whether what was applied is what was received."""
+        changes, contents, copied = self._changes, self._contents, self.copied
+        values = dict(zip(copied, digest.digests_of(copied.values()), strict=True))
+        with self._state:
+            if changes != self._changes or changes % 2 or not contents:
+                return
+            self._wrong = tuple(
+                name for name, value in values.items() if name in contents and contents[name][1] != value
+            )
+        if self._wrong:
+            logger.error(
+                "areal_vllm_ext: %d tensors were not applied as they were received (%s): update this engine again, and "
+                "report it",
+                len(self._wrong),
+                ", ".join(self._wrong[:5]),
+            )
 
     def _layout(self) -> str:
         """Workers with an equal layout hold equal live tensors: the same part of the model, for the same kind of device."""

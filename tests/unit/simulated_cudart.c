@@ -13,13 +13,37 @@ void *last_stream;
 
 static int fail(int error) { return last_error = error; }
 
+enum { MOST = 16 };
+static struct { char *address; size_t size; } allocations[MOST];
+
 int cudaMalloc(void **address, size_t size) {
   if (size > 1 << 20) return fail(OUT_OF_MEMORY);
+  int i = 0;
+  while (i < MOST && allocations[i].address) i++;
+  if (i == MOST) return fail(OUT_OF_MEMORY);
   allocated++;
-  *address = malloc(size);
+  *address = allocations[i].address = aligned_alloc(512, (size + 511) / 512 * 512);
+  allocations[i].size = size;
   return SUCCESS;
 }
-int cudaFree(void *address) { allocated--; free(address); return SUCCESS; }
+int cudaFree(void *address) {
+  for (int i = 0; i < MOST; i++)
+    if (allocations[i].address == address) allocations[i].address = NULL;
+  allocated--;
+  free(address);
+  return SUCCESS;
+}
+int cuMemGetAddressRange_v2(unsigned long long *base, size_t *size, unsigned long long address) {
+  for (int i = 0; i < MOST; i++) {
+    unsigned long long start = (unsigned long long)allocations[i].address;
+    if (start && start <= address && address < start + allocations[i].size) {
+      *base = start;
+      *size = allocations[i].size;
+      return SUCCESS;
+    }
+  }
+  return INVALID_VALUE;
+}
 
 int cudaIpcGetMemHandle(Handle *handle, void *address) {
   memset(handle, 0, sizeof *handle);  // zeros inside, as in real ones

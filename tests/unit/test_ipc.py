@@ -5,18 +5,24 @@ That the bytes arrive on a GPU is shown by benchmarks/gpu_smoke.py.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from waiting import eventually
 
-from areal_vllm_ext.protocol import CudaIpc
+from areal_vllm_ext import digest
+from areal_vllm_ext.protocol import Bucket, CudaIpc, TensorMeta
 from areal_vllm_ext.transport import ipc
+from areal_vllm_ext.transport.buckets import unpack
 from areal_vllm_ext.transport.ipc import CudaIpcSink, CudaIpcSource, CudaRuntime
 
 compiler = shutil.which("cc") or shutil.which("gcc")
@@ -34,7 +40,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runtime(library: Path) -> CudaRuntime:
-    return CudaRuntime(str(library))
+    return CudaRuntime(str(library), driver=str(library))
 
 
 def counter(library: Path, name: str) -> int:
@@ -124,3 +130,163 @@ def test_a_worker_whose_gpu_may_not_read_the_trainers(monkeypatch: pytest.Monkey
 def test_a_trainer_whose_weights_are_in_host_memory() -> None:
     with pytest.raises(RuntimeError, match="these weights are on cpu: use 'shared_memory'"):
         CudaIpcSink(1, torch.device("cpu"), 1024, 1024)
+
+
+# Lending
+
+
+def memory_as_tensor(memory: ipc.Memory, **_: object) -> torch.Tensor:
+    """What ``torch.as_tensor`` makes of device memory; the tensor keeps it."""
+    array = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
+    array.memory = memory
+    return torch.frombuffer(array, dtype=torch.uint8)
+
+
+class Gpu:
+    """Stands for every device, those of host memory too."""
+
+    type = "cuda"
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def simulated(runtime: CudaRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaRuntime]:
+    """torch's CUDA on host memory: what is left of it is which bytes are read where, and when."""
+    nothing: Any = SimpleNamespace(
+        synchronize=lambda: None, wait_stream=lambda _: None, record=lambda _: None, query=lambda: True, cuda_stream=0
+    )
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    for name in ("Stream", "Event", "current_stream", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nothing)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch, "as_tensor", memory_as_tensor)
+    monkeypatch.setattr(ipc, "device_id", lambda _: "GPU-1")
+    monkeypatch.setattr(ipc, "_check_peer", lambda *_: None)
+    monkeypatch.setattr(ipc, "load", lambda: runtime)
+    yield runtime
+    ipc._own.clear()
+
+
+def bucket_of(sink: CudaIpcSink, weights: dict[str, torch.Tensor]) -> Bucket:
+    assert all(sink.can_lend(tensor) for tensor in weights.values())
+    metas = [TensorMeta(name, str(one.dtype)[6:], tuple(one.shape)) for name, one in weights.items()]
+    (bucket,) = sink.lend(list(zip(metas, weights.values(), strict=True)))
+    return bucket
+
+
+def source_of(sink: CudaIpcSink, device_id: str) -> CudaIpcSource:
+    (transfer,) = sink.transfers
+    ipc._own.clear()  # as in another process
+    shares = CudaIpc(
+        host=transfer.host, device_id=device_id, handle=transfer.handle, nbytes=transfer.nbytes, shares=True
+    )
+    source = CudaIpcSource(shares, SimpleNamespace(device=Gpu()))
+    source._device = torch.device("cpu")
+    return source
+
+
+def lent(source: CudaIpcSource, bucket: Bucket) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for segments, buffer in source.lent(bucket, 5.0, threading.Event()):
+        found |= unpack(segments, buffer)
+    return found
+
+
+@pytest.fixture
+def weights(simulated: CudaRuntime) -> dict[str, torch.Tensor]:
+    """Tensors in two allocations of the trainer's."""
+    one, two = (memory_as_tensor(simulated.allocate(8192)) for _ in range(2))
+    placed = {
+        "a": one[:400].view(torch.float32).view(4, 25),
+        "b": one[512:1024].view(torch.bfloat16).view(16, 16),
+        "c": two[256 : 256 + 1000].view(torch.int64),
+    }
+    for number, tensor in enumerate(placed.values()):
+        tensor.view(-1).view(torch.uint8).fill_(number + 1)
+    return placed
+
+
+@pytest.mark.parametrize("device_id", ["GPU-1", "GPU-2"])
+def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
+    simulated: CudaRuntime, library: Path, weights: dict[str, torch.Tensor], device_id: str
+) -> None:
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    bucket = bucket_of(sink, weights)
+    assert [segment.digest for segment in bucket.segments] == digest.digests_of(weights.values())
+    assert len(bucket.allocations) == 2
+    opened = counter(library, "opened")
+    source = source_of(sink, device_id)
+    assert source.shared == (device_id == "GPU-1")
+    for _ in range(2):
+        found = lent(source, bucket)
+        assert {name: tensor.tolist() for name, tensor in found.items()} == {
+            name: tensor.tolist() for name, tensor in weights.items()
+        }
+        assert counter(library, "opened") == opened + 3, "two allocations and the slots, each opened once"
+        own = [found[name].data_ptr() == tensor.data_ptr() for name, tensor in weights.items()]
+        assert own == [source.shared] * 3
+    del found
+    source.close()
+    assert counter(library, "opened") == opened
+
+
+def test_a_worker_sees_when_the_trainer_takes_its_memory_back(
+    simulated: CudaRuntime, weights: dict[str, torch.Tensor]
+) -> None:
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    bucket = bucket_of(sink, weights)
+    source = source_of(sink, "GPU-1")
+    shown = source.stamp()
+    assert int(shown) == bucket.stamp != 0
+    assert sink.changed() == ""
+    weights["c"].add_(1)
+    assert sink.changed() == "c"
+    sink.take_back()
+    assert int(shown) == 0
+    assert sink.changed() == ""
+    assert bucket_of(sink, weights).stamp not in (0, bucket.stamp)
+    source.close()
+
+
+def test_what_cannot_be_lent_travels(simulated: CudaRuntime, weights: dict[str, torch.Tensor]) -> None:
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    assert sink.can_lend(weights["a"])
+    assert not sink.can_lend(weights["a"].t()), "not contiguous"
+    assert not sink.can_lend(weights["a"][1:]), "not on a row of the digest"
+    assert not sink.can_lend(torch.ones(64)), "not in an allocation that has a handle"
+    assert not sink.can_lend(weights["a"][:0])
+
+
+def test_memory_outside_of_an_allocation_is_refused(simulated: CudaRuntime, weights: dict[str, torch.Tensor]) -> None:
+    import msgspec
+
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    bucket = bucket_of(sink, weights)
+    far = msgspec.structs.replace(bucket.segments[0], offset=8192 - 256)
+    for device_id in ("GPU-1", "GPU-2"):
+        source = source_of(sink, device_id)
+        with pytest.raises(ValueError, match="does not lie inside"):
+            lent(source, msgspec.structs.replace(bucket, segments=(far,)))
+        source.close()
+
+
+def test_memory_that_nobody_uses_is_closed(
+    simulated: CudaRuntime, library: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ipc, "_KEEP_OPEN_SECONDS", 0.2)
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    bucket = bucket_of(sink, weights)
+    opened = counter(library, "opened")
+    source = source_of(sink, "GPU-1")
+    found = lent(source, bucket)
+    eventually(lambda: counter(library, "opened") == opened + 2)  # what is staged is in use
+    del found
+    assert counter(library, "opened") == opened
+    assert lent(source, bucket).keys() == weights.keys(), "it is opened again"
+    source.close()

@@ -178,6 +178,8 @@ def test_a_plan_gives_what_a_layerwise_load_gives() -> None:
         assert not same(model, twin)
         copied(plan, weights)
         assert same(model, twin)
+    assert plan.whole.keys() == {"norm", "embed"} | {f"expert{i}.{w}" for i in (0, 1) for w in ("gate", "up")}
+    assert all(torch.equal(run, weights[name].view(-1)) for name, run in plan.whole.items())
     assert plan.fits(readable(model))
     assert {name: tensor.data_ptr() for name, tensor in readable(model).items()} == addresses
 

@@ -109,7 +109,7 @@ def test_every_message_comes_out_of_the_wire_as_it_went_in(kind: type[Message], 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
 def test_an_unknown_field_is_refused(kind: type[Message]) -> None:
     message = example(kind)
-    fields = msgspec.to_builtins(message) | {"surplus": 1}
+    fields = msgspec.to_builtins(message, builtin_types=(bytes,)) | {"surplus": 1}
     for decoder in decoders_of(message).values():
         with pytest.raises(msgspec.ValidationError, match="surplus"):
             decoder.decode(msgspec.msgpack.encode(fields))

@@ -13,7 +13,7 @@ import torch
 from simulated_engine import NEVER, Shape, deployed
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup
+from areal_vllm_ext import EngineGroup, digest
 from areal_vllm_ext.checkpoint import NotACheckpoint
 from areal_vllm_ext.client.verify import Verification, compare
 from areal_vllm_ext.errors import RequestError
@@ -246,3 +246,18 @@ def test_a_second_model_needs_room(live: tuple[Served, Model], monkeypatch: pyte
 
 def test_free_memory_is_some() -> None:
     assert 1 << 20 < proof.free_bytes(torch.device("cpu")) < 1 << 50
+
+
+def test_what_a_commit_copied_must_be_what_was_received(live: tuple[Served, Model]) -> None:
+    weights, model = live
+    right = digest.digests_of([model.embed.weight, model.scale])
+    contents = {name: (TensorMeta(name, "float32", ()), value) for name, value in zip("ab", right, strict=True)}
+    for damaged in (False, True):
+        with weights.switching(contents):
+            weights.copied = {"a": model.embed.weight.data.view(-1), "b": model.scale}
+            if damaged:
+                model.scale[1] = 5
+        eventually(lambda: weights._after_commit)
+        wanted = ("b",) if damaged else ()
+        eventually(lambda wanted=wanted: weights._wrong == wanted)
+    assert weights.describe(contents=False).changed == ("b",)
