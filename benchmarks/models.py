@@ -68,6 +68,7 @@ class TrainerModel:
     @torch.no_grad()
     def set(self, version: int) -> None:
         """Weights that follow from ``version`` alone; they are there when this returns."""
+        self.version = version
         parameters = list(self.model.parameters())
         generator = torch.Generator(parameters[0].device).manual_seed(version)
         for parameter in parameters:
@@ -125,6 +126,14 @@ class TrainerModel:
         ids = torch.tensor([prompt], device=self.model.device)
         logprobs = self.model(ids).logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+    def logprobs_of_others(self, prompt: list[int]) -> list[float]:
+        """``logprobs`` by other weights than these."""
+        version = self.version
+        self.set(version + 1000)
+        others = self.logprobs(prompt)
+        self.set(version)
+        return others
 
 
 def _make(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

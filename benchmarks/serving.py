@@ -59,7 +59,8 @@ class Server:
         self.deployment, self.place, self.key_file, self.host = deployment, place, key_file, host
         self.model = str(deployment.model_dir)
         self.url = deployment.url
-        self._last: list[float] = []
+        # How far log-probabilities of two sets of weights are apart, in nats; measured once.
+        self._scale = 0.0
 
     def connect(self) -> EngineGroup:
         return EngineGroup.connect(self.deployment.directory, key_file=self.key_file)
@@ -89,7 +90,7 @@ class Server:
         """How what the engines serve differs from the trainer's model; empty where it does not.
 
         In float32 greedy tokens must be Hugging Face's. In bf16 near-ties part the two, so log-probabilities of a prompt are
-        compared instead: their mean distance must be a tenth, at most, of the distance to the weights before.
+        compared instead: their mean distance must be a tenth, at most, of that to other weights.
         """
         completions = Completions(self.url)
         exact = trainer.model.dtype == torch.float32
@@ -102,15 +103,14 @@ class Server:
             return ""
         prompt = [(37 * i + 11) % trainer.model.config.vocab_size for i in range(200)]
         expected = trainer.logprobs(prompt)
-        before, self._last = self._last, expected
+        self._scale = self._scale or _distance(trainer.logprobs_of_others(prompt), expected)
         body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
         answer = self.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
         served = [entry[str(token)]["logprob"] for entry, token in zip(answer[1:], prompt[1:], strict=True)]
         error = _distance(served, expected)
-        scale = _distance(before, expected) if before else 1.0
-        if error > _LOGPROB_TOLERANCE * scale:
-            return f"log-probabilities differ by {error:.3f} nats; from one set of weights to the next {scale:.3f}"
-        print(f"log-probabilities: {error:.4f} nats from the trainer's, {scale:.3f} from the last weights", flush=True)
+        if error > _LOGPROB_TOLERANCE * self._scale:
+            return f"log-probabilities differ by {error:.3f} nats; those of other weights by {self._scale:.3f}"
+        print(f"log-probabilities: {error:.4f} nats from the trainer's; other weights: {self._scale:.3f}", flush=True)
         return ""
 
 
