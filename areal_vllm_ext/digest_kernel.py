@@ -80,7 +80,6 @@ def row_sums(spans: Sequence[tuple[int, int]], keys: torch.Tensor, constants: to
         constants: ``digest``'s three.
     """
     device = keys.device
-    table = torch.tensor(spans, dtype=torch.int64).to(device)
     programs = torch.tensor([-(-nbytes // (256 * _ROWS)) for _, nbytes in spans])
     count = int(programs.sum())
     sums = torch.zeros(len(spans), dtype=torch.int64, device=device)
@@ -88,7 +87,8 @@ def row_sums(spans: Sequence[tuple[int, int]], keys: torch.Tensor, constants: to
         ends = programs.cumsum(0)
         owners = torch.repeat_interleave(torch.arange(len(spans)), programs)
         starts = (torch.arange(count) - (ends - programs)[owners]) * _ROWS
-        placed = torch.stack((owners, starts)).to(device)
-        addresses, sizes = table.t().contiguous().unbind(0)
-        _hash[(count,)](addresses, sizes, placed[0], placed[1], keys, sums, constants, rows=_ROWS, step=32, num_warps=4)
+        # Each in memory of its own: a pointer of another alignment would be another kernel to compile.
+        tables = [torch.tensor(column).to(device) for column in zip(*spans, strict=True)]
+        tables += [owners.to(device), starts.to(device)]
+        _hash[(count,)](*tables, keys, sums, constants, rows=_ROWS, step=32, num_warps=4)
     return sums

@@ -121,10 +121,13 @@ class CudaRuntime:
     def allocation(self, address: int) -> Memory:
         """All of the allocation that ``address`` lies in. It is not this object's to free."""
         base, size = ctypes.c_uint64(), ctypes.c_size_t()
-        driver = ctypes.CDLL(self._driver)
-        if driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)):
+        if self._address_range(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address)):
             raise RuntimeError("cuMemGetAddressRange failed")
         return Memory(base.value, size.value, lambda: None)
+
+    @functools.cached_property
+    def _address_range(self) -> Any:
+        return ctypes.CDLL(self._driver).cuMemGetAddressRange_v2
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         """Begin to copy, on a CUDA stream."""

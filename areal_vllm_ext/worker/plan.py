@@ -11,7 +11,7 @@ on as before:
 - a layer that has other attributes after the load: made of its weights, for all that can be told (oneDNN's packed weights,
   the absorbed projections of MLA).
 
-A plan is proven before it is used: replayed into other memory, it must give the bytes that the load gave.
+A plan is proven before it is used: each of its copies must find, where it would write, the bytes that the load has put there.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ _SHAPE_ONLY = {
 }
 # What a reload itself leaves on the modules; parameters and buffers are looked at one by one.
 _NO_STATE = {"_parameters", "_buffers", "_modules", "_do_torchao_reload", "_original_do_torchao_reload"}
+# Marks an element that a loader set to a constant, such as padding; more than any element is copied to.
+_CONSTANT = 128
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -286,25 +288,29 @@ class Target:
         Raises:
             NotPlanned: naming the tensor where they do not.
         """
-        written = torch.zeros(self.flat.shape, dtype=torch.uint8, device=self.flat.device)
-        for constant in self._constants:
-            constant.of(written).fill_(255)
-        for copy in self.copies:
-            place = copy.to.of(written)
-            place.copy_(torch.where(place == 255, 1, place + 1))
         if self._overlaps():
             raise NotPlanned(f"{self.names[0]} is written through overlapping parts")
+        # Device memory is scarce beside an engine: a byte for each element, and as much again for a moment.
+        written = torch.zeros(self.flat.shape, dtype=torch.uint8, device=self.flat.device)
+        for constant in self._constants:
+            constant.of(written).fill_(_CONSTANT)
+        for copy in self.copies:
+            copy.to.of(written).add_(1)
         for name, tensor in live.items():
             counts = _part(tensor).of(written)
-            if bool(counts.any()) and not bool(((counts == 1) | (counts == 255)).all()):
-                how = "in part only" if bool((counts == 0).any()) else "more than once"
-                raise NotPlanned(f"{name} is written {how}")
-        replayed = ~self.flat.view(_BITS[self.flat.itemsize])
+            least, most = (int(one) for one in counts.aminmax()) if counts.numel() else (1, 1)
+            if (least, most) in ((0, 0), (1, 1)):
+                continue
+            if least == 0:
+                raise NotPlanned(f"{name} is written in part only")
+            if most > _CONSTANT + 1 or bool(((counts > 1) & (counts < _CONSTANT)).any()):
+                raise NotPlanned(f"{name} is written more than once")
+        del written
         for copy in self.copies:
-            copy.to.of(replayed.view(self.flat.dtype)).copy_(copy.part.of(staged[copy.source]))
-        wrong = (replayed != self.flat.view(replayed.dtype)) & (written == 1)
-        if bool(wrong.any()):
-            raise NotPlanned(f"{self.names[0]} is changed after it was loaded")
+            there, sent = copy.to.of(self.flat), copy.part.of(staged[copy.source]).to(self.flat.device, self.flat.dtype)
+            bits = _BITS[self.flat.itemsize]
+            if not torch.equal(there.view(bits), sent.view(bits)):
+                raise NotPlanned(f"{self.names[0]} is changed after it was loaded")
 
     def _overlaps(self) -> bool:
         """Whether a part of this storage has an element twice: a copy of it could write either value there."""
