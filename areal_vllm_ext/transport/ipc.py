@@ -18,6 +18,7 @@ import functools
 import secrets
 import threading
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -196,14 +197,17 @@ class CudaIpcSource:
         self._transfer = transfer
         self._runtime = load()
         self._opened: dict[bytes, Memory] = {}
-        self._idle: threading.Timer | None = None
+        self._used = 0.0
+        self._closing: threading.Timer | None = None
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(self._device)
         self._open(transfer.handle, transfer.nbytes)
 
     def _open(self, handle: bytes, nbytes: int) -> Memory:
         """The trainer's memory; opened once, and closed when it was not used for a while."""
-        self._keep_open()
+        self._used = monotonic()
+        if self._closing is None:
+            self._close_later(_KEEP_OPEN_SECONDS)
         opened = self._opened
         if handle not in opened:
             with torch.cuda.device(self._device):
@@ -217,13 +221,18 @@ class CudaIpcSource:
                     ) from None
         return opened[handle]
 
-    def _keep_open(self) -> None:
-        if self._idle is not None:
-            self._idle.cancel()
-        # A new dictionary: whoever uses an opened memory has it by now.
-        self._idle = threading.Timer(_KEEP_OPEN_SECONDS, lambda: setattr(self, "_opened", {}))
-        self._idle.daemon = True
-        self._idle.start()
+    def _close_later(self, seconds: float) -> None:
+        self._closing = threading.Timer(seconds, self._close_unused)
+        self._closing.daemon = True
+        self._closing.start()
+
+    def _close_unused(self) -> None:
+        left = self._used + _KEEP_OPEN_SECONDS - monotonic()
+        if left > 0:
+            self._close_later(left)
+        else:
+            self._closing = None
+            self._opened = {}  # a new one: whoever uses an opened memory has it by now
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
         memory = self._open(self._transfer.handle, self._transfer.nbytes)
@@ -290,8 +299,8 @@ class CudaIpcSource:
     def close(self) -> None:
         # Not under a copy that still runs: a GPU that reads memory that is gone is of no use to its engine any more.
         self._stream.synchronize()
-        if self._idle is not None:
-            self._idle.cancel()
+        if self._closing is not None:
+            self._closing.cancel()
         self._opened = {}
 
 
@@ -302,6 +311,11 @@ def _check_peer(device: torch.device, other: str) -> None:
             raise RuntimeError(
                 f"this worker's {device} cannot read the memory of the trainer's GPU {other}: use transport='broadcast'"
             )
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    """How often torch has written to a tensor; it does not count for those made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
 class CudaIpcSink:
@@ -383,7 +397,7 @@ class CudaIpcSink:
         self._stamp(stamp)
         for start in range(0, len(tensors), _LENT_TOGETHER):
             together = tensors[start : start + _LENT_TOGETHER]
-            self._lent += [(meta.name, tensor, tensor._version) for meta, tensor in together]  # noqa: SLF001
+            self._lent += [(meta.name, tensor, _writes(tensor)) for meta, tensor in together]
             values = digest.digests_of(tensor for _, tensor in together)
             numbers: dict[bytes, int] = {}
             segments = []
@@ -404,15 +418,15 @@ class CudaIpcSink:
 
     def changed(self) -> str:
         """The name of a lent tensor that was written to meanwhile, as far as torch knows; else empty."""
-        return next((name for name, tensor, version in self._lent if tensor._version != version), "")  # noqa: SLF001
+        return next((name for name, tensor, writes in self._lent if _writes(tensor) != writes), "")
 
     def take_back(self) -> None:
         """The update is over for every engine that has answered: what was lent may change from now on."""
         if self._lent:
             self._stamp(0)
-            for handle in self._allocations:
-                _own.pop(handle, None)
-            self._lent, self._allocations, self._handles = [], {}, {}
+        for handle in self._allocations:
+            _own.pop(handle, None)
+        self._lent, self._allocations, self._handles = [], {}, {}
 
     def _stamp(self, value: int) -> None:
         assert self._memory is not None
