@@ -39,7 +39,9 @@ class Contest:
         self._version = 0
         self.timings: dict[str, list[Timing]] = {}
         self.problems: dict[str, str] = {}
+        # Of a way: what a worker held at most above what it held before, in MiB; and in its first updates, proof included.
         self.memory: dict[str, float] = {}
+        self.first_memory: dict[str, float] = {}
 
     def turn(self, way: Way, *, counts: bool, check: bool) -> None:
         """One update by ``way`` with weights of its own; a way that has failed is left out from then on."""
@@ -53,7 +55,8 @@ class Contest:
             timing = way.update(self._version, weights)
             if before and before[0]:
                 extra = max(int(after[1]) - int(then[0]) for then, after in zip(before, self._memory(), strict=True))
-                self.memory[way.name] = max(self.memory.get(way.name, 0.0), round(extra / 2**20, 1))
+                peaks = self.memory if counts else self.first_memory
+                peaks[way.name] = max(peaks.get(way.name, 0.0), round(extra / 2**20, 1))
             if check and (wrong := self._server.wrong(self._trainer)):
                 self.problems[way.name] = f"wrong: {wrong}"
         except Exception as error:
@@ -80,6 +83,7 @@ class Contest:
                 commits = [timing.commit_ms for timing in timings if timing.commit_ms is not None]
                 row["commit_ms"] = round(statistics.median(commits), 2) if commits else None
                 row["peak_mib"] = self.memory.get(name)
+                row["first_peak_mib"] = self.first_memory.get(name)
                 if phases := timings[0].phases:
                     row["phases_ms"] = {
                         phase: round(statistics.median(timing.phases.get(phase, 0.0) for timing in timings), 2)
@@ -237,7 +241,17 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(trainer, place, options.logs, native=options.native))
         rows = contest(server, trainer, options)
-    columns = ["way", "right", "total_ms", "pause_ms", "commit_ms", "gb_per_s", "of_raw_link", "peak_mib"]
+    columns = [
+        "way",
+        "right",
+        "total_ms",
+        "pause_ms",
+        "commit_ms",
+        "gb_per_s",
+        "of_raw_link",
+        "peak_mib",
+        "first_peak_mib",
+    ]
     print(table(rows, columns))
     for row in rows:
         if "phases_ms" in row:
