@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import zmq
 
-from .. import __version__, checkpoint, protocol, security, wire
+from .. import __version__, checkpoint, interpreter, protocol, security, wire
 from ..directory import BEAT_SECONDS, wrong_protocol
 from ..protocol import (
     Attach,
@@ -135,6 +135,7 @@ class Endpoint:
         self._all_attached = threading.Event()
         self._registered = threading.Event()
         self._directory_complaint = ""
+        self._hurried = False
         self._stopping = False
         self._farewell = True
         self._thread = threading.Thread(target=self._run, name="areal-endpoint", daemon=True)
@@ -217,6 +218,7 @@ class Endpoint:
                 now = monotonic()
                 self._carry_out(self._participant.tick(now))
                 self._expire_digests(now)
+                self._hurry()
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + BEAT_SECONDS
                     self._tell(directory, self._participant.beat(self.info))
@@ -230,8 +232,16 @@ class Endpoint:
             logger.critical("the control endpoint of this engine failed; ending the engine", exc_info=True)
             os._exit(70)
         finally:
+            interpreter.hurry(self.address, False)
             directory.close()
             self._server.socket.close()
+
+    def _hurry(self) -> None:
+        """While an update or a pause is under way, the trainer waits for this thread, and it for the engine's."""
+        wanted = self._participant.update is not None or self._participant.flow != "running"
+        if wanted != self._hurried:
+            self._hurried = wanted
+            interpreter.hurry(self.address, wanted)
 
     def _milliseconds_to_tick(self, next_beat: float) -> int:
         """How long it may wait for a message: where nothing can run out of time, until the next beat."""

@@ -20,7 +20,7 @@ import msgspec
 import torch
 import zmq
 
-from .. import checkpoint, digest, errors, protocol, security, wire
+from .. import checkpoint, digest, errors, interpreter, protocol, security, wire
 from ..config import Settings
 from ..protocol import (
     Abort,
@@ -92,9 +92,10 @@ class Intake:
         self._place: Place | None = None
         # Without staging: what waits to be loaded; at most one bucket, and None after the last.
         self._arrived: queue.Queue[dict[str, torch.Tensor] | None] = queue.Queue(maxsize=1)
+        self._name = f"areal-intake-{begin.update[:8]}"
+        interpreter.hurry(self._name, True)
         for number, lane in self._lanes.items():
-            name = f"areal-intake-{begin.update[:8]}-{number}"
-            threading.Thread(target=self._run, args=(lane,), name=name, daemon=True).start()
+            threading.Thread(target=self._run, args=(lane,), name=f"{self._name}-{number}", daemon=True).start()
         if not self._lanes:
             self._report("begin", "begin: nobody sends to this worker")
 
@@ -111,6 +112,7 @@ class Intake:
 
     def finish(self) -> None:
         """End the thread, and free the staging; the connection to the sender stays for the next update."""
+        interpreter.hurry(self._name, False)
         for lane in self._lanes.values():
             lane.orders.put(None)
         self.tensors, self.bound, self._lent = {}, None, []
