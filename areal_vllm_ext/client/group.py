@@ -144,6 +144,8 @@ class AsyncEngineGroup:
         self._dropped: set[tuple[str, int]] = set()
         self._keeping_paused: asyncio.Task[None] | None = None
         self._sink: tuple[tuple[object, ...], Sink] | None = None
+        # Whether a worker on another GPU of this host could not open the trainer's memory.
+        self.apart = False
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
 
     @classmethod
@@ -307,7 +309,8 @@ class AsyncEngineGroup:
             version: names the new weights; any integer or string.
             deadline: seconds for all of it. Over it, every engine keeps its old weights.
             transport: ``broadcast`` (NCCL between GPUs, else gloo), ``ipc`` (CUDA, same host), ``shared_memory`` (same
-                host), or ``auto``: ``ipc`` where a worker runs on the trainer's own GPU, else ``broadcast``.
+                host), or ``auto``: ``ipc`` where workers run on the trainer's own GPU, or on others that it sees and that
+                can read its memory, else ``broadcast``.
                 ``update.send("/path")`` goes by disk.
             mode: how engines pause for the switch, see ``pause``.
             kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -14,12 +16,12 @@ import torch
 
 from ..errors import EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
 from ..protocol import Bucket, EngineInfo, TensorMeta, Version
+from ..transport import Cancelled
+from ..transport.buckets import Bucket as FilledBucket
 from ..transport.buckets import filled_buckets, not_finite
 from ..transport.ipc import CudaIpcSink, device_id
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from ..transport import Sink
     from .group import AsyncEngineGroup
 
@@ -57,6 +59,11 @@ class Sending:
         self.buckets = 0
         self.nbytes = 0
         self.entries: list[tuple[TensorMeta, int]] = []
+        # Of each bucket on its way: the engines' answers, and the push.
+        self._announced: list[Future[None]] = []
+        self._pushed: list[Future[None]] = []
+        self._stopped = threading.Event()
+        self._location = 0
 
     def send(
         self,
@@ -81,60 +88,85 @@ class Sending:
             InvalidWeights: a tensor holds NaN or infinite values.
             UpdateAborted: naming the engine that failed. TimeoutError, Cancelled: the bytes did not get through.
         """
-        announced: list[Future[None]] = []
-
-        def failed() -> bool:
-            return any(future.done() and future.exception() is not None for future in announced) or self._left() <= 0
-
-        location = 0
-
-        def memory(nbytes: int) -> torch.Tensor:
-            nonlocal location
-            # A slot is free again when the workers have copied what lay in it some buckets ago.
-            if len(announced) >= sink.slots:
-                announced[-sink.slots].result(timeout=max(self._left(), 0))
-            location, buffer = sink.buffer(self.buckets, nbytes)
-            return buffer
-
         lent: list[tuple[TensorMeta, torch.Tensor]] = []
         travelling = without_lent(pairs, sink, lasting, lent) if isinstance(sink, CudaIpcSink) else pairs
-        for filled in filled_buckets(travelling, bucket_bytes, memory):
-            if name := filled.not_finite():
-                raise InvalidWeights(f"{name} holds NaN or infinite values")
-            if sink.announced_is_sent and filled.filled.device.type != "cpu":
-                torch.accelerator.synchronize(filled.filled.device)
-            bucket = Bucket(
-                epoch=0,
-                update=update,
-                index=self.buckets,
-                nbytes=filled.nbytes,
-                segments=filled.segments(),
-                location=location,
-            )
-            with turn():
-                announced.append(self._announced(bucket))
-                sink.push(filled.filled, self._left(), failed)
-        if lent and isinstance(sink, CudaIpcSink):
-            announced += self._lend(update, sink, lent)
-        for future in announced:
-            future.result(timeout=max(self._left(), 0))
+        with ThreadPoolExecutor(1, thread_name_prefix="areal-push") as pushing:
+            try:
+                for filled in filled_buckets(travelling, bucket_bytes, lambda nbytes: self._memory(sink, nbytes)):
+                    bucket = self._described(update, sink, filled)
+                    if sink.announced_is_sent:
+                        self._announced.append(self._announce(bucket))
+                    else:  # beside the filling of the next
+                        self._pushed.append(pushing.submit(self._push, sink, bucket, filled.filled, turn))
+                if lent and isinstance(sink, CudaIpcSink):
+                    self._lend(update, sink, lent)
+                for under_way in (self._pushed, self._announced):  # a push announces: first all of those
+                    for future in under_way:
+                        future.result(timeout=max(self._left(), 0))
+            except Cancelled:
+                raise self._refusal() or Cancelled from None
+            finally:
+                self._stopped.set()
         sink.release()
+
+    def _memory(self, sink: Sink, nbytes: int) -> torch.Tensor:
+        """For the next bucket. A slot is free when what lay in it has gone; where workers read it, when they have copied it."""
+        before = self._announced if sink.announced_is_sent else self._pushed
+        if len(before) >= sink.slots:
+            before[-sink.slots].result(timeout=max(self._left(), 0))
+        self._location, buffer = sink.buffer(self.buckets, nbytes)
+        return buffer
+
+    def _described(self, update: str, sink: Sink, filled: FilledBucket) -> Bucket:
+        """The announcement of a bucket, whose bytes are there when this returns."""
+        if name := filled.not_finite():
+            raise InvalidWeights(f"{name} holds NaN or infinite values")
+        if sink.announced_is_sent and filled.filled.device.type != "cpu":
+            torch.accelerator.synchronize(filled.filled.device)
+        bucket = Bucket(
+            epoch=0,
+            update=update,
+            index=self.buckets,
+            nbytes=filled.nbytes,
+            segments=filled.segments(),
+            location=self._location,
+        )
+        self._count(bucket)
+        return bucket
+
+    def _push(
+        self, sink: Sink, bucket: Bucket, filled: torch.Tensor, turn: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        if not self._stopped.is_set():
+            with turn():
+                self._announced.append(self._announce(bucket))
+                sink.push(filled, self._left(), self._failed)
+
+    def _failed(self) -> bool:
+        return self._stopped.is_set() or self._refusal() is not None or self._left() <= 0
+
+    def _refusal(self) -> BaseException | None:
+        """What an engine answered instead of taking a bucket, if one did."""
+        errors = (future.exception() for future in tuple(self._announced) if future.done() and not future.cancelled())
+        return next((error for error in errors if error is not None), None)
 
     def _left(self) -> float:
         return self._ends - time.monotonic()
 
-    def _lend(
-        self, update: str, sink: CudaIpcSink, tensors: list[tuple[TensorMeta, torch.Tensor]]
-    ) -> Iterator[Future[None]]:
+    def _lend(self, update: str, sink: CudaIpcSink, tensors: list[tuple[TensorMeta, torch.Tensor]]) -> None:
         if name := not_finite((meta.name, tensor) for meta, tensor in tensors):
             raise InvalidWeights(f"{name} holds NaN or infinite values")
         for bucket in sink.lend(tensors):
-            yield self._announced(msgspec.structs.replace(bucket, update=update, index=self.buckets))
+            numbered = msgspec.structs.replace(bucket, update=update, index=self.buckets)
+            self._count(numbered)
+            self._announced.append(self._announce(numbered))
 
-    def _announced(self, bucket: Bucket) -> Future[None]:
+    def _count(self, bucket: Bucket) -> None:
         self.entries += [(segment.tensor, segment.digest) for segment in bucket.segments]
         self.buckets += 1
         self.nbytes += bucket.nbytes
+
+    def _announce(self, bucket: Bucket) -> Future[None]:
         self.begun = True
         return asyncio.run_coroutine_threadsafe(self.announce(bucket), self._loop)
 
@@ -169,13 +201,19 @@ def without_lent(
             yield meta, tensor
 
 
-def choose_transport(asked: str, device: torch.device, engines: Iterable[EngineInfo]) -> str:
-    """The transport that ``auto`` means for tensors on ``device``."""
+def choose_transport(asked: str, device: torch.device, engines: Iterable[EngineInfo], *, apart: bool = False) -> str:
+    """The transport that ``auto`` means for tensors on ``device``; ``apart``: other GPUs cannot be reached by memory."""
     if asked != "auto":
         return asked
-    # NCCL has one rank a device: a worker on the trainer's own device is reached by memory.
-    if device.type == "cuda":
-        own = device_id(device)
-        if any(worker.device_id == own for engine in engines for worker in engine.workers):
-            return "ipc"
-    return "broadcast"
+    if device.type != "cuda":
+        return "broadcast"
+    workers = {worker.device_id for engine in engines for worker in engine.workers}
+    # NCCL has one rank a device: a worker on the trainer's own device is reached by memory. So are GPUs of this host that can
+    # read one another: a copy takes nothing from generation.
+    return "ipc" if device_id(device) in workers or (workers <= near(device) and not apart) else "broadcast"
+
+
+def near(device: torch.device) -> set[str]:
+    """The GPUs that this process sees and that can read the memory of ``device``, itself included."""
+    every = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {device_id(other) for other in every if other == device or torch.cuda.can_device_access_peer(other, device)}

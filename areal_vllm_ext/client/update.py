@@ -474,7 +474,7 @@ class AsyncUpdate:
         """The sending end, connected to every worker."""
         while True:
             kept = self._group.has_sink
-            kind = choose_transport(self._options.transport, device, self._engines.values())
+            kind = choose_transport(self._options.transport, device, self._engines.values(), apart=self._group.apart)
             sink = self._group.sink(kind, self._engines, device, self._options.bucket_bytes, expected, self._left())
             self._lender = sink if isinstance(sink, CudaIpcSink) and self._lasting else None
             lent = (
@@ -488,7 +488,14 @@ class AsyncUpdate:
             except UpdateAborted:
                 # A worker may have lost its end of the last update's connection: then a new one is due, not an error.
                 self._group.drop_sink()
-                if not (kept and self.refused):
+                if not self.refused:
+                    raise
+                # Or its GPU, which looked near, is out of reach by memory (a container of its own): then NCCL does.
+                falls_back = kind == "ipc" and kind != choose_transport(
+                    self._options.transport, device, self._engines.values(), apart=True
+                )
+                self._group.apart = self._group.apart or falls_back
+                if not (kept or falls_back):
                     raise
             else:
                 return sink

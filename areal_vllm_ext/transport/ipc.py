@@ -42,6 +42,7 @@ _STAMP_BYTES = digest.ROW_BYTES
 _KEEP_OPEN_SECONDS = 30.0
 # Tensors in one announcement, so that its message stays small.
 _LENT_TOGETHER = 16384
+_BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _COPY_KIND = 4  # cudaMemcpyDefault: from device to device, wherever each is
 
 
@@ -126,9 +127,20 @@ class CudaRuntime:
             raise RuntimeError("cuMemGetAddressRange failed")
         return Memory(base.value, size.value, lambda: None)
 
+    def allocation_id(self, address: int) -> int:
+        """Names the allocation at ``address``: no other of this process ever has this number."""
+        number = ctypes.c_ulonglong()
+        if self._attribute(ctypes.byref(number), _BUFFER_ID, ctypes.c_uint64(address)):
+            raise RuntimeError("cuPointerGetAttribute failed")
+        return number.value
+
     @functools.cached_property
     def _address_range(self) -> Any:
         return ctypes.CDLL(self._driver).cuMemGetAddressRange_v2
+
+    @functools.cached_property
+    def _attribute(self) -> Any:
+        return ctypes.CDLL(self._driver).cuPointerGetAttribute
 
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         """Begin to copy, on a CUDA stream."""
@@ -357,6 +369,9 @@ class CudaIpcSink:
         self._lent: list[tuple[str, torch.Tensor, int]] = []
         self._allocations: dict[bytes, Memory] = {}
         self._handles: dict[int, bytes] = {}  # by where an allocation, or a tensor, begins
+        # Handles of the allocations that the last update lent, and this one does, by their number: each costs a system call.
+        self._known: dict[int, bytes] = {}
+        self._asked: dict[int, bytes] = {}
         _own[self._handle] = memory
         transfer = CudaIpc(host=host_id(), device_id=device_id(device), handle=self._handle, nbytes=memory.nbytes)
         self.transfers = [transfer] * engines
@@ -384,7 +399,9 @@ class CudaIpcSink:
             memory = self._runtime.allocation(tensor.data_ptr())
             if (tensor.data_ptr() - memory.address) % digest.ROW_BYTES == 0:
                 if memory.address not in self._handles:
-                    handle = self._handles[memory.address] = self._runtime.share(memory)
+                    number = self._runtime.allocation_id(memory.address)
+                    handle = self._asked[number] = self._known.get(number) or self._runtime.share(memory)
+                    self._handles[memory.address] = handle
                     self._allocations[handle] = _own[handle] = memory
                 self._handles[tensor.data_ptr()] = self._handles[memory.address]
                 return True
@@ -427,6 +444,7 @@ class CudaIpcSink:
         for handle in self._allocations:
             _own.pop(handle, None)
         self._lent, self._allocations, self._handles = [], {}, {}
+        self._known, self._asked = self._asked, {}
 
     def _stamp(self, value: int) -> None:
         assert self._memory is not None

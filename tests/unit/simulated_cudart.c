@@ -14,7 +14,8 @@ void *last_stream;
 static int fail(int error) { return last_error = error; }
 
 enum { MOST = 16 };
-static struct { char *address; size_t size; } allocations[MOST];
+static struct { char *address; size_t size; unsigned long long number; } allocations[MOST];
+static unsigned long long numbers;
 
 int cudaMalloc(void **address, size_t size) {
   if (size > 1 << 20) return fail(OUT_OF_MEMORY);
@@ -24,6 +25,7 @@ int cudaMalloc(void **address, size_t size) {
   allocated++;
   *address = allocations[i].address = aligned_alloc(512, (size + 511) / 512 * 512);
   allocations[i].size = size;
+  allocations[i].number = ++numbers;
   return SUCCESS;
 }
 int cudaFree(void *address) {
@@ -39,6 +41,16 @@ int cuMemGetAddressRange_v2(unsigned long long *base, size_t *size, unsigned lon
     if (start && start <= address && address < start + allocations[i].size) {
       *base = start;
       *size = allocations[i].size;
+      return SUCCESS;
+    }
+  }
+  return INVALID_VALUE;
+}
+
+int cuPointerGetAttribute(void *data, int attribute, unsigned long long address) {
+  for (int i = 0; i < MOST; i++) {
+    if (attribute == 7 && allocations[i].address && (unsigned long long)allocations[i].address == address) {
+      *(unsigned long long *)data = allocations[i].number;
       return SUCCESS;
     }
   }

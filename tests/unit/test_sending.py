@@ -22,8 +22,8 @@ from waiting import eventually, in_thread
 
 from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted, security
 from areal_vllm_ext.client.sending import choose_transport
-from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, Prepare, Sender, SharedMemory
-from areal_vllm_ext.transport.shared_memory import SharedMemorySource
+from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, EngineInfo, Prepare, Sender, SharedMemory
+from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
 from areal_vllm_ext.worker.receiver import Receiver
 
 WORKERS = 2
@@ -481,6 +481,49 @@ def test_auto_is_ipc_where_a_worker_runs_on_the_trainers_own_gpu(
     assert choose_transport("auto", torch.device("cuda", 0), [engine, moved]) == "ipc"
     assert choose_transport("auto", torch.device("cpu"), [moved]) == "broadcast"
     assert choose_transport("shared_memory", torch.device("cuda", 0), [moved]) == "shared_memory"
+
+
+def test_auto_is_ipc_where_all_workers_are_on_gpus_that_can_read_the_trainers(
+    group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("areal_vllm_ext.client.sending.device_id", lambda device: f"GPU-{device.index}")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda reads, _: reads.index == 1)
+
+    def on(*places: int) -> list[EngineInfo]:
+        engine = group.engines()[0]
+        workers = tuple(msgspec.structs.replace(engine.workers[0], device_id=f"GPU-{place}") for place in places)
+        return [msgspec.structs.replace(engine, workers=workers)]
+
+    trainer = torch.device("cuda", 0)
+    assert choose_transport("auto", trainer, on(1)) == "ipc"
+    assert choose_transport("auto", trainer, on(1), apart=True) == "broadcast"
+    assert choose_transport("auto", trainer, on(1, 2)) == "broadcast", "GPU 2 cannot read the trainer's"
+    assert choose_transport("auto", trainer, on(1, 7)) == "broadcast", "GPU 7 is elsewhere"
+    assert choose_transport("auto", trainer, on(0, 7), apart=True) == "ipc", "NCCL has one rank a device"
+
+
+def test_where_memory_is_out_of_reach_auto_goes_on_by_broadcast(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from areal_vllm_ext.client import update as client_update
+
+    def choose(*_: object, apart: bool = False) -> str:
+        return "broadcast" if apart else "ipc"
+
+    class OutOfReach(SharedMemorySink):
+        """Its workers are refused, as where a container has an IPC namespace of its own."""
+
+        def __init__(self, engines: int, _: object, bucket_bytes: int, slot_bytes: int) -> None:
+            super().__init__(engines, bucket_bytes, slot_bytes)
+            self.transfers = [SharedMemory(segment=f"areal-{'0' * 32}", nbytes=1)] * engines
+
+    monkeypatch.setattr(client_update, "choose_transport", choose)
+    monkeypatch.setattr("areal_vllm_ext.transport.ipc.CudaIpcSink", OutOfReach)
+    for seed in (1, 2):
+        send(group, weights(seed), transport="auto")
+        assert served.serves(weights(seed))
+    assert group._group.apart
 
 
 def test_a_source_that_serves_one_update_is_closed_with_it(
