@@ -288,7 +288,7 @@ class AsyncEngineGroup:
 
     # Update
 
-    def update(
+    def update(  # noqa: PLR0913 - all but one by name
         self,
         version: Version,
         *,
@@ -300,6 +300,7 @@ class AsyncEngineGroup:
         staging: StagingKind = "auto",
         drop_lost: bool = False,
         on_phase: Callable[[str], None] | None = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> AsyncUpdate:
         """Move every engine to new weights, or none. Use: ``async with group.update(v) as update: await update.send(model)``.
 
@@ -320,6 +321,8 @@ class AsyncEngineGroup:
                 it serves nothing until an update reaches it.
             on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``,
                 ``abort``) before its requests go out, on the event loop's thread.
+            trace: where to write what trainer, engines and workers did when, also of an update that failed: JSON for
+                https://ui.perfetto.dev. What of it cannot be had is logged, and no error.
         """
         options = UpdateOptions(
             deadline=deadline,
@@ -330,6 +333,7 @@ class AsyncEngineGroup:
             bucket_bytes=bucket_mib << 20,
             drop_lost=drop_lost,
             on_phase=on_phase,
+            trace=trace,
         )
         return AsyncUpdate(self, version, options)
 

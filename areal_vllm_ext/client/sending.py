@@ -14,6 +14,7 @@ import torch
 
 from ..errors import EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
 from ..protocol import Bucket, EngineInfo, TensorMeta, Version
+from ..spans import OFF, Spans
 from ..transport.buckets import filled_buckets, not_finite
 from ..transport.ipc import CudaIpcSink, device_id
 
@@ -41,6 +42,7 @@ class Sending:
         version: Version,
         ends: float,
         sender: int = 0,
+        spans: Spans = OFF,
     ) -> None:
         """
         Args:
@@ -50,9 +52,11 @@ class Sending:
             version: of the weights, for people.
             ends: when, by ``time.monotonic()``, it is given up.
             sender: its number in the update.
+            spans: where to record what is done.
         """
         self._group, self._loop, self._engines = group, loop, engines
         self._version, self._ends, self._sender = version, ends, sender
+        self._spans = spans
         self.begun = False
         self.buckets = 0
         self.nbytes = 0
@@ -92,32 +96,37 @@ class Sending:
             nonlocal location
             # A slot is free again when the workers have copied what lay in it some buckets ago.
             if len(announced) >= sink.slots:
-                announced[-sink.slots].result(timeout=max(self._left(), 0))
+                with self._spans.during("sending", "wait for a slot"):
+                    announced[-sink.slots].result(timeout=max(self._left(), 0))
             location, buffer = sink.buffer(self.buckets, nbytes)
             return buffer
 
         lent: list[tuple[TensorMeta, torch.Tensor]] = []
         travelling = without_lent(pairs, sink, lasting, lent) if isinstance(sink, CudaIpcSink) else pairs
-        for filled in filled_buckets(travelling, bucket_bytes, memory):
+        buckets = filled_buckets(travelling, bucket_bytes, memory)
+        for filled in self._spans.each("sending", "fill", buckets):
             if name := filled.not_finite():
                 raise InvalidWeights(f"{name} holds NaN or infinite values")
             if sink.announced_is_sent and filled.filled.device.type != "cpu":
                 torch.accelerator.synchronize(filled.filled.device)
+            with self._spans.during("sending", f"digest {self.buckets}"):
+                segments = filled.segments()
             bucket = Bucket(
                 epoch=0,
                 update=update,
                 index=self.buckets,
                 nbytes=filled.nbytes,
-                segments=filled.segments(),
+                segments=segments,
                 location=location,
             )
-            with turn():
+            with turn(), self._spans.during("sending", f"push {bucket.index}"):
                 announced.append(self._announced(bucket))
                 sink.push(filled.filled, self._left(), failed)
         if lent and isinstance(sink, CudaIpcSink):
             announced += self._lend(update, sink, lent)
-        for future in announced:
-            future.result(timeout=max(self._left(), 0))
+        with self._spans.during("sending", "wait until all is held"):
+            for future in announced:
+                future.result(timeout=max(self._left(), 0))
         sink.release()
 
     def _left(self) -> float:
@@ -152,7 +161,8 @@ class Sending:
             except (EngineUnreachable, RequestError) as error:
                 raise UpdateAborted(f"update to version {self._version}: {name}: {error}") from None
 
-        await asyncio.gather(*(ask(name, *engine) for name, engine in self._engines.items()))
+        with self._spans.during("announced", f"announce {bucket.index}"):
+            await asyncio.gather(*(ask(name, *engine) for name, engine in self._engines.items()))
 
 
 def without_lent(

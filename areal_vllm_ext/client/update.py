@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 import time
 import uuid
@@ -40,9 +41,11 @@ from ..protocol import (
     TensorMeta,
     Version,
 )
+from ..spans import Spans
 from ..transport import Cancelled
 from ..transport.buckets import total_bytes
 from ..transport.ipc import CudaIpcSink
+from . import trace
 from .coordinator import Coordinator, Member
 from .sending import Sending, choose_transport
 from .weights import Checker, Named, gathered, storages, warn_unchecked
@@ -55,12 +58,16 @@ if TYPE_CHECKING:
     from ..transport import Sink
     from .group import AsyncEngineGroup
 
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
 # After its deadline an update waits for one more answer to what it tells the engines last (keep the old weights, or commit),
 # then to resume: less than a second in all. Whatever is not settled by then, the directory settles.
 _GRACE_SECONDS = {"abort": 0.35, "commit": 0.3, "resume": 0.25}
 # An engine that takes longer to switch, while all others are paused, is dropped.
 _COMMIT_SECONDS = 120.0
 _ABORT_SECONDS = 5.0
+# For the engines to tell what they did; and where the update's time is over.
+_TRACE_SECONDS, _LATE_TRACE_SECONDS = 2.0, 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +105,7 @@ class UpdateOptions:
     bucket_bytes: int
     drop_lost: bool
     on_phase: Callable[[str], None] | None
+    trace: str | os.PathLike[str] | None
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "broadcast", "ipc", "shared_memory"):
@@ -132,6 +140,8 @@ class AsyncUpdate:
         self._pause_started = 0.0
         self._commit_seconds = 0.0
         self._result: UpdateResult | None = None
+        # What is done here, for the trace.
+        self.spans = Spans(trace.LONGEST if options.trace else 0)
 
     @property
     def deadline(self) -> float:
@@ -179,10 +189,12 @@ class AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self.ends = self._started + self._options.deadline
+        self.spans.enter("update", "lease")
         command = self._group.command(self._options.deadline, without_lost=self._options.drop_lost)
         targets = await self._command.enter_async_context(command)
         self._engines = {name: target.engine for name, target in targets.items()}
         self._members = {name: Member(target.epoch, target.resumes) for name, target in targets.items()}
+        self.spans.enter("update", "")
         return self
 
     async def send(self, weights: Any, *, dtype: str | None = None) -> None:
@@ -253,7 +265,9 @@ class AsyncUpdate:
         self._nbytes += nbytes
         self._entries += entries
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object
+    ) -> None:
         try:
             coordinator = self._coordinator
             if coordinator is None:
@@ -297,6 +311,25 @@ class AsyncUpdate:
             if self._result is None:
                 self._group.drop_sink()
             await self._command.aclose()
+            if self._options.trace:
+                await self._write_trace(self._options.trace)
+
+    async def _write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Never an error of the update's: what is missing is logged."""
+        engines: dict[str, list[protocol.Span]] = {}
+        problems: list[str] = []
+        about = {"version": str(self._version), "committed": self._result is not None}
+        try:
+            if coordinator := self._coordinator:
+                about |= {"update": coordinator.update, "given_up": coordinator.reason, "lost": coordinator.lost}
+                timeout = min(_TRACE_SECONDS, max(self._left(), _LATE_TRACE_SECONDS))
+                engines, problems = await trace.collect(self._group, self._engines, coordinator.update, timeout)
+            spans = self.spans.taken()
+            await asyncio.to_thread(trace.write, path, spans, engines, self._started, about)
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
+        if problems:
+            logger.warning("the trace %s of version %s is not whole: %s", path, self._version, "; ".join(problems))
 
     async def _ask_lost(self, coordinator: Coordinator) -> set[str]:
         """An engine whose answer was lost may have switched all the same, or a successor may have told it to.
@@ -351,7 +384,8 @@ class AsyncUpdate:
             self._options.kv,
             in_place=self._options.staging == "none",
         )
-        await self._drive(self._coordinator.begin(senders, self._left(), self._stagings()))
+        spans = trace.spans_for(self._engines.values()) if self._options.trace else 0
+        await self._drive(self._coordinator.begin(senders, self._left(), self._stagings(), spans))
         self._check_given_up(self._coordinator)
 
     def _check_given_up(self, coordinator: Coordinator) -> None:
@@ -425,6 +459,7 @@ class AsyncUpdate:
                     late.cancel()
                 tasks.clear()
             tasks.update(self._launch(more, finished))
+        self.spans.enter("update", "" if coordinator.phase == "done" else coordinator.phase)
         if cancelled:
             raise cancelled
 
@@ -447,6 +482,8 @@ class AsyncUpdate:
         """Send the requests of the coordinator's phase, all at once; ``finished`` gets each when it has an outcome."""
         assert self._coordinator is not None
         phase = self._coordinator.phase
+        if requests:
+            self.spans.enter("update", phase)
         if requests and self._options.on_phase:
             self._options.on_phase(phase)
         if requests and phase == "pause":
@@ -497,7 +534,8 @@ class AsyncUpdate:
         assert self._loop is not None
         first = next(pairs)
         sink = self._met_sink(first[1].device, expected)
-        sending = self._sending = Sending(self._group, self._loop, self.engines, self._version, self.ends)
+        sending = Sending(self._group, self._loop, self.engines, self._version, self.ends, spans=self.spans)
+        self._sending = sending
         sending.send(
             self.id,
             sink,
