@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from ..errors import EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
+from ..errors import ArealError, InvalidWeights, UpdateAborted
 from ..protocol import Bucket, EngineInfo, TensorMeta, Version
 from ..spans import OFF, Spans
 from ..transport.buckets import filled_buckets, not_finite
@@ -154,15 +154,17 @@ class Sending:
             UpdateAborted: naming the engine that failed.
         """
 
-        async def ask(name: str, engine: EngineInfo, epoch: int) -> None:
-            own = msgspec.structs.replace(bucket, epoch=epoch, sender=self._sender)
-            try:
-                await self._group.request(engine.address, own, max(self._left(), 0.05))
-            except (EngineUnreachable, RequestError) as error:
-                raise UpdateAborted(f"update to version {self._version}: {name}: {error}") from None
-
+        # One message for all engines of an epoch is encoded once: it names every tensor.
+        own = {
+            epoch: msgspec.structs.replace(bucket, epoch=epoch, sender=self._sender)
+            for epoch in {epoch for _, epoch in self._engines.values()}
+        }
+        requests = {name: (engine.address, own[epoch]) for name, (engine, epoch) in self._engines.items()}
         with self._spans.during("announced", f"announce {bucket.index}"):
-            await asyncio.gather(*(ask(name, *engine) for name, engine in self._engines.items()))
+            outcomes = await self._group.request_all(requests, max(self._left(), 0.05), until_error=True)
+        for name, outcome in outcomes.items():
+            if isinstance(outcome, ArealError):
+                raise UpdateAborted(f"update to version {self._version}: {name}: {outcome}")
 
 
 def without_lent(

@@ -56,7 +56,10 @@ if TYPE_CHECKING:
     import torch
 
     from ..transport import Sink
+    from .connection import Round
     from .group import AsyncEngineGroup
+
+    Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -428,76 +431,53 @@ class AsyncUpdate:
         """
         coordinator = self._coordinator
         assert coordinator is not None
-        finished: asyncio.Queue[asyncio.Task[Answer]] = asyncio.Queue()
-        tasks = self._launch(requests, finished)
+        asked, outcomes = self._launch(requests)
         cancelled: asyncio.CancelledError | None = None
-        while tasks:
-            try:
-                task = await finished.get()
-            except asyncio.CancelledError as first:
-                if cancelled:
-                    raise
-                cancelled = first
-                tasks = self._take_back(coordinator, tasks, finished)
-                continue
-            if (name := tasks.pop(task, None)) is None:
-                continue  # of a phase that an answer before it has ended
-            phase = coordinator.phase
-            try:
-                answer: Answer = task.result()
-                if phase == "commit" and isinstance(answer, protocol.Ack):
-                    self._commit_seconds = max(self._commit_seconds, answer.seconds)
-                more = coordinator.answered(name, answer, self._left())
-            except RequestError as error:
-                refusal = protocol.Error(kind="failed", message=str(error))
-                more = coordinator.answered(name, refusal, self._left())
-            except EngineUnreachable as error:
-                more = coordinator.silent(name, str(error), self._left())
-            if coordinator.phase != phase:
-                # What is still on the way belongs to a phase that is over.
-                for late in tasks:
-                    late.cancel()
-                tasks.clear()
-            tasks.update(self._launch(more, finished))
+        try:
+            while coordinator.awaited:
+                try:
+                    name, outcome = await outcomes.get()
+                except asyncio.CancelledError as first:
+                    if cancelled:
+                        raise
+                    cancelled = first
+                    if coordinator.phase in ("begin", "prepare", "pause"):
+                        asked.cancel()
+                        asked, outcomes = self._launch(coordinator.give_up("the trainer was interrupted"))
+                    continue
+                phase = coordinator.phase
+                if isinstance(outcome, EngineUnreachable):
+                    more = coordinator.silent(name, str(outcome), self._left())
+                else:
+                    if phase == "commit" and isinstance(outcome, protocol.Ack):
+                        self._commit_seconds = max(self._commit_seconds, outcome.seconds)
+                    more = coordinator.answered(name, outcome, self._left())
+                if coordinator.phase != phase:
+                    asked.cancel()  # what is still on the way belongs to a phase that is over
+                if more:
+                    asked, outcomes = self._launch(more)
+        finally:
+            asked.cancel()
         self.spans.enter("update", "" if coordinator.phase == "done" else coordinator.phase)
         if cancelled:
             raise cancelled
 
-    def _take_back(
-        self,
-        coordinator: Coordinator,
-        tasks: dict[asyncio.Task[Answer], str],
-        finished: asyncio.Queue[asyncio.Task[Answer]],
-    ) -> dict[asyncio.Task[Answer], str]:
-        """The requests to wait for after an interrupt, instead of ``tasks``."""
-        if coordinator.phase not in ("begin", "prepare", "pause"):
-            return tasks
-        for task in tasks:
-            task.cancel()
-        return self._launch(coordinator.give_up("the trainer was interrupted"), finished)
-
-    def _launch(
-        self, requests: dict[str, EngineRequest], finished: asyncio.Queue[asyncio.Task[Answer]]
-    ) -> dict[asyncio.Task[Answer], str]:
-        """Send the requests of the coordinator's phase, all at once; ``finished`` gets each when it has an outcome."""
+    def _launch(self, requests: dict[str, EngineRequest]) -> tuple[Round, Outcomes]:
+        """Send the requests of the coordinator's phase, all at once; the queue gets the outcome of each."""
         assert self._coordinator is not None
         phase = self._coordinator.phase
-        if requests:
-            self.spans.enter("update", phase)
-        if requests and self._options.on_phase:
+        self.spans.enter("update", phase)
+        if self._options.on_phase:
             self._options.on_phase(phase)
-        if requests and phase == "pause":
+        if phase == "pause":
             self._pause_started = time.monotonic()
-        tasks = {
-            asyncio.create_task(
-                self._group.request(self._engines[name].address, message, self._timeout_of(phase))
-            ): name
-            for name, message in requests.items()
-        }
-        # Waiting for the next of n tasks with asyncio.wait looks at all n, so at n² for n engines: seconds for a thousand.
-        for task in tasks:
-            task.add_done_callback(finished.put_nowait)
-        return tasks
+        outcomes: Outcomes = asyncio.Queue()
+        addressed = {name: (self._engines[name].address, message) for name, message in requests.items()}
+
+        def heard(name: str, outcome: Answer | EngineUnreachable) -> None:
+            outcomes.put_nowait((name, outcome))
+
+        return self._group.ask(addressed, self._timeout_of(phase), heard), outcomes
 
     def _timeout_of(self, phase: str) -> float:
         if phase in _GRACE_SECONDS:
