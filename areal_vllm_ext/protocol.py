@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 REQUEST_ID_BYTES = 16
 
 # Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever, no name without end.
@@ -203,6 +203,15 @@ class Staging(Part):
     on_host: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
 
 
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """``name`` was done from ``start`` to ``end``, by the clock of whoever tells, in seconds; ``track`` is a row of a trace."""
+
+    track: str
+    name: str
+    start: float
+    end: float
+
+
 # Requests to an engine
 
 
@@ -249,7 +258,8 @@ class Resume(Message):
 class Begin(Message):
     """Open an update. The answer comes when every worker of the engine is ready to receive.
 
-    ``senders``: the trainer's ranks that send to this engine, by number.
+    ``senders``: the trainer's ranks that send to this engine, by number. ``spans``: of each kind of span, engine and workers
+    keep so many for ``GetTrace``; 0: no trace.
     """
 
     epoch: Epoch
@@ -258,6 +268,7 @@ class Begin(Message):
     senders: dict[Rank, Sender]
     timeout: Seconds
     staging: Staging = Staging()
+    spans: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
 
 
 class Bucket(Message):
@@ -328,6 +339,15 @@ class DigestWeights(Message):
     contents: bool = False
 
 
+class GetTrace(Message):
+    """Ask what engine and workers did in ``update``, the last that was begun here, and for how long. Answered after ``timeout``
+    at the latest, without the workers that were silent.
+    """
+
+    update: str
+    timeout: Seconds
+
+
 EngineRequest = (
     Hello
     | GetStatus
@@ -343,6 +363,7 @@ EngineRequest = (
     | Abort
     | Fence
     | Agree
+    | GetTrace
 )
 
 
@@ -380,8 +401,17 @@ class DigestsTaken(Message):
     busy: bool = False
 
 
-WorkerMessage = Attach | WorkerDone | DigestsTaken
-WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights
+class WorkerTrace(Message):
+    """A worker's answer to ``GetTrace``, at ``now`` of its clock."""
+
+    update: str
+    rank: int
+    now: float
+    spans: tuple[Span, ...]
+
+
+WorkerMessage = Attach | WorkerDone | DigestsTaken | WorkerTrace
+WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights | GetTrace
 
 
 # Requests to the directory
@@ -478,6 +508,17 @@ class WeightDigests(Message):
     workers: tuple[WorkerWeights, ...]
 
 
+class Trace(Message):
+    """The answer to ``GetTrace``, all by the engine's clock: when the question came, when it was answered, and what was done.
+    ``silent`` workers have not told.
+    """
+
+    received: float
+    answered: float
+    spans: tuple[Span, ...]
+    silent: tuple[int, ...] = ()
+
+
 class Ack(Message):
     """Done. ``manifest``, of Prepare: what the engine holds, see ``WorkerDone``."""
 
@@ -515,7 +556,7 @@ class Error(Message):
     epoch: int = 0
 
 
-Answer = Welcome | Status | Weights | WeightDigests | Ack | Engines | Lease | Registered | Error
+Answer = Welcome | Status | Weights | WeightDigests | Trace | Ack | Engines | Lease | Registered | Error
 
 encoder = msgspec.msgpack.Encoder()
 engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(

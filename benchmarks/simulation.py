@@ -17,7 +17,7 @@ import functools
 import heapq
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 from unittest import mock
 
@@ -601,12 +601,24 @@ class World:
             )
 
 
+class Asked:
+    """As ``connection.Round``."""
+
+    def __init__(self, process: Asking) -> None:
+        self.callers: list[Caller] = []
+        self._process = process
+
+    def cancel(self) -> None:
+        for caller in self.callers:
+            self._process.pending.pop(caller, None)
+
+
 class Asking(Process):
     """A process with the client's connection, which is simulated: a trainer, or whoever else commands engines."""
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name, world.clock())
-        self.pending: dict[Caller, asyncio.Future[Answer]] = {}
+        self.pending: dict[Caller, Callable[[Answer], None]] = {}
         self.gone_since: dict[str, float] = {}
 
     def group(self) -> AsyncEngineGroup:
@@ -617,38 +629,47 @@ class Asking(Process):
         return group
 
     def hear(self, caller: Caller, message: Any) -> None:
-        if (future := self.pending.get(caller)) is not None and not future.done():
-            future.set_result(message)
+        if settle := self.pending.get(caller):
+            settle(message)
 
     # What the group asks of its connection
 
-    async def request(self, address: str, message: Message, timeout: float) -> Answer:
-        """As ``Connection.request``: asks again every second under one id, until its time is over."""
+    def ask(
+        self,
+        requests: Mapping[str, tuple[str, Message]],
+        timeout: float,
+        heard: Callable[[str, Answer | EngineUnreachable], None],
+    ) -> Asked:
+        """As ``Connection.ask``: says each again every second under one id, until its time is over."""
+        asked = Asked(self)
+        for name, (address, message) in requests.items():
+            caller = new_caller(self)
+            asked.callers.append(caller)
+            self.pending[caller] = functools.partial(self._settle, caller, functools.partial(heard, name))
+            self._say(caller, address, message, timeout, self.time() + timeout)
+        return asked
+
+    def _settle(self, caller: Caller, heard: Callable[[Any], None], outcome: Answer | EngineUnreachable) -> None:
+        del self.pending[caller]
+        heard(outcome)
+
+    def _say(self, caller: Caller, address: str, message: Message, timeout: float, ends: float) -> None:
+        if (settle := self.pending.get(caller)) is None:
+            return
+        left = ends - self.time()
         if not self.alive:
-            raise EngineUnreachable("this process is dead")
-        caller, future, ends = new_caller(self), self.create_future(), self.time() + timeout
-        self.pending[caller] = future
-
-        def ask() -> None:
-            left = ends - self.time()
-            if future.done():
-                return
-            if self.world.reaches(self, address):
-                self.gone_since.pop(address, None)
-            elif self.time() - self.gone_since.setdefault(address, self.time()) > GONE_SECONDS:
-                future.set_exception(EngineUnreachable(f"{address} is not connected"))
-                return
-            if left <= 1e-9:
-                future.set_exception(EngineUnreachable(f"{address} did not answer within {timeout:.1f} s"))
-                return
-            self.world.send(self, address, caller, message)
-            self.after(min(left, REPEAT_SECONDS), ask)
-
-        ask()
-        try:
-            return await future
-        finally:
-            del self.pending[caller]
+            settle(EngineUnreachable("this process is dead"))
+            return
+        if self.world.reaches(self, address):
+            self.gone_since.pop(address, None)
+        elif self.time() - self.gone_since.setdefault(address, self.time()) > GONE_SECONDS:
+            settle(EngineUnreachable(f"{address} is not connected"))
+            return
+        if left <= 1e-9:
+            settle(EngineUnreachable(f"{address} did not answer within {timeout:.1f} s"))
+            return
+        self.world.send(self, address, caller, message)
+        self.after(min(left, REPEAT_SECONDS), lambda: self._say(caller, address, message, timeout, ends))
 
     def keep_only(self, addresses: set[str]) -> None:
         pass

@@ -19,9 +19,11 @@ from .. import protocol, security, wire
 from ..errors import EngineUnreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
     from ..protocol import Answer, Message
+
+    Heard = Callable[[str, Answer | EngineUnreachable], None]
 
 # A request whose answer is late is sent again under its id: a cut link may have swallowed it. Engines answer an id once.
 _REPEAT_SECONDS = 1.0
@@ -41,24 +43,45 @@ _EVENTS = {
 }
 
 
+# Flags as plain numbers: combining an enum's takes longer than sending a frame.
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+
+
 @dataclasses.dataclass(slots=True)
 class _Pending:
-    """A request under way: what was sent where, until when it is waited for, and what repeats it or gives it up."""
+    """A request under way: who it is for, and what was sent where."""
 
+    name: str
     address: str
     peer: bytes
     payload: bytes
-    timeout: float
-    ends: float
-    answer: asyncio.Future[Answer]
-    timer: asyncio.TimerHandle | None = None
+    round: Round
+
+
+class Round:
+    """Requests that were sent together and are waited for with one timer."""
+
+    def __init__(self, connection: Connection, timeout: float, ends: float, heard: Heard) -> None:
+        self.timeout = timeout
+        self.ends = ends
+        self.heard = heard
+        self.waiting: dict[bytes, _Pending] = {}
+        self.timer: asyncio.TimerHandle | None = None
+        self._connection = connection
+
+    def cancel(self) -> None:
+        """Nobody waits for what was not answered any more."""
+        if self.timer:
+            self.timer.cancel()
+        self._connection.forget(self.waiting)
+        self.waiting.clear()
 
 
 class Connection:
     """A ROUTER socket, connected to many servers. Belongs to one event loop.
 
     The loop watches the socket itself, without ``zmq.asyncio``: a command of a thousand engines is two thousand messages,
-    and that costs several tasks, futures and system calls for each of them.
+    and that costs several tasks, futures and system calls for each of them. For the same reason requests are asked in rounds.
     """
 
     def __init__(self, key_for: Callable[[str], security.ClusterKey], max_message_bytes: int = 16 << 20) -> None:
@@ -78,7 +101,6 @@ class Connection:
         self._socket.sndhwm = 0
         wire.tune_client(self._socket)
         self._peers: dict[str, bytes] = {}
-        # Ids are this connection's own, as its routing id is: counted, since randomness is a system call for each.
         self._id_prefix = os.urandom(protocol.REQUEST_ID_BYTES - 8)
         self._id_numbers = itertools.count()
         self._pending: dict[bytes, _Pending] = {}
@@ -90,54 +112,79 @@ class Connection:
         self._loop.add_reader(self._monitor.fileno(), self._watch)
         self._loop.call_soon(self._watch)  # a ZeroMQ descriptor tells nothing before the first look
 
-    async def request(self, address: str, message: Message, timeout: float) -> Answer:
-        """Send ``message`` to ``address`` and wait for its answer.
+    def ask(self, requests: Mapping[str, tuple[str, Message]], timeout: float, heard: Heard) -> Round:
+        """Send requests, by any name, to addresses; one message for many is encoded once.
+
+        ``heard`` gets each name once, with its answer, or with why there is none within ``timeout`` seconds: what the
+        connection saw. Unless the round is cancelled before.
 
         Raises:
-            EngineUnreachable: no answer within ``timeout`` seconds; the message says what the connection saw.
+            ValueError: a message is longer than engines read; nothing was sent.
         """
+        now = self._loop.time()
+        made = Round(self, timeout, now + timeout, heard)
+        encoded, payload = None, b""
+        for name, (address, message) in requests.items():
+            if message is not encoded:
+                encoded, payload = message, self._encoded(message)
+            # Ids are this connection's own, as its routing id is: counted, since randomness is a system call for each.
+            request_id = self._id_prefix + next(self._id_numbers).to_bytes(8, "big")
+            made.waiting[request_id] = _Pending(name, address, self._peer(address), payload, made)
+        self._pending.update(made.waiting)
+        if timeout > 0:
+            self._send(made)
+        else:
+            self._repeat(made)
+        return made
+
+    def _encoded(self, message: Message) -> bytes:
         payload = protocol.encoder.encode(message)
         if len(payload) > self._max_message_bytes:
             raise ValueError(
                 f"a message of {len(payload) >> 20} MiB is more than engines read: raise AREAL_VLLM_MAX_MESSAGE_MIB there"
             )
-        if timeout <= 0:
-            raise self._unreachable(address, timeout)
-        request_id = self._id_prefix + next(self._id_numbers).to_bytes(8, "big")
-        pending = _Pending(
-            address, self._peer(address), payload, timeout, self._loop.time() + timeout, self._loop.create_future()
-        )
-        self._pending[request_id] = pending
-        try:
-            self._send(request_id, pending)
-            return await pending.answer
-        finally:
-            del self._pending[request_id]
-            if pending.timer:
-                pending.timer.cancel()
+        return payload
 
-    def _send(self, request_id: bytes, pending: _Pending) -> None:
-        """Send it, and look again when it should have been answered."""
-        with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart([pending.peer, request_id, pending.payload], zmq.NOBLOCK)
+    def forget(self, request_ids: Iterable[bytes]) -> None:
+        """Answers to these are not heard any more."""
+        for request_id in request_ids:
+            self._pending.pop(request_id, None)
+
+    def _send(self, made: Round) -> None:
+        """Send what is not answered, and look again when it should have been."""
+        for request_id, pending in made.waiting.items():
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send(pending.peer, _MORE)
+                self._socket.send(request_id, _MORE)
+                self._socket.send(pending.payload, _NOBLOCK)
         self._read_soon()
-        seconds = min(pending.ends - self._loop.time(), _REPEAT_SECONDS)
-        pending.timer = self._loop.call_later(seconds, self._repeat, request_id, pending)
+        seconds = min(made.ends - self._loop.time(), _REPEAT_SECONDS)
+        made.timer = self._loop.call_later(seconds, self._repeat, made)
 
-    def _repeat(self, request_id: bytes, pending: _Pending) -> None:
-        """It was not answered: give it up, or say it again."""
-        if pending.answer.done():
+    def _repeat(self, made: Round) -> None:
+        """Some were not answered: give them up, or say them again."""
+        now = self._loop.time()
+        for request_id, pending in list(made.waiting.items()):
+            if now >= made.ends or self._seconds_unconnected(pending.address) > _GONE_SECONDS:
+                self._settle(request_id, self._unreachable(pending.address, made.timeout))
+        if made.waiting:
+            self._send(made)
+
+    def _seconds_unconnected(self, address: str) -> float:
+        return time.monotonic() - self._unconnected_since.get(address, math.inf)
+
+    def _settle(self, request_id: bytes, outcome: Answer | EngineUnreachable) -> None:
+        if (pending := self._pending.pop(request_id, None)) is None:
             return
-        address = pending.address
-        if (seconds := time.monotonic() - self._unconnected_since.get(address, math.inf)) > _GONE_SECONDS:
-            said = f"{address} is not connected since {seconds:.1f} s{self._why(address)}"
-            pending.answer.set_exception(EngineUnreachable(said))
-        elif self._loop.time() >= pending.ends:
-            pending.answer.set_exception(self._unreachable(address, pending.timeout))
-        else:
-            self._send(request_id, pending)
+        made = pending.round
+        del made.waiting[request_id]
+        if not made.waiting:
+            made.cancel()
+        made.heard(pending.name, outcome)
 
     def _unreachable(self, address: str, timeout: float) -> EngineUnreachable:
+        if (seconds := self._seconds_unconnected(address)) > _GONE_SECONDS:
+            return EngineUnreachable(f"{address} is not connected since {seconds:.1f} s{self._why(address)}")
         return EngineUnreachable(f"{address} did not answer within {timeout:.1f} s{self._why(address)}")
 
     def keep_only(self, addresses: set[str]) -> None:
@@ -189,15 +236,14 @@ class Connection:
                 return
             if len(frames) != 3:
                 continue
-            pending = self._pending.get(frames[1])
-            if pending is None or pending.answer.done():
+            if frames[1] not in self._pending:
                 continue
+            answer: Answer
             try:
-                pending.answer.set_result(protocol.answer_decoder.decode(frames[2]))
+                answer = protocol.answer_decoder.decode(frames[2])
             except protocol.UNREADABLE as error:
-                pending.answer.set_result(
-                    protocol.Error(kind="malformed", message=f"the answer cannot be read: {error}")
-                )
+                answer = protocol.Error(kind="malformed", message=f"the answer cannot be read: {error}")
+            self._settle(frames[1], answer)
         self._read_soon()  # after others of this loop have had their turn
 
     def _watch(self) -> None:

@@ -96,8 +96,9 @@ class Coordinator:
         senders: Mapping[str, Mapping[int, Sender]],
         timeout: float,
         stagings: Mapping[str, Staging] | None = None,
+        spans: int = 0,
     ) -> dict[str, EngineRequest]:
-        """Open the update everywhere. ``senders``: by engine, who sends to it."""
+        """Open the update everywhere. ``senders``: by engine, who sends to it. ``spans``: see ``protocol.Begin``."""
         self._awaited = set(self.members)
         return {
             name: Begin(
@@ -107,6 +108,7 @@ class Coordinator:
                 senders=dict(senders[name]),
                 timeout=timeout,
                 staging=stagings[name] if stagings else Staging(),
+                spans=spans,
             )
             for name, member in self.members.items()
         }

@@ -17,7 +17,7 @@ from .. import protocol, security
 from ..checkpoint import contents
 from ..config import Settings, split_address
 from ..directory import BEAT_SECONDS
-from ..errors import EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
+from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from . import recovery
 from .connection import Connection
 from .update import AsyncUpdate, UpdateOptions, UpdateResult
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Version,
     )
     from ..transport import Sink
+    from .connection import Heard, Round
 
 __all__ = ["AsyncEngineGroup", "Difference", "EngineState", "UpdateResult", "Verification"]
 
@@ -271,8 +272,7 @@ class AsyncEngineGroup:
         async def keep_saying() -> None:
             while True:
                 await asyncio.sleep(lease / 4)
-                said = (self.request(address, message, lease / 4) for address in addresses)
-                await asyncio.gather(*said, return_exceptions=True)
+                await self.request_all({address: (address, message) for address in addresses}, lease / 4)
 
         self._keeping_paused = asyncio.create_task(keep_saying())
 
@@ -290,7 +290,7 @@ class AsyncEngineGroup:
 
     # Update
 
-    def update(
+    def update(  # noqa: PLR0913 - all but one by name
         self,
         version: Version,
         *,
@@ -302,6 +302,7 @@ class AsyncEngineGroup:
         staging: StagingKind = "auto",
         drop_lost: bool = False,
         on_phase: Callable[[str], None] | None = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> AsyncUpdate:
         """Move every engine to new weights, or none. Use: ``async with group.update(v) as update: await update.send(model)``.
 
@@ -323,6 +324,8 @@ class AsyncEngineGroup:
                 it serves nothing until an update reaches it.
             on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``,
                 ``abort``) before its requests go out, on the event loop's thread.
+            trace: where to write what trainer, engines and workers did when, also of an update that failed: JSON for
+                https://ui.perfetto.dev. What of it cannot be had is logged, and no error.
         """
         options = UpdateOptions(
             deadline=deadline,
@@ -333,6 +336,7 @@ class AsyncEngineGroup:
             bucket_bytes=bucket_mib << 20,
             drop_lost=drop_lost,
             on_phase=on_phase,
+            trace=trace,
         )
         return AsyncUpdate(self, version, options)
 
@@ -400,12 +404,43 @@ class AsyncEngineGroup:
         Raises:
             EngineUnreachable: no answer. RequestError: it was refused.
         """
+        outcome = (await self.request_all({"": (address, message)}, timeout))[""]
+        if isinstance(outcome, ArealError):
+            raise outcome
+        return outcome
+
+    async def request_all(
+        self, requests: Mapping[str, tuple[str, Message]], timeout: float, *, until_error: bool = False
+    ) -> dict[str, Answer | EngineUnreachable | RequestError]:
+        """Requests to addresses, by any name, all at once; of each the answer, or the error that ``request`` would raise.
+
+        ``until_error``: only those up to the first error.
+        """
+        outcomes: dict[str, Answer | EngineUnreachable | RequestError] = {}
+        all_heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def heard(name: str, outcome: Answer | EngineUnreachable) -> None:
+            error = isinstance(outcome, (protocol.Error, EngineUnreachable))
+            outcomes[name] = (
+                RequestError(outcome.kind, outcome.message) if isinstance(outcome, protocol.Error) else outcome
+            )
+            enough = len(outcomes) == len(requests) or (until_error and error)
+            if enough and not all_heard.done():
+                all_heard.set_result(None)
+
+        if requests:
+            asked = self.ask(requests, timeout, heard)
+            try:
+                await all_heard
+            finally:
+                asked.cancel()
+        return outcomes
+
+    def ask(self, requests: Mapping[str, tuple[str, Message]], timeout: float, heard: Heard) -> Round:
+        """See ``Connection.ask``."""
         if self._connection is None:
             self._connection = Connection(self._key_for, self._max_message_bytes)
-        answer = await self._connection.request(address, message, timeout)
-        if isinstance(answer, protocol.Error):
-            raise RequestError(answer.kind, answer.message)
-        return answer
+        return self._connection.ask(requests, timeout, heard)
 
     def sink(
         self,
@@ -542,20 +577,20 @@ class AsyncEngineGroup:
     ) -> dict[str, Target]:
         """Fence every engine, and settle an update that its client left behind."""
 
-        async def fence(name: str, member: Member) -> Target | None:
-            left = min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS)
-            try:
-                status = await self.request(member.engine.address, protocol.Fence(epoch=member.epoch), left)
-            except EngineUnreachable as error:
-                if (member.engine.replica, member.engine.dp_rank) in self._dropped:
-                    return None
-                raise EngineUnreachable(f"{name}: {error}") from None
-            assert isinstance(status, protocol.Status)
-            return Target(member.engine, member.epoch, status)
-
+        fences = {name: (member.engine.address, protocol.Fence(epoch=member.epoch)) for name, member in members.items()}
         while True:
-            fenced = await asyncio.gather(*(fence(name, member) for name, member in members.items()))
-            targets = {target.engine.name: target for target in fenced if target}
+            left = min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS)
+            outcomes = await self.request_all(fences, left)
+            targets: dict[str, Target] = {}
+            for name, member in members.items():
+                match outcomes[name]:
+                    case protocol.Status() as status:
+                        targets[name] = Target(member.engine, member.epoch, status)
+                    case EngineUnreachable() as error:
+                        if (member.engine.replica, member.engine.dp_rank) not in self._dropped:
+                            raise EngineUnreachable(f"{name}: {error}")
+                    case RequestError() as error:
+                        raise error
             plan = recovery.plan(
                 {name: target.status for name, target in targets.items()},
                 {name: target.epoch for name, target in targets.items()},
@@ -631,15 +666,9 @@ class AsyncEngineGroup:
     ) -> dict[str, str]:
         """Ask engines all at once; returns the problem of each that failed."""
 
-        async def ask(name: str, request: EngineRequest) -> tuple[str, str]:
-            try:
-                await self.request(targets[name].engine.address, request, max(ends - time.monotonic(), 0.05))
-            except (EngineUnreachable, RequestError) as error:
-                return name, str(error)
-            return name, ""
-
-        answers = await asyncio.gather(*(ask(name, request) for name, request in requests.items()))
-        return {name: problem for name, problem in answers if problem}
+        addressed = {name: (targets[name].engine.address, request) for name, request in requests.items()}
+        outcomes = await self.request_all(addressed, max(ends - time.monotonic(), 0.05))
+        return {name: str(outcome) for name, outcome in outcomes.items() if isinstance(outcome, ArealError)}
 
 
 def describe_missing(

@@ -208,7 +208,7 @@ class RankSends:
         engines = {name: known.engines[name] for name in serves} if mine else {}
         name, sink = self._begin(engines, serves, device, known.expected)
         self._update.others_send()
-        sending = Sending(self._group, self._loop, engines, self._update.version, self._ends, rank)
+        sending = Sending(self._group, self._loop, engines, self._update.version, self._ends, rank, self._update.spans)
         if sink is None:
             for _ in full:  # the other ranks' collectives need this one
                 pass

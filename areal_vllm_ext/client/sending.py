@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from ..errors import EngineUnreachable, InvalidWeights, RequestError, UpdateAborted
+from ..errors import ArealError, InvalidWeights, UpdateAborted
 from ..protocol import Bucket, EngineInfo, TensorMeta, Version
+from ..spans import OFF, Spans
 from ..transport import Cancelled
 from ..transport.buckets import Bucket as FilledBucket
 from ..transport.buckets import filled_buckets, not_finite
@@ -43,6 +44,7 @@ class Sending:
         version: Version,
         ends: float,
         sender: int = 0,
+        spans: Spans = OFF,
     ) -> None:
         """
         Args:
@@ -52,9 +54,11 @@ class Sending:
             version: of the weights, for people.
             ends: when, by ``time.monotonic()``, it is given up.
             sender: its number in the update.
+            spans: where to record what is done.
         """
         self._group, self._loop, self._engines = group, loop, engines
         self._version, self._ends, self._sender = version, ends, sender
+        self._spans = spans
         self.begun = False
         self.buckets = 0
         self.nbytes = 0
@@ -92,17 +96,20 @@ class Sending:
         travelling = without_lent(pairs, sink, lasting, lent) if isinstance(sink, CudaIpcSink) else pairs
         with ThreadPoolExecutor(1, thread_name_prefix="areal-push") as pushing:
             try:
-                for filled in filled_buckets(travelling, bucket_bytes, lambda nbytes: self._memory(sink, nbytes)):
+                buckets = filled_buckets(travelling, bucket_bytes, lambda nbytes: self._memory(sink, nbytes))
+                for filled in self._spans.each("sending", "fill", buckets):
                     bucket = self._described(update, sink, filled)
                     if sink.announced_is_sent:
                         self._announced.append(self._announce(bucket))
                     else:  # beside the filling of the next
                         self._pushed.append(pushing.submit(self._push, sink, bucket, filled.filled, turn))
                 if lent and isinstance(sink, CudaIpcSink):
-                    self._lend(update, sink, lent)
-                for under_way in (self._pushed, self._announced):  # a push announces: first all of those
-                    for future in under_way:
-                        future.result(timeout=max(self._left(), 0))
+                    with self._spans.during("sending", "lend"):
+                        self._lend(update, sink, lent)
+                with self._spans.during("sending", "wait until all is held"):
+                    for under_way in (self._pushed, self._announced):  # a push announces: first all of those
+                        for future in under_way:
+                            future.result(timeout=max(self._left(), 0))
             except Cancelled:
                 raise self._refusal() or Cancelled from None
             finally:
@@ -113,7 +120,8 @@ class Sending:
         """For the next bucket. A slot is free when what lay in it has gone; where workers read it, when they have copied it."""
         before = self._announced if sink.announced_is_sent else self._pushed
         if len(before) >= sink.slots:
-            before[-sink.slots].result(timeout=max(self._left(), 0))
+            with self._spans.during("sending", "wait for a slot"):
+                before[-sink.slots].result(timeout=max(self._left(), 0))
         self._location, buffer = sink.buffer(self.buckets, nbytes)
         return buffer
 
@@ -123,12 +131,14 @@ class Sending:
             raise InvalidWeights(f"{name} holds NaN or infinite values")
         if sink.announced_is_sent and filled.filled.device.type != "cpu":
             torch.accelerator.synchronize(filled.filled.device)
+        with self._spans.during("sending", f"digest {self.buckets}"):
+            segments = filled.segments()
         bucket = Bucket(
             epoch=0,
             update=update,
             index=self.buckets,
             nbytes=filled.nbytes,
-            segments=filled.segments(),
+            segments=segments,
             location=self._location,
         )
         self._count(bucket)
@@ -138,7 +148,7 @@ class Sending:
         self, sink: Sink, bucket: Bucket, filled: torch.Tensor, turn: Callable[[], AbstractContextManager[None]]
     ) -> None:
         if not self._stopped.is_set():
-            with turn():
+            with turn(), self._spans.during("pushing", f"push {bucket.index}"):
                 self._announced.append(self._announce(bucket))
                 sink.push(filled, self._left(), self._failed)
 
@@ -154,7 +164,9 @@ class Sending:
         return self._ends - time.monotonic()
 
     def _lend(self, update: str, sink: CudaIpcSink, tensors: list[tuple[TensorMeta, torch.Tensor]]) -> None:
-        if name := not_finite((meta.name, tensor) for meta, tensor in tensors):
+        with self._spans.during("sending", "look for NaN"):
+            name = not_finite((meta.name, tensor) for meta, tensor in tensors)
+        if name:
             raise InvalidWeights(f"{name} holds NaN or infinite values")
         for bucket in sink.lend(tensors):
             numbered = msgspec.structs.replace(bucket, update=update, index=self.buckets)
@@ -177,14 +189,17 @@ class Sending:
             UpdateAborted: naming the engine that failed.
         """
 
-        async def ask(name: str, engine: EngineInfo, epoch: int) -> None:
-            own = msgspec.structs.replace(bucket, epoch=epoch, sender=self._sender)
-            try:
-                await self._group.request(engine.address, own, max(self._left(), 0.05))
-            except (EngineUnreachable, RequestError) as error:
-                raise UpdateAborted(f"update to version {self._version}: {name}: {error}") from None
-
-        await asyncio.gather(*(ask(name, *engine) for name, engine in self._engines.items()))
+        # One message for all engines of an epoch is encoded once: it names every tensor.
+        own = {
+            epoch: msgspec.structs.replace(bucket, epoch=epoch, sender=self._sender)
+            for epoch in {epoch for _, epoch in self._engines.values()}
+        }
+        requests = {name: (engine.address, own[epoch]) for name, (engine, epoch) in self._engines.items()}
+        with self._spans.during("announced", f"announce {bucket.index}"):
+            outcomes = await self._group.request_all(requests, max(self._left(), 0.05), until_error=True)
+        for name, outcome in outcomes.items():
+            if isinstance(outcome, ArealError):
+                raise UpdateAborted(f"update to version {self._version}: {name}: {outcome}")
 
 
 def without_lent(

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import logging
 import os
 import time
 import uuid
@@ -40,9 +41,11 @@ from ..protocol import (
     TensorMeta,
     Version,
 )
+from ..spans import Spans
 from ..transport import Cancelled
 from ..transport.buckets import total_bytes
 from ..transport.ipc import CudaIpcSink
+from . import trace
 from .coordinator import Coordinator, Member
 from .sending import Sending, choose_transport
 from .weights import Checker, Named, gathered, storages, warn_unchecked
@@ -53,7 +56,12 @@ if TYPE_CHECKING:
     import torch
 
     from ..transport import Sink
+    from .connection import Round
     from .group import AsyncEngineGroup
+
+    Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
 
 # After its deadline an update waits for one more answer to what it tells the engines last (keep the old weights, or commit),
 # then to resume: less than a second in all. Whatever is not settled by then, the directory settles.
@@ -61,6 +69,8 @@ _GRACE_SECONDS = {"abort": 0.35, "commit": 0.3, "resume": 0.25}
 # An engine that takes longer to switch, while all others are paused, is dropped.
 _COMMIT_SECONDS = 120.0
 _ABORT_SECONDS = 5.0
+# For the engines to tell what they did; and where the update's time is over.
+_TRACE_SECONDS, _LATE_TRACE_SECONDS = 2.0, 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +108,7 @@ class UpdateOptions:
     bucket_bytes: int
     drop_lost: bool
     on_phase: Callable[[str], None] | None
+    trace: str | os.PathLike[str] | None
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "broadcast", "ipc", "shared_memory"):
@@ -132,6 +143,8 @@ class AsyncUpdate:
         self._pause_started = 0.0
         self._commit_seconds = 0.0
         self._result: UpdateResult | None = None
+        # What is done here, for the trace.
+        self.spans = Spans(trace.LONGEST if options.trace else 0)
 
     @property
     def deadline(self) -> float:
@@ -179,10 +192,12 @@ class AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self.ends = self._started + self._options.deadline
+        self.spans.enter("update", "lease")
         command = self._group.command(self._options.deadline, without_lost=self._options.drop_lost)
         targets = await self._command.enter_async_context(command)
         self._engines = {name: target.engine for name, target in targets.items()}
         self._members = {name: Member(target.epoch, target.resumes) for name, target in targets.items()}
+        self.spans.enter("update", "")
         return self
 
     async def send(self, weights: Any, *, dtype: str | None = None) -> None:
@@ -253,7 +268,9 @@ class AsyncUpdate:
         self._nbytes += nbytes
         self._entries += entries
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: object
+    ) -> None:
         try:
             coordinator = self._coordinator
             if coordinator is None:
@@ -297,6 +314,25 @@ class AsyncUpdate:
             if self._result is None:
                 self._group.drop_sink()
             await self._command.aclose()
+            if self._options.trace:
+                await self._write_trace(self._options.trace)
+
+    async def _write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Never an error of the update's: what is missing is logged."""
+        engines: dict[str, list[protocol.Span]] = {}
+        problems: list[str] = []
+        about = {"version": str(self._version), "committed": self._result is not None}
+        try:
+            if coordinator := self._coordinator:
+                about |= {"update": coordinator.update, "given_up": coordinator.reason, "lost": coordinator.lost}
+                timeout = min(_TRACE_SECONDS, max(self._left(), _LATE_TRACE_SECONDS))
+                engines, problems = await trace.collect(self._group, self._engines, coordinator.update, timeout)
+            spans = self.spans.taken()
+            await asyncio.to_thread(trace.write, path, spans, engines, self._started, about)
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
+        if problems:
+            logger.warning("the trace %s of version %s is not whole: %s", path, self._version, "; ".join(problems))
 
     async def _ask_lost(self, coordinator: Coordinator) -> set[str]:
         """An engine whose answer was lost may have switched all the same, or a successor may have told it to.
@@ -351,7 +387,8 @@ class AsyncUpdate:
             self._options.kv,
             in_place=self._options.staging == "none",
         )
-        await self._drive(self._coordinator.begin(senders, self._left(), self._stagings()))
+        spans = trace.spans_for(self._engines.values()) if self._options.trace else 0
+        await self._drive(self._coordinator.begin(senders, self._left(), self._stagings(), spans))
         self._check_given_up(self._coordinator)
 
     def _check_given_up(self, coordinator: Coordinator) -> None:
@@ -394,73 +431,53 @@ class AsyncUpdate:
         """
         coordinator = self._coordinator
         assert coordinator is not None
-        finished: asyncio.Queue[asyncio.Task[Answer]] = asyncio.Queue()
-        tasks = self._launch(requests, finished)
+        asked, outcomes = self._launch(requests)
         cancelled: asyncio.CancelledError | None = None
-        while tasks:
-            try:
-                task = await finished.get()
-            except asyncio.CancelledError as first:
-                if cancelled:
-                    raise
-                cancelled = first
-                tasks = self._take_back(coordinator, tasks, finished)
-                continue
-            if (name := tasks.pop(task, None)) is None:
-                continue  # of a phase that an answer before it has ended
-            phase = coordinator.phase
-            try:
-                answer: Answer = task.result()
-                if phase == "commit" and isinstance(answer, protocol.Ack):
-                    self._commit_seconds = max(self._commit_seconds, answer.seconds)
-                more = coordinator.answered(name, answer, self._left())
-            except RequestError as error:
-                refusal = protocol.Error(kind="failed", message=str(error))
-                more = coordinator.answered(name, refusal, self._left())
-            except EngineUnreachable as error:
-                more = coordinator.silent(name, str(error), self._left())
-            if coordinator.phase != phase:
-                # What is still on the way belongs to a phase that is over.
-                for late in tasks:
-                    late.cancel()
-                tasks.clear()
-            tasks.update(self._launch(more, finished))
+        try:
+            while coordinator.awaited:
+                try:
+                    name, outcome = await outcomes.get()
+                except asyncio.CancelledError as first:
+                    if cancelled:
+                        raise
+                    cancelled = first
+                    if coordinator.phase in ("begin", "prepare", "pause"):
+                        asked.cancel()
+                        asked, outcomes = self._launch(coordinator.give_up("the trainer was interrupted"))
+                    continue
+                phase = coordinator.phase
+                if isinstance(outcome, EngineUnreachable):
+                    more = coordinator.silent(name, str(outcome), self._left())
+                else:
+                    if phase == "commit" and isinstance(outcome, protocol.Ack):
+                        self._commit_seconds = max(self._commit_seconds, outcome.seconds)
+                    more = coordinator.answered(name, outcome, self._left())
+                if coordinator.phase != phase:
+                    asked.cancel()  # what is still on the way belongs to a phase that is over
+                if more:
+                    asked, outcomes = self._launch(more)
+        finally:
+            asked.cancel()
+        self.spans.enter("update", "" if coordinator.phase == "done" else coordinator.phase)
         if cancelled:
             raise cancelled
 
-    def _take_back(
-        self,
-        coordinator: Coordinator,
-        tasks: dict[asyncio.Task[Answer], str],
-        finished: asyncio.Queue[asyncio.Task[Answer]],
-    ) -> dict[asyncio.Task[Answer], str]:
-        """The requests to wait for after an interrupt, instead of ``tasks``."""
-        if coordinator.phase not in ("begin", "prepare", "pause"):
-            return tasks
-        for task in tasks:
-            task.cancel()
-        return self._launch(coordinator.give_up("the trainer was interrupted"), finished)
-
-    def _launch(
-        self, requests: dict[str, EngineRequest], finished: asyncio.Queue[asyncio.Task[Answer]]
-    ) -> dict[asyncio.Task[Answer], str]:
-        """Send the requests of the coordinator's phase, all at once; ``finished`` gets each when it has an outcome."""
+    def _launch(self, requests: dict[str, EngineRequest]) -> tuple[Round, Outcomes]:
+        """Send the requests of the coordinator's phase, all at once; the queue gets the outcome of each."""
         assert self._coordinator is not None
         phase = self._coordinator.phase
-        if requests and self._options.on_phase:
+        self.spans.enter("update", phase)
+        if self._options.on_phase:
             self._options.on_phase(phase)
-        if requests and phase == "pause":
+        if phase == "pause":
             self._pause_started = time.monotonic()
-        tasks = {
-            asyncio.create_task(
-                self._group.request(self._engines[name].address, message, self._timeout_of(phase))
-            ): name
-            for name, message in requests.items()
-        }
-        # Waiting for the next of n tasks with asyncio.wait looks at all n, so at n² for n engines: seconds for a thousand.
-        for task in tasks:
-            task.add_done_callback(finished.put_nowait)
-        return tasks
+        outcomes: Outcomes = asyncio.Queue()
+        addressed = {name: (self._engines[name].address, message) for name, message in requests.items()}
+
+        def heard(name: str, outcome: Answer | EngineUnreachable) -> None:
+            outcomes.put_nowait((name, outcome))
+
+        return self._group.ask(addressed, self._timeout_of(phase), heard), outcomes
 
     def _timeout_of(self, phase: str) -> float:
         if phase in _GRACE_SECONDS:
@@ -504,7 +521,8 @@ class AsyncUpdate:
         assert self._loop is not None
         first = next(pairs)
         sink = self._met_sink(first[1].device, expected)
-        sending = self._sending = Sending(self._group, self._loop, self.engines, self._version, self.ends)
+        sending = Sending(self._group, self._loop, self.engines, self._version, self.ends, spans=self.spans)
+        self._sending = sending
         sending.send(
             self.id,
             sink,

@@ -150,7 +150,7 @@ class Controller:
         def report(error: str) -> None:
             self.endpoint.post(functools.partial(self.endpoint.participant.pause_done, call, error))
 
-        self._call(on_loop, failed=report)
+        self._call("pause", on_loop, failed=report)
 
     def resume(self, call: int) -> None:
         def on_loop() -> None:
@@ -161,13 +161,13 @@ class Controller:
         def report(error: str) -> None:
             self.endpoint.post(functools.partial(self.endpoint.participant.resume_done, call, error))
 
-        self._call(on_loop, failed=report)
+        self._call("resume", on_loop, failed=report)
 
     def cancel_pause(self, call: int) -> None:
         def report(cancelled: bool) -> None:
             self.endpoint.post(functools.partial(self.endpoint.participant.cancel_done, call, cancelled))
 
-        self._call(lambda: report(self._take_pause_back()), failed=lambda _: report(False))
+        self._call("cancel", lambda: report(self._take_pause_back()), failed=lambda _: report(False))
 
     def commit(self, update: str, version: Version) -> None:
         started = time.perf_counter()
@@ -192,7 +192,7 @@ class Controller:
                 set_version(str(version))
             report("", "; ".join(dict.fromkeys(reasons)))
 
-        self._call(on_loop, failed=report)
+        self._call("switch", on_loop, failed=report)
 
     def oldest_call_seconds(self) -> float:
         """For how long the engine has not come to the oldest call: how stuck it is."""
@@ -224,13 +224,17 @@ class Controller:
             self._engine.ignore_start_dp_wave = False
         return True
 
-    def _call(self, on_loop: Callable[[], None], failed: Callable[[str], None]) -> None:
+    def _call(self, name: str, on_loop: Callable[[], None], failed: Callable[[str], None]) -> None:
         number = next(self._call_ids)
         self._calls[number] = time.monotonic()
+        spans = self.endpoint.tracing.spans
+        spans.start(number, "engine's loop", "wait for the step to end")
 
         def run() -> None:
+            spans.end(number)
             try:
-                on_loop()
+                with spans.during("engine's loop", name):
+                    on_loop()
             except Exception as error:
                 logger.exception("a call of the control endpoint failed")
                 failed(error_of(error))

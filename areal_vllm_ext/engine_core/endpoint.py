@@ -30,12 +30,14 @@ from ..protocol import (
     EngineInfo,
     Fence,
     GetStatus,
+    GetTrace,
     Hello,
     Status,
     WeightDigests,
     Weights,
     Welcome,
     WorkerDone,
+    WorkerTrace,
     WorkerWeights,
 )
 from .participant import (
@@ -49,6 +51,7 @@ from .participant import (
     Participant,
     Reply,
 )
+from .tracing import Tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,6 +129,7 @@ class Endpoint:
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
         self._world_size = world_size
         self._participant = Participant(version, frozenset(range(world_size)), resume_orphans=settings.resume_orphans)
+        self.tracing = Tracing(world_size)
         self._weights: Weights | None = None
         self._digesting: dict[str, _Digesting] = {}
         self._weights_waiting: list[wire.Caller] = []
@@ -218,6 +222,7 @@ class Endpoint:
                 now = monotonic()
                 self._carry_out(self._participant.tick(now))
                 self._expire_digests(now)
+                self._carry_out(self.tracing.tick(now))
                 self._hurry()
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + BEAT_SECONDS
@@ -246,7 +251,8 @@ class Endpoint:
     def _milliseconds_to_tick(self, next_beat: float) -> int:
         """How long it may wait for a message: where nothing can run out of time, until the next beat."""
         state = self._participant
-        if state.update or state.flow != "running" or self._digesting or not self._all_attached.is_set():
+        asked = self._digesting or self.tracing.waiting
+        if state.update or state.flow != "running" or asked or not self._all_attached.is_set():
             return _TICK_MILLISECONDS
         return math.ceil(min(max(next_beat - monotonic(), 0.0), BEAT_SECONDS) * 1e3)
 
@@ -294,19 +300,31 @@ class Endpoint:
                 self._describe(caller)
             case DigestWeights():
                 self._digest(caller, message)
-            case DigestsTaken():
-                self._digested(message)
+            case GetTrace():
+                self._carry_out(self.tracing.ask(caller, message, monotonic()))
             case Fence():
                 refusal = self._participant.fence(message.epoch)
                 self._server.answer(caller, refusal or self._status())
             case Attach():
                 self._attach(caller, message)
-            case WorkerDone():
-                known = self._workers.get(message.rank)
-                if known and known[0] == caller.peer:
-                    self._carry_out(self._participant.worker_done(message))
+            case WorkerDone() | DigestsTaken() | WorkerTrace():
+                self._hear(caller, message)
             case _:
-                self._carry_out(self._participant.handle(caller, message, monotonic()))
+                effects = self._participant.handle(caller, message, monotonic())
+                self.tracing.asked(caller, message, self._participant)
+                self._carry_out(effects)
+
+    def _hear(self, worker: wire.Caller, message: WorkerDone | DigestsTaken | WorkerTrace) -> None:
+        known = self._workers.get(message.rank)
+        if known is None or known[0] != worker.peer:
+            return
+        match message:
+            case WorkerDone():
+                self._carry_out(self._participant.worker_done(message))
+            case DigestsTaken():
+                self._digested(message)
+            case WorkerTrace():
+                self._carry_out(self.tracing.told(message, monotonic()))
 
     def _attach(self, caller: wire.Caller, message: Attach) -> None:
         own = secrets.compare_digest(message.token.encode(), self.attach_token.encode())
@@ -381,9 +399,11 @@ class Endpoint:
         return self._participant.status(self.info, running, waiting, self._engine.oldest_call_seconds())
 
     def _carry_out(self, effects: list[Effect]) -> None:
+        self.tracing.states(self._participant)
         for effect in effects:
             match effect:
                 case Reply():
+                    self.tracing.answered(effect.caller)
                     self._server.answer(effect.caller, effect.answer)
                 case Order():
                     for peer, _ in self._workers.values():

@@ -28,11 +28,14 @@ class WorkerExtension:
                 a fresh load gives.
         """
         receiver = self._areal_receiver
+        spans, track = receiver.spans(update), f"worker {receiver.rank}"
         try:
             weights = receiver.staged(update)
             with receiver.served.switching(receiver.contents(update)):
-                receiver.served.copied = receiver.loader.load(weights, receiver.bound(update))
-                unproven: str = receiver.served.prove(weights)
+                with spans.during(track, "load"):
+                    receiver.served.copied = receiver.loader.load(weights, receiver.bound(update))
+                with spans.during(track, "prove"):
+                    unproven: str = receiver.served.prove(weights)
                 receiver.confirm(update)
             return unproven
         finally:

@@ -29,11 +29,14 @@ from ..protocol import (
     Bucket,
     DigestsTaken,
     DigestWeights,
+    GetTrace,
     Prepare,
     TensorMeta,
     WorkerDone,
     WorkerInfo,
+    WorkerTrace,
 )
+from ..spans import OFF, Spans
 from ..transport import Cancelled, Source, open_source
 from ..transport.buckets import damaged, unpack
 from ..transport.ipc import CudaIpcSource, device_id
@@ -61,8 +64,9 @@ _BATCH_BYTES, _BATCH_TENSORS = 64 << 20, 256
 class Lane:
     """What one sender brings."""
 
-    def __init__(self, transfer: protocol.Transfer) -> None:
+    def __init__(self, transfer: protocol.Transfer, track: str) -> None:
         self.transfer = transfer
+        self.track = track  # of its spans
         self.orders: queue.SimpleQueue[Bucket | Prepare | None] = queue.SimpleQueue()
         self.source: Source | None = None
         self.received = 0
@@ -73,6 +77,7 @@ class Intake:
 
     def __init__(self, receiver: Receiver, begin: Begin) -> None:
         self.begin = begin
+        self.spans = Spans(begin.spans)
         self.tensors: dict[str, torch.Tensor] = {}
         # Of each tensor what it is, and the digest of its bytes.
         self.manifest: dict[str, tuple[TensorMeta, int]] = {}
@@ -82,7 +87,7 @@ class Intake:
         self._lent: list[tuple[torch.Tensor, int]] = []
         self._receiver = receiver
         self._lanes = {
-            number: Lane(sender.transfer)
+            number: Lane(sender.transfer, f"worker {receiver.rank}, from sender {number}")
             for number, sender in begin.senders.items()
             if not sender.workers or receiver.rank in sender.workers
         }
@@ -148,17 +153,23 @@ class Intake:
         step = "begin"
         source: Source | None = None
         try:
-            source = self._receiver.source(lane.transfer, self._ends - monotonic(), self._cancelled, len(self._lanes))
-            if self._opened(lane, source):
+            with self.spans.during(lane.track, "open"):
+                left, senders = self._ends - monotonic(), len(self._lanes)
+                source = self._receiver.source(lane.transfer, left, self._cancelled, senders)
+                ready = self._opened(lane, source)
+            if ready:
                 self._report(step)
             while (order := self._next(lane)) is not None:
                 if isinstance(order, Prepare):
                     step = "prepare"
-                    self._check(order)
-                    self._report(step, manifest=digest.manifest(self.manifest.values()))
+                    with self.spans.during(lane.track, step):
+                        self._check(order)
+                        manifest = digest.manifest(self.manifest.values())
+                    self._report(step, manifest=manifest)
                 else:
                     step = order.step
-                    self._receive(lane, source, order)
+                    with self.spans.during(lane.track, step):
+                        self._receive(lane, source, order)
                     self._report(step)
         except Cancelled:
             self._receiver.drop(source)
@@ -195,11 +206,18 @@ class Intake:
         if order.allocations:
             self._view(lane, source, order)
             return
-        buffer = self._put(source.receive(order, self._ends - monotonic(), self._cancelled))
+        with self.spans.during(lane.track, "receive"):
+            received = source.receive(order, self._ends - monotonic(), self._cancelled)
+        with self.spans.during(lane.track, "stage"):
+            buffer = self._put(received)
+        del received
         tensors = dict(unpack(order.segments, buffer))
-        if name := damaged(order.segments, buffer):
-            raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
-        self._take(tensors, [segment.digest for segment in order.segments], unchecked=source.unchecked)
+        with self.spans.during(lane.track, "digest"):
+            wrong = damaged(order.segments, buffer)
+        if wrong:
+            raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
+        with self.spans.during(lane.track, "take"):
+            self._take(tensors, [segment.digest for segment in order.segments], unchecked=source.unchecked)
         lane.received += 1
 
     def _view(self, lane: Lane, source: Source, order: Bucket) -> None:
@@ -319,7 +337,8 @@ class Receiver:
         self._sources: list[tuple[protocol.Transfer, Source]] = []
         self._sources_lock = threading.Lock()
         self._intake: Intake | None = None
-        self._reports: queue.SimpleQueue[WorkerDone | DigestsTaken] = queue.SimpleQueue()
+        self._traced = ("", OFF)
+        self._reports: queue.SimpleQueue[WorkerDone | DigestsTaken | WorkerTrace] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = wire.connect(
@@ -367,6 +386,10 @@ class Receiver:
         """What was staged for ``update``, with digests."""
         intake = self._intake
         return intake.manifest if intake is not None and intake.begin.update == update else {}
+
+    def spans(self, update: str) -> Spans:
+        """Where to record what is done in ``update``; also when it is over."""
+        return self._traced[1] if self._traced[0] == update else OFF
 
     def discard(self, update: str) -> None:
         """Free the staging of ``update``."""
@@ -420,7 +443,7 @@ class Receiver:
                 return None
         return self._expected
 
-    def report(self, message: WorkerDone | DigestsTaken) -> None:
+    def report(self, message: WorkerDone | DigestsTaken | WorkerTrace) -> None:
         self._reports.put(message)
         self._wake_write.send(b"\0")
 
@@ -445,7 +468,7 @@ class Receiver:
                 else:
                     self._handle(message)
 
-    def _send(self, message: Attach | WorkerDone | DigestsTaken) -> None:
+    def _send(self, message: Attach | WorkerDone | DigestsTaken | WorkerTrace) -> None:
         payload = protocol.encoder.encode(message)
         if isinstance(message, DigestsTaken) and len(payload) > self._max_message_bytes:
             # The endpoint would end this connection.
@@ -462,12 +485,16 @@ class Receiver:
                 if intake:
                     intake.cancel()
                 self._intake = Intake(self, message)
+                self._traced = (message.update, self._intake.spans)
             case Bucket() | Prepare():
                 if intake and intake.begin.update == message.update:
                     intake.put(message)
             case DigestWeights():
                 # Reading all weights takes a while: not on this thread.
                 threading.Thread(target=self._digest, args=(message,), name="areal-digest", daemon=True).start()
+            case GetTrace():
+                spans = self.spans(message.update).taken()
+                self._send(WorkerTrace(update=message.update, rank=self.rank, now=monotonic(), spans=spans))
             case Abort():
                 if intake and intake.begin.update == message.update:
                     self._intake = None

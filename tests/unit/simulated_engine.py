@@ -308,6 +308,10 @@ class Workers:
             case protocol.Abort():
                 engine.orders.append(message)
                 return
+            case protocol.GetTrace():
+                told = protocol.WorkerTrace(update=message.update, rank=rank, now=time.monotonic(), spans=())
+                self._later.call(engine.seconds["trace"], lambda: self._do(lambda: self._send(worker, told)))
+                return
             case _:
                 return
         if rank == 0:

@@ -565,7 +565,7 @@ def test_both_clients_have_the_same_methods() -> None:
             if not name.startswith("_")
         }
 
-    own_use = {"request", "sink", "drop_sink", "command", "run", "recover", "drop"}
+    own_use = {"request", "request_all", "ask", "sink", "drop_sink", "command", "run", "recover", "drop"}
     plain, asynchronous = methods(EngineGroup), methods(AsyncEngineGroup)
     assert set(plain) - own_use == set(asynchronous) - own_use
     for name in set(plain) - own_use - {"update"}:
