@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
-
-from areal_vllm_ext.supervised import Supervised
 
 from .network import Namespaces
 
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PORT = 6379
+_COUNT_NODES = """
+import sys, ray
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print(sum(node["Alive"] for node in ray.nodes()))
+"""
 
 
 class RayCluster:
@@ -31,7 +36,7 @@ class RayCluster:
         self.address = f"{namespaces.addresses['a']}:{_PORT}"
         # Whoever has used Ray before may have a token, which only some of these processes would find.
         os.environ["RAY_AUTH_MODE"] = "disabled"
-        self.processes: dict[str, Supervised] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._devices, self._resource = devices, resource
         # Short: Ray's sockets are in it, and their paths may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="ar-"))
@@ -49,29 +54,29 @@ class RayCluster:
         command.append("--disable-usage-stats")
         prefix, log = self.namespaces.prefix(node), self.folder / f"{node}.log"
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.processes[node] = Supervised([*prefix, *command], log=log, env=env, grace=3.0)
+        # Not supervised: a supervisor would adopt, and end, what a launcher of this cluster has left; nobody does in earnest.
+        with log.open("w") as output:
+            self.processes[node] = subprocess.Popen(
+                [*prefix, *command], stdout=output, stderr=output, env=env, start_new_session=True
+            )
 
-    def connect(self) -> None:
-        """Make this process a driver."""
-        ends = time.monotonic() + 60
-        while True:
-            try:
-                ray.init(self.address, log_to_driver=False, logging_level="ERROR", _temp_dir=str(self.folder))
-                break
-            except ConnectionError:
-                if time.monotonic() > ends:
-                    raise
-                time.sleep(0.5)
-        self.wait_nodes(2)
+    def restart(self, node: str) -> None:
+        """End what is left of Ray on ``node`` and start it anew."""
+        self._end(self.processes.pop(node))
+        self.start(node)
 
-    def wait_nodes(self, count: int) -> None:
-        """Wait until ``count`` nodes are members."""
-        ends = time.monotonic() + 60
-        while sum(node["Alive"] for node in ray.nodes()) != count:
+    def wait(self) -> None:
+        """Wait until both nodes are members. (Asked by processes of their own: a driver outlives no restart of the head.)"""
+        ends = time.monotonic() + 90
+        command = [*self.namespaces.prefix("a"), sys.executable, "-c", _COUNT_NODES, self.address]
+        while subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() != "2":
             if time.monotonic() > ends:
-                logs = "\n".join(process.last_lines() for process in self.processes.values())
-                raise TimeoutError(f"the Ray cluster has not {count} nodes\n{logs}")
-            time.sleep(0.2)
+                logs = "\n".join((self.folder / f"{node}.log").read_text()[-2000:] for node in self.processes)
+                raise TimeoutError(f"the Ray cluster has not its two nodes\n{logs}")
+            for node, process in list(self.processes.items()):
+                if process.poll() is not None:  # it asked before the head was there
+                    self.start(node)
+            time.sleep(0.5)
 
     def raylet(self, node: str) -> int:
         """The process id of the raylet on ``node``."""
@@ -88,24 +93,35 @@ class RayCluster:
         if ray.is_initialized():
             ray.shutdown()
         for process in self.processes.values():
-            process.close()
+            process.terminate()
         for process in self.processes.values():
-            process.end()
+            self._end(process)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        """``ray start --block`` ends its children when it is told to end."""
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextlib.contextmanager
-def ray_cluster(devices: int = 1, resource: str = "CPU", **driver: Any) -> Iterator[RayCluster]:
+def ray_cluster(devices: int = 1, resource: str = "CPU", *, connect: bool = True) -> Iterator[RayCluster]:
     """Both nodes, each with ``devices`` of ``resource``; the calling thread is a driver on node ``a`` meanwhile."""
     namespaces = Namespaces()
     with contextlib.ExitStack() as stack:
         stack.callback(namespaces.remove)
         namespaces.make()
-        stack.enter_context(namespaces.inside("a"))
         cluster = RayCluster(namespaces, devices, resource)
         stack.callback(cluster.end)
         cluster.start("a")
         cluster.start("b")
-        if driver.get("connect", True):
-            cluster.connect()
+        cluster.wait()
+        if connect:
+            stack.enter_context(namespaces.inside("a"))
+            ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster

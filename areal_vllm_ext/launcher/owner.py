@@ -13,7 +13,6 @@ import zmq
 from ray.util.placement_group import remove_placement_group
 
 from .. import security
-from ..client.group import AsyncEngineGroup
 from ..directory import SETTLE_SECONDS, DirectoryServer
 from ..errors import ArealError, LaunchError
 from .node import NodeFacts, NodeLauncher, NodeState
@@ -134,9 +133,10 @@ class ReplicaOwner:
         share = 0.0 if place.kind == "colocated" else 1.0
         for index in range(spec.nodes):
             if index not in self._launchers:
+                name = f"{spec.name}-head" if index == 0 else f"{spec.name}-headless-{index}"
                 options = place.options(self._group, bundles[index], share)
-                self._launchers[index] = launcher.options(**options).remote(self._name(index), spec.log_dir)
-                self._states[index] = NodeState(self._name(index))
+                self._launchers[index] = launcher.options(name=name, **options).remote(name, spec.log_dir)
+                self._states[index] = NodeState(name)
         if place.kind == "colocated":
             self._devices = await self._devices_of(self._group, bundles)
         path = spec.model if spec.model.startswith(("/", "./", "../")) else ""
@@ -178,6 +178,10 @@ class ReplicaOwner:
 
     async def _prove(self, facts: Sequence[NodeFacts]) -> None:
         """See every engine hooked, on the node of its bundle, and colocated workers on their bundle's device."""
+        from ..client.group import (
+            AsyncEngineGroup,  # imports torch: launchers, which share this package, have no use for it
+        )
+
         assert self._home is not None
         async with AsyncEngineGroup.connect(self._home.directory, key=self._home.key) as group:
             found: list[EngineInfo] = []
@@ -262,9 +266,6 @@ class ReplicaOwner:
             f"--- the end of {state.log} on {state.address} ---\n{state.last_lines}" for state in self._states.values()
         )
         return "\n".join(["", *ends])
-
-    def _name(self, index: int) -> str:
-        return f"{self._spec.name}-head" if index == 0 else f"{self._spec.name}-headless-{index}"
 
 
 def _device() -> tuple[str, str]:

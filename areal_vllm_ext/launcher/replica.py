@@ -153,7 +153,7 @@ async def launch_async(
     spec.placement.check_cluster()
     file = key_file or Settings.load().key_file
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    owner = ray.remote(ReplicaOwner).options(num_cpus=0, scheduling_strategy=here).remote()
+    owner = ray.remote(ReplicaOwner).options(name=spec.name, num_cpus=0, scheduling_strategy=here).remote()
     try:
         await owner.start.remote(spec, join and join.home, security.read_key(file) if file else None)
         state = await _wait(owner, spec, report or _print)
