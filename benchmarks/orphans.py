@@ -44,6 +44,8 @@ GIVE_UP_SECONDS = 60.0
 STUBBORN = Path(__file__).with_name("stubborn_server.py")
 # One vLLM deployment at a time on this machine, whoever else runs some.
 LOCK = os.environ.get("AREAL_BENCHMARK_LOCK")
+OTHER_RAYLET = "raylet of the other node gets SIGKILL"
+HEAD_RAYLET = "raylet of the driver's node, Ray's head, gets SIGKILL"
 
 
 class Round:
@@ -110,8 +112,8 @@ WAYS: dict[str, Callable[[Round], None]] = {
     "driver gets SIGKILL": lambda one: one.driver.kill(),
     "launcher gets SIGTERM": lambda one: one.signal_launcher(signal.SIGTERM),
     "launcher gets SIGKILL": lambda one: one.signal_launcher(signal.SIGKILL),
-    "raylet of the other node gets SIGKILL": lambda one: one.kill_raylet("b"),
-    "raylet of the driver's node gets SIGKILL": lambda one: one.kill_raylet("a"),
+    OTHER_RAYLET: lambda one: one.kill_raylet("b"),
+    HEAD_RAYLET: lambda one: one.kill_raylet("a"),
 }
 
 
@@ -127,7 +129,7 @@ def one_at_a_time(real: bool) -> Iterator[None]:
 
 
 def run(cluster: RayCluster, way: str, model: str) -> tuple[float, list[str]]:
-    """One round; the cluster is whole again afterwards."""
+    """One round; the cluster is whole again afterwards, unless it has lost its head."""
     with one_at_a_time(bool(model)):
         one = Round(cluster, model)
         try:
@@ -135,38 +137,14 @@ def run(cluster: RayCluster, way: str, model: str) -> tuple[float, list[str]]:
             seconds, left = one.seconds_to_clean()
         finally:
             one.close()
-    if "raylet" in way:
-        for node in ("a", "b") if "driver" in way else ("b",):
-            cluster.restart(node)
+    if way == OTHER_RAYLET:
+        cluster.restart("b")
         cluster.wait()
     return seconds, left
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=10, help="of each way (default: %(default)s)")
-    parser.add_argument("--real", type=int, default=1, help="so many of them with real vLLM (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="rounds at once (default: %(default)s)")
-    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="NAME")
-    options = parser.parse_args()
-    results: dict[str, dict[str, Any]] = {way: {"stubborn": [], "vllm": [], "left": []} for way in options.ways}
-    with tempfile.TemporaryDirectory() as folder, ray_cluster(devices=options.jobs, connect=False) as cluster:
-        make_model(Path(folder) / "model", moe=False)
-
-        def play(way: str, number: int) -> None:
-            real = number < options.real
-            seconds, left = run(cluster, way, f"{folder}/model" if real else "")
-            results[way]["vllm" if real else "stubborn"].append(round(seconds, 2))
-            results[way]["left"] += left
-            kind = "vLLM" if real else "stubborn tree"
-            print(f"{way:45} {kind:14} {seconds:5.1f} s  {'; '.join(left) or 'clean'}", flush=True)
-
-        rounds = [(way, number) for number in range(options.rounds) for way in options.ways]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda one: play(*one), [one for one in rounds if "raylet" not in one[0]]))
-        for one in rounds:
-            if "raylet" in one[0]:  # it takes others with it
-                play(*one)
+def write(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Write what was measured so far; returns its summary."""
     times = [time for seen in results.values() for kind in ("stubborn", "vllm") for time in seen[kind]]
     summary = {
         "rounds": len(times),
@@ -182,6 +160,41 @@ def main() -> int:
         "ways": results,
     }
     RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    return summary
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=10, help="of each way (default: %(default)s)")
+    parser.add_argument("--real", type=int, default=1, help="so many of them with real vLLM (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="rounds at once (default: %(default)s)")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="NAME")
+    options = parser.parse_args()
+    results: dict[str, dict[str, Any]] = {way: {"stubborn": [], "vllm": [], "left": []} for way in options.ways}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder) / "model", moe=False)
+
+        def play(cluster: RayCluster, way: str, number: int) -> None:
+            real = number < options.real
+            seconds, left = run(cluster, way, f"{folder}/model" if real else "")
+            results[way]["vllm" if real else "stubborn"].append(round(seconds, 2))
+            results[way]["left"] += left
+            write(results)
+            kind = "vLLM" if real else "stubborn tree"
+            print(f"{way:54} {kind:14} {seconds:5.1f} s  {'; '.join(left) or 'clean'}", flush=True)
+
+        numbers = range(options.rounds)
+        with ray_cluster(devices=options.jobs, connect=False) as cluster:
+            with ThreadPoolExecutor(options.jobs) as pool:
+                ways = [way for way in options.ways if "raylet" not in way]
+                for done in [pool.submit(play, cluster, way, number) for number in numbers for way in ways]:
+                    done.result()
+            for number in numbers if OTHER_RAYLET in options.ways else ():  # it takes other rounds with it
+                play(cluster, OTHER_RAYLET, number)
+        for number in numbers if HEAD_RAYLET in options.ways else ():  # and this one the cluster
+            with ray_cluster(connect=False) as cluster:
+                play(cluster, HEAD_RAYLET, number)
+    summary = write(results)
     print(json.dumps(summary))
     return 1 if summary["orphans"] else 0
 

@@ -69,7 +69,7 @@ class RayCluster:
         """Wait until both nodes are members. (Asked by processes of their own: a driver outlives no restart of the head.)"""
         ends = time.monotonic() + 90
         command = [*self.namespaces.prefix("a"), sys.executable, "-c", _COUNT_NODES, self.address]
-        while subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() != "2":
+        while self._said(command) != "2":
             if time.monotonic() > ends:
                 logs = "\n".join((self.folder / f"{node}.log").read_text()[-2000:] for node in self.processes)
                 raise TimeoutError(f"the Ray cluster has not its two nodes\n{logs}")
@@ -77,6 +77,12 @@ class RayCluster:
                 if process.poll() is not None:  # it asked before the head was there
                     self.start(node)
             time.sleep(0.5)
+
+    @staticmethod
+    def _said(command: list[str]) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.strip()
+        return ""
 
     def raylet(self, node: str) -> int:
         """The process id of the raylet on ``node``."""

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from .. import security
+from .. import lifeline, security
 from ..errors import LaunchError
 from ..supervised import Supervised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# Owners promise that all is over within 15 s of their end; Ray takes a few of them to notice it.
-GRACE_SECONDS = 6.0
+# Owners promise that all is over within 15 s of their end; a machine that is cut off takes 6 of them to notice it.
+GRACE_SECONDS = 5.0
 _CAUSE = re.compile(
     r"^(?:\(.*?\) )?(?:ERROR .*?\] )?(?:vllm serve: error: .*|[\w.]*(?:Error|Exception|Interrupt)\b: .*)"
 )
@@ -84,6 +84,22 @@ class NodeLauncher:
         self._log = folder / f"{name}.log"
         self._reserved: list[socket.socket] = []
         self._process: Supervised | None = None
+        self._lifeline: asyncio.Task[None] | None = None
+
+    async def live_with(self, owner: lifeline.LifelineAddress) -> None:
+        """From now on, end the server when the owner is no more, even if Ray has not noticed.
+
+        Raises:
+            OSError: the owner cannot be reached.
+        """
+
+        async def hold() -> None:
+            await lifeline.hold(owner, self.name)
+            if self._process:
+                self._process.close()
+
+        if self._lifeline is None:
+            self._lifeline = asyncio.create_task(hold())
 
     async def reserve(self, ports: int, path: str = "") -> NodeFacts:
         """Keep ``ports`` ports free for the server. Bound and never listening, they are nobody else's: the kernel gives them

@@ -15,6 +15,7 @@ from ray.util.placement_group import remove_placement_group
 from .. import security
 from ..directory import SETTLE_SECONDS, DirectoryServer
 from ..errors import ArealError, LaunchError
+from ..lifeline import Lifelines
 from .node import NodeFacts, NodeLauncher, NodeState
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
-# A node that says nothing for so long is gone, whatever Ray thinks of it.
-_SILENCE_SECONDS = 8.0
+_ANSWER_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class ReplicaOwner:
         self._group: PlacementGroup | None = None
         self._home: Home | None = None
         self._running: asyncio.Task[None] | None = None
+        self._gone: set[str] = set()
+        self._lifelines = Lifelines(self._gone.add)
 
     async def start(self, spec: ReplicaSpec, home: Home | None, key: security.ClusterKey | None) -> None:
         """Begin. The directory is here, unless at another replica's ``home``: it must outlive engines that start again, which
@@ -79,6 +81,7 @@ class ReplicaOwner:
         """
         self._spec = spec
         self._home = home or self._serve_directory(key or security.new_key())
+        self._lifeline = await self._lifelines.listen(ray.util.get_node_ip_address())
         self._running = asyncio.create_task(self._run())
 
     async def state(self) -> ReplicaState:
@@ -139,6 +142,7 @@ class ReplicaOwner:
                 self._states[index] = NodeState(name)
         if place.kind == "colocated":
             self._devices = await self._devices_of(self._group, bundles)
+        await self._all(lambda one: one.live_with.remote(self._lifeline))
         path = spec.model if spec.model.startswith(("/", "./", "../")) else ""
         facts = await self._all(lambda one: one.reserve.remote(3, path))
         if any(security.is_loopback(one.address) for one in facts) and len({one.address for one in facts}) > 1:
@@ -218,16 +222,16 @@ class ReplicaOwner:
         """Ask every node how it is; says which one has ended, if any has, with its last words."""
 
         async def ask(index: int) -> str:
-            last = self._states[index]
+            last, launcher = self._states[index], self._launchers[index]
             try:
-                asked = self._launchers[index].poll.remote(
-                    "/health" if index == 0 and self._phase == "starting" else ""
-                )
-                self._states[index] = state = await asyncio.wait_for(asked, _SILENCE_SECONDS)
-            except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
-                del self._launchers[index]
-                why = "does not answer" if isinstance(error, asyncio.TimeoutError) else "is gone with its actor or node"
-                return f"{last.name} on {last.address} {why}\n{last.last_lines}"
+                if last.name in self._gone:
+                    raise ray.exceptions.RayActorError
+                asked = launcher.poll.remote("/health" if index == 0 and self._phase == "starting" else "")
+                self._states[index] = state = await asyncio.wait_for(asked, _ANSWER_SECONDS)
+            except (ray.exceptions.RayError, asyncio.TimeoutError):
+                self._gone.discard(last.name)
+                ray.kill(self._launchers.pop(index))
+                return f"{last.name} on {last.address} is gone: its actor was killed, or its node is lost\n{last.last_lines}"
             if state.exit_code is None:
                 return ""
             return f"{state.name} on {state.address} ended with exit code {state.exit_code}: {state.cause}\n{state.last_lines}"
@@ -246,7 +250,7 @@ class ReplicaOwner:
 
         async def stop(index: int) -> None:
             try:
-                await asyncio.wait_for(self._launchers[index].stop.remote(), 2 * _SILENCE_SECONDS)
+                await asyncio.wait_for(self._launchers[index].stop.remote(), _ANSWER_SECONDS)
             except (ray.exceptions.RayError, asyncio.TimeoutError):
                 ray.kill(self._launchers.pop(index))
 
