@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 GRACE_SECONDS = 8.0
+_MARK = "AREAL_VLLM_SUPERVISED"
 
 # What a starting `vllm serve` is doing, by which of these it logged last. A vLLM that words one otherwise shows the one before.
 VLLM_STAGES = {
@@ -62,6 +64,7 @@ class Supervised:
         self._grace = grace
         self._scratch = scratch
         self._code: int | None = None
+        self._mark = f"{_MARK}={secrets.token_hex(8)}"
         with log.open("w") as output:
             print("$", *command, file=output, flush=True)
             starter = subprocess.Popen(
@@ -69,7 +72,7 @@ class Supervised:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env=env,
+                env={**(os.environ if env is None else env), _MARK: self._mark.partition("=")[2]},
                 start_new_session=True,  # Ctrl-C at the terminal is for this process, which ends the others in order
             )
         assert starter.stdin is not None
@@ -87,11 +90,8 @@ class Supervised:
         """The command's exit code once nothing is left of it, as a shell gives it; None before."""
         if self._code is None and select.select([self._answers], [], [], 0)[0]:
             answer = self._answers.read()
-            if not answer:  # the supervisor was killed before it was done: the command's process group is left
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.pid, signal.SIGKILL)
-                if self._scratch:
-                    shutil.rmtree(self._scratch, ignore_errors=True)
+            if not answer:  # the supervisor was killed before it was done
+                self._kill_all()
             self._code = int(answer or 128 + signal.SIGKILL)
             self._answers.close()
         return self._code
@@ -112,6 +112,17 @@ class Supervised:
             time.sleep(0.02)
         return code
 
+    def _kill_all(self) -> None:
+        """Do the supervisor's work: every process of the tree has the mark in its environment."""
+        ends = time.monotonic() + 5
+        while time.monotonic() < ends and (alive := _processes_with(self._mark)):
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
     def last_lines(self, count: int = 15) -> str:
         """The end of the log."""
         with contextlib.suppress(FileNotFoundError):
@@ -122,3 +133,13 @@ class Supervised:
         """How far the start of a ``vllm serve`` is, in a few words."""
         log = self.log.read_text(errors="replace")
         return next((stage for mark, stage in reversed(VLLM_STAGES.items()) if mark in log), "importing vLLM")
+
+
+def _processes_with(variable: str) -> list[int]:
+    """Processes that have ``NAME=value`` in their environment; it stays with whatever they start, in any session."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            if variable.encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found

@@ -32,7 +32,7 @@ def main() -> None:
     )
     name = replica.name
     print(json.dumps({"name": name, "launchers": [node.pid for node in replica.nodes]}), flush=True)
-    actors = {"owner": name, "head": f"{name}-head", "headless": f"{name}-headless-1"}
+    actors = {"owner": name, "head": f"{name}-head.0", "headless": f"{name}-headless-1.0"}
     match sys.stdin.readline().split():
         case ["shutdown"]:
             replica.shutdown()

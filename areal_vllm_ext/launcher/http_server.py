@@ -22,21 +22,17 @@ class HTTPServerLauncher(NodeLauncher):
         *,
         env: Mapping[str, str] | None = None,
         health: str = "/health",
-        timeout: float = 60.0,
+        timeout: float = 60,
     ) -> str:
-        """Start the server and wait until its health check answers 200; returns its URL.
+        """Start the server and wait until its health check, the path ``health``, answers 200; returns its URL.
 
-        Args:
-            command: ``{host}`` and ``{port}`` in its arguments stand for where it must listen.
-            env: further environment variables.
-            health: path of the health check.
-            timeout: in seconds.
+        ``{host}`` and ``{port}`` in the command's arguments stand for where it must listen.
 
         Raises:
-            LaunchError: it ended, or time is up; nothing of it is left.
+            LaunchError: it ended, or ``timeout`` seconds are over; nothing of it is left.
         """
-        (port,) = (await self.reserve(1)).ports
-        places = {"{host}": self.address, "{port}": str(port)}
+        facts = await self.reserve(1)
+        places = {"{host}": facts.address, "{port}": str(facts.ports[0])}
         for name, value in places.items():
             command = [argument.replace(name, value) for argument in command]
         await self.start(command, env or {})
@@ -44,7 +40,6 @@ class HTTPServerLauncher(NodeLauncher):
         while not (state := await self.poll(health)).healthy:
             if state.exit_code is not None or time.monotonic() > ends:
                 await self.stop()
-                why = state.doing if state.exit_code is not None else f"{health} does not answer after {timeout:.0f} s"
-                raise LaunchError(f"{self.name} on {self.address}: {why}: {state.cause}\n{state.last_lines}")
+                raise LaunchError(f"{self.name} on {facts.address} {state.doing or 'does not answer'}: {state.cause}")
             await asyncio.sleep(0.1)
-        return f"http://{self.address}:{port}"
+        return f"http://{facts.address}:{facts.ports[0]}"

@@ -94,12 +94,13 @@ def test_exit_code_and_last_lines(tmp_path: Path) -> None:
     assert process.last_lines().endswith("why")
 
 
-def test_killed_supervisor_takes_the_commands_process_group(tmp_path: Path) -> None:
-    command = ["sh", "-c", "trap '' TERM; sleep 600 & sleep 600; sleep 600"]
-    process = Supervised(command, log=tmp_path / "log", grace=0.5)
+def test_killed_supervisor(tmp_path: Path, stubborn: Path) -> None:
+    """Its owner does its work."""
+    process = Supervised([sys.executable, str(stubborn), str(tmp_path / "pids")], log=tmp_path / "log", grace=0.5)
+    wait_for(lambda: len(pids_in(tmp_path / "pids")) == 2)
     os.kill(process.supervisor_pid, signal.SIGKILL)
     wait_for(lambda: process.poll() is not None)
-    wait_for(lambda: not alive(process.pid))
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
 
 
 def test_what_cannot_be_started(tmp_path: Path) -> None:
