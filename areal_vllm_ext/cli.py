@@ -12,11 +12,9 @@ import dataclasses
 import json
 import signal
 import sys
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import __version__
+from . import __version__, cli_launch
 from .errors import ArealError, LaunchError
 
 if TYPE_CHECKING:
@@ -88,30 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--key-file", metavar="FILE", help="the cluster's key (default: AREAL_VLLM_KEY_FILE)")
     command.set_defaults(run=_directory)
 
-    command = commands.add_parser(
-        "launch", help="place vLLM on a Ray cluster; runs until Ctrl-C, and takes all with it"
-    )
-    command.add_argument("model", metavar="MODEL", nargs="?", help="on the Hub, or a path on every node")
-    command.add_argument(
-        "--config", metavar="FILE", help="a replica's settings in YAML: docs/placement.md; flags come before it"
-    )
-    command.add_argument(
-        "--ray-address", metavar="ADDRESS", default="auto", help="of the Ray cluster (default: this node's)"
-    )
-    command.add_argument(
-        "--key-file", metavar="FILE", help="the cluster's key; is made if there is none (default: no file)"
-    )
-    command.add_argument("--placement", choices=("separate", "deferred"), help="on one node, or over several")
-    command.add_argument("--nodes", metavar="N", type=int, help="of a deferred placement")
-    command.add_argument("--devices-per-node", metavar="N", type=int)
-    command.add_argument("--resource", metavar="NAME", help="Ray's name of a device (default: GPU)")
-    command.add_argument("--strategy", choices=("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"))
-    for kind in ("data", "tensor", "pipeline"):
-        command.add_argument(f"--{kind}-parallel-size", metavar="N", type=int)
-    command.add_argument("--restart", choices=("never", "node", "replica"))
-    command.add_argument("--timeout", metavar="SECONDS", type=float, help="until all engines serve (default: 600)")
-    command.add_argument("--vllm-args", metavar="...", nargs=argparse.REMAINDER, help="the rest goes to vllm serve")
-    command.set_defaults(run=_launch)
+    cli_launch.add_to(commands)
 
     command = commands.add_parser("demo", help="train a tiny model with two vLLM engines on this machine")
     command.add_argument("--moe", action="store_true", help="a mixture-of-experts model on a lockstep DP group")
@@ -233,49 +208,6 @@ def _directory(options: argparse.Namespace) -> int:
     server.thread.join()
     gatekeeper.thread.join()
     return 0
-
-
-def _launch(options: argparse.Namespace) -> int:
-    import msgspec
-
-    from . import launcher, security
-    from .errors import SettingsError
-
-    given: dict[str, Any] = {}
-    if options.config:
-        given = msgspec.yaml.decode(Path(options.config).read_bytes()) or {}
-    place: dict[str, Any] = {"kind": options.placement, "bundles": options.nodes, "devices": options.devices_per_node}
-    place |= {"resource": options.resource, "strategy": options.strategy}
-    given["placement"] = {**given.get("placement", {}), **{name: value for name, value in place.items() if value}}
-    names = (
-        "model",
-        "data_parallel_size",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "restart",
-        "timeout",
-        "vllm_args",
-    )
-    given |= {name: getattr(options, name) for name in names if getattr(options, name)}
-    try:
-        spec = msgspec.convert(given, launcher.ReplicaSpec)
-    except msgspec.ValidationError as error:
-        raise SettingsError(f"{options.config or 'flags'}: {error}") from None
-    if options.key_file and not Path(options.key_file).exists():
-        security.write_key(options.key_file)
-
-    import ray
-
-    def end(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, end)
-    ray.init(options.ray_address, log_to_driver=False, logging_level="WARNING")
-    with launcher.launch(spec, key_file=options.key_file) as replica:
-        print(f"serving at {replica.url}; engines are known at {replica.home.directory}", flush=True)
-        while (state := replica.status()).phase != "failed":
-            time.sleep(1)
-    raise LaunchError(state.error)
 
 
 def _demo(options: argparse.Namespace) -> int:
