@@ -52,18 +52,23 @@ class Lifelines:
                 self._lost(name)
 
 
-async def hold(address: LifelineAddress, name: str) -> None:
-    """The other end: connects as ``name``, and returns when the owner is no more.
+async def connect(address: LifelineAddress, name: str, ended: Callable[[], None]) -> asyncio.Task[None]:
+    """The other end, as ``name``; ``ended`` is called when the owner is no more. The task must be kept.
 
     Raises:
-        OSError: it cannot be reached in the first place.
+        OSError: the owner cannot be reached in the first place.
     """
     opening = asyncio.open_connection(address.host, address.port)
     reader, writer = await asyncio.wait_for(opening, LOST_AFTER)
     _keep_alive(writer)
-    with contextlib.closing(writer), contextlib.suppress(OSError):
-        writer.write(f"{address.token} {name}\n".encode())
-        await reader.read()
+    writer.write(f"{address.token} {name}\n".encode())
+
+    async def hold() -> None:
+        with contextlib.closing(writer), contextlib.suppress(OSError):
+            await reader.read()
+        ended()
+
+    return asyncio.create_task(hold())
 
 
 def _keep_alive(writer: asyncio.StreamWriter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import select
 import shutil
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 GRACE_SECONDS = 8.0
+_ERROR = re.compile(r"^(\(.*?\) )?(ERROR .*?\] )?(vllm serve: error|[\w.]*(Error|Exception)): ")
 _MARK = "AREAL_VLLM_SUPERVISED"
 
 # What a starting `vllm serve` is doing, by which of these it logged last. A vLLM that words one otherwise shows the one before.
@@ -128,6 +130,11 @@ class Supervised:
         with contextlib.suppress(FileNotFoundError):
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
         return ""
+
+    def cause(self) -> str:
+        """The line of the log that most probably says why it ended: the last that names an error, else the last."""
+        lines = [line for line in self.last_lines(400).splitlines() if line.strip()]
+        return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1] if lines else "")
 
     def doing(self) -> str:
         """How far the start of a ``vllm serve`` is, in a few words."""

@@ -29,7 +29,7 @@ from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from areal_vllm_ext.launcher import Placement, launch
-from areal_vllm_ext.transport.ipc import device_id
+from areal_vllm_ext.transport.ipc import own_device_id
 
 from .leftovers import Footprint, processes
 from .ray_cluster import ray_cluster
@@ -54,7 +54,7 @@ class Trainer:
 
     def place(self) -> tuple[str, str]:
         """Node and device."""
-        return ray.util.get_node_ip_address(), device_id(self.device)
+        return ray.util.get_node_ip_address(), own_device_id()
 
     def tokens(self) -> list[list[int]]:
         """The oracle: what an engine with these weights must say."""

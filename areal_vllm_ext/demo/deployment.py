@@ -11,7 +11,6 @@ process asks for it or is gone, even killed.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import secrets
 import socket
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArealError
+from ..serving import answers, data_parallel_arguments
 from ..supervised import Supervised
 
 if TYPE_CHECKING:
@@ -197,11 +197,7 @@ class Deployment:
         if head.prefix:  # ask from where the head is: its address need not be reachable from here
             command = [*head.prefix, sys.executable, "-I", "-S", "-c", ASK_HEALTH, head.address, str(self._http_port)]
             return subprocess.run(command, check=False, capture_output=True).returncode == 0
-        connection = http.client.HTTPConnection(head.address, self._http_port, timeout=5)
-        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.HTTPStatus.OK
-        return False
+        return answers(head.address, self._http_port, "/health")
 
     def close(self) -> None:
         """End every process of every node, politely, then by force. Can be called again, also when interrupted."""
@@ -226,13 +222,10 @@ class Deployment:
         arguments = [str(self.model_dir), "--enforce-eager", "--max-model-len", "512", "--dtype", "float32"]
         if index == 0:
             arguments += ["--host", head.address, "--port", str(self._http_port)]
-        if self.engines > 1:
-            arguments += ["--data-parallel-size", str(self.engines), "--data-parallel-size-local", str(node.engines)]
-            arguments += ["--data-parallel-address", head.address, "--data-parallel-rpc-port", str(self._rpc_port)]
-            if index == 0:
-                arguments += ["--api-server-count", "1"]  # else one for each engine, which only costs memory here
-            else:
-                arguments += ["--headless", "--data-parallel-start-rank", str(self._engines_before(index))]
+        engines = [node.engines for node in self.nodes]
+        arguments += data_parallel_arguments(engines, index, head.address, self._rpc_port)
+        if self.engines > 1 and index == 0:
+            arguments += ["--api-server-count", "1"]  # else one for each engine, which only costs memory here
         if self._worker_extension:
             arguments += ["--worker-extension-cls", self._worker_extension]
         if gpu_count():

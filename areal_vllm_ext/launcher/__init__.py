@@ -1,10 +1,4 @@
-"""Places vLLM on a Ray cluster, over several nodes where it must be, and sees to it that nothing of it outlives its owner.
-
-    with launch(model, Placement.deferred(nodes=2, devices_per_node=8), data_parallel_size=16) as replica:
-        replica.url, replica.group, replica.status()
-
-Ray schedules, vLLM serves; this package only carries what one must know of the other. docs/placement.md has the strategies.
-"""
+"""Places vLLM on a Ray cluster, and sees to it that nothing of it outlives its owner: docs/placement.md."""
 
 from __future__ import annotations
 

@@ -24,12 +24,8 @@ class HTTPServerLauncher(NodeLauncher):
         health: str = "/health",
         timeout: float = 60,
     ) -> str:
-        """Start the server and wait until its health check, the path ``health``, answers 200; returns its URL.
-
-        ``{host}`` and ``{port}`` in the command's arguments stand for where it must listen.
-
-        Raises:
-            LaunchError: it ended, or ``timeout`` seconds are over; nothing of it is left.
+        """Start the server, wait until the path ``health`` answers 200; returns its URL. ``{host}`` and ``{port}`` in the
+        command's arguments stand for where it must listen. ``LaunchError``: it ended, or it takes too long; nothing is left.
         """
         facts = await self.reserve(1)
         places = {"{host}": facts.address, "{port}": str(facts.ports[0])}

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import http.client
 import os
-import re
-import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +13,7 @@ import ray
 
 from .. import lifeline, security
 from ..errors import LaunchError
+from ..serving import HeldPorts, answers, interface_of
 from ..supervised import Supervised
 
 if TYPE_CHECKING:
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
 
 # All is over within 15 s of the owner's end, of which it takes 6 to notice that a machine was cut off.
 GRACE_SECONDS = 5.0
-_ERROR = re.compile(r"^(\(.*?\) )?(ERROR .*?\] )?(vllm serve: error|[\w.]*(Error|Exception)): ")
 
 
 @dataclass(frozen=True)
@@ -37,15 +33,7 @@ class NodeFacts:
 
 @dataclass(frozen=True)
 class NodeState:
-    """How a node is.
-
-    Attributes:
-        pid: of the actor.
-        doing: the stage of its start.
-        exit_code: of its server, once nothing is left of it.
-        healthy: whether the server answers its health check, if that was asked.
-        cause: the line of the log that says why it ended, as far as can be told.
-    """
+    """How a node is: its actor's ``pid``, its stage; once nothing is left of its server, its ``exit_code`` and the cause."""
 
     name: str
     address: str = "?"
@@ -67,35 +55,21 @@ class NodeLauncher:
         folder = Path(log_dir or Path(tempfile.gettempdir()) / "areal-vllm-logs")
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / f"{name}.log"
-        self._reserved: list[socket.socket] = []
+        self._ports: HeldPorts | None = None
         self._process: Supervised | None = None
         self._lifeline: asyncio.Task[None] | None = None
 
     async def live_with(self, owner: lifeline.LifelineAddress) -> None:
         """From now on, end the server when the owner is no more, even where Ray has not noticed."""
-
-        async def hold() -> None:
-            await lifeline.hold(owner, self.name)
-            if self._process:
-                self._process.close()
-
-        self._lifeline = self._lifeline or asyncio.create_task(hold())
+        if self._lifeline is None:
+            self._lifeline = await lifeline.connect(owner, self.name, self._close)
 
     async def reserve(self, ports: int, path: str = "") -> NodeFacts:
-        """Keep ``ports`` ports for the server. Bound, but never listening, they are nobody else's: the kernel gives them to no
-        other, and the server, which binds with SO_REUSEADDR as servers do, gets in.
-
-        Raises:
-            LaunchError: the node lacks ``path``.
-        """
+        """Keep this many ports for the server. ``LaunchError`` where the node lacks ``path``."""
         if path and not os.path.exists(path):  # noqa: ASYNC240, PTH110 - one look
             raise LaunchError(f"node {self.address} has no {path}: copy it there, or use a shared folder")
-        while len(self._reserved) < ports:
-            holder = socket.socket(socket.AF_INET6 if ":" in self.address else socket.AF_INET)
-            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            holder.bind((self.address, 0))
-            self._reserved.append(holder)
-        return NodeFacts(self.address, tuple(int(holder.getsockname()[1]) for holder in self._reserved))
+        self._ports = self._ports or HeldPorts(self.address, ports)
+        return NodeFacts(self.address, self._ports.numbers)
 
     async def start(
         self, command: Sequence[str], env: Mapping[str, str], key: security.ClusterKey | None = None
@@ -114,7 +88,7 @@ class NodeLauncher:
     async def start_vllm(self, command: Sequence[str], env: Mapping[str, str], key: security.ClusterKey) -> None:
         """``start`` for ``vllm serve``, which is told on which address of the node the others reach it."""
         own = {"VLLM_HOST_IP": self.address, "AREAL_VLLM_HOST": self.address}
-        if interface := _interface_of(self.address):
+        if interface := interface_of(self.address):
             own["GLOO_SOCKET_IFNAME"] = interface
         if not os.environ.get(
             "CUDA_VISIBLE_DEVICES", "all"
@@ -126,11 +100,11 @@ class NodeLauncher:
         """How it is. ``health``: a path that the server, on the first port, is asked for."""
         if self._process is None:
             return NodeState(self.name, self.address, os.getpid(), "waiting for the other nodes")
-        if (code := self._process.poll()) is None:
-            doing, cause = self._process.doing(), ""
-            healthy = bool(health) and await asyncio.to_thread(self._healthy, health)
-        else:
-            doing, cause, healthy = f"ended with exit code {code}", _cause(self._process.last_lines(400)), False
+        doing, cause, healthy = self._process.doing(), "", False
+        if (code := self._process.poll()) is not None:
+            doing, cause = f"ended with exit code {code}", self._process.cause()
+        elif health and self._ports:
+            healthy = await asyncio.to_thread(answers, self.address, self._ports.numbers[0], health)
         lines = self._process.last_lines()
         return NodeState(self.name, self.address, os.getpid(), doing, code, healthy, str(self._log), lines, cause)
 
@@ -139,27 +113,11 @@ class NodeLauncher:
         if self._process:
             await asyncio.to_thread(self._process.end)
 
-    def _healthy(self, path: str) -> bool:
-        connection = http.client.HTTPConnection(self.address, self._reserved[0].getsockname()[1], timeout=5)
-        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-            connection.request("GET", path)
-            return connection.getresponse().status == http.HTTPStatus.OK
-        return False
+    def _close(self) -> None:
+        if self._process:
+            self._process.close()
 
     def __ray_shutdown__(self) -> None:
         """Ray ends this actor in order. (Where it does not, the server's supervisor notices.)"""
         if self._process:
             self._process.end()
-
-
-def _interface_of(address: str) -> str:
-    """The network interface that has ``address``; empty where none has."""
-    import psutil
-
-    return next((name for name, has in psutil.net_if_addrs().items() if address in {one.address for one in has}), "")
-
-
-def _cause(log: str) -> str:
-    """The line that most probably says why: the last that names an error, else the last."""
-    lines = [line for line in log.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1] if lines else "")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
     from ray.util.placement_group import PlacementGroup
 
-    from ..protocol import EngineInfo
     from .spec import ReplicaSpec
-
-logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
 _ANSWER_SECONDS = 30.0
@@ -42,13 +39,8 @@ class Home:
 
 @dataclass(frozen=True)
 class ReplicaState:
-    """How a replica is.
-
-    Attributes:
-        phase: ``starting``, ``serving``, ``failed`` or ``ended``. In the last two nothing is left of it.
-        doing: what it waits for, while it starts.
-        error: why it has failed, or was started again the last time.
-        devices: of colocated workers, by rank: the node and the device that were proven to be theirs.
+    """How a replica is: ``starting``, ``serving``, ``failed`` or ``ended``; in the last two nothing is left of it. ``error`` is
+    of its last failure. ``devices``, of colocated workers by rank: the node and the device that are proven to be theirs.
     """
 
     phase: str = "starting"
@@ -74,9 +66,7 @@ class ReplicaOwner:
         self._lifelines = Lifelines(self._gone.add)
 
     async def start(self, spec: ReplicaSpec, home: Home | None, key: security.ClusterKey | None) -> None:
-        """Begin. The directory is here, or at another replica's ``home``: it must outlive engines that start again, which
-        learn from it that they are behind.
-        """
+        """Begin. The directory is here, or at another replica's ``home``: engines that start again must find it as it was."""
         self._spec, own = spec, ray.util.get_node_ip_address()
         self._lifeline = await self._lifelines.listen(own)
         if home is None:
@@ -103,35 +93,32 @@ class ReplicaOwner:
         self._state = replace(self._state, **changes)
 
     async def _run(self) -> None:
-        try:
-            while True:
+        while True:
+            try:
                 await asyncio.wait_for(self._start_all(), self._spec.timeout)
                 self._now(phase="serving", doing="")
-                while not (lost := await self._look()):  # noqa: ASYNC110 - nobody would set an event
+                while True:
+                    await self._look()
                     await asyncio.sleep(_LOOK_SECONDS)
-                self._now(error=lost)
-                if self._spec.restart == "never" or self._state.restarts == self._spec.max_restarts:
-                    break
-                logger.warning("areal_vllm_ext: starting again: %s", lost)
-                self._now(phase="starting", restarts=self._state.restarts + 1)
-                await self._stop_servers()
-        except asyncio.TimeoutError:
-            ends = [
-                f"--- the end of {node.log} on {node.address} ---\n{node.last_lines}" for node in self._nodes.values()
-            ]
-            self._now(error="\n".join([f"not up after {self._spec.timeout:.0f} s: {self._state.doing}", *ends]))
-        except Exception as error:
-            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-            self._now(error=str(cause) if isinstance(cause, ArealError) else f"{type(cause).__name__}: {cause}")
+            except asyncio.TimeoutError:
+                ends = (f"--- {node.log} on {node.address}:\n{node.last_lines}" for node in self._nodes.values())
+                self._now(error="\n".join([f"not up after {self._spec.timeout:.0f} s: {self._state.doing}", *ends]))
+            except Exception as error:
+                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+                self._now(error=str(cause) if isinstance(cause, ArealError) else f"{type(cause).__name__}: {cause}")
+            never = self._spec.restart == "never" or self._state.restarts == self._spec.max_restarts
+            if never or self._state.phase != "serving":
+                break
+            self._now(phase="starting", restarts=self._state.restarts + 1)
+            await self._stop_servers()
         await self._end_all()
         self._now(phase="failed")
 
     async def _start_all(self) -> None:
         spec, place = self._spec, self._spec.placement
-        self._group = self._group or await asyncio.to_thread(place.create)
-        while problem := await asyncio.to_thread(place.problem, self._group):
-            self._now(doing=problem)
-            await asyncio.sleep(_LOOK_SECONDS)
+        self._now(doing="waiting for its placement group")
+        again = place.within(self._group) if self._group else place
+        self._group = await asyncio.to_thread(again.reserve, spec.timeout - 1)
         bundles = place.choose(self._group)
         self._now(doing=f"waiting for actors in bundles {bundles}")
         if place.kind == "colocated" and not self._state.devices:  # before vLLM, which asks for the same share, has it
@@ -154,7 +141,7 @@ class ReplicaOwner:
         env = self._environment(bundles)
         await self._all(lambda i, one: one.start_vllm.remote(spec.command_line(i, facts), env, self._home.key))
         while not self._nodes[0].healthy:
-            await self._raise_if_lost()
+            await self._look()
             self._now(doing="; ".join(f"{node.name}: {node.doing}" for node in self._nodes.values()))
             await asyncio.sleep(_LOOK_SECONDS)
         if spec.worker_extension:
@@ -165,7 +152,6 @@ class ReplicaOwner:
         own = {
             "AREAL_VLLM_DIRECTORY": self._home.directory,
             "AREAL_VLLM_REPLICA": self._spec.name,
-            # For vLLM's Ray executor and actors, should they be asked for.
             "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
             "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY": "AREAL_VLLM_",
         }
@@ -178,18 +164,17 @@ class ReplicaOwner:
 
     async def _prove(self, facts: Sequence[NodeFacts]) -> None:
         """See every engine hooked, on the node of its bundle, and colocated workers on their bundle's device."""
-        client = await asyncio.to_thread(
-            _client
-        )  # imports torch: launchers, which share this package, have no use for it
-        found: list[EngineInfo] = []
+        # It imports torch, for which this loop has no time, and launchers, which share this package, no use.
+        client = await asyncio.to_thread(import_module, "areal_vllm_ext.client.group")
+        found: list[Any] = []
         async with client.AsyncEngineGroup.connect(self._home.directory, key=self._home.key) as group:
             while len(found) < self._spec.data_parallel_size:
-                await self._raise_if_lost()
+                await self._look()
                 with contextlib.suppress(ArealError):
                     found = [engine for engine in await group.engines() if engine.replica == self._spec.name]
                 await asyncio.sleep(_LOOK_SECONDS)
         for engine in found:
-            meant = facts[self._spec.node_of(engine.dp_rank)].address
+            meant = facts[engine.dp_rank * self._spec.nodes // self._spec.data_parallel_size].address
             if engine.node.rpartition("/")[2] != meant:
                 raise LaunchError(f"{engine.name} is not on the node of its bundle, {meant}")
         workers = sorted(found[0].workers, key=lambda worker: worker.rank)
@@ -197,12 +182,12 @@ class ReplicaOwner:
         if self._state.devices not in ((), are_on):
             raise LaunchError(f"vLLM's workers are on {are_on}, and their bundles on {self._state.devices}")
 
-    async def _raise_if_lost(self) -> None:
-        if lost := await self._look():
-            raise LaunchError(lost)
+    async def _look(self) -> None:
+        """Ask every node how it is.
 
-    async def _look(self) -> str:
-        """Ask every node how it is; says which has ended, if any has, and its last words."""
+        Raises:
+            LaunchError: one has ended, with its last words.
+        """
 
         async def ask(index: int) -> str:
             node = self._nodes[index]
@@ -215,27 +200,23 @@ class ReplicaOwner:
             except (ray.exceptions.RayError, asyncio.TimeoutError):
                 self._gone.discard(node.name)
                 ray.kill(self._launchers.pop(index))
-                return (
-                    f"{node.name} on {node.address} is gone: its actor was killed, or its node lost\n{node.last_lines}"
-                )
+                return f"{node.name} on {node.address} is gone: actor killed, or node lost\n{node.last_lines}"
             said = f"{node.name} on {node.address} {node.doing}: {node.cause}\n{node.last_lines}"
             return said if node.exit_code is not None else ""
 
-        return next(filter(None, await asyncio.gather(*map(ask, list(self._launchers)))), "")
+        if ended := list(filter(None, await asyncio.gather(*map(ask, list(self._launchers))))):
+            raise LaunchError(ended[0])
 
     async def _all(self, call: Callable[[int, Any], Awaitable[Any]]) -> list[Any]:
         return list(await asyncio.gather(*(call(index, self._launchers[index]) for index in range(self._spec.nodes))))
 
     async def _stop_servers(self) -> None:
         """End what runs, everywhere at once. A launcher that cannot be asked is killed, which ends its server as well."""
-
-        async def stop(index: int) -> None:
-            try:
-                await asyncio.wait_for(self._launchers[index].stop.remote(), _ANSWER_SECONDS)
-            except (ray.exceptions.RayError, asyncio.TimeoutError):
+        asked = {index: one.stop.remote() for index, one in self._launchers.items()}
+        waits = (asyncio.wait_for(ref, _ANSWER_SECONDS) for ref in asked.values())
+        for index, outcome in zip(asked, await asyncio.gather(*waits, return_exceptions=True), strict=True):
+            if isinstance(outcome, BaseException):
                 ray.kill(self._launchers.pop(index))
-
-        await asyncio.gather(*map(stop, list(self._launchers)))
 
     async def _end_all(self) -> None:
         await self._stop_servers()
@@ -247,17 +228,8 @@ class ReplicaOwner:
         self._group = None
 
 
-def _client() -> Any:
-    from ..client import group
-
-    return group
-
-
 def _device() -> tuple[str, str]:
     """Node and device of the bundle in which this runs."""
-    import torch
+    from ..transport.ipc import own_device_id
 
-    from ..transport.ipc import device_id
-
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return ray.util.get_node_ip_address(), device_id(device)
+    return ray.util.get_node_ip_address(), own_device_id()

@@ -60,39 +60,23 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The same, in bundles of an existing group."""
         return msgspec.structs.replace(self, group=group, indices=tuple(indices))
 
-    def check_cluster(self) -> None:
-        """Refuse what the nodes of this cluster could never hold.
+    def reserve(self, timeout: float = 60.0) -> PlacementGroup:
+        """The group, once its bundles are there. A new one ends with this process, unless it is removed before.
 
         Raises:
-            LaunchError: with what is asked for, there and free.
+            LaunchError: the nodes of this cluster could never hold it, or cannot in time; nothing is left reserved.
         """
         fits = [int(node["Resources"].get(self.resource, 0) // self.devices) for node in ray.nodes() if node["Alive"]]
         room = {"STRICT_SPREAD": sum(fit > 0 for fit in fits), "STRICT_PACK": max(fits, default=0)}
         if self.group is None and room.get(self.strategy, sum(fits)) < self.bundles:
             raise LaunchError(f"the cluster is too small: {self._asked()}")
-
-    def create(self) -> PlacementGroup:
-        """Ask Ray for the group, which ends with the calling process; it may take its time. Or the existing one."""
-        return self.group or placement_group([{self.resource: self.devices}] * self.bundles, strategy=self.strategy)
-
-    def problem(self, group: PlacementGroup) -> str:
-        """Why bundles of ``group`` are not there yet; empty where they are."""
-        state = placement_group_table(group).get("state", "REMOVED")
-        return "" if state == "CREATED" else f"the placement group is {state}: {self._asked()}"
-
-    def reserve(self, timeout: float = 60.0) -> PlacementGroup:
-        """``create``, and wait until the bundles are there.
-
-        Raises:
-            LaunchError: they cannot be, or not in time; nothing is left reserved.
-        """
-        self.check_cluster()
-        group, ends = self.create(), time.monotonic() + timeout
-        while problem := self.problem(group):
+        group = self.group or placement_group([{self.resource: self.devices}] * self.bundles, strategy=self.strategy)
+        ends = time.monotonic() + timeout
+        while (state := placement_group_table(group).get("state", "REMOVED")) != "CREATED":
             if time.monotonic() > ends:
                 if self.group is None:
                     remove_placement_group(group)
-                raise LaunchError(f"no room after {timeout:.0f} s: {problem}")
+                raise LaunchError(f"the placement group is {state} after {timeout:.0f} s: {self._asked()}")
             time.sleep(0.1)
         return group
 
@@ -121,7 +105,5 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _asked(self) -> str:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         have = (f"{node['NodeManagerAddress']} has {node['Resources'].get(self.resource, 0):g}" for node in nodes)
-        return (
-            f"asked for {self.bundles} bundle(s) of {self.devices} {self.resource} ({self.strategy}); {', '.join(have)}; "
-            f"free in all: {ray.available_resources().get(self.resource, 0):g}"
-        )
+        asked = f"asked for {self.bundles} bundle(s) of {self.devices} {self.resource} ({self.strategy})"
+        return f"{asked}; {', '.join(have)}; free in all: {ray.available_resources().get(self.resource, 0):g}"

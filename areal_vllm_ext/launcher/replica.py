@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -30,11 +31,9 @@ _REPORT_SECONDS = 5.0
 
 
 class Replica:
-    """A vLLM deployment that serves. It ends with ``shutdown``, with the block, with this handle, and with this process.
+    """A vLLM deployment that serves; it ends with ``shutdown``, its block, this handle, and this process.
 
-    Attributes:
-        name: its engines carry it.
-        home: where its engines register (``home.directory``), and the key that opens it and them.
+    ``home`` says where its engines register, under ``name``, and has the key that opens it and them.
     """
 
     def __init__(self, owner: Any, spec: ReplicaSpec, state: ReplicaState) -> None:
@@ -50,7 +49,7 @@ class Replica:
 
     @property
     def nodes(self) -> tuple[NodeState, ...]:
-        """Its nodes, the head first."""
+        """The head first."""
         return self.status().nodes
 
     @property
@@ -71,8 +70,8 @@ class Replica:
             raise LaunchError(f"the owner of replica {self.name} does not answer: {error}") from None
 
     def scale(self, nodes: int, report: Callable[[str], None] | None = None) -> Replica:
-        """Add ``nodes`` nodes like this one's, as a replica of their own in the same group (a data-parallel group of vLLM does
-        not grow). Its engines come to the group's version by the next update, before they serve.
+        """Add nodes, as a replica of their own (vLLM's groups do not grow) in the same group. Its engines come to the group's
+        version by the next update, before they serve.
         """
         place = replace(self._spec.placement, bundles=nodes, group=None, indices=())
         size = self._spec.data_parallel_size * nodes // self._spec.nodes
@@ -86,8 +85,7 @@ class Replica:
             ray.get(self._owner.shutdown.remote(), timeout=_ANSWER_SECONDS)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             pass  # what it owns ends with it
-        finally:
-            ray.kill(self._owner)
+        ray.kill(self._owner)
 
     def __enter__(self) -> Replica:
         return self
@@ -105,10 +103,7 @@ class Replica:
 def launch(model: str | ReplicaSpec, placement: Placement | None = None, **options: Any) -> Replica:
     """Place vLLM on the Ray cluster to which this process is connected, and wait until every engine serves.
 
-    Args:
-        model: of Hugging Face, or a path on every node; or a whole ``ReplicaSpec``.
-        placement: default: one device on one node.
-        options: fields of ``ReplicaSpec``, and those of ``launch_async``.
+    ``model`` may also be a whole ``ReplicaSpec``; ``options`` are fields of that, and those of ``launch_async``.
 
     Raises:
         SettingsError: what is asked for cannot be.
@@ -126,10 +121,8 @@ async def launch_async(
     report: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Replica:
-    """``launch``, for asyncio.
-
-    ``join``: a replica whose group this one's engines come into. ``key_file``: the cluster's key, if others need it; default:
-    AREAL_VLLM_KEY_FILE, else one is made up. ``report`` is told every few seconds what each node is doing; default: stderr.
+    """``launch``, for asyncio. ``join``: a replica whose group its engines come into. ``key_file``: the cluster's key, if
+    others need it; default: AREAL_VLLM_KEY_FILE, else made up. ``report`` is told what each node is doing; default: stderr.
     """
     if isinstance(model, str):
         model = ReplicaSpec(model=model, placement=placement or Placement(), **settings)
@@ -137,13 +130,12 @@ async def launch_async(
     spec.check()
     if not ray.is_initialized():
         raise SettingsError("this process is not connected to Ray: call ray.init(address=...) first")
-    spec.placement.check_cluster()
     file = key_file or Settings.load().key_file
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     owner = ray.remote(ReplicaOwner).options(name=spec.name, num_cpus=0, scheduling_strategy=here).remote()
     try:
         await owner.start.remote(spec, join and join.home, security.read_key(file) if file else None)
-        return Replica(owner, spec, await _served(owner, spec, report or _print))
+        return Replica(owner, spec, await _served(owner, spec, report or partial(print, file=sys.stderr, flush=True)))
     except BaseException:
         ray.kill(owner)
         raise
@@ -161,7 +153,3 @@ async def _served(owner: Any, spec: ReplicaSpec, report: Callable[[str], None]) 
             reported = now
             report(f"{now - started:4.0f} s  {state.doing}")
         await asyncio.sleep(0.2)
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

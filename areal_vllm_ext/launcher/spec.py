@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from ..errors import SettingsError
+from ..serving import data_parallel_arguments
 from .placement import Placement
 
 if TYPE_CHECKING:
@@ -15,16 +16,20 @@ if TYPE_CHECKING:
 
     from .node import NodeFacts
 
-# What follows from the placement and the sizes, and would only contradict them. One dash or two, "_" or "-": as vLLM.
-_DERIVED = frozenset(
-    f"--{name}"
-    for name in (
-        *("host", "port", "headless", "nnodes", "node-rank", "master-addr", "master-port", "worker-extension-cls"),
-        *("tensor-parallel-size", "pipeline-parallel-size", "distributed-executor-backend", "data-parallel-backend"),
-        *("data-parallel-size", "data-parallel-size-local", "data-parallel-rank", "data-parallel-start-rank"),
-        *("data-parallel-address", "data-parallel-rpc-port"),
-    )
-) | {"-tp", "-pp", "-dp", "-n", "-r"}
+# What follows from the placement and the sizes, and would only contradict them.
+_DERIVED = (
+    *(
+        "--host",
+        "--port",
+        "--headless",
+        "--nnodes",
+        "--node-rank",
+        "--master-",
+        "--data-parallel-",
+        "--tensor-parallel-",
+    ),
+    *("--pipeline-parallel-", "--worker-extension-cls", "--distributed-executor-backend", "-tp", "-pp", "-dp"),
+)
 
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,9 +39,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         model: a name on the Hub, or a path that every node has.
         vllm_args: further arguments of ``vllm serve``, on all nodes; ``head_args``: on the head only.
         env: environment variables of all nodes.
-        restart: what happens when a node has died. ``never``: the others are ended. ``node``: it starts again in its bundle
-            (replicas of one node only: vLLM takes no lost node back). ``replica``: all nodes start again.
-        max_restarts: so often at most.
+        restart: when a node has died, the others are ended (``never``), or all start again (``replica``), ``max_restarts``
+            times at most; ``node`` is the same for a replica of one node: vLLM takes no lost node back.
         timeout: seconds until all engines serve.
         worker_extension: None leaves vLLM alone: there is no ``group`` then.
         command: what starts vLLM; its arguments follow.
@@ -86,10 +90,10 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise SettingsError("a colocated replica has one engine: launch one for each, the others with join=")
         if self.restart == "node" and self.nodes > 1:
             raise SettingsError(
-                "restart 'node' is for replicas of one node (vLLM takes no lost node back): use 'replica'"
+                "restart 'node' needs a replica of one node (vLLM takes no lost node back): use 'replica'"
             )
         for argument in (*self.vllm_args, *self.head_args):
-            if argument.partition("=")[0].replace("_", "-") in _DERIVED:
+            if argument.replace("_", "-").startswith(_DERIVED):
                 raise SettingsError(f"leave {argument} out: it follows from the placement and the parallel sizes")
 
     def command_line(self, index: int, facts: Sequence[NodeFacts]) -> list[str]:
@@ -97,25 +101,17 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         head, engine = facts[0], self.tensor_parallel_size * self.pipeline_parallel_size
         http_port, rpc_port, master_port = map(str, head.ports)
         found = [*self.command, self.model]
-        for kind in ("tensor", "pipeline", "data"):
-            if (size := getattr(self, f"{kind}_parallel_size")) > 1:
-                found += [f"--{kind}-parallel-size", str(size)]
-        if self.data_parallel_size > 1:
-            found += ["--data-parallel-address", head.address, "--data-parallel-rpc-port", rpc_port]
-        if (
-            self.nodes > 1 and engine > self.placement.devices
-        ):  # an engine spans nodes; vLLM tells ranks from the node's
-            found += ["--nnodes", str(self.nodes), "--node-rank", str(index)]
+        for flag, size in (("--tensor", self.tensor_parallel_size), ("--pipeline", self.pipeline_parallel_size)):
+            found += [f"{flag}-parallel-size", str(size)] if size > 1 else []
+        if self.nodes > 1 and engine > self.placement.devices:  # it spans nodes; vLLM tells its ranks from the node's
+            found += ["--nnodes", str(self.nodes), "--node-rank", str(index), *(["--headless"] if index else [])]
             found += ["--master-addr", head.address, "--master-port", master_port]
-        elif self.data_parallel_size > 1:
-            local = self.data_parallel_size // self.nodes
-            found += ["--data-parallel-size-local", str(local)]
-            found += ["--data-parallel-start-rank", str(index * local)] if index else []
+            if self.data_parallel_size > 1:
+                found += ["--data-parallel-size", str(self.data_parallel_size), "--data-parallel-rpc-port", rpc_port]
+        else:
+            engines = [self.data_parallel_size // self.nodes] * self.nodes
+            found += data_parallel_arguments(engines, index, head.address, rpc_port)
         found += ["--distributed-executor-backend", "ray"] if self.placement.kind == "colocated" else []
-        found += ["--headless"] if index else ["--host", head.address, "--port", http_port]
+        found += [] if index else ["--host", head.address, "--port", http_port]
         found += ["--worker-extension-cls", self.worker_extension] if self.worker_extension else []
         return [*found, *self.vllm_args, *(() if index else self.head_args)]
-
-    def node_of(self, dp_rank: int) -> int:
-        """On which node this rank's engine must be."""
-        return dp_rank * self.nodes // self.data_parallel_size
