@@ -1,6 +1,6 @@
 """Every way to die, and whether anything of a replica outlives it: a real two-node Ray cluster, a head and a headless node.
 
-    python -m benchmarks.orphans [--rounds 10] [--real 1] [--ways NAME ...]        # as root
+    python -m benchmarks.orphans [--rounds 10] [--real 1] [--ways NAME ...] [--resume]        # as root
 
 Of the rounds of each way, ``--real`` launch real vLLM, two dense engines. In the others vLLM is replaced by a process tree that
 is harder to end, and affordable: it ignores SIGTERM and has a grandchild in a session of its own (stubborn_server.py).
@@ -167,15 +167,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=10, help="of each way (default: %(default)s)")
     parser.add_argument("--real", type=int, default=1, help="so many of them with real vLLM (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the rounds that the results still lack")
     parser.add_argument("--jobs", type=int, default=2, help="rounds at once (default: %(default)s)")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="NAME")
     options = parser.parse_args()
     results: dict[str, dict[str, Any]] = {way: {"stubborn": [], "vllm": [], "left": []} for way in options.ways}
+    if options.resume:
+        results |= json.loads(RESULTS.read_text())["ways"]
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model", moe=False)
 
-        def play(cluster: RayCluster, way: str, number: int) -> None:
-            real = number < options.real
+        def play(cluster: RayCluster, way: str) -> None:
+            real = len(results[way]["stubborn"]) >= options.rounds - options.real  # they wait for the machine: last
             seconds, left = run(cluster, way, f"{folder}/model" if real else "")
             results[way]["vllm" if real else "stubborn"].append(round(seconds, 2))
             results[way]["left"] += left
@@ -183,17 +186,22 @@ def main() -> int:
             kind = "vLLM" if real else "stubborn tree"
             print(f"{way:54} {kind:14} {seconds:5.1f} s  {'; '.join(left) or 'clean'}", flush=True)
 
-        numbers = range(options.rounds)
+        def missing(way: str) -> int:
+            seen = results.get(way, {"stubborn": [], "vllm": []}) if way in options.ways else None
+            return options.rounds - len(seen["stubborn"] + seen["vllm"]) if seen else 0
+
         with ray_cluster(devices=options.jobs, connect=False) as cluster:
             with ThreadPoolExecutor(options.jobs) as pool:
-                ways = [way for way in options.ways if "raylet" not in way]
-                for done in [pool.submit(play, cluster, way, number) for number in numbers for way in ways]:
-                    done.result()
-            for number in numbers if OTHER_RAYLET in options.ways else ():  # it takes other rounds with it
-                play(cluster, OTHER_RAYLET, number)
-        for number in numbers if HEAD_RAYLET in options.ways else ():  # and this one the cluster
+                played = [
+                    pool.submit(play, cluster, way) for way in WAYS if "raylet" not in way for _ in range(missing(way))
+                ]
+                for one in played:
+                    one.result()
+            for _ in range(missing(OTHER_RAYLET)):  # it takes other rounds with it
+                play(cluster, OTHER_RAYLET)
+        for _ in range(missing(HEAD_RAYLET)):  # and this one the cluster
             with ray_cluster(connect=False) as cluster:
-                play(cluster, HEAD_RAYLET, number)
+                play(cluster, HEAD_RAYLET)
     summary = write(results)
     print(json.dumps(summary))
     return 1 if summary["orphans"] else 0

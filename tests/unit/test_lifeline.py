@@ -63,8 +63,9 @@ def test_killed_peer_is_named() -> None:
 
 
 def test_peer_hears_of_the_owners_end() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+
     async def run() -> None:
-        owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
         assert owner.stdout
         port, token = (await asyncio.to_thread(owner.stdout.readline)).split()
         ended = asyncio.Event()
