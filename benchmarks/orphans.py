@@ -103,7 +103,7 @@ class Round:
 
 WAYS: dict[str, Callable[[Round], None]] = {
     "shutdown": lambda one: one.tell("shutdown"),
-    "handle dropped (__ray_shutdown__)": lambda one: one.tell("drop"),
+    "handle dropped": lambda one: one.tell("drop"),
     "launcher told to end (__ray_shutdown__)": lambda one: one.tell("terminate headless"),
     "ray.kill of the owner": lambda one: one.tell("kill owner"),
     "ray.kill of the head's launcher": lambda one: one.tell("kill head"),

@@ -1,4 +1,4 @@
-"""``HTTPServerLauncher``: an actor that runs an HTTP server of any kind, such as a trainer's proxy, from its command."""
+"""``HTTPServerLauncher``: an actor that runs an HTTP server of any kind, such as a trainer's proxy, from a command."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import sys
 import time
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ class Replica:
         self.name, self.home = spec.name, state.home
         self._spec, self._owner = spec, owner
         self._group: EngineGroup | None = None
+        # Ray would see by itself that nobody holds the owner, but has been seen to take half a minute.
+        weakref.finalize(self, lambda: ray.is_initialized() and ray.kill(owner))
 
     @property
     def url(self) -> str:

@@ -42,10 +42,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         restart: when a node has died, the others are ended (``never``), or all start again (``replica``), ``max_restarts``
             times at most; ``node`` is the same for a replica of one node: vLLM takes no lost node back.
         timeout: seconds until all engines serve.
-        worker_extension: None leaves vLLM alone: there is no ``group`` then.
-        command: what starts vLLM; its arguments follow.
-        log_dir: on each node; default: ``areal-vllm-logs`` in its temporary folder.
-        name: of the replica, which its engines carry; default: made up.
+        worker_extension: None leaves vLLM alone: there is no ``group`` then. ``command``: what starts vLLM.
+        log_dir: on each node; default: ``areal-vllm-logs`` in its temporary folder. ``name``: made up, unless it is given.
     """
 
     model: str
