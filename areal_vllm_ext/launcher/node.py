@@ -90,9 +90,7 @@ class NodeLauncher:
         own = {"VLLM_HOST_IP": self.address, "AREAL_VLLM_HOST": self.address}
         if interface := interface_of(self.address):
             own["GLOO_SOCKET_IFNAME"] = interface
-        if not os.environ.get(
-            "CUDA_VISIBLE_DEVICES", "all"
-        ):  # Ray's for actors without GPUs; the Ray executor's have them
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # Ray's, for actors without GPUs; the Ray executor's have some
             del os.environ["CUDA_VISIBLE_DEVICES"]
         await self.start(command, {**own, **env}, key)
 
