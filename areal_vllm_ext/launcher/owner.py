@@ -118,7 +118,7 @@ class ReplicaOwner:
         spec, place = self._spec, self._spec.placement
         self._now(doing="waiting for its placement group")
         again = place.within(self._group) if self._group else place
-        self._group = await asyncio.to_thread(again.reserve, spec.timeout - 1)
+        self._group = await asyncio.to_thread(again.reserve, spec.timeout - 1, spec.name)
         bundles = place.choose(self._group)
         self._now(doing=f"waiting for actors in bundles {bundles}")
         if place.kind == "colocated" and not self._state.devices:  # before vLLM, which asks for the same share, has it

@@ -60,8 +60,8 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The same, in bundles of an existing group."""
         return msgspec.structs.replace(self, group=group, indices=tuple(indices))
 
-    def reserve(self, timeout: float = 60.0) -> PlacementGroup:
-        """The group, once its bundles are there. A new one ends with this process, unless it is removed before.
+    def reserve(self, timeout: float = 60.0, name: str = "") -> PlacementGroup:
+        """The group, once its bundles are there. A new one, called ``name``, ends with the driver, unless it is removed before.
 
         Raises:
             LaunchError: the nodes of this cluster could never hold it, or cannot in time; nothing is left reserved.
@@ -70,7 +70,8 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         room = {"STRICT_SPREAD": sum(fit > 0 for fit in fits), "STRICT_PACK": max(fits, default=0)}
         if self.group is None and room.get(self.strategy, sum(fits)) < self.bundles:
             raise LaunchError(f"the cluster is too small: {self._asked()}")
-        group = self.group or placement_group([{self.resource: self.devices}] * self.bundles, strategy=self.strategy)
+        bundles = [{self.resource: self.devices}] * self.bundles
+        group = self.group or placement_group(bundles, strategy=self.strategy, name=name)
         ends = time.monotonic() + timeout
         while (state := placement_group_table(group).get("state", "REMOVED")) != "CREATED":
             if time.monotonic() > ends:

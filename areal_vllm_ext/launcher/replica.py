@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from msgspec.structs import replace
+from ray.util.placement_group import get_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from .. import security
@@ -42,8 +44,7 @@ class Replica:
         self.name, self.home = spec.name, state.home
         self._spec, self._owner = spec, owner
         self._group: EngineGroup | None = None
-        # Ray would see by itself that nobody holds the owner, but has been seen to take half a minute.
-        weakref.finalize(self, lambda: ray.is_initialized() and ray.kill(owner))
+        weakref.finalize(self, _end, owner, spec.name)  # left to Ray, this has been seen to take half a minute
 
     @property
     def url(self) -> str:
@@ -88,7 +89,7 @@ class Replica:
             ray.get(self._owner.shutdown.remote(), timeout=_ANSWER_SECONDS)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             pass  # what it owns ends with it
-        ray.kill(self._owner)
+        _end(self._owner, self.name)
 
     def __enter__(self) -> Replica:
         return self
@@ -140,8 +141,16 @@ async def launch_async(
         await owner.start.remote(spec, join and join.home, security.read_key(file) if file else None)
         return Replica(owner, spec, await _served(owner, spec, report or partial(print, file=sys.stderr, flush=True)))
     except BaseException:
-        ray.kill(owner)
+        _end(owner, spec.name)
         raise
+
+
+def _end(owner: Any, name: str) -> None:
+    """End the owner, all that it owns, and what outlives it until this driver ends: its placement group."""
+    if ray.is_initialized():
+        ray.kill(owner)
+        with contextlib.suppress(ValueError):  # it is removed, or was not the owner's
+            remove_placement_group(get_placement_group(name))
 
 
 async def _served(owner: Any, spec: ReplicaSpec, report: Callable[[str], None]) -> ReplicaState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -33,6 +34,11 @@ pytestmark = [
 
 STUBBORN = (sys.executable, str(Path(__file__).parents[2] / "benchmarks" / "stubborn_server.py"))
 TWO_NODES = Placement.deferred(nodes=2, devices_per_node=1, resource="CPU")
+
+
+class Trainer:
+    def node(self) -> str:
+        return str(ray.util.get_node_ip_address())
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +146,44 @@ def test_bad_input_is_one_line_and_leaves_nothing(cluster: RayCluster, settings:
     with pytest.raises(error, match=says) as raised:
         launch(**wanted, command=STUBBORN, timeout=60)
     assert "\n" not in str(raised.value)
+    assert_free(cluster)
+
+
+def test_colocated_shares_bundles_with_trainers(cluster: RayCluster) -> None:
+    place = Placement.colocated(2, worker_share=0.4, resource="CPU")
+    group = place.reserve()
+    trainers = [ray.remote(Trainer).options(**place.options(group, rank, 0.5)).remote() for rank in range(2)]
+    with launch(
+        "none",
+        place.within(group),
+        tensor_parallel_size=2,
+        worker_extension=None,
+        command=STUBBORN,
+        timeout=90,
+    ) as replica:
+        assert [node for node, _ in replica.status().devices] == ray.get([one.node.remote() for one in trainers])
+        assert "--tensor-parallel-size 2 --distributed-executor-backend ray" in replica.nodes[0].last_lines
+        environ = Path(f"/proc/{min(processes(replica.name))}/environ").read_text().split("\0")
+        assert "VLLM_RAY_BUNDLE_INDICES=0,1" in environ
+        assert "VLLM_RAY_PER_WORKER_GPUS=0.4" in environ
+        assert f"AREAL_VLLM_PLACEMENT_GROUP={group.id.hex()}" in environ
+    ray.util.remove_placement_group(group)
+    assert_free(cluster)
+
+
+def test_scale_adds_a_replica_at_the_same_home(cluster: RayCluster) -> None:
+    with stubborn(Placement.separate(1, resource="CPU")) as first, first.scale(nodes=1) as second:
+        assert first.home == second.home
+        assert first.url != second.url
+    assert_free(cluster)
+
+
+def test_dropped_handle(cluster: RayCluster) -> None:
+    replica = stubborn()
+    footprint = Footprint.of(replica.name)
+    del replica
+    gc.collect()
+    wait_for(lambda: not footprint.left(cluster.namespaces), 15)
     assert_free(cluster)
 
 
