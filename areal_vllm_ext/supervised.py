@@ -132,9 +132,9 @@ class Supervised:
         return ""
 
     def cause(self) -> str:
-        """The line of the log that most probably says why it ended: the last that names an error, else the last."""
+        """The line of the log that most probably says why it ended: the first that names an error, else the last."""
         lines = [line for line in self.last_lines(400).splitlines() if line.strip()]
-        return next((line for line in reversed(lines) if _ERROR.match(line)), lines[-1] if lines else "")
+        return next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
 
     def doing(self) -> str:
         """How far the start of a ``vllm serve`` is, in a few words."""

@@ -68,7 +68,7 @@ class Round:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
         assert self.driver.stdout is not None
-        line = self.driver.stdout.readline()
+        line = next((line for line in self.driver.stdout if line.startswith("{")), "")  # Ray has its say there, too
         if not line:
             raise RuntimeError(f"nothing was launched:\n{self.log.read_text()[-3000:]}")
         self.facts: dict[str, Any] = json.loads(line)
