@@ -28,8 +28,7 @@ class HTTPServerLauncher(NodeLauncher):
         command's arguments stand for where it must listen. ``LaunchError``: it ended, or it takes too long; nothing is left.
         """
         facts = await self.reserve(1)
-        places = {"{host}": facts.address, "{port}": str(facts.ports[0])}
-        for name, value in places.items():
+        for name, value in (("{host}", facts.address), ("{port}", str(facts.ports[0]))):
             command = [argument.replace(name, value) for argument in command]
         await self.start(command, env or {})
         ends = time.monotonic() + timeout

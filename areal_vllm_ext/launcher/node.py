@@ -54,7 +54,7 @@ class NodeLauncher:
         self.name, self.address = name, ray.util.get_node_ip_address()
         folder = Path(log_dir or Path(tempfile.gettempdir()) / "areal-vllm-logs")
         folder.mkdir(parents=True, exist_ok=True)
-        self._log = folder / f"{name}.log"
+        self._log, self._keep_log = folder / f"{name}.log", bool(log_dir)
         self._ports: HeldPorts | None = None
         self._process: Supervised | None = None
         self._lifeline: asyncio.Task[None] | None = None
@@ -107,9 +107,12 @@ class NodeLauncher:
         return NodeState(self.name, self.address, os.getpid(), doing, code, healthy, str(self._log), lines, cause)
 
     async def stop(self) -> None:
-        """End the server, and wait until nothing is left of it."""
+        """End the server; returns when nothing is left of it, nor of its log, unless that was given a place."""
         if self._process:
+            asked = self._process.poll() is None
             await asyncio.to_thread(self._process.end)
+            if asked and not self._keep_log:
+                self._log.unlink(missing_ok=True)
 
     def _close(self) -> None:
         if self._process:

@@ -78,7 +78,6 @@ class ReplicaOwner:
         self._running = asyncio.create_task(self._run())
 
     async def state(self) -> ReplicaState:
-        """How it is."""
         return replace(self._state, home=self._home, nodes=tuple(self._nodes[index] for index in sorted(self._nodes)))
 
     async def shutdown(self) -> None:

@@ -82,11 +82,7 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return group
 
     def choose(self, group: PlacementGroup) -> list[int]:
-        """The bundles to use, in the order of ranks; those of one node follow each other.
-
-        Raises:
-            LaunchError: the group has too few that are large enough.
-        """
+        """The bundles to use, by rank; those of a node follow each other. ``LaunchError`` where too few are large enough."""
         specs, nodes = group.bundle_specs, placement_group_table(group)["bundles_to_node_id"]
         large = [i for i in range(len(specs)) if specs[i].get(self.resource, 0) >= self.devices]
         chosen = list(self.indices) or sorted(large, key=lambda i: [nodes[j] for j in large].index(nodes[i]))

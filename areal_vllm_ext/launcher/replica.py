@@ -109,9 +109,7 @@ def launch(model: str | ReplicaSpec, placement: Placement | None = None, **optio
 
     ``model`` may also be a whole ``ReplicaSpec``; ``options`` are fields of that, and those of ``launch_async``.
 
-    Raises:
-        SettingsError: what is asked for cannot be.
-        LaunchError: it did not come up; the first line says why. Nothing is left of it.
+    ``SettingsError``: it cannot be. ``LaunchError``: it did not come up; the first line says why, and nothing is left of it.
     """
     return asyncio.run(launch_async(model, placement, **options))
 
@@ -137,9 +135,18 @@ async def launch_async(
     file = key_file or Settings.load().key_file
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     owner = ray.remote(ReplicaOwner).options(name=spec.name, num_cpus=0, scheduling_strategy=here).remote()
+    report = report or partial(print, file=sys.stderr, flush=True)
     try:
         await owner.start.remote(spec, join and join.home, security.read_key(file) if file else None)
-        return Replica(owner, spec, await _served(owner, spec, report or partial(print, file=sys.stderr, flush=True)))
+        started = reported = time.monotonic()
+        while (state := await asyncio.wait_for(owner.state.remote(), _ANSWER_SECONDS)).phase != "serving":
+            if state.phase == "failed":
+                raise LaunchError(f"replica {spec.name}: {state.error}")  # noqa: TRY301 - the clean-up is for all
+            if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
+                reported = now
+                report(f"{now - started:4.0f} s  {state.doing}")
+            await asyncio.sleep(0.2)
+        return Replica(owner, spec, state)
     except BaseException:
         _end(owner, spec.name)
         raise
@@ -151,17 +158,3 @@ def _end(owner: Any, name: str) -> None:
         ray.kill(owner)
         with contextlib.suppress(ValueError):  # it is removed, or was not the owner's
             remove_placement_group(get_placement_group(name))
-
-
-async def _served(owner: Any, spec: ReplicaSpec, report: Callable[[str], None]) -> ReplicaState:
-    started = reported = time.monotonic()
-    while True:
-        state: ReplicaState = await asyncio.wait_for(owner.state.remote(), _ANSWER_SECONDS)
-        if state.phase == "serving":
-            return state
-        if state.phase == "failed":
-            raise LaunchError(f"replica {spec.name}: {state.error}")
-        if (now := time.monotonic()) - reported >= _REPORT_SECONDS:
-            reported = now
-            report(f"{now - started:4.0f} s  {state.doing}")
-        await asyncio.sleep(0.2)
