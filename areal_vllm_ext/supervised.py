@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 GRACE_SECONDS = 8.0
-_ERROR = re.compile(r"^(\(.*?\) )?(ERROR .*?\] )?(vllm serve: error|[\w.]*(Error|Exception)): ")
+_ERROR = re.compile(r"^(\(.*?\) )?(ERROR .*?\] )?([\w. ]+: error|[\w.]*(Error|Exception)): ")
 _MARK = "AREAL_VLLM_SUPERVISED"
 
 # What a starting `vllm serve` is doing, by which of these it logged last. A vLLM that words one otherwise shows the one before.

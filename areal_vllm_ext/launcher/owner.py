@@ -62,7 +62,7 @@ class ReplicaOwner:
         self._launchers: dict[int, Any] = {}
         self._group: PlacementGroup | None = None
         self._running: asyncio.Task[None] | None = None
-        self._gone: set[str] = set()
+        self._gone, self._seen = set[str](), set[str]()
         self._lifelines = Lifelines(self._gone.add)
 
     async def start(self, spec: ReplicaSpec, home: Home | None, key: security.ClusterKey | None) -> None:
@@ -139,7 +139,8 @@ class ReplicaOwner:
         self._now(url=f"http://{facts[0].address}:{facts[0].ports[0]}")
         env = self._environment(bundles)
         await self._all(lambda i, one: one.start_vllm.remote(spec.command_line(i, facts), env, self._home.key))
-        while not self._nodes[0].healthy:
+        # Engines that start again are stale: vLLM's front end, and its health, wait with them for the next update.
+        while not (self._nodes[0].healthy or (spec.worker_extension and self._state.restarts)):
             await self._look()
             self._now(doing="; ".join(f"{node.name}: {node.doing}" for node in self._nodes.values()))
             await asyncio.sleep(_LOOK_SECONDS)
@@ -170,12 +171,14 @@ class ReplicaOwner:
             while len(found) < self._spec.data_parallel_size:
                 await self._look()
                 with contextlib.suppress(ArealError):
-                    found = [engine for engine in await group.engines() if engine.replica == self._spec.name]
+                    own = [engine for engine in await group.engines() if engine.replica == self._spec.name]
+                    found = [engine for engine in own if engine.incarnation not in self._seen]
                 await asyncio.sleep(_LOOK_SECONDS)
         for engine in found:
             meant = facts[engine.dp_rank * self._spec.nodes // self._spec.data_parallel_size].address
             if engine.node.rpartition("/")[2] != meant:
                 raise LaunchError(f"{engine.name} is not on the node of its bundle, {meant}")
+        self._seen |= {engine.incarnation for engine in found}
         workers = sorted(found[0].workers, key=lambda worker: worker.rank)
         are_on = tuple((worker.node.rpartition("/")[2], worker.device_id) for worker in workers)
         if self._state.devices not in ((), are_on):

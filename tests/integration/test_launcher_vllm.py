@@ -15,6 +15,7 @@ import ray
 
 from areal_vllm_ext.demo.model import make_model
 from areal_vllm_ext.launcher import Placement, launch
+from areal_vllm_ext.serving import answers
 from benchmarks.leftovers import Footprint
 from benchmarks.network import missing
 from benchmarks.ray_cluster import RayCluster, ray_cluster
@@ -72,6 +73,10 @@ def test_moe_replica_over_two_nodes(cluster: RayCluster, tmp_path: Path) -> None
         train(model, 4)
         with replica.group.update(4, deadline=60) as update:
             update.send(model)
+        host, port = replica.url.removeprefix("http://").split(":")
+        while not answers(host, int(port), "/health"):
+            assert time.monotonic() < ends
+            time.sleep(0.5)
         assert token_exact(model, replica.url, 2)
         footprint = Footprint.of(replica.name)
     assert footprint.left(cluster.namespaces) == []
@@ -87,7 +92,7 @@ def test_wrong_argument_is_vllms_own_message(cluster: RayCluster, tmp_path: Path
     )
     assert ended.returncode == 1
     line = next(line for line in ended.stderr.splitlines() if line.startswith("areal-vllm:"))
-    assert line.endswith("ended with exit code 2: vllm serve: error: unrecognized arguments: --no-such-argument")
+    assert line.endswith("ended with exit code 2: main.py: error: unrecognized arguments: --no-such-argument")
     ends = time.monotonic() + 15
     while ray.available_resources().get("CPU", 0) != 2:
         assert time.monotonic() < ends
