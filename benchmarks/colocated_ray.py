@@ -140,7 +140,8 @@ def main() -> int:
         sys.path.insert(0, str(Path(__file__).parent / "ray_on_cpu"))
         make_model(folder)
         if options.cpu:
-            stack.enter_context(ray_cluster(devices=options.devices, resource="GPU"))
+            # One node: Ray keeps a node's address in a folder that nodes on one machine share, and vLLM's drivers read it.
+            stack.enter_context(ray_cluster(devices=options.devices, resource="GPU", nodes="a"))
         else:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             stack.callback(ray.shutdown)

@@ -69,7 +69,7 @@ class RayCluster:
         """Wait until both nodes are members. (Asked by processes of their own: a driver outlives no restart of the head.)"""
         ends = time.monotonic() + 90
         command = [*self.namespaces.prefix("a"), sys.executable, "-c", _COUNT_NODES, self.address]
-        while self._said(command) != "2":
+        while self._said(command) != str(len(self.processes)):
             if time.monotonic() > ends:
                 logs = "\n".join((self.folder / f"{node}.log").read_text()[-2000:] for node in self.processes)
                 raise TimeoutError(f"the Ray cluster has not its two nodes\n{logs}")
@@ -116,7 +116,9 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(devices: int = 1, resource: str = "CPU", *, connect: bool = True) -> Iterator[RayCluster]:
+def ray_cluster(
+    devices: int = 1, resource: str = "CPU", *, nodes: str = "ab", connect: bool = True
+) -> Iterator[RayCluster]:
     """Both nodes, each with ``devices`` of ``resource``; the calling thread is a driver on node ``a`` meanwhile."""
     namespaces = Namespaces()
     with contextlib.ExitStack() as stack:
@@ -124,8 +126,8 @@ def ray_cluster(devices: int = 1, resource: str = "CPU", *, connect: bool = True
         namespaces.make()
         cluster = RayCluster(namespaces, devices, resource)
         stack.callback(cluster.end)
-        cluster.start("a")
-        cluster.start("b")
+        for node in nodes:
+            cluster.start(node)
         cluster.wait()
         if connect:
             stack.enter_context(namespaces.inside("a"))

@@ -39,11 +39,9 @@ class Home:
 
 @dataclass(frozen=True)
 class ReplicaState:
-    """How a replica is: ``starting``, ``serving``, ``failed`` or ``ended``; in the last two nothing is left of it. ``error`` is
-    of its last failure. ``devices``, of colocated workers by rank: the node and the device that are proven to be theirs.
-    """
+    """``error`` is the last one. ``devices``, of colocated workers by rank: the node and the device proven to be theirs."""
 
-    phase: str = "starting"
+    phase: str = "starting"  # serving, failed, ended: in the last two nothing is left of it
     doing: str = ""
     error: str = ""
     url: str = ""
