@@ -68,8 +68,6 @@ def test_moe_replica_over_two_nodes(cluster: RayCluster, tmp_path: Path) -> None
             assert state.phase != "failed", state.error
             assert time.monotonic() < ends, state
             time.sleep(0.5)
-        # The checkpoint's weights are not the group's: nobody serves them.
-        assert {engine.phase for engine in replica.group.status()} == {"stale"}
         train(model, 4)
         with replica.group.update(4, deadline=60) as update:
             update.send(model)
