@@ -1,4 +1,4 @@
-"""``areal-vllm``: status, pause, resume, update, verify, keygen, directory and the demo, for people and for scripts.
+"""``areal-vllm``: status, pause, resume, update, verify, keygen, directory, launch and the demo, for people and for scripts.
 
 Exit codes: 0 done; 1 it failed, and the one line on standard error says why and what to do; 2 the command line is wrong;
 3 (``status``) an engine is missing, tainted, stale, unreachable or on another version than the others; (``verify``) weights
@@ -14,8 +14,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from . import __version__
-from .errors import ArealError
+from . import __version__, cli_launch
+from .errors import ArealError, LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("areal-vllm: interrupted", file=sys.stderr)
         return 130
+    except LaunchError as error:  # the cause in a line, then the end of its log
+        print(f"areal-vllm: {error}", file=sys.stderr)
+        return 1
     except (ArealError, OSError, ValueError) as error:
         print(f"areal-vllm: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -82,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("address", metavar="ADDRESS", help="tcp://host:port, of this machine")
     command.add_argument("--key-file", metavar="FILE", help="the cluster's key (default: AREAL_VLLM_KEY_FILE)")
     command.set_defaults(run=_directory)
+
+    cli_launch.add_to(commands)
 
     command = commands.add_parser("demo", help="train a tiny model with two vLLM engines on this machine")
     command.add_argument("--moe", action="store_true", help="a mixture-of-experts model on a lockstep DP group")

@@ -67,3 +67,7 @@ class UpdateInDoubt(ArealError):
 
 class PauseFailed(ArealError):
     """Not every engine paused (or resumed) before the deadline; the message names those that did not."""
+
+
+class LaunchError(ArealError):
+    """What was to be launched did not come up, or has ended. The first line is the cause; lines of logs may follow."""

@@ -36,13 +36,18 @@ class ClusterKey(NamedTuple):
         return self.public[:8].decode()
 
 
-def write_key(path: str | os.PathLike[str]) -> ClusterKey:
-    """Make a new key and write it to ``path`` (mode 0600).
+def new_key() -> ClusterKey:
+    """A key that nobody has yet."""
+    return ClusterKey(*zmq.curve_keypair())
+
+
+def write_key(path: str | os.PathLike[str], key: ClusterKey | None = None) -> ClusterKey:
+    """Write ``key``, by default a new one, to ``path`` (mode 0600).
 
     Raises:
         SettingsError: where the file exists already or cannot be written.
     """
-    public, secret = zmq.curve_keypair()
+    key = key or new_key()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -54,8 +59,8 @@ def write_key(path: str | os.PathLike[str]) -> ClusterKey:
     except OSError as error:
         raise SettingsError(f"cannot write a key to {path}: {error.strerror}") from None
     with os.fdopen(descriptor, "w") as file:
-        file.write(f"{_HEADER}\npublic {public.decode()}\nsecret {secret.decode()}\n")
-    return ClusterKey(public, secret)
+        file.write(f"{_HEADER}\npublic {key.public.decode()}\nsecret {key.secret.decode()}\n")
+    return key
 
 
 def read_key(path: str | os.PathLike[str]) -> ClusterKey:

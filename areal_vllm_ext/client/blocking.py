@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ..protocol import EngineInfo, KVPolicy, PauseMode, Version
+    from ..security import ClusterKey
     from .group import EngineState
     from .update import AsyncUpdate, UpdateResult
     from .verify import Verification
@@ -61,9 +62,14 @@ class EngineGroup:
         self._thread = thread
 
     @classmethod
-    def connect(cls, *addresses: str, key_file: str | os.PathLike[str] | None = None) -> EngineGroup:
+    def connect(
+        cls,
+        *addresses: str,
+        key_file: str | os.PathLike[str] | None = None,
+        key: ClusterKey | None = None,
+    ) -> EngineGroup:
         """See ``AsyncEngineGroup.connect``."""
-        group = AsyncEngineGroup.connect(*addresses, key_file=key_file)
+        group = AsyncEngineGroup.connect(*addresses, key_file=key_file, key=key)
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="areal-engine-group", daemon=True)
         thread.start()

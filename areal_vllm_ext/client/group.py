@@ -150,22 +150,30 @@ class AsyncEngineGroup:
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
 
     @classmethod
-    def connect(cls, *addresses: str, key_file: str | os.PathLike[str] | None = None) -> AsyncEngineGroup:
+    def connect(
+        cls,
+        *addresses: str,
+        key_file: str | os.PathLike[str] | None = None,
+        key: security.ClusterKey | None = None,
+    ) -> AsyncEngineGroup:
         """A group of all engines that the directories at ``addresses`` (``tcp://host:port``) know, now or later.
 
-        Nothing is sent yet: connecting before the engines are up works. ``key_file`` defaults to AREAL_VLLM_KEY_FILE.
+        Nothing is sent yet: connecting before the engines are up works. ``key_file`` defaults to AREAL_VLLM_KEY_FILE; ``key``
+        is for whoever has no file.
 
         Raises:
             SettingsError: for a bad address or key file, or an address off loopback without a key.
         """
         settings = Settings.load()
         given = addresses or ((settings.directory,) if settings.directory else ("tcp://127.0.0.1:29700",))
-        key = os.fspath(key_file) if key_file else settings.key_file
+        file = os.fspath(key_file) if key_file else settings.key_file
+
+        def key_for(host: str) -> security.ClusterKey:
+            return key or security.key_for(host, file)
+
         for address in given:
-            security.key_for(split_address(address)[0], key)
-        return cls(
-            tuple(dict.fromkeys(given)), lambda host: security.key_for(host, key), settings.max_message_mib << 20
-        )
+            key_for(split_address(address)[0])
+        return cls(tuple(dict.fromkeys(given)), key_for, settings.max_message_mib << 20)
 
     # Discovery
 

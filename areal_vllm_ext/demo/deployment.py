@@ -4,17 +4,15 @@
         deployment.wait(timeout=300)
         ... deployment.url, deployment.directory ...
 
-Every node runs under a supervisor of its own (``supervisor.py``), which ends the node's whole process tree when this
-process closes its pipe, and therefore also when this process is killed.
+Every node runs under a supervisor of its own (``supervised.py``), which ends the node's whole process tree when this
+process asks for it or is gone, even killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArealError
+from ..serving import answers, data_parallel_arguments
+from ..supervised import Supervised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,17 +32,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 WORKER_EXTENSION = "areal_vllm_ext.worker.WorkerExtension"
-SUPERVISOR = Path(__file__).with_name("supervisor.py")
-GRACE_SECONDS = 8.0
-
-# What a node is doing, by which of these it logged last. A vLLM that words one otherwise shows the one before.
-STAGES = {
-    "Resolved architecture": "starting the engine",
-    "Initializing a V1 LLM engine": "starting the worker",
-    "Starting to load model": "loading the model",
-    "init engine (": "engine is up",
-    "Starting vLLM server": "serving",
-}
 
 # Plain sockets: urllib takes a quarter of a second to import, on cores that the engines need for their start.
 ASK_HEALTH = """
@@ -82,44 +71,31 @@ class NodeProcess:
 
     Attributes:
         name: ``head``, ``headless``; with more than one headless node ``headless-1`` and so on.
-        pid: of ``vllm serve`` itself. Its engines are children of it: when it ends, the supervisor ends them.
     """
 
     name: str
     node: Node
     command: list[str]
-    log: Path
-    pid: int
-    supervisor: subprocess.Popen[bytes]
+    process: Supervised
+
+    @property
+    def pid(self) -> int:
+        """Of ``vllm serve`` itself. Its engines are children of it: when it ends, the supervisor ends them."""
+        return self.process.pid
+
+    @property
+    def log(self) -> Path:
+        """What it printed."""
+        return self.process.log
 
     @property
     def running(self) -> bool:
         """Whether any of it is still there."""
-        return self.supervisor.poll() is None
+        return self.process.poll() is None
 
     def send_signal(self, number: int) -> None:
         """Signal ``vllm serve`` itself."""
         os.kill(self.pid, number)
-
-    def last_lines(self, count: int = 15) -> str:
-        """The end of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
-
-    def doing(self) -> str:
-        """How far its start is, in a few words."""
-        log = self.log.read_text(errors="replace")
-        return next((stage for mark, stage in reversed(STAGES.items()) if mark in log), "importing vLLM")
-
-    def end(self, timeout: float) -> None:
-        """Wait until the supervisor, whose pipe is closed, has ended everything."""
-        try:
-            self.supervisor.wait(timeout)
-        except subprocess.TimeoutExpired:  # it is stopped, say
-            self.supervisor.kill()
-            self.supervisor.wait()
-        if self.supervisor.returncode < 0:  # it was killed before it was done: vLLM's process group is left
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signal.SIGKILL)
 
 
 class Deployment:
@@ -201,7 +177,7 @@ class Deployment:
                 raise DeploymentError(f"vLLM does not serve after {timeout:.0f} s\n{self._logs()}")
             if now >= next_report:
                 next_report = now + every
-                doing = "; ".join(f"{process.name}: {process.doing()}" for process in self.processes)
+                doing = "; ".join(f"{process.name}: {process.process.doing()}" for process in self.processes)
                 report(f"{now - started:4.0f} s  {doing}")
             time.sleep(0.5)
 
@@ -221,55 +197,35 @@ class Deployment:
         if head.prefix:  # ask from where the head is: its address need not be reachable from here
             command = [*head.prefix, sys.executable, "-I", "-S", "-c", ASK_HEALTH, head.address, str(self._http_port)]
             return subprocess.run(command, check=False, capture_output=True).returncode == 0
-        connection = http.client.HTTPConnection(head.address, self._http_port, timeout=5)
-        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.HTTPStatus.OK
-        return False
+        return answers(head.address, self._http_port, "/health")
 
     def close(self) -> None:
         """End every process of every node, politely, then by force. Can be called again, also when interrupted."""
         for process in self.processes:  # all of them first, so that they end at the same time
-            _close_pipe(process.supervisor)
+            process.process.close()
         for process in self.processes:
-            process.end(GRACE_SECONDS + 10)
+            process.process.end()
 
     def _start_node(self, index: int) -> NodeProcess:
         node = self.nodes[index]
         name = "head" if index == 0 else "headless" if len(self.nodes) == 2 else f"headless-{index}"
         log = self.log_dir / f"{name}.log"
         command = [*node.prefix, sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *self._arguments(index)]
-        with log.open("w") as output:
-            print("$", *command, file=output, flush=True)
-            supervisor = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SUPERVISOR), str(GRACE_SECONDS), *command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env=self._environment(index),
-                start_new_session=True,  # Ctrl-C at the terminal is for this process, which ends the others in order
-            )
-        assert supervisor.stdout is not None
-        with supervisor.stdout as answer:
-            pid = answer.readline()
-        if not pid:
-            _close_pipe(supervisor)
-            supervisor.wait()
-            raise DeploymentError(f"could not start {command[0]}\n{log.read_text(errors='replace')}")
-        return NodeProcess(name, node, command, log, int(pid), supervisor)
+        try:
+            process = Supervised(command, log=log, env=self._environment(index))
+        except OSError as error:
+            raise DeploymentError(f"could not start {command[0]}\n{error}") from None
+        return NodeProcess(name, node, command, process)
 
     def _arguments(self, index: int) -> list[str]:
         node, head = self.nodes[index], self.nodes[0]
         arguments = [str(self.model_dir), "--enforce-eager", "--max-model-len", "512", "--dtype", "float32"]
         if index == 0:
             arguments += ["--host", head.address, "--port", str(self._http_port)]
-        if self.engines > 1:
-            arguments += ["--data-parallel-size", str(self.engines), "--data-parallel-size-local", str(node.engines)]
-            arguments += ["--data-parallel-address", head.address, "--data-parallel-rpc-port", str(self._rpc_port)]
-            if index == 0:
-                arguments += ["--api-server-count", "1"]  # else one for each engine, which only costs memory here
-            else:
-                arguments += ["--headless", "--data-parallel-start-rank", str(self._engines_before(index))]
+        engines = [node.engines for node in self.nodes]
+        arguments += data_parallel_arguments(engines, index, head.address, self._rpc_port)
+        if self.engines > 1 and index == 0:
+            arguments += ["--api-server-count", "1"]  # else one for each engine, which only costs memory here
         if self._worker_extension:
             arguments += ["--worker-extension-cls", self._worker_extension]
         if gpu_count():
@@ -307,7 +263,9 @@ class Deployment:
         return sum(node.engines for node in self.nodes[:index])
 
     def _logs(self) -> str:
-        return "\n".join(f"--- the end of {process.log} ---\n{process.last_lines()}" for process in self.processes)
+        return "\n".join(
+            f"--- the end of {process.log} ---\n{process.process.last_lines()}" for process in self.processes
+        )
 
 
 def gpu_count() -> int:
@@ -326,9 +284,3 @@ def free_ports(count: int) -> list[int]:
             probe.bind(("", port))
             ports.add(port)
     return list(ports)
-
-
-def _close_pipe(supervisor: subprocess.Popen[bytes]) -> None:
-    assert supervisor.stdin is not None
-    with contextlib.suppress(BrokenPipeError):
-        supervisor.stdin.close()

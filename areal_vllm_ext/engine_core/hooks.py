@@ -174,6 +174,35 @@ def check_settings_before_model_load() -> None:
     _patch(Executor, "__init__", make)
 
 
+def put_ray_workers_into_given_placement_group() -> None:
+    """Let ``vllm serve`` with the Ray executor use the placement group that AREAL_VLLM_PLACEMENT_GROUP (its id, hexadecimal)
+    names, as the launcher's colocated placement asks.
+
+    Reason: vLLM takes over a group only inside of a Ray actor that was scheduled into it; a server that must end with its
+    whole process tree is no actor.
+    Checked on: 0.32.0.
+    """
+    group = os.environ.get("AREAL_VLLM_PLACEMENT_GROUP")
+    if not group:
+        return
+    from vllm.v1.executor.ray_executor import RayDistributedExecutor
+    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def _init_executor(self: Any) -> None:
+            from ray import PlacementGroupID
+            from ray.util.placement_group import PlacementGroup
+
+            self.parallel_config.placement_group = PlacementGroup(PlacementGroupID(bytes.fromhex(group)))
+            original(self)
+
+        return _init_executor
+
+    for owner in (RayDistributedExecutor, RayExecutorV2):
+        _patch(owner, "_init_executor", make)
+
+
 class LaunchFacts(NamedTuple):
     """What only the process that launches EngineCores knows."""
 
@@ -278,6 +307,7 @@ ENGINE_PATCHES: tuple[Callable[[], None], ...] = (
     control_in_process_engines,
     check_settings_before_model_load,
     hand_launch_facts_to_engines,
+    put_ray_workers_into_given_placement_group,
 )
 WORKER_PATCHES: tuple[Callable[[], None], ...] = (
     repack_cpu_experts_on_reload,

@@ -54,6 +54,11 @@ def device_id(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
 
 
+def own_device_id() -> str:
+    """``device_id`` of the device that this process would use."""
+    return device_id(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
 def host_id() -> str:
     """A name of this host that all containers on it agree on: its kernel's boot id."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,14 +1,15 @@
 """Runs one command and sees to it that nothing of it is left when its owner is gone.
 
-    python supervisor.py GRACE COMMAND...
+    python supervisor.py GRACE SCRATCH COMMAND...
 
-The owner holds the other end of stdin and never writes to it. When that end closes (the owner asked for the end, or was
-killed, even with SIGKILL), and on SIGTERM, SIGINT or SIGHUP, the command gets SIGTERM. What is alive GRACE seconds
-later, or outlives the command, gets SIGKILL: children of children too, in whatever session they put themselves, because
-as a subreaper this process inherits every orphan of its tree. The command's process id is written to stdout; what it
-prints goes to stderr.
+The owner, whose child this is, holds the other end of stdin and never writes to it. When that end closes or the owner is
+gone (even by SIGKILL), and on SIGTERM, SIGINT or SIGHUP, the command gets SIGTERM. What is alive GRACE seconds later, or
+outlives the command, gets SIGKILL: children of children too, in whatever session they put themselves, because as a
+subreaper this process inherits every orphan of its tree. Then the folder SCRATCH is removed, unless it is empty text.
+Own process id and the command's are written to stdout, at the end the command's exit code; what it prints goes to stderr.
 
-A script of its own, run with ``python -I -S``: standard library only, so that it starts in milliseconds.
+It leaves its owner's children at once: a Ray worker that exits kills them, and the supervisor with them, before it could
+do its work. A script of its own, run with ``python -I -S``: standard library only, so that it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import ctypes
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,14 +27,12 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-LINUX = sys.platform == "linux"
 TRACKER_GRACE = 2.0
 
 
 def prctl(option: int, value: int) -> None:
     """Set an attribute of this process."""
-    if LINUX:
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def descendants() -> list[int]:
@@ -79,20 +79,20 @@ def wait(pid: int, owner: int, wake: int) -> int | None:
     while True:
         if (status := reap().get(pid)) is not None:
             return status
-        # A process forked from the owner may hold the pipe open after it: look at the parent too.
-        if os.getppid() != owner:
-            return None
-        ready, _, _ = select.select([0, wake], [], [], 1.0)
-        if 0 in ready and not os.read(0, 1):
+        # A process forked from the owner may hold the pipe open after it: look at the owner too.
+        ready, _, _ = select.select([0, owner, wake], [], [])
+        if owner in ready or (0 in ready and not os.read(0, 1)):
             return None
         if wake in ready and any(number != signal.SIGCHLD for number in os.read(wake, 1024)):
             return None
 
 
 def main() -> int:
-    """Run the command that the arguments give; returns its exit code."""
-    grace, command = float(sys.argv[1]), sys.argv[2:]
-    owner = os.getppid()
+    """Run the command that the arguments give."""
+    grace, scratch, command = float(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    owner = os.pidfd_open(os.getppid())
+    if os.fork():
+        os._exit(0)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
     # Signals are read from a pipe, by their numbers: select() waits for them as for everything else.
@@ -113,7 +113,7 @@ def main() -> int:
         )
     except OSError as error:
         sys.exit(f"{command[0]}: {error.strerror}")
-    print(child.pid, flush=True)
+    print(os.getpid(), child.pid, flush=True)
 
     status = wait(child.pid, owner, wake)
     if status is None:
@@ -122,19 +122,18 @@ def main() -> int:
         while status is None and time.monotonic() < ends:
             time.sleep(0.05)
             status = reap().get(child.pid)
-    if LINUX:
-        ends = time.monotonic() + TRACKER_GRACE
-        while alive := descendants():
-            for pid in alive:
-                if not is_resource_tracker(pid) or time.monotonic() > ends:
-                    send(pid, signal.SIGKILL)
-            time.sleep(0.02)
-            status = reap().get(child.pid, status)
-    elif status is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+    ends = time.monotonic() + TRACKER_GRACE
+    while alive := descendants():
+        for pid in alive:
+            if not is_resource_tracker(pid) or time.monotonic() > ends:
+                send(pid, signal.SIGKILL)
+        time.sleep(0.02)
+        status = reap().get(child.pid, status)
+    if scratch:
+        shutil.rmtree(scratch, ignore_errors=True)
     child.returncode = -signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status)
-    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+    print(child.returncode if child.returncode >= 0 else 128 - child.returncode, flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""Where trainers and vLLM go: strategies in terms of Ray's placement groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..errors import LaunchError
+
+
+class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bundles of a placement group. The constructors named after each ``kind`` say what it is for.
+
+    Attributes:
+        bundles: how many.
+        devices: in each bundle.
+        resource: Ray's name of a device: ``GPU``, ``NPU``, ``CPU``, or any other that the cluster has.
+        strategy: Ray's, how bundles go onto nodes.
+        worker_share: part of a device that a vLLM worker asks Ray for; below 1 only where it shares it with a trainer.
+        group: an existing placement group to use instead of a new one; never removed.
+        indices: its bundles to use, in the order of ranks; default: its first ones that are large enough.
+    """
+
+    kind: Literal["shared", "separate", "deferred", "colocated"] = "separate"
+    bundles: int = 1
+    devices: int = 1
+    resource: str = "GPU"
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    worker_share: float = 1.0
+    group: Any = None
+    indices: tuple[int, ...] = ()
+
+    @classmethod
+    def shared(cls, devices: int, **options: Any) -> Placement:
+        """Trainer ranks: one group of one-device bundles. (One bundle of all devices may fit on no node, and hang.)"""
+        return cls("shared", devices, **options)
+
+    @classmethod
+    def separate(cls, devices: int = 1, **options: Any) -> Placement:
+        """A replica on one node, in a group of its own."""
+        return cls("separate", 1, devices, **options)
+
+    @classmethod
+    def deferred(cls, nodes: int, devices_per_node: int, **options: Any) -> Placement:
+        """A replica that spans nodes: a bundle for each, the first is the head's."""
+        return cls("deferred", nodes, devices_per_node, **{"strategy": "STRICT_SPREAD", **options})
+
+    @classmethod
+    def colocated(cls, devices: int, worker_share: float = 0.4, **options: Any) -> Placement:
+        """Trainer ranks and vLLM workers on the same devices, by fractions; vLLM's Ray executor starts the workers."""
+        return cls("colocated", devices, worker_share=worker_share, **options)
+
+    def within(self, group: PlacementGroup, indices: Sequence[int] = ()) -> Placement:
+        """The same, in bundles of an existing group."""
+        return msgspec.structs.replace(self, group=group, indices=tuple(indices))
+
+    def reserve(self, timeout: float = 60.0, name: str = "") -> PlacementGroup:
+        """The group, once its bundles are there. A new one, called ``name``, ends with the driver, unless it is removed before.
+
+        Raises:
+            LaunchError: the nodes of this cluster could never hold it, or cannot in time; nothing is left reserved.
+        """
+        fits = [int(node["Resources"].get(self.resource, 0) // self.devices) for node in ray.nodes() if node["Alive"]]
+        room = {"STRICT_SPREAD": sum(fit > 0 for fit in fits), "STRICT_PACK": max(fits, default=0)}
+        if self.group is None and room.get(self.strategy, sum(fits)) < self.bundles:
+            raise LaunchError(f"the cluster is too small: {self._asked()}")
+        bundles = [{self.resource: self.devices}] * self.bundles
+        group = self.group or placement_group(bundles, strategy=self.strategy, name=name)
+        ends = time.monotonic() + timeout
+        while (state := placement_group_table(group).get("state", "REMOVED")) != "CREATED":
+            if time.monotonic() > ends:
+                if self.group is None:
+                    remove_placement_group(group)
+                raise LaunchError(f"the placement group is {state} after {timeout:.0f} s: {self._asked()}")
+            time.sleep(0.1)
+        return group
+
+    def choose(self, group: PlacementGroup) -> list[int]:
+        """The bundles to use, by rank; those of a node follow each other. ``LaunchError`` where too few are large enough."""
+        specs, nodes = group.bundle_specs, placement_group_table(group)["bundles_to_node_id"]
+        large = [i for i in range(len(specs)) if specs[i].get(self.resource, 0) >= self.devices]
+        chosen = list(self.indices) or sorted(large, key=lambda i: [nodes[j] for j in large].index(nodes[i]))
+        if not set(chosen) <= set(large) or len(set(chosen[: self.bundles])) < self.bundles:
+            raise LaunchError(f"the placement group has bundles {specs}, and not what is needed: {self._asked()}")
+        return chosen[: self.bundles]
+
+    def options(self, group: PlacementGroup, index: int, share: float = 1.0) -> dict[str, Any]:
+        """``Actor.options(**...)`` that puts an actor into bundle ``index``, with this share of its devices (0: none)."""
+        amount = self.devices * share
+        own: dict[str, Any] = {"resources": {self.resource: amount}}
+        if self.resource in ("CPU", "GPU"):
+            own = {f"num_{self.resource.lower()}s": amount}
+        place = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+        return {"num_cpus": 0, "num_gpus": 0, **own, "scheduling_strategy": place}
+
+    def _asked(self) -> str:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        have = (f"{node['NodeManagerAddress']} has {node['Resources'].get(self.resource, 0):g}" for node in nodes)
+        asked = f"asked for {self.bundles} bundle(s) of {self.devices} {self.resource} ({self.strategy})"
+        return f"{asked}; {', '.join(have)}; free in all: {ray.available_resources().get(self.resource, 0):g}"

@@ -1,0 +1,152 @@
+"""A command whose whole process tree ends with this process: the owner's side of ``supervisor.py``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+GRACE_SECONDS = 8.0
+_ERROR = re.compile(r"^(\(.*?\) )?(ERROR .*?\] )?([\w. ]+: error|[\w.]*(Error|Exception)): ")
+_MARK = "AREAL_VLLM_SUPERVISED"
+
+# What a starting `vllm serve` is doing, by which of these it logged last. A vLLM that words one otherwise shows the one before.
+VLLM_STAGES = {
+    "Resolved architecture": "starting the engine",
+    "Initializing a V1 LLM engine": "starting the worker",
+    "Starting to load model": "loading the model",
+    "init engine (": "engine is up",
+    "Starting vLLM server": "serving",
+}
+
+
+class Supervised:
+    """Starts ``command`` on construction; nothing of it is left once ``poll`` gives an exit code.
+
+    Attributes:
+        pid: of the command itself, the leader of a process group of its own.
+        supervisor_pid: of the process that ends it.
+        log: the file that has what it printed.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        grace: float = GRACE_SECONDS,
+        scratch: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            command: what to run, with its arguments.
+            log: is written anew.
+            env: the whole environment; default: this process's.
+            grace: seconds between SIGTERM and SIGKILL.
+            scratch: a folder that is removed once everything has ended.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        self.log = log
+        self._grace = grace
+        self._scratch = scratch
+        self._code: int | None = None
+        self._mark = f"{_MARK}={secrets.token_hex(8)}"
+        with log.open("w") as output:
+            print("$", *command, file=output, flush=True)
+            starter = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(grace), str(scratch or ""), *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env={**(os.environ if env is None else env), _MARK: self._mark.partition("=")[2]},
+                start_new_session=True,  # Ctrl-C at the terminal is for this process, which ends the others in order
+            )
+        assert starter.stdin is not None
+        assert starter.stdout is not None
+        self._life, self._answers = starter.stdin, starter.stdout
+        pids = self._answers.readline().split()
+        starter.wait()
+        if not pids:
+            self.close()
+            self._answers.close()
+            raise OSError(self.last_lines() or f"could not start {command[0]}")
+        self.supervisor_pid, self.pid = (int(pid) for pid in pids)
+
+    def poll(self) -> int | None:
+        """The command's exit code once nothing is left of it, as a shell gives it; None before."""
+        if self._code is None and select.select([self._answers], [], [], 0)[0]:
+            answer = self._answers.read()
+            if not answer:  # the supervisor was killed before it was done
+                self._kill_all()
+            self._code = int(answer or 128 + signal.SIGKILL)
+            self._answers.close()
+        return self._code
+
+    def close(self) -> None:
+        """Ask for the end of everything; returns at once. May be called again."""
+        with contextlib.suppress(BrokenPipeError):
+            self._life.close()
+
+    def end(self) -> int:
+        """Wait for the end of everything, by force if need be; returns the exit code."""
+        self.close()
+        ends = time.monotonic() + self._grace + 10
+        while (code := self.poll()) is None:
+            if time.monotonic() > ends:  # it is stopped, say
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.supervisor_pid, signal.SIGKILL)
+            time.sleep(0.02)
+        return code
+
+    def _kill_all(self) -> None:
+        """Do the supervisor's work: every process of the tree has the mark in its environment."""
+        ends = time.monotonic() + 5
+        while time.monotonic() < ends and (alive := _processes_with(self._mark)):
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def last_lines(self, count: int = 15) -> str:
+        """The end of the log."""
+        with contextlib.suppress(FileNotFoundError):
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
+        return ""
+
+    def cause(self) -> str:
+        """The line of the log that most probably says why it ended: the first that names an error, else the last."""
+        lines = [line for line in self.last_lines(400).splitlines() if line.strip()]
+        return next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
+
+    def doing(self) -> str:
+        """How far the start of a ``vllm serve`` is, in a few words."""
+        log = self.log.read_text(errors="replace")
+        return next((stage for mark, stage in reversed(VLLM_STAGES.items()) if mark in log), "importing vLLM")
+
+
+def _processes_with(variable: str) -> list[int]:
+    """Processes that have ``NAME=value`` in their environment; it stays with whatever they start, in any session."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            if variable.encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found

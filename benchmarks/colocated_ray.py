@@ -1,0 +1,154 @@
+"""Trainers and vLLM workers on the same devices, by fractions: Ray's placement, CUDA IPC, tokens, and the end.
+
+    python -m benchmarks.colocated_ray --devices 1                    # one GPU: a trainer and an engine
+    python -m benchmarks.colocated_ray --devices 2 --strategy STRICT_PACK
+    python -m benchmarks.colocated_ray --devices 2 --cpu              # dry run, as root: shared memory, two namespaces as nodes
+
+Each trainer has a whole model, and TRAINER_SHARE of a device; each of the replica's TP workers has WORKER_SHARE of the same.
+Where they are is compared before anything is sent. The first trainer trains and sends; the engine's greedy tokens must be
+those that Hugging Face generates from its model. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+
+from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.demo.completions import Completions
+from areal_vllm_ext.demo.model import greedy_tokens, make_model
+from areal_vllm_ext.launcher import Placement, launch
+from areal_vllm_ext.transport.ipc import own_device_id
+
+from .leftovers import Footprint, processes
+from .ray_cluster import ray_cluster
+from .ray_deferred import CPU_ENV, PROMPTS, TOKENS, train
+
+if TYPE_CHECKING:
+    from areal_vllm_ext.launcher.owner import Home
+
+TRAINER_SHARE = WORKER_SHARE = 0.4
+UPDATES = 3
+
+
+class Trainer:
+    """One trainer rank."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+        self._group: EngineGroup | None = None
+
+    def place(self) -> tuple[str, str]:
+        """Node and device."""
+        return ray.util.get_node_ip_address(), own_device_id()
+
+    def tokens(self) -> list[list[int]]:
+        """The oracle: what an engine with these weights must say."""
+        return greedy_tokens(self.model, PROMPTS, TOKENS)
+
+    def step(self, version: int, home: Home, transport: str) -> dict[str, float]:
+        """Train, and move every engine to the new weights."""
+        self._group = self._group or EngineGroup.connect(home.directory, key=home.key)
+        self.model.cpu()  # its random numbers are the CPU's
+        train(self.model, version)
+        self.model.to(self.device)
+        with self._group.update(version, transport=transport, deadline=60) as update:
+            update.send(self.model)
+        return {"total_ms": update.result.total_ms, "pause_ms": update.result.pause_ms}
+
+
+def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """The flow, on the cluster to which this process is connected."""
+    placement = Placement.colocated(options.devices, WORKER_SHARE, strategy=options.strategy)
+    group = placement.reserve()
+    trainers = [
+        ray.remote(Trainer).options(**placement.options(group, rank, TRAINER_SHARE)).remote(folder)
+        for rank in range(options.devices)
+    ]
+    trainers_on = ray.get([trainer.place.remote() for trainer in trainers])
+    for rank, place in enumerate(trainers_on):
+        print(f"trainer {rank} is on {place}", flush=True)
+    settings: dict[str, Any] = {"vllm_args": ("--enforce-eager", "--max-model-len", "512", "--dtype", "float32")}
+    if options.cpu:
+        settings["env"] = CPU_ENV
+    else:
+        settings["vllm_args"] += ("--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(1 << 28))
+    started = time.monotonic()
+    with launch(
+        folder, placement.within(group), tensor_parallel_size=options.devices, timeout=400, **settings
+    ) as replica:
+        seconds = time.monotonic() - started
+        workers_on = list(replica.status().devices)
+        for rank, place in enumerate(workers_on):
+            print(f"vLLM worker {rank} is on {place}", flush=True)
+        completions = Completions(replica.url)
+        exact, took = [], []
+        for version in range(UPDATES + 1):
+            if version:
+                took.append(ray.get(trainers[0].step.remote(version, replica.home, options.transport)))
+            said = completions.greedy(PROMPTS, tokens=TOKENS)
+            exact.append(said == ray.get(trainers[0].tokens.remote()))
+            print(
+                f"version {version}: {'exact' if exact[-1] else 'WRONG TOKENS'} {took[-1] if took else ''}", flush=True
+            )
+        footprint = Footprint.of(replica.name)
+    left = [f"process {pid}" for pid in processes(replica.name)]
+    left += [f"shared memory {path}" for path in footprint.shared_memory if path.exists()]
+    return {
+        "devices": options.devices,
+        "strategy": options.strategy,
+        "transport": options.transport,
+        "trainers_on": trainers_on,
+        "workers_on": workers_on,
+        "placement_proven": workers_on == trainers_on,
+        "token_exact": exact,
+        "launch_seconds": round(seconds, 1),
+        "total_ms_median": round(statistics.median(one["total_ms"] for one in took), 1),
+        "pause_ms_median": round(statistics.median(one["pause_ms"] for one in took), 1),
+        "left": left,
+        "ray": ray.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--devices", type=int, default=1, help="as many trainers, and TP workers (default: %(default)s)"
+    )
+    parser.add_argument("--strategy", default="PACK", choices=("PACK", "STRICT_PACK"))
+    parser.add_argument("--cpu", action="store_true", help="a dry run without GPUs, over shared memory")
+    options = parser.parse_args()
+    options.transport = "shared_memory" if options.cpu else "ipc"
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        # Ray's workers import this file, and on CPU a plugin that gives vLLM's CPU platform Ray's devices.
+        sys.path.insert(0, str(Path(__file__).parent / "ray_on_cpu"))
+        make_model(folder)
+        if options.cpu:
+            # One node: Ray keeps a node's address in a folder that nodes on one machine share, and vLLM's drivers read it.
+            stack.enter_context(ray_cluster(devices=options.devices, resource="GPU", nodes="a"))
+        else:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            stack.callback(ray.shutdown)
+        facts = measure(options, folder)
+    print(json.dumps(facts))
+    return 0 if all(facts["token_exact"]) and facts["placement_proven"] and not facts["left"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""A real Ray cluster of two nodes on one machine: a network namespace for each, with devices that are CPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+
+from .network import Namespaces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_PORT = 6379
+_COUNT_NODES = """
+import sys, ray
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+print(sum(node["Alive"] for node in ray.nodes()))
+"""
+
+
+class RayCluster:
+    """Nodes ``a`` (Ray's head) and ``b``. Processes are ended by their ids, never with ``ray stop``."""
+
+    def __init__(self, namespaces: Namespaces, devices: int, resource: str) -> None:
+        self.namespaces = namespaces
+        self.address = f"{namespaces.addresses['a']}:{_PORT}"
+        # Whoever has used Ray before may have a token, which only some of these processes would find.
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._devices, self._resource = devices, resource
+        # Short: Ray's sockets are in it, and their paths may have 107 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="ar-"))
+
+    def start(self, node: str) -> None:
+        """Start Ray on ``node``, and wait until it is a member."""
+        where = [f"--address={self.address}"]
+        if node == "a":
+            where = ["--head", f"--port={_PORT}", "--include-dashboard=false", f"--temp-dir={self.folder}"]
+        amount = [f"--num-{self._resource.lower()}s={self._devices}"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *where, *amount]
+        if self._resource != "CPU":
+            command.append("--num-cpus=2")
+        command += [f"--node-ip-address={self.namespaces.addresses[node]}", "--object-store-memory=100000000"]
+        command.append("--disable-usage-stats")
+        prefix, log = self.namespaces.prefix(node), self.folder / f"{node}.log"
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # Not supervised: a supervisor would adopt, and end, what a launcher of this cluster has left; nobody does in earnest.
+        with log.open("w") as output:
+            self.processes[node] = subprocess.Popen(
+                [*prefix, *command], stdout=output, stderr=output, env=env, start_new_session=True
+            )
+
+    def restart(self, node: str) -> None:
+        """End what is left of Ray on ``node`` and start it anew."""
+        self._end(self.processes.pop(node))
+        self.start(node)
+
+    def wait(self) -> None:
+        """Wait until both nodes are members. (Asked by processes of their own: a driver outlives no restart of the head.)"""
+        ends = time.monotonic() + 90
+        command = [*self.namespaces.prefix("a"), sys.executable, "-c", _COUNT_NODES, self.address]
+        while self._said(command) != str(len(self.processes)):
+            if time.monotonic() > ends:
+                logs = "\n".join((self.folder / f"{node}.log").read_text()[-2000:] for node in self.processes)
+                raise TimeoutError(f"the Ray cluster has not its two nodes\n{logs}")
+            for node, process in list(self.processes.items()):
+                if process.poll() is not None:  # it asked before the head was there
+                    self.start(node)
+            time.sleep(0.5)
+
+    @staticmethod
+    def _said(command: list[str]) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout.strip()
+        return ""
+
+    def raylet(self, node: str) -> int:
+        """The process id of the raylet on ``node``."""
+        address = f"--node_ip_address={self.namespaces.addresses[node]}"
+        for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                arguments = cmdline.read_bytes().decode().split("\0")
+                if arguments[0].endswith("/raylet") and address in arguments and str(self.folder) in str(arguments):
+                    return int(cmdline.parent.name)
+        raise LookupError(f"no raylet on {node}")
+
+    def end(self) -> None:
+        """End what was started here."""
+        if ray.is_initialized():
+            ray.shutdown()
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            self._end(process)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        """``ray start --block`` ends its children when it is told to end."""
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def ray_cluster(
+    devices: int = 1, resource: str = "CPU", *, nodes: str = "ab", connect: bool = True
+) -> Iterator[RayCluster]:
+    """Both nodes, each with ``devices`` of ``resource``; the calling thread is a driver on node ``a`` meanwhile."""
+    namespaces = Namespaces()
+    with contextlib.ExitStack() as stack:
+        stack.callback(namespaces.remove)
+        namespaces.make()
+        cluster = RayCluster(namespaces, devices, resource)
+        stack.callback(cluster.end)
+        for node in nodes:
+            cluster.start(node)
+        cluster.wait()
+        if connect:
+            stack.enter_context(namespaces.inside("a"))
+            ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster

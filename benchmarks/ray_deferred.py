@@ -1,0 +1,108 @@
+"""One script for it all: a two-node Ray cluster, a mixture-of-experts replica over both nodes, three updates, the end.
+
+    python -m benchmarks.ray_deferred [--dense]        # as root: the nodes are network namespaces
+
+Every engine's greedy tokens are compared with Hugging Face's on the trainer's model before the first update and after each.
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from areal_vllm_ext.demo.completions import Completions
+from areal_vllm_ext.demo.model import greedy_tokens, make_model
+from areal_vllm_ext.launcher import Placement, launch
+
+from .leftovers import Footprint
+from .ray_cluster import ray_cluster
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPTS = [[10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7]]
+TOKENS = 16
+# vLLM on a small machine without a GPU, whose cores the engines share.
+CPU_ARGS = ("--enforce-eager", "--max-model-len", "512", "--dtype", "float32")
+CPU_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def train(model: PreTrainedModel, step: int) -> None:
+    """Move the weights far enough to change the tokens."""
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def token_exact(model: PreTrainedModel, url: str, engines: int) -> bool:
+    """Whether every engine generates what Hugging Face does."""
+    expected = greedy_tokens(model, PROMPTS, TOKENS)
+    completions = Completions(url)
+    return all(completions.greedy(PROMPTS, tokens=TOKENS, engine=rank) == expected for rank in range(engines))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dense", action="store_true", help="a dense model instead")
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, ray_cluster(devices=1, resource="CPU") as cluster:
+        model = make_model(Path(folder) / "model", moe=not options.dense)
+        print(f"{time.monotonic() - started:4.0f} s  a Ray cluster of two nodes", flush=True)
+        replica = launch(
+            str(Path(folder) / "model"),
+            Placement.deferred(nodes=2, devices_per_node=1, resource="CPU"),
+            data_parallel_size=2,
+            vllm_args=CPU_ARGS,
+            head_args=("--api-server-count", "1"),
+            env=CPU_ENV,
+            log_dir=f"{folder}/logs",
+            timeout=400,
+        )
+        with replica:
+            print(f"{time.monotonic() - started:4.0f} s  both engines serve at {replica.url}", flush=True)
+            nodes = {engine.dp_rank: engine.node.rpartition("/")[2] for engine in replica.group.engines()}
+            exact = [token_exact(model, replica.url, 2)]
+            for step in range(1, 4):
+                train(model, step)
+                with replica.group.update(step, deadline=60) as update:
+                    update.send(model)
+                exact.append(token_exact(model, replica.url, 2))
+                print(
+                    f"{time.monotonic() - started:4.0f} s  version {step}: {'exact' if exact[-1] else 'WRONG TOKENS'}"
+                )
+            footprint = Footprint.of(replica.name)
+        print(f"{time.monotonic() - started:4.0f} s  shut down", flush=True)
+        left = footprint.left(cluster.namespaces)
+    seconds = time.monotonic() - started
+    facts = {
+        "model": "dense" if options.dense else "moe",
+        "nodes": nodes,
+        "token_exact": exact,
+        "processes": len(footprint.processes),
+        "ports": len(footprint.ports),
+        "shared_memory": len(footprint.shared_memory),
+        "left": left,
+        "seconds": round(seconds, 1),
+    }
+    print(json.dumps(facts))
+    return 0 if all(exact) and not left and len(set(nodes.values())) == 2 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

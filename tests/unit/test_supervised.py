@@ -1,0 +1,108 @@
+"""A supervised command leaves nothing behind, whatever happens to whoever started it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from areal_vllm_ext.supervised import Supervised
+
+# A server at its worst: it ignores SIGTERM, and its grandchild, in a session of its own, does too.
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if len(sys.argv) == 2:
+    subprocess.Popen([sys.executable, __file__, sys.argv[1], "grandchild"], start_new_session=True)
+with open(sys.argv[1], "a") as pids:
+    print(os.getpid(), file=pids)
+time.sleep(600)
+"""
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from areal_vllm_ext.supervised import Supervised
+process = Supervised([sys.executable, *sys.argv[2:]], log=Path(sys.argv[1]), grace=0.5)
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def stubborn(tmp_path: Path) -> Path:
+    script = tmp_path / "stubborn.py"
+    script.write_text(STUBBORN)
+    return script
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition: object, seconds: float = 10.0) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def pids_in(file: Path) -> list[int]:
+    return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+def test_end_takes_the_whole_tree_and_the_scratch_folder(tmp_path: Path, stubborn: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "cluster.key").write_text("secret")
+    command = [sys.executable, str(stubborn), str(tmp_path / "pids")]
+    process = Supervised(command, log=tmp_path / "log", grace=0.5, scratch=scratch)
+    wait_for(lambda: len(pids_in(tmp_path / "pids")) == 2)
+    assert process.poll() is None
+    assert process.end() == 128 + signal.SIGKILL
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("children_first", [False, True])
+def test_owner_killed(tmp_path: Path, stubborn: Path, children_first: bool) -> None:
+    """A Ray worker that ends kills its own children first."""
+    command = [sys.executable, "-c", OWNER, str(tmp_path / "log"), str(stubborn), str(tmp_path / "pids")]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE)
+    wait_for(lambda: len(pids_in(tmp_path / "pids")) == 2)
+    if children_first:
+        children = Path(f"/proc/{owner.pid}/task/{owner.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+    owner.kill()
+    owner.communicate()
+    wait_for(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
+
+
+def test_exit_code_and_last_lines(tmp_path: Path) -> None:
+    process = Supervised([sys.executable, "-c", "print('why'); exit(7)"], log=tmp_path / "log")
+    wait_for(lambda: process.poll() is not None)
+    assert process.poll() == 7
+    assert process.last_lines().endswith("why")
+
+
+def test_killed_supervisor(tmp_path: Path, stubborn: Path) -> None:
+    """Its owner does its work."""
+    process = Supervised([sys.executable, str(stubborn), str(tmp_path / "pids")], log=tmp_path / "log", grace=0.5)
+    wait_for(lambda: len(pids_in(tmp_path / "pids")) == 2)
+    os.kill(process.supervisor_pid, signal.SIGKILL)
+    wait_for(lambda: process.poll() is not None)
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
+
+
+def test_what_cannot_be_started(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="no-such-command: No such file"):
+        Supervised(["no-such-command"], log=tmp_path / "log")
