@@ -50,7 +50,11 @@ MUTANTS = {
     "its time ends an update": [(PARTICIPANT, "and not in_doubt and now >= self.update.ends", "and False")],
     "tainted weights are not resumed": [RESUME_TAINTED],
     "every worker's word counts": [
-        (PARTICIPANT, "update.finished.get(step, set()) >= self.workers", "bool(update.finished.get(step))")
+        (
+            PARTICIPANT,
+            "update.finished.get(step, set()) >= update.workers.get(step, self.workers)",
+            "bool(update.finished.get(step))",
+        )
     ],
     "a refused pause ends it": [
         (

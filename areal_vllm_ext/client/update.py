@@ -456,6 +456,8 @@ class AsyncUpdate:
                     asked.cancel()  # what is still on the way belongs to a phase that is over
                 if more:
                     asked, outcomes = self._launch(more)
+                elif coordinator.phase != phase:
+                    break
         finally:
             asked.cancel()
         self.spans.enter("update", "" if coordinator.phase == "done" else coordinator.phase)
