@@ -1,6 +1,6 @@
 """Can the simulation fail? Removes one guard after the other from a copy of the package, and plays rounds until it is red.
 
-    python -m benchmarks.mutants [--rounds 3000] [--ignore overrun]
+    python -m benchmarks.mutants [--rounds 6000] [--ignore overrun]
 
 Exits with 1 where a mutant survives.
 """
@@ -114,7 +114,7 @@ ONLY = {"an engine pauses for what it holds": "clock drift"}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Remove one guard after the other, and see the simulation fail.")
-    parser.add_argument("--rounds", default="3000", help="at most, for each guard")
+    parser.add_argument("--rounds", default="6000", help="at most, for each guard")
     parser.add_argument("--ignore", action="append", default=[], help="a kind of violation that counts for nothing")
     parser.add_argument("--only", default="", help="only guards with this in their name")
     options = parser.parse_args()
