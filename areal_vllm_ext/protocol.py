@@ -391,6 +391,14 @@ class WorkerDone(Message):
     manifest: str = ""
 
 
+class WeightsDamaged(Message):
+    """A worker found, after it had switched to ``update``, that what it applied is not what it received."""
+
+    update: str
+    rank: Rank
+    reason: str
+
+
 class DigestsTaken(Message):
     """A worker's answer to ``DigestWeights``; ``error`` says why there is none, ``busy`` that it may ask again."""
 
@@ -410,7 +418,7 @@ class WorkerTrace(Message):
     spans: tuple[Span, ...]
 
 
-WorkerMessage = Attach | WorkerDone | DigestsTaken | WorkerTrace
+WorkerMessage = Attach | WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace
 WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights | GetTrace
 
 

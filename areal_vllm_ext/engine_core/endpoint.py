@@ -35,6 +35,7 @@ from ..protocol import (
     Status,
     WeightDigests,
     Weights,
+    WeightsDamaged,
     Welcome,
     WorkerDone,
     WorkerTrace,
@@ -307,20 +308,22 @@ class Endpoint:
                 self._server.answer(caller, refusal or self._status())
             case Attach():
                 self._attach(caller, message)
-            case WorkerDone() | DigestsTaken() | WorkerTrace():
+            case WorkerDone() | WeightsDamaged() | DigestsTaken() | WorkerTrace():
                 self._hear(caller, message)
             case _:
                 effects = self._participant.handle(caller, message, monotonic())
                 self.tracing.asked(caller, message, self._participant)
                 self._carry_out(effects)
 
-    def _hear(self, worker: wire.Caller, message: WorkerDone | DigestsTaken | WorkerTrace) -> None:
+    def _hear(self, worker: wire.Caller, message: WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace) -> None:
         known = self._workers.get(message.rank)
         if known is None or known[0] != worker.peer:
             return
         match message:
             case WorkerDone():
                 self._carry_out(self._participant.worker_done(message))
+            case WeightsDamaged():
+                self._participant.damaged(message)
             case DigestsTaken():
                 self._digested(message)
             case WorkerTrace():

@@ -14,7 +14,8 @@ Messages, completed calls and clock readings go in; effects come out, for ``endp
 - A repeated request is answered like the first one and done once.
 - An update without staging (``none``) pauses before its first byte, and loads as the bytes come. From then on the old weights
   are gone: until it is committed the engine is tainted, and giving it up leaves it so.
-- An engine whose commit failed is tainted: its weights are nobody's. It stays paused until a later update commits.
+- An engine whose commit failed is tainted: its weights are nobody's. It stays paused until a later update commits. So is one
+  whose worker finds afterwards that it serves other weights than it was sent: it pauses.
 - An engine that hears from the directory that the group has agreed on a later update than its own is stale: it was
   restarted, or lost in a commit. It pauses, and stays paused until an update commits.
 """
@@ -46,6 +47,7 @@ from ..protocol import (
     Status,
     StatusPhase,
     Version,
+    WeightsDamaged,
     WorkerDone,
     WorkerOrder,
 )
@@ -470,6 +472,11 @@ class Participant:
             self.phase = "prepared"
         return [Reply(caller, Ack(manifest=update.manifest)) for caller in update.waiting.pop(step, [])]
 
+    def damaged(self, message: WeightsDamaged) -> None:
+        """A worker serves other weights than it was sent: they are nobody's. ``tick`` pauses the engine."""
+        if message.update == self.last_update and self.phase != "committing":
+            self.tainted = f"worker {message.rank}: {message.reason}"
+
     # Completed calls
 
     def pause_done(self, call: int, error: str) -> list[Effect]:
@@ -560,10 +567,7 @@ class Participant:
         if agreed > self.agreed:
             self.stale = f"the group is at version {version}, this engine at {self.version}"
             if self.flow == "running":
-                self._call += 1
-                self.flow, self.pause_mode, self.paused_for = "pausing", "keep", STALE
-                self._cache_cleared = self._paused_before = False
-                return [CallPause(self._call, "keep", False)]
+                return [self._pause_for_weights()]
             if self.paused_for:
                 self.paused_for = STALE
             return []
@@ -577,11 +581,20 @@ class Participant:
         self.flow = "resuming"
         return [CallResume(self._call)]
 
+    def _pause_for_weights(self) -> CallPause:
+        """What it serves must not be served: until an update commits."""
+        self._call += 1
+        self.flow, self.pause_mode, self.paused_for = "pausing", "keep", STALE
+        self._cache_cleared = self._paused_before = False
+        return CallPause(self._call, "keep", False)
+
     # Time
 
     def tick(self, now: float) -> list[Effect]:
         """Time passed: give up what is over its time."""
         effects: list[Effect] = []
+        if self.tainted and self.flow == "running":
+            effects.append(self._pause_for_weights())
         self.orphaned = self.flow != "running" and not self.paused_for and now >= self._pause_lease_ends
         if self.orphaned and (self.tainted or self.stale):
             self._hold_ends()

@@ -31,7 +31,7 @@ class WorkerExtension:
         spans, track = receiver.spans(update), f"worker {receiver.rank}"
         try:
             weights = receiver.staged(update)
-            with receiver.served.switching(receiver.contents(update)):
+            with receiver.served.switching(receiver.contents(update), update):
                 with spans.during(track, "load"):
                     receiver.served.copied = receiver.loader.load(weights, receiver.bound(update))
                 with spans.during(track, "prove"):

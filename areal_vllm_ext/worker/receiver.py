@@ -32,6 +32,7 @@ from ..protocol import (
     GetTrace,
     Prepare,
     TensorMeta,
+    WeightsDamaged,
     WorkerDone,
     WorkerInfo,
     WorkerTrace,
@@ -331,6 +332,7 @@ class Receiver:
         self.own_host = settings.host or security.own_address_toward(host)
         self.loader = Loader(worker)
         self.served = Served(worker, (config.model_config.model, config.model_config.revision))
+        self.served.damaged = self._damaged
         self._max_message_bytes = settings.max_message_mib << 20
         self._model = (config.model_config.model, config.model_config.revision)
         self._expected: dict[str, TensorMeta] | None = None
@@ -338,7 +340,7 @@ class Receiver:
         self._sources_lock = threading.Lock()
         self._intake: Intake | None = None
         self._traced = ("", OFF)
-        self._reports: queue.SimpleQueue[WorkerDone | DigestsTaken | WorkerTrace] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace] = queue.SimpleQueue()
         self._wake_read, self._wake_write = socket.socketpair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = wire.connect(
@@ -443,7 +445,7 @@ class Receiver:
                 return None
         return self._expected
 
-    def report(self, message: WorkerDone | DigestsTaken | WorkerTrace) -> None:
+    def report(self, message: WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace) -> None:
         self._reports.put(message)
         self._wake_write.send(b"\0")
 
@@ -468,7 +470,7 @@ class Receiver:
                 else:
                     self._handle(message)
 
-    def _send(self, message: Attach | WorkerDone | DigestsTaken | WorkerTrace) -> None:
+    def _send(self, message: Attach | WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace) -> None:
         payload = protocol.encoder.encode(message)
         if isinstance(message, DigestsTaken) and len(payload) > self._max_message_bytes:
             # The endpoint would end this connection.
@@ -501,6 +503,9 @@ class Receiver:
                     intake.cancel()
             case protocol.Error():
                 logger.error("areal_vllm_ext: the engine refuses worker %d: %s", self.rank, message.message)
+
+    def _damaged(self, update: str, reason: str) -> None:
+        self.report(WeightsDamaged(update=update, rank=self.rank, reason=reason))
 
     def _digest(self, order: DigestWeights) -> None:
         weights, error, busy = None, "", False

@@ -19,7 +19,7 @@ from ..protocol import TensorMeta, WorkerWeights
 from . import proof
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -61,6 +61,9 @@ class Served:
         # What the last commit copied: runs of live memory that must have the digests of the incoming tensors.
         self.copied: dict[str, torch.Tensor] = {}
         self._wrong: tuple[str, ...] = ()
+        self._update = ""
+        # Told the update's name and the reason where what was applied is not what was received.
+        self.damaged: Callable[[str, str], None] = lambda *_: None
         self._proven: frozenset[str] = frozenset()
         # Raised when a switch begins and when it has ended: odd meanwhile.
         self._changes = 0
@@ -70,10 +73,11 @@ class Served:
     # On the worker's own thread
 
     @contextlib.contextmanager
-    def switching(self, contents: Contents) -> Iterator[None]:
-        """The body puts weights with these digests into the live model."""
+    def switching(self, contents: Contents, update: str = "") -> Iterator[None]:
+        """The body puts weights with these digests into the live model; ``update`` names them."""
         with self._state:
             self._changes += 1
+            self._update = update
             self._after_commit, self._wrong = {}, ()
             self._contents = {}  # nobody's, should the body fail
         try:
@@ -166,7 +170,7 @@ class Served:
 
     def _compare(self) -> None:
         """Whether what was applied is what was received."""
-        changes, contents, copied = self._changes, self._contents, self.copied
+        changes, contents, copied, update = self._changes, self._contents, self.copied, self._update
         values = dict(zip(copied, digest.digests_of(copied.values()), strict=True))
         with self._state:
             if changes != self._changes or changes % 2 or not contents:
@@ -175,12 +179,9 @@ class Served:
                 name for name, value in values.items() if name in contents and contents[name][1] != value
             )
         if self._wrong:
-            logger.error(
-                "areal_vllm_ext: %d tensors were not applied as they were received (%s): update this engine again, and "
-                "report it",
-                len(self._wrong),
-                ", ".join(self._wrong[:5]),
-            )
+            reason = f"{len(self._wrong)} tensors were not applied as they were received ({', '.join(self._wrong[:5])})"
+            logger.error("areal_vllm_ext: %s: update this engine again, and report it", reason)
+            self.damaged(update, reason)
 
     def _layout(self) -> str:
         """Workers with an equal layout hold equal live tensors: the same part of the model, for the same kind of device."""

@@ -37,6 +37,7 @@ from areal_vllm_ext.protocol import (
     Resume,
     Sender,
     Staging,
+    WeightsDamaged,
     WorkerDone,
 )
 from areal_vllm_ext.wire import Caller
@@ -829,6 +830,62 @@ def test_a_user_keeps_a_stale_engine_paused() -> None:
     rig.ask(Pause(epoch=6, mode="keep", kv="keep", timeout=9))
     rig.take(rig.participant.group_at(OLD, 0))
     assert not any(isinstance(call, CallResume) for call in rig.calls)
+
+
+def switched(rig: Rig) -> None:
+    """A whole update."""
+    rig.begin()
+    rig.done("begin")
+    rig.prepare()
+    rig.done("prepare")
+    rig.pause(update="u")
+    rig.paused()
+    rig.commit()
+    rig.committed()
+
+
+def test_an_engine_whose_weights_turn_out_wrong_serves_nothing_until_an_update() -> None:
+    rig = Rig()
+    switched(rig)
+    rig.resume()
+    rig.resumed()
+    rig.participant.damaged(WeightsDamaged(update="u", rank=0, reason="a was not applied"))
+    rig.pass_time(0.1)
+    assert isinstance(rig.calls[-1], CallPause)
+    rig.paused()
+    assert rig.participant.tainted == "worker 0: a was not applied"
+    assert "tainted" in str(rig.answers[rig.resume()])
+    assert not rig.participant.unsettled, "only an update helps"
+    rig.begin(update="v")
+    rig.done("begin", update="v")
+    rig.prepare(update="v")
+    rig.done("prepare", update="v")
+    rig.pause(kv="recompute", update="v")
+    rig.paused()
+    rig.commit(update="v")
+    rig.committed()
+    assert rig.participant.tainted == ""
+    rig.resume()
+    rig.resumed()
+    assert rig.state == ("idle", "running")
+
+
+def test_weights_that_turn_out_wrong_before_the_resume_are_not_resumed() -> None:
+    rig = Rig()
+    switched(rig)
+    asked = rig.resume()
+    rig.participant.damaged(WeightsDamaged(update="u", rank=0, reason="a was not applied"))
+    rig.resumed()
+    assert rig.acked(asked)
+    rig.pass_time(0.1)
+    assert isinstance(rig.calls[-1], CallPause), "it was on its way already"
+
+
+def test_damage_of_weights_that_are_gone_is_nobodys_business() -> None:
+    rig = Rig()
+    switched(rig)
+    rig.participant.damaged(WeightsDamaged(update="before", rank=0, reason="a was not applied"))
+    assert rig.participant.tainted == ""
 
 
 def test_agreeing_makes_the_weights_the_groups() -> None:

@@ -526,6 +526,21 @@ def test_where_memory_is_out_of_reach_auto_goes_on_by_broadcast(
     assert group._group.apart
 
 
+def test_weights_that_turn_out_wrong_pause_their_engine_until_the_next_update(
+    served: Served, group: EngineGroup
+) -> None:
+    send(group, weights(1))
+    engine = served.deployment.engines[0]
+    served.receivers[0][1]._damaged(engine.endpoint.participant.last_update, "layer.0 was not applied")
+    eventually(lambda: not engine.running)
+    state = group.status()[0]
+    assert (state.phase, state.error) == ("tainted", "worker 1: layer.0 was not applied")
+    assert served.deployment.engines[1].running
+    send(group, weights(2))
+    assert served.serves(weights(2))
+    assert engine.running
+
+
 def test_a_source_that_serves_one_update_is_closed_with_it(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:

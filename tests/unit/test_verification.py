@@ -252,8 +252,10 @@ def test_what_a_commit_copied_must_be_what_was_received(live: tuple[Served, Mode
     weights, model = live
     right = digest.digests_of([model.embed.weight, model.scale])
     contents = {name: (TensorMeta(name, "float32", ()), value) for name, value in zip("ab", right, strict=True)}
+    told: list[tuple[str, str]] = []
+    weights.damaged = lambda update, reason: told.append((update, reason))
     for damaged in (False, True):
-        with weights.switching(contents):
+        with weights.switching(contents, f"update {damaged}"):
             weights.copied = {"a": model.embed.weight.data.view(-1), "b": model.scale}
             if damaged:
                 model.scale[1] = 5
@@ -261,3 +263,5 @@ def test_what_a_commit_copied_must_be_what_was_received(live: tuple[Served, Mode
         wanted = ("b",) if damaged else ()
         eventually(lambda wanted=wanted: weights._wrong == wanted)
     assert weights.describe(contents=False).changed == ("b",)
+    eventually(lambda: told)
+    assert told == [("update True", "1 tensors were not applied as they were received (b)")]
