@@ -80,6 +80,16 @@ class Cluster:
         pool.shutdown(wait=False)
         return future
 
+    def start_together(
+        self, group: EngineGroup, ranks: tuple[int, ...], prompt: list[int], tokens: int
+    ) -> list[Future[dict[str, Any]]]:
+        """A request for each of these DP ranks, of which all have just begun, on however fast a machine."""
+        group.pause("keep")
+        requests = [self.start(rank, prompt, tokens) for rank in ranks]
+        self.wait_in_flight(group, *ranks)
+        group.resume()
+        return requests
+
     def wait_in_flight(self, group: EngineGroup, *ranks: int) -> None:
         """Wait until each of these DP ranks has had a request; short ones may be over by then."""
         ends, missing = time.monotonic() + 20, set(ranks)

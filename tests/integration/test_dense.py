@@ -199,8 +199,7 @@ def test_bad_weights_touch_no_engine(cluster: Cluster, group: EngineGroup, tmp_p
 
 
 def test_keep_freezes_requests(cluster: Cluster, group: EngineGroup) -> None:
-    requests = [cluster.start(rank, PROMPT, 300) for rank in (0, 1)]
-    cluster.wait_in_flight(group, 0, 1)
+    requests = cluster.start_together(group, (0, 1), PROMPT, 300)
     group.pause("keep")
     frozen = [state.requests for state in group.status()]
     late = cluster.start(1, PROMPT, 4)
@@ -214,8 +213,7 @@ def test_keep_freezes_requests(cluster: Cluster, group: EngineGroup) -> None:
 
 
 def test_wait_lets_requests_finish(cluster: Cluster, group: EngineGroup) -> None:
-    requests = [cluster.start(rank, PROMPT, 100) for rank in (0, 1)]
-    cluster.wait_in_flight(group, 0, 1)
+    requests = cluster.start_together(group, (0, 1), PROMPT, 100)
     group.pause("wait")
     for request in requests:
         assert len(request.result(timeout=5)["token_ids"]) == 100
@@ -223,8 +221,7 @@ def test_wait_lets_requests_finish(cluster: Cluster, group: EngineGroup) -> None
 
 
 def test_abort_ends_requests(cluster: Cluster, group: EngineGroup) -> None:
-    requests = [cluster.start(rank, PROMPT, 450) for rank in (0, 1)]
-    cluster.wait_in_flight(group, 0, 1)
+    requests = cluster.start_together(group, (0, 1), PROMPT, 450)
     group.pause("abort")
     for request in requests:
         choice = request.result(timeout=5)
@@ -235,8 +232,7 @@ def test_abort_ends_requests(cluster: Cluster, group: EngineGroup) -> None:
 
 
 def test_pause_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGroup) -> None:
-    request = cluster.start(1, PROMPT, 450)
-    cluster.wait_in_flight(group, 1)
+    (request,) = cluster.start_together(group, (1,), PROMPT, 450)
     started = time.monotonic()
     with pytest.raises(PauseFailed, match="DP rank 1"):
         group.pause("wait", deadline=0.6)
