@@ -17,6 +17,8 @@ from areal_vllm_ext.demo.deployment import WORKER_EXTENSION, Deployment, Node
 from areal_vllm_ext.demo.model import make_model
 from benchmarks.network import Namespaces, missing
 
+Pending = Future[dict[str, Any]]
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -80,15 +82,18 @@ class Cluster:
         pool.shutdown(wait=False)
         return future
 
-    def start_together(
-        self, group: EngineGroup, ranks: tuple[int, ...], prompt: list[int], tokens: int
-    ) -> list[Future[dict[str, Any]]]:
-        """A request for each of these DP ranks, of which all have just begun, on however fast a machine."""
-        group.pause("keep")
-        requests = [self.start(rank, prompt, tokens) for rank in ranks]
-        self.wait_in_flight(group, *ranks)
-        group.resume()
-        return requests
+    def freeze(self, group: EngineGroup, ranks: tuple[int, ...], prompt: list[int], tokens: int) -> list[Pending]:
+        """A request for each of these DP ranks, all of which a pause (``keep``) has frozen in the midst."""
+        for _ in range(5):
+            group.pause("keep")
+            requests = [self.start(rank, prompt, tokens) for rank in ranks]
+            self.wait_in_flight(group, *ranks)
+            group.resume()
+            group.pause("keep")
+            if not any(request.done() for request in requests):
+                return requests
+            group.resume()  # this machine was too slow for us: once more
+        raise AssertionError("the requests were over before the pause, five times")
 
     def wait_in_flight(self, group: EngineGroup, *ranks: int) -> None:
         """Wait until each of these DP ranks has had a request; short ones may be over by then."""

@@ -199,8 +199,7 @@ def test_bad_weights_touch_no_engine(cluster: Cluster, group: EngineGroup, tmp_p
 
 
 def test_keep_freezes_requests(cluster: Cluster, group: EngineGroup) -> None:
-    requests = cluster.start_together(group, (0, 1), PROMPT, 300)
-    group.pause("keep")
+    requests = cluster.freeze(group, (0, 1), PROMPT, 300)
     frozen = [state.requests for state in group.status()]
     late = cluster.start(1, PROMPT, 4)
     time.sleep(0.5)
@@ -213,15 +212,16 @@ def test_keep_freezes_requests(cluster: Cluster, group: EngineGroup) -> None:
 
 
 def test_wait_lets_requests_finish(cluster: Cluster, group: EngineGroup) -> None:
-    requests = cluster.start_together(group, (0, 1), PROMPT, 100)
+    requests = cluster.freeze(group, (0, 1), PROMPT, 200)
+    group.resume()
     group.pause("wait")
     for request in requests:
-        assert len(request.result(timeout=5)["token_ids"]) == 100
+        assert len(request.result(timeout=5)["token_ids"]) == 200
     group.resume()
 
 
 def test_abort_ends_requests(cluster: Cluster, group: EngineGroup) -> None:
-    requests = cluster.start_together(group, (0, 1), PROMPT, 450)
+    requests = cluster.freeze(group, (0, 1), PROMPT, 450)
     group.pause("abort")
     for request in requests:
         choice = request.result(timeout=5)
@@ -232,11 +232,12 @@ def test_abort_ends_requests(cluster: Cluster, group: EngineGroup) -> None:
 
 
 def test_pause_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGroup) -> None:
-    (request,) = cluster.start_together(group, (1,), PROMPT, 450)
+    (request,) = cluster.freeze(group, (1,), PROMPT, 450)
+    group.resume()
     started = time.monotonic()
     with pytest.raises(PauseFailed, match="DP rank 1"):
-        group.pause("wait", deadline=0.6)
-    assert time.monotonic() - started < 1.6
+        group.pause("wait", deadline=0.2)
+    assert time.monotonic() - started < 1.2
     assert len(request.result(timeout=60)["token_ids"]) == 450
     assert {state.state for state in group.status()} == {"running"}
 
