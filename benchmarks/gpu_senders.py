@@ -111,7 +111,11 @@ def main() -> int:
         nodes = [Node(env={"CUDA_VISIBLE_DEVICES": own} if own else {}) for own in devices]
         vllm_args = ["--skip-tokenizer-init", *arguments]
         logs = options.logs or folder / "logs"
-        deployment = stack.enter_context(Deployment(folder / "model", nodes, log_dir=logs, vllm_args=vllm_args))
+        # As in gpu_smoke: Triton's kernels would multiply float32 in TF32.
+        made = Deployment(
+            folder / "model", nodes, log_dir=logs, vllm_args=vllm_args, env={"TRITON_F32_DEFAULT": "ieee"}
+        )
+        deployment = stack.enter_context(made)
         deployment.wait(timeout=240)
         given = {
             "port": free_ports(1)[0],

@@ -214,6 +214,9 @@ class CudaIpcSource:
         self._transfer = transfer
         self._runtime = load()
         self._opened: dict[bytes, Memory] = {}
+        # The update that lends, by its stamp, and what it was seen to lend so far.
+        self._lender = 0
+        self._lent: set[bytes] = set()
         self._used = 0.0
         self._closing: threading.Timer | None = None
         with torch.cuda.device(self._device):
@@ -264,10 +267,13 @@ class CudaIpcSource:
 
         On the trainer's GPU that memory itself. Raises as ``receive`` does.
         """
+        if bucket.stamp != self._lender:
+            # What the last update did not lend any more, the trainer may have freed: it is not kept open.
+            kept = {self._transfer.handle, *self._lent}
+            self._opened = {handle: memory for handle, memory in self._opened.items() if handle in kept}
+            self._lender, self._lent = bucket.stamp, set()
+        self._lent.update(one.handle for one in bucket.allocations)
         opened = [self._open(one.handle, one.nbytes) for one in bucket.allocations]
-        # What the trainer has freed meanwhile is not kept open.
-        wanted = {self._transfer.handle, *(one.handle for one in bucket.allocations)}
-        self._opened = {handle: memory for handle, memory in self._opened.items() if handle in wanted}
         by_allocation: dict[int, list[Segment]] = {}
         for segment in bucket.segments:
             by_allocation.setdefault(segment.allocation, []).append(segment)

@@ -236,6 +236,38 @@ def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
     assert counter(library, "opened") == opened
 
 
+def test_allocations_stay_open_over_buckets_and_updates_until_they_are_lent_no_more(
+    simulated: CudaRuntime, library: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ipc, "_LENT_TOGETHER", 1)
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    source = source_of(sink, "GPU-1")
+    opened = counter(library, "opened")
+    handles: list[bytes] = []
+    share = simulated.share
+    monkeypatch.setattr(simulated, "share", lambda memory: handles.append(share(memory)) or handles[-1])
+
+    def update(*names: str) -> None:
+        metas = {name: TensorMeta(name, str(weights[name].dtype)[6:], tuple(weights[name].shape)) for name in names}
+        given = [(meta, weights[name]) for name, meta in metas.items()]
+        assert all(sink.can_lend(tensor) for _, tensor in given)
+        buckets = list(sink.lend(given))
+        assert len(buckets) == len(names)
+        ipc._own.clear()  # as in another process
+        for bucket in buckets:
+            assert list(lent(source, bucket)) == [bucket.segments[0].tensor.name]
+        sink.take_back()
+
+    update("a", "b", "c")
+    update("c", "a")
+    assert counter(library, "opened") == opened + 2
+    assert len(handles) == 2, "each asked for once"
+    update("c")
+    update("c")
+    assert counter(library, "opened") == opened + 1, "nothing lies in the first any more"
+    source.close()
+
+
 def test_a_worker_sees_when_the_trainer_takes_its_memory_back(
     simulated: CudaRuntime, weights: dict[str, torch.Tensor]
 ) -> None:
