@@ -85,6 +85,7 @@ class Cluster:
     def freeze(self, group: EngineGroup, ranks: tuple[int, ...], prompt: list[int], tokens: int) -> list[Pending]:
         """A request for each of these DP ranks, all of which a pause (``keep``) has frozen in the midst."""
         for _ in range(5):
+            self.wait_idle(group)
             group.pause("keep")
             requests = [self.start(rank, prompt, tokens) for rank in ranks]
             self.wait_in_flight(group, *ranks)
@@ -94,6 +95,13 @@ class Cluster:
                 return requests
             group.resume()  # this machine was too slow for us: once more
         raise AssertionError("the requests were over before the pause, five times")
+
+    def wait_idle(self, group: EngineGroup) -> None:
+        """Wait until the requests of tests before this one are over."""
+        ends = time.monotonic() + 60
+        while any(state.requests for state in group.status()):
+            assert time.monotonic() < ends, "an engine still has requests"
+            time.sleep(0.05)
 
     def wait_in_flight(self, group: EngineGroup, *ranks: int) -> None:
         """Wait until each of these DP ranks has had a request; short ones may be over by then."""
