@@ -82,14 +82,17 @@ class Cluster:
         pool.shutdown(wait=False)
         return future
 
-    def freeze(self, group: EngineGroup, ranks: tuple[int, ...], prompt: list[int], tokens: int) -> list[Pending]:
-        """A request for each of these DP ranks, all of which a pause (``keep``) has frozen in the midst."""
+    def freeze(
+        self, group: EngineGroup, ranks: tuple[int, ...], prompt: list[int], tokens: int, after: float = 0.0
+    ) -> list[Pending]:
+        """A request for each of these DP ranks, all of which a pause (``keep``) has frozen ``after`` so many seconds."""
         for _ in range(5):
             self.wait_idle(group)
             group.pause("keep")
             requests = [self.start(rank, prompt, tokens) for rank in ranks]
             self.wait_in_flight(group, *ranks)
             group.resume()
+            time.sleep(after)
             group.pause("keep")
             # What engines say, not whether answers have come: those may be on their way.
             if all(state.requests for state in group.status() if state.dp_rank in ranks):

@@ -152,14 +152,7 @@ def test_prefix_cache_of_old_weights_is_not_used(cluster: Cluster, group: Engine
 def test_request_in_flight_goes_on_with_the_new_weights(cluster: Cluster, group: EngineGroup) -> None:
     old = cluster.oracle([PROMPT], tokens=400)[0]
     version = cluster.train()
-    for _ in range(5):
-        requests = [cluster.start(rank, PROMPT, 400) for rank in (0, 1)]
-        while not all(state.requests for state in group.status()) and not any(one.done() for one in requests):
-            pass
-        group.pause("keep")  # so that the requests surely do not finish before the switch
-        if not any(one.done() for one in requests):
-            break
-        group.resume()  # this machine was too slow for us, or too fast: once more
+    requests = cluster.freeze(group, (0, 1), PROMPT, 400, after=0.1)
     with group.update(version, deadline=60) as update:
         update.send(cluster.model)
     group.resume()
