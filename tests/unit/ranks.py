@@ -99,7 +99,7 @@ def update(
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:
-    from test_sending import weights
+    from real_receivers import weights
 
     return weights(seed)
 

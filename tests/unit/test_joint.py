@@ -7,30 +7,16 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from ranks import Ranks
-from simulated_engine import Deployment, Shape, deployed
-from test_sending import WORKERS, Served, assert_untouched, checkpoint, weights
+from real_receivers import Served, assert_untouched, checkpoint, served, shared_engines, weights
 
-from areal_vllm_ext import security
+if TYPE_CHECKING:
+    from simulated_engine import Deployment
 
-__all__ = ["checkpoint"]  # the fixture
-
-
-@pytest.fixture(scope="module")
-def shared_engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Served]:
-    shape = Shape(workers=WORKERS, model=os.fspath(checkpoint))
-    with deployed(key, 2, shape=shape, simulate_workers=False) as deployment:
-        yield Served(deployment, checkpoint, key_file)
-
-
-@pytest.fixture
-def served(shared_engines: Served) -> Served:
-    shared_engines.weights.clear()
-    for engine in shared_engines.deployment.engines.values():
-        engine.calls.clear()
-    return shared_engines
+__all__ = ["checkpoint", "served", "shared_engines"]  # the fixtures
 
 
 def options(seed: int, deadline: float = 20.0, bucket: int = 300) -> dict[str, object]:

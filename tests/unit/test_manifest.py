@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from simulated_engine import Deployment, Shape, deployed
-from test_sending import (
+from real_receivers import (
     TRANSPORTS,
     Served,
     assert_untouched,
@@ -22,6 +20,8 @@ from test_sending import (
     shared_engines,
     weights,
 )
+from safetensors.torch import save_file
+from simulated_engine import Deployment, Shape, deployed
 
 from areal_vllm_ext import EngineGroup, UpdateAborted, digest
 from areal_vllm_ext import checkpoint as checkpoints

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from engine_infos import engine_info
-from test_joint import mortal, options, ranks, served, shared_engines
-from test_sending import Served, assert_untouched, checkpoint, weights
+from real_receivers import Served, assert_untouched, checkpoint, served, shared_engines, weights
+from test_joint import mortal, options, ranks
 
 from areal_vllm_ext import InvalidWeights, UpdateAborted
 from areal_vllm_ext.client.senders import Holding, Opening, place_of, plan

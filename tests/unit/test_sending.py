@@ -4,143 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 import pytest
 import torch
+from real_receivers import (
+    SHAPES,
+    TRANSPORTS,
+    WORKERS,
+    Served,
+    assert_untouched,
+    checkpoint,
+    group,
+    send,
+    served,
+    shared_engines,
+    weights,
+)
 from safetensors.torch import save_file
-from simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
+from simulated_engine import NEVER
 from waiting import eventually, in_thread
 
-from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted, security
+from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted
 from areal_vllm_ext.client.sending import choose_transport
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, EngineInfo, Prepare, Sender, SharedMemory
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
 from areal_vllm_ext.worker.receiver import Receiver
 
-WORKERS = 2
-SHAPES = {"embed": (100, 16), "layer.0": (33, 7), "layer.1": (33, 7), "norm": (16,), "scale": ()}
-
-
-def weights(seed: int) -> dict[str, torch.Tensor]:
-    torch.manual_seed(seed)
-    return {name: torch.randn(shape) for name, shape in SHAPES.items()}
-
-
-class Served:
-    """Engines whose weights are real: what their receivers had staged at the last commit."""
-
-    def __init__(self, deployment: Deployment, checkpoint: Path, key_file: Path) -> None:
-        self.deployment = deployment
-        self.receivers: dict[int, list[Receiver]] = {}
-        self.weights: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
-        for number, engine in deployment.engines.items():
-            self.receivers[number] = [
-                Receiver(worker(rank, checkpoint, key_file), engine.endpoint.address, engine.endpoint.attach_token)
-                for rank in range(WORKERS)
-            ]
-            engine.staged = self.switch(number, engine)
-            engine.loaded = self.load(number, engine)
-        deployment.wait_attached()
-
-    def switch(self, number: int, engine: SimulatedEngine) -> Any:
-        def staged(update: str) -> None:
-            for rank, receiver in enumerate(self.receivers[number]):
-                assert not engine.running
-                self.weights[number, rank] = dict(receiver.staged(update))
-                receiver.discard(update)
-
-        return staged
-
-    def load(self, number: int, engine: SimulatedEngine) -> Any:
-        def loaded(update: str) -> None:
-            assert not engine.running
-
-            def consume(rank: int, receiver: Receiver) -> None:
-                try:
-                    self.weights[number, rank] = dict(receiver.staged(update))
-                finally:
-                    receiver.discard(update)
-
-            with ThreadPoolExecutor(WORKERS) as pool:
-                for future in [pool.submit(consume, *entry) for entry in enumerate(self.receivers[number])]:
-                    future.result()
-
-        return loaded
-
-    def serves(self, expected: dict[str, torch.Tensor]) -> bool:
-        """Whether every worker of every engine has exactly these weights."""
-        return len(self.weights) == WORKERS * len(self.deployment.engines) and all(
-            set(held) == set(expected) and all(torch.equal(held[name], expected[name]) for name in expected)
-            for held in self.weights.values()
-        )
-
-    def staging_is_free(self) -> bool:
-        return all(receiver._intake is None for receivers in self.receivers.values() for receiver in receivers)
-
-
-def worker(rank: int, checkpoint: Path, key_file: Path) -> Any:
-    """What a receiver asks of vLLM's worker."""
-    return SimpleNamespace(
-        rank=rank,
-        device="cpu",
-        vllm_config=SimpleNamespace(
-            additional_config={"areal": {"key_file": os.fspath(key_file)}},
-            model_config=SimpleNamespace(model=os.fspath(checkpoint), revision=None, dtype=torch.float32),
-        ),
-    )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_file(weights(0), folder / "model.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shared_engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Served]:
-    """Two engines of two workers: receivers live as long as their process, so few are made."""
-    shape = Shape(workers=WORKERS, model=os.fspath(checkpoint))
-    with deployed(key, 2, shape=shape, simulate_workers=False) as deployment:
-        yield Served(deployment, checkpoint, key_file)
-
-
-@pytest.fixture
-def served(shared_engines: Served) -> Served:
-    shared_engines.weights.clear()
-    for engine in shared_engines.deployment.engines.values():
-        engine.calls.clear()
-    return shared_engines
-
-
-@pytest.fixture
-def group(served: Served, key_file: Path) -> Iterator[EngineGroup]:
-    with EngineGroup.connect(served.deployment.directory, key_file=key_file) as client:
-        client.wait_ready(2, timeout=10)
-        yield client
-
-
-def send(group: EngineGroup, source: Any, version: int = 1, dtype: str | None = None, **options: Any) -> None:
-    with group.update(version, **({"deadline": 20.0} | options)) as update:
-        update.send(source, dtype=dtype)
-
-
-def assert_untouched(served: Served) -> None:
-    assert served.weights == {}
-    assert all(engine.calls == [] for engine in served.deployment.engines.values()), "generation was touched"
-    eventually(served.staging_is_free)
-
-
-TRANSPORTS = ["broadcast", "shared_memory", "disk"]
+__all__ = ["checkpoint", "group", "served", "shared_engines"]  # the fixtures
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

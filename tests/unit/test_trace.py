@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from real_receivers import WORKERS, awaiting_workers, connected, save, vllm_config
 from simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
 
 from areal_vllm_ext import EngineGroup, UpdateAborted, security
@@ -26,7 +25,6 @@ from areal_vllm_ext.worker import receiver as receivers
 from areal_vllm_ext.worker.extension import WorkerExtension
 from areal_vllm_ext.worker.receiver import Receiver
 
-WORKERS = 2
 NANOSECOND = 1e-3  # in a trace's microseconds
 
 
@@ -42,11 +40,7 @@ class Worker(WorkerExtension):
         self.rank = rank
         self.device = torch.device("cpu")
         self.loaded: dict[str, torch.Tensor] = {}
-        self.vllm_config = SimpleNamespace(
-            additional_config={"areal": {"key_file": os.fspath(key_file)}},
-            model_config=SimpleNamespace(model=os.fspath(checkpoint), revision=None, dtype=torch.float32),
-            parallel_config=SimpleNamespace(enable_eplb=True),
-        )
+        self.vllm_config = vllm_config(checkpoint, key_file, parallel_config=SimpleNamespace(enable_eplb=True))
         self._areal_receiver: Receiver
 
     def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
@@ -58,16 +52,13 @@ class Worker(WorkerExtension):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_file(weights(0), folder / "model.safetensors")
-    return folder
+    return save(tmp_path_factory, weights(0))
 
 
 @pytest.fixture(scope="module")
 def engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Deployment]:
     """Two engines of two workers, which really receive, stage and commit."""
-    shape = Shape(workers=WORKERS, model=os.fspath(checkpoint))
-    with deployed(key, 2, shape=shape, simulate_workers=False) as deployment:
+    with awaiting_workers(key, checkpoint) as deployment:
         for engine in deployment.engines.values():
             attach(engine, [Worker(rank, checkpoint, key_file) for rank in range(WORKERS)])
         deployment.wait_attached()
@@ -88,8 +79,7 @@ def attach(engine: SimulatedEngine, workers: list[Worker]) -> None:
 
 @pytest.fixture
 def group(engines: Deployment, key_file: Path) -> Iterator[EngineGroup]:
-    with EngineGroup.connect(engines.directory, key_file=key_file) as client:
-        client.wait_ready(2, timeout=10)
+    with connected(engines, key_file) as client:
         yield client
 
 
