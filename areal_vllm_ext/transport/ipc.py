@@ -28,6 +28,7 @@ from .. import digest
 from ..protocol import Allocation, Bucket, CudaIpc, Segment, TensorMeta
 from . import watch
 from .buckets import aligned, nbytes_of
+from .slots import SlotsSink, check_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -256,8 +257,7 @@ class CudaIpcSource:
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
         memory = self._open(self._transfer.handle, self._transfer.nbytes)
-        if min(bucket.location, bucket.nbytes) < 0 or bucket.location + bucket.nbytes > memory.nbytes:
-            raise ValueError("the bucket does not lie inside the trainer's memory")
+        check_inside(bucket, memory.nbytes, "the trainer's memory")
         return self._copied([(memory, bucket.location, bucket.nbytes)], timeout, cancelled)
 
     def lent(
@@ -341,11 +341,8 @@ def _writes(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
 
 
-class CudaIpcSink:
+class CudaIpcSink(SlotsSink):
     """The trainer's end."""
-
-    slots = 2
-    announced_is_sent = True
 
     def __init__(self, engines: int, device: torch.device, bucket_bytes: int, slot_bytes: int) -> None:
         """Allocate the slots; they are kept from one update to the next.
@@ -363,6 +360,7 @@ class CudaIpcSink:
             raise RuntimeError(
                 f"transport 'ipc' sends from a GPU, and these weights are on {device}: use 'shared_memory'"
             )
+        super().__init__(bucket_bytes, slot_bytes)
         runtime = load()
         with torch.cuda.device(device):
             torch.cuda.empty_cache()  # what torch keeps in reserve is room too
@@ -373,7 +371,7 @@ class CudaIpcSink:
                     f"{device} has no room for two slots of {slot_bytes >> 20} MiB ({error}): use a smaller bucket_mib"
                 ) from None
             self._handle = runtime.share(memory)
-            self._memory: torch.Tensor | None = torch.as_tensor(memory, device=device)
+            self._memory = torch.as_tensor(memory, device=device)
             self._stream = torch.cuda.Stream(device)
         self._runtime, self._device = runtime, device
         # Until the update is over: these tensors, as they were when they were announced, and the allocations they lie in.
@@ -386,21 +384,9 @@ class CudaIpcSink:
         _own[self._handle] = memory
         transfer = CudaIpc(host=host_id(), device_id=device_id(device), handle=self._handle, nbytes=memory.nbytes)
         self.transfers = [transfer] * engines
-        self.bucket_bytes = bucket_bytes
-        self._slot_bytes = slot_bytes
 
     def meet(self, opening: Future[None]) -> None:
         opening.result()
-
-    def buffer(self, index: int, nbytes: int) -> tuple[int, torch.Tensor]:
-        assert self._memory is not None
-        if nbytes > self._slot_bytes:
-            raise RuntimeError(f"a tensor of {nbytes >> 20} MiB is larger than every tensor of the engines' checkpoint")
-        start = (index % self.slots) * self._slot_bytes
-        return start, self._memory[start : start + nbytes]
-
-    def push(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
-        """Nothing to do: announced is sent."""
 
     def can_lend(self, tensor: torch.Tensor) -> bool:
         """Whether workers can use ``tensor`` where it lies."""

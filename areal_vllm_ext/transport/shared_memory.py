@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..protocol import Bucket, SharedMemory
+from .slots import SlotsSink, check_inside
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from concurrent.futures import Future
 from pathlib import Path
 
@@ -70,8 +71,7 @@ class SharedMemorySource:
         self._device = device
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
-        if min(bucket.location, bucket.nbytes) < 0 or bucket.location + bucket.nbytes > self._memory.numel():
-            raise ValueError("the bucket does not lie inside the shared memory")
+        check_inside(bucket, self._memory.numel(), "the shared memory")
         slot = self._memory[bucket.location : bucket.location + bucket.nbytes]
         return slot.to(self._device, copy=True)
 
@@ -82,11 +82,8 @@ class SharedMemorySource:
         """Nothing to do: the memory is unmapped with its last tensor."""
 
 
-class SharedMemorySink:
+class SharedMemorySink(SlotsSink):
     """The trainer's end."""
-
-    slots = 2
-    announced_is_sent = True
 
     def __init__(self, engines: int, bucket_bytes: int, slot_bytes: int) -> None:
         """Make the segment.
@@ -99,12 +96,11 @@ class SharedMemorySink:
         Raises:
             RuntimeError: where /dev/shm has no room.
         """
+        super().__init__(bucket_bytes, slot_bytes)
         remove_leftovers()
         name = f"areal-{uuid.uuid4().hex}"
         transfer = SharedMemory(segment=name, nbytes=self.slots * slot_bytes)
         self.transfers = [transfer] * engines
-        self.bucket_bytes = bucket_bytes
-        self._slot_bytes = slot_bytes
         with contextlib.ExitStack() as undo:
             # Without a name at first, so that nobody finds it before it is locked.
             descriptor = os.open(_FOLDER, os.O_RDWR | os.O_TMPFILE, 0o600)
@@ -130,15 +126,6 @@ class SharedMemorySink:
             opening.result()
         finally:
             self.close()
-
-    def buffer(self, index: int, nbytes: int) -> tuple[int, torch.Tensor]:
-        if nbytes > self._slot_bytes:
-            raise RuntimeError(f"a tensor of {nbytes >> 20} MiB is larger than every tensor of the engines' checkpoint")
-        start = (index % self.slots) * self._slot_bytes
-        return start, self._memory[start : start + nbytes]
-
-    def push(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
-        """Nothing to do: announced is sent."""
 
     def release(self) -> None:
         """The memory is kept for the next update: it was reserved for it."""

@@ -1,0 +1,46 @@
+"""Buckets in memory that trainer and workers share: the trainer fills one slot while the workers copy another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from ..protocol import Bucket
+
+
+class SlotsSink:
+    """The trainer's end, but for the memory itself."""
+
+    slots = 2
+    announced_is_sent = True
+
+    def __init__(self, bucket_bytes: int, slot_bytes: int) -> None:
+        """
+        Args:
+            bucket_bytes: size of a bucket.
+            slot_bytes: the largest bucket, which a large tensor has for itself.
+        """
+        self.bucket_bytes = bucket_bytes
+        self._slot_bytes = slot_bytes
+        self._memory: torch.Tensor | None = None
+
+    def buffer(self, index: int, nbytes: int) -> tuple[int, torch.Tensor]:
+        """See ``Sink.buffer``."""
+        assert self._memory is not None
+        if nbytes > self._slot_bytes:
+            raise RuntimeError(f"a tensor of {nbytes >> 20} MiB is larger than every tensor of the engines' checkpoint")
+        start = (index % self.slots) * self._slot_bytes
+        return start, self._memory[start : start + nbytes]
+
+    def push(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
+        """Nothing to do: announced is sent."""
+
+
+def check_inside(bucket: Bucket, nbytes: int, memory: str) -> None:
+    """Raises ValueError where ``bucket`` does not lie inside ``nbytes`` bytes; ``memory`` names them."""
+    if min(bucket.location, bucket.nbytes) < 0 or bucket.location + bucket.nbytes > nbytes:
+        raise ValueError(f"the bucket does not lie inside {memory}")
