@@ -126,8 +126,18 @@ def plan(kind: Senders, opening: Opening, holdings: Sequence[Holding], bucket_by
     return Plan(serves, [frozenset(metas)] * len(holdings), names)
 
 
+def ranks_of(info: EngineInfo) -> tuple[int, ...]:
+    """Of its workers."""
+    return tuple(worker.rank for worker in info.workers)
+
+
+def with_workers(info: EngineInfo, ranks: Sequence[int]) -> EngineInfo:
+    """The same engine, with these of its workers only."""
+    return msgspec.structs.replace(info, workers=tuple(one for one in info.workers if one.rank in ranks))
+
+
 def _all_workers(opening: Opening) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(worker.rank for worker in info.workers) for name, (info, _) in opening.engines.items()}
+    return {name: ranks_of(info) for name, (info, _) in opening.engines.items()}
 
 
 def _spread(metas: Mapping[str, TensorMeta], holdings: Sequence[Holding]) -> list[frozenset[str]]:
@@ -206,7 +216,8 @@ class RankSends:
         serves, mine = shared.serves[rank], shared.sends[rank]
         pairs = checker.check((pair for pair in full if pair[0] in mine), part=True)
         engines = {name: known.engines[name] for name in serves} if mine else {}
-        name, sink = self._begin(engines, serves, device, known.expected)
+        served = {name: with_workers(info, serves[name]) for name, (info, _) in engines.items()}
+        name, sink = self._begin(served, device, known.expected)
         self._update.others_send()
         sending = Sending(self._group, self._loop, engines, self._update.version, self._ends, rank, self._update.spans)
         if sink is None:
@@ -232,21 +243,17 @@ class RankSends:
             yield from list(gathered((name, held[name]) for name in names if name in held))
 
     def _begin(
-        self,
-        engines: Mapping[str, tuple[EngineInfo, int]],
-        serves: Mapping[str, tuple[int, ...]],
-        device: torch.device,
-        expected: tuple[TensorMeta, ...],
+        self, served: dict[str, EngineInfo], device: torch.device, expected: tuple[TensorMeta, ...]
     ) -> tuple[str, Sink | None]:
-        """Open the update, with this rank as a sender to ``engines``; returns its name and the sending end, which has met
-        the workers.
+        """Open the update, with this rank as a sender to the workers in ``served``; returns its name and the sending end,
+        which has met them.
         """
         while True:
             kept, sink = self._group.has_sink, None
-            if engines:
-                sink = self._sink(engines, serves, device, expected)
-            transfers = zip(engines, sink.transfers, strict=True) if sink else ()
-            offer = Offer({name: Sender(transfer, serves[name]) for name, transfer in transfers}, kept)
+            if served:
+                sink = self._sink(served, device, expected)
+            transfers = zip(served, sink.transfers, strict=True) if sink else ()
+            offer = Offer({name: Sender(transfer, ranks_of(served[name])) for name, transfer in transfers}, kept)
             self._agreement.show(encode(offer))
             opening: Future[Begun] = Future()
             target = self._open if self._agreement.rank == 0 else self._await_opening
@@ -263,20 +270,8 @@ class RankSends:
             else:
                 return begun.update, sink
 
-    def _sink(
-        self,
-        engines: Mapping[str, tuple[EngineInfo, int]],
-        serves: Mapping[str, tuple[int, ...]],
-        device: torch.device,
-        expected: tuple[TensorMeta, ...],
-    ) -> Sink:
+    def _sink(self, served: dict[str, EngineInfo], device: torch.device, expected: tuple[TensorMeta, ...]) -> Sink:
         asked = self._update.transport
-        served = {
-            name: msgspec.structs.replace(
-                info, workers=tuple(worker for worker in info.workers if worker.rank in serves[name])
-            )
-            for name, (info, _) in engines.items()
-        }
         if self._kind == "colocated" and asked == "auto":
             asked = "ipc" if device.type == "cuda" else "shared_memory"
         kind = choose_transport(asked, device, served.values())

@@ -121,6 +121,9 @@ class Intake:
         interpreter.hurry(self._name, False)
         for lane in self._lanes.values():
             lane.orders.put(None)
+        self._free()
+
+    def _free(self) -> None:
         self.tensors, self.bound, self._lent = {}, None, []
 
     @property
@@ -181,7 +184,7 @@ class Intake:
                 self._report(step, f"{step}: {type(error).__name__}: {error}")
         finally:
             if self._cancelled.is_set():
-                self.tensors, self.bound, self._lent = {}, None, []
+                self._free()
             if source is not None and not source.reusable:
                 source.close()
 
@@ -204,9 +207,15 @@ class Intake:
 
     def _receive(self, lane: Lane, source: Source, order: Bucket) -> None:
         """One bucket, compared with what the trainer put into it."""
-        if order.allocations:
-            self._view(lane, source, order)
-            return
+        get = self._borrow if order.allocations else self._fetch
+        tensors = get(lane, source, order)
+        told = {segment.tensor.name: segment.digest for segment in order.segments}
+        with self.spans.during(lane.track, "take"):
+            self._take(tensors, [told[name] for name in tensors], unchecked=source.unchecked)
+        lane.received += 1
+
+    def _fetch(self, lane: Lane, source: Source, order: Bucket) -> dict[str, torch.Tensor]:
+        """Tensors that come through the transport."""
         with self.spans.during(lane.track, "receive"):
             received = source.receive(order, self._ends - monotonic(), self._cancelled)
         with self.spans.during(lane.track, "stage"):
@@ -217,25 +226,25 @@ class Intake:
             wrong = damaged(order.segments, buffer)
         if wrong:
             raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
-        with self.spans.during(lane.track, "take"):
-            self._take(tensors, [segment.digest for segment in order.segments], unchecked=source.unchecked)
-        lane.received += 1
+        return tensors
 
-    def _view(self, lane: Lane, source: Source, order: Bucket) -> None:
+    def _borrow(self, lane: Lane, source: Source, order: Bucket) -> dict[str, torch.Tensor]:
         """Tensors in the trainer's own memory."""
         if not isinstance(source, CudaIpcSource):
             raise ValueError("memory of the trainer's was announced over another transport")  # noqa: TRY004 - from the wire
         tensors: dict[str, torch.Tensor] = {}
-        for segments, buffer in source.lent(order, self._ends - monotonic(), self._cancelled):
-            tensors |= unpack(segments, self._put(buffer))
+        with self.spans.during(lane.track, "receive"):
+            for segments, buffer in source.lent(order, self._ends - monotonic(), self._cancelled):
+                tensors |= unpack(segments, self._put(buffer))
         told = {segment.tensor.name: segment.digest for segment in order.segments}
-        for name, value in zip(tensors, digest.digests_of(tensors.values()), strict=True):
+        with self.spans.during(lane.track, "digest"):
+            values = digest.digests_of(tensors.values())
+        for name, value in zip(tensors, values, strict=True):
             if told[name] != value:
                 raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
         if source.shared:
             self._lent.append((source.stamp(), order.stamp))
-        self._take(tensors, [told[name] for name in tensors], unchecked=source.unchecked)
-        lane.received += 1
+        return tensors
 
     def confirm(self) -> None:
         """After a load: what lies in the trainer's memory was what was announced, up to here.
