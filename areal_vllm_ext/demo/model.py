@@ -60,7 +60,7 @@ def make_model(
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         # Wider than the usual 0.02, with which layers of this size hardly count beside the residual stream: the model
         # would only repeat the last token, and tokens could not tell one set of weights from another.
         "initializer_range": 0.1,

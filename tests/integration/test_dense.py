@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.vllm, pytest.mark.netns, pytest.mark.timeout(400)]
 
 PROMPT = [10, 20, 30, 40]
+# As many tokens as take any machine far longer than a pause.
+LONG = 1000
 
 
 def test_two_nodes_are_two_namespaces(cluster: Cluster) -> None:
@@ -150,16 +152,16 @@ def test_prefix_cache_of_old_weights_is_not_used(cluster: Cluster, group: Engine
 
 
 def test_request_in_flight_goes_on_with_the_new_weights(cluster: Cluster, group: EngineGroup) -> None:
-    old = cluster.oracle([PROMPT], tokens=400)[0]
+    old = cluster.oracle([PROMPT], tokens=LONG)[0]
     version = cluster.train()
-    requests = cluster.freeze(group, (0, 1), PROMPT, 400, after=0.1)
+    requests = cluster.freeze(group, (0, 1), PROMPT, LONG, after=0.1)
     with group.update(version, deadline=60) as update:
         update.send(cluster.model)
     group.resume()
     for request in requests:
         tokens = request.result(timeout=60)["token_ids"]
         same = next((i for i, (a, b) in enumerate(zip(tokens, old, strict=True)) if a != b), len(old))
-        assert 0 < same < 400, "the update did not come while the request was in flight"
+        assert 0 < same < LONG, "the update did not come while the request was in flight"
         # With its keys and values recomputed, the rest is what the new model says after what was generated so far. Where
         # exactly the switch was, cannot be seen from outside if both models agree on some tokens.
         assert any(
@@ -192,7 +194,7 @@ def test_bad_weights_touch_no_engine(cluster: Cluster, group: EngineGroup, tmp_p
 
 
 def test_keep_freezes_requests(cluster: Cluster, group: EngineGroup) -> None:
-    requests = cluster.freeze(group, (0, 1), PROMPT, 300)
+    requests = cluster.freeze(group, (0, 1), PROMPT, LONG)
     frozen = [state.requests for state in group.status()]
     late = cluster.start(1, PROMPT, 4)
     time.sleep(0.5)
@@ -200,38 +202,38 @@ def test_keep_freezes_requests(cluster: Cluster, group: EngineGroup) -> None:
     assert not any(request.done() for request in (*requests, late))
     group.resume()
     for request in requests:
-        assert request.result(timeout=60)["token_ids"] == cluster.oracle([PROMPT], tokens=300)[0]
+        assert request.result(timeout=60)["token_ids"] == cluster.oracle([PROMPT], tokens=LONG)[0]
     assert late.result(timeout=60)["token_ids"] == cluster.oracle([PROMPT], tokens=4)[0]
 
 
 def test_wait_lets_requests_finish(cluster: Cluster, group: EngineGroup) -> None:
-    requests = cluster.freeze(group, (0, 1), PROMPT, 200)
+    requests = cluster.freeze(group, (0, 1), PROMPT, LONG)
     group.resume()
     group.pause("wait")
     for request in requests:
-        assert len(request.result(timeout=5)["token_ids"]) == 200
+        assert len(request.result(timeout=5)["token_ids"]) == LONG
     group.resume()
 
 
 def test_abort_ends_requests(cluster: Cluster, group: EngineGroup) -> None:
-    requests = cluster.freeze(group, (0, 1), PROMPT, 450)
+    requests = cluster.freeze(group, (0, 1), PROMPT, LONG)
     group.pause("abort")
     for request in requests:
         choice = request.result(timeout=5)
         assert choice["finish_reason"] == "abort"
-        assert len(choice["token_ids"]) < 450
+        assert len(choice["token_ids"]) < LONG
     group.resume()
     cluster.assert_serves_trainers_weights()
 
 
 def test_pause_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGroup) -> None:
-    (request,) = cluster.freeze(group, (1,), PROMPT, 450)
+    (request,) = cluster.freeze(group, (1,), PROMPT, LONG)
     group.resume()
     started = time.monotonic()
     with pytest.raises(PauseFailed, match="DP rank 1"):
         group.pause("wait", deadline=0.2)
     assert time.monotonic() - started < 1.2
-    assert len(request.result(timeout=60)["token_ids"]) == 450
+    assert len(request.result(timeout=60)["token_ids"]) == LONG
     assert {state.state for state in group.status()} == {"running"}
 
 
