@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from areal_vllm_ext.demo.deployment import own_cores
+
 from .network import Namespaces
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ class RayCluster:
             command.append("--num-cpus=2")
         command += [f"--node-ip-address={self.namespaces.addresses[node]}", "--object-store-memory=100000000"]
         command.append("--disable-usage-stats")
-        prefix, log = self.namespaces.prefix(node), self.folder / f"{node}.log"
+        prefix = [*self.namespaces.prefix(node), *own_cores("ab".index(node), 2)]
+        log = self.folder / f"{node}.log"
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         # Not supervised: a supervisor would adopt, and end, what a launcher of this cluster has left; nobody does in earnest.
         with log.open("w") as output:

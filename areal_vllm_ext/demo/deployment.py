@@ -99,6 +99,20 @@ class NodeProcess:
         os.kill(self.pid, number)
 
 
+def own_cores(index: int, nodes: int) -> list[str]:
+    """What to put before a command to keep node ``index``, of so many on this machine, off the others' cores.
+
+    vLLM's engine and worker wait for one another in busy loops. Left alone, the two of one node take both of two cores by
+    turns, and the other node stands still for up to seconds (measured: a pause took 9 ms in the median and 2,451 at most,
+    with cores of its own 8 and 11; and all requests two thirds of the time).
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if gpu_count() or nodes == 1 or not shutil.which("taskset"):
+        return []
+    own = cores[index::nodes] or [cores[index % len(cores)]]
+    return ["taskset", "--cpu-list", ",".join(map(str, own))]
+
+
 class Deployment:
     """Starts its nodes on entering (or ``start()``), ends them on leaving (or ``close()``).
 
@@ -211,26 +225,20 @@ class Deployment:
         node = self.nodes[index]
         name = "head" if index == 0 else "headless" if len(self.nodes) == 2 else f"headless-{index}"
         log = self.log_dir / f"{name}.log"
-        command = [*node.prefix, *self._own_cores(index), sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+        command = [
+            *node.prefix,
+            *own_cores(index, len(self.nodes)),
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+        ]
         command += self._arguments(index)
         try:
             process = Supervised(command, log=log, env=self._environment(index))
         except OSError as error:
             raise DeploymentError(f"could not start {command[0]}\n{error}") from None
         return NodeProcess(name, node, command, process)
-
-    def _own_cores(self, index: int) -> list[str]:
-        """Keep nodes off one another's cores, where several share a machine's.
-
-        vLLM's engine and worker wait for one another in busy loops. Left alone, the two of one node take both of two cores
-        by turns, and the other node stands still for up to seconds (measured: a pause took 9 ms in the median and 2,451 at
-        most, with cores of its own 8 and 11; and all requests took two thirds of the time).
-        """
-        cores, nodes = sorted(os.sched_getaffinity(0)), len(self.nodes)
-        if gpu_count() or nodes == 1 or not shutil.which("taskset"):
-            return []
-        own = cores[index::nodes] or [cores[index % len(cores)]]
-        return ["taskset", "--cpu-list", ",".join(map(str, own))]
 
     def _arguments(self, index: int) -> list[str]:
         node, head = self.nodes[index], self.nodes[0]
