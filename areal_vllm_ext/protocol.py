@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 REQUEST_ID_BYTES = 16
 
 # Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever, no name without end.
@@ -296,11 +296,15 @@ class Bucket(Message):
 
 
 class Prepare(Message):
-    """Ask for the vote, after each sender has sent so many ``buckets``."""
+    """Ask for the vote, after each sender has sent so many ``buckets``.
+
+    ``base``: the manifest of weights that the engine has, of which everything stays that was not sent; empty: all was sent.
+    """
 
     epoch: Epoch
     update: str
     buckets: dict[Rank, int]
+    base: str = ""
 
 
 class Commit(Message):
@@ -380,7 +384,8 @@ class Attach(Message):
 class WorkerDone(Message):
     """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked.
 
-    ``manifest``, in the vote, is ``digest.manifest`` of all tensors that the worker holds.
+    ``manifest``, in the vote, is ``digest.manifest`` of all tensors that the worker holds; of Begin, of those that it has, if
+    it could do with what has changed since.
     """
 
     update: str
@@ -528,7 +533,7 @@ class Trace(Message):
 
 
 class Ack(Message):
-    """Done. ``manifest``, of Prepare: what the engine holds, see ``WorkerDone``."""
+    """Done. ``manifest``: see ``WorkerDone``."""
 
     seconds: float = 0.0
     manifest: str = ""

@@ -81,10 +81,16 @@ class Coordinator:
         self.lost: dict[str, str] = {}
         self._awaited: set[str] = set()
         self._in_place = in_place
+        self._bases: set[str] = set()
         self._pause_sent = False
         # What every engine must hold, and who says so: the trainer, or, from disk, the first engine that votes.
         self._manifest: str | None = None
         self._manifest_of = "the trainer"
+
+    @property
+    def base(self) -> str:
+        """The manifest of what every engine has, where all could do with what has changed since; else empty."""
+        return next(iter(self._bases)) if len(self._bases) == 1 else ""
 
     @property
     def awaited(self) -> frozenset[str]:
@@ -113,16 +119,16 @@ class Coordinator:
             for name, member in self.members.items()
         }
 
-    def sent(self, buckets: Mapping[int, int], manifest: str = "") -> dict[str, EngineRequest]:
+    def sent(self, buckets: Mapping[int, int], manifest: str = "", base: str = "") -> dict[str, EngineRequest]:
         """All bytes were sent, by each sender in so many buckets: ask for the votes.
 
-        ``manifest`` is of what was sent; empty where the trainer cannot tell.
+        ``manifest`` is of all weights; empty where the trainer cannot tell. ``base``: see ``protocol.Prepare``.
         """
         assert self.phase == "send", self.phase
         self._manifest = manifest or None
         self.phase, self._awaited = "prepare", set(self.members)
         return {
-            name: Prepare(epoch=member.epoch, update=self.update, buckets=dict(buckets))
+            name: Prepare(epoch=member.epoch, update=self.update, buckets=dict(buckets), base=base)
             for name, member in self.members.items()
         }
 
@@ -131,6 +137,8 @@ class Coordinator:
         if name not in self._awaited:
             return {}
         problem = "" if isinstance(answer, Ack) else describe(answer)
+        if self.phase == "begin" and isinstance(answer, Ack):
+            self._bases.add(answer.manifest)
         if self.phase == "prepare" and isinstance(answer, Ack):
             problem = self._compare(name, answer.manifest)
         if problem and self.phase in ("begin", "prepare", "pause"):

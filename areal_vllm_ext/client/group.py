@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ..digest import Contents
     from ..protocol import (
         Answer,
         EngineInfo,
@@ -145,6 +146,8 @@ class AsyncEngineGroup:
         self._dropped: set[tuple[str, int]] = set()
         self._keeping_paused: asyncio.Task[None] | None = None
         self._sink: tuple[tuple[object, ...], Sink] | None = None
+        # What the last update brought, if it came from here: the next one leaves out what is still the same.
+        self.sent: Contents = {}
         # Whether a worker on another GPU of this host could not open the trainer's memory.
         self.apart = False
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"

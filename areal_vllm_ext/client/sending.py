@@ -15,14 +15,15 @@ import msgspec
 import torch
 
 from ..errors import ArealError, InvalidWeights, UpdateAborted
-from ..protocol import Bucket, EngineInfo, TensorMeta, Version
+from ..protocol import Bucket, EngineInfo, Segment, TensorMeta, Version
 from ..spans import OFF, Spans
 from ..transport import Cancelled
 from ..transport.buckets import Bucket as FilledBucket
-from ..transport.buckets import filled_buckets, not_finite
+from ..transport.buckets import filled_buckets, nbytes_of, not_finite
 from ..transport.ipc import CudaIpcSink, device_id
 
 if TYPE_CHECKING:
+    from ..digest import Contents
     from ..transport import Sink
     from .group import AsyncEngineGroup
 
@@ -33,7 +34,7 @@ class Sending:
     Attributes:
         begun: whether an engine may have heard of a bucket.
         buckets, nbytes: how much was sent.
-        entries: what was sent: each tensor with its digest.
+        entries: each tensor with its digest; ``kept`` of them were not sent, because the engines have them.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Sending:
         self.buckets = 0
         self.nbytes = 0
         self.entries: list[tuple[TensorMeta, int]] = []
+        self.kept = 0
+        self._base: Contents = {}
         # Of each bucket on its way: the engines' answers, and the push.
         self._announced: list[Future[None]] = []
         self._pushed: list[Future[None]] = []
@@ -77,6 +80,7 @@ class Sending:
         bucket_bytes: int,
         turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         lasting: frozenset[int] = frozenset(),
+        base: Contents | None = None,
     ) -> None:
         """Send all of ``pairs`` through ``sink``, which has met the workers; returns when every worker holds them.
 
@@ -87,11 +91,13 @@ class Sending:
             bucket_bytes: size of a bucket.
             turn: held while a bucket is on its way.
             lasting: where storages begin that outlive the update: their tensors can be lent to the workers.
+            base: what every engine has; tensors that are the same are not sent.
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
             UpdateAborted: naming the engine that failed. TimeoutError, Cancelled: the bytes did not get through.
         """
+        self._base = base or {}
         lent: list[tuple[TensorMeta, torch.Tensor]] = []
         travelling = without_lent(pairs, sink, lasting, lent) if isinstance(sink, CudaIpcSink) else pairs
         with ThreadPoolExecutor(1, thread_name_prefix="areal-push") as pushing:
@@ -99,6 +105,8 @@ class Sending:
                 buckets = filled_buckets(travelling, bucket_bytes, lambda nbytes: self._memory(sink, nbytes))
                 for filled in self._spans.each("sending", "fill", buckets):
                     bucket = self._described(update, sink, filled)
+                    if bucket is None:
+                        continue
                     if sink.announced_is_sent:
                         self._announced.append(self._announce(bucket))
                     else:  # beside the filling of the next
@@ -125,14 +133,18 @@ class Sending:
         self._location, buffer = sink.buffer(self.buckets, nbytes)
         return buffer
 
-    def _described(self, update: str, sink: Sink, filled: FilledBucket) -> Bucket:
-        """The announcement of a bucket, whose bytes are there when this returns."""
+    def _described(self, update: str, sink: Sink, filled: FilledBucket) -> Bucket | None:
+        """The announcement of a bucket, whose bytes are there when this returns; None where the engines have all of it."""
         if name := filled.not_finite():
             raise InvalidWeights(f"{name} holds NaN or infinite values")
         if sink.announced_is_sent and filled.filled.device.type != "cpu":
             torch.accelerator.synchronize(filled.filled.device)
         with self._spans.during("sending", f"digest {self.buckets}"):
             segments = filled.segments()
+        if len(changed := self._changed(segments)) < len(segments):
+            segments = filled.keep_only(changed)
+        if not segments:
+            return None
         bucket = Bucket(
             epoch=0,
             update=update,
@@ -169,12 +181,22 @@ class Sending:
         if name:
             raise InvalidWeights(f"{name} holds NaN or infinite values")
         for bucket in sink.lend(tensors):
-            numbered = msgspec.structs.replace(bucket, update=update, index=self.buckets)
-            self._count(numbered)
-            self._announced.append(self._announce(numbered))
+            if segments := self._changed(bucket.segments):
+                nbytes = sum(nbytes_of(segment.tensor) for segment in segments)
+                numbered = msgspec.structs.replace(
+                    bucket, update=update, index=self.buckets, segments=segments, nbytes=nbytes
+                )
+                self._count(numbered)
+                self._announced.append(self._announce(numbered))
+
+    def _changed(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        """Those that the engines do not have."""
+        self.entries += [(segment.tensor, segment.digest) for segment in segments]
+        changed = tuple(one for one in segments if self._base.get(one.tensor.name) != (one.tensor, one.digest))
+        self.kept += len(segments) - len(changed)
+        return changed
 
     def _count(self, bucket: Bucket) -> None:
-        self.entries += [(segment.tensor, segment.digest) for segment in bucket.segments]
         self.buckets += 1
         self.nbytes += bucket.nbytes
 

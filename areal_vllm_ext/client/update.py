@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ..digest import Contents
     from ..transport import Sink
     from .connection import Round
     from .group import AsyncEngineGroup
@@ -81,7 +82,7 @@ class UpdateResult:
         version: the version that every engine in ``engines`` serves now.
         engines: names of the engines that switched.
         lost: engines that were lost after the first had switched, with the cause. They are out of the group.
-        nbytes: bytes of the weights.
+        nbytes: bytes of the weights that were sent; ``kept``: so many tensors were not, because every engine had them.
         total_ms: from the first request of the update to the last engine's resume.
         pause_ms: from the first request to pause to the last engine's resume, as the trainer sees it.
         commit_ms: the longest switch of an engine, within the pause.
@@ -91,6 +92,7 @@ class UpdateResult:
     engines: tuple[str, ...]
     lost: Mapping[str, str]
     nbytes: int
+    kept: int
     total_ms: float
     pause_ms: float
     commit_ms: float
@@ -135,6 +137,7 @@ class AsyncUpdate:
         self._sending: Sending | None = None
         # Whether engines may have loaded some of it, where they do not stage.
         self._loading = False
+        self._kept = 0
         self._buckets: dict[int, int] = {}
         self._entries: list[tuple[TensorMeta, int]] = []
         self._lasting: frozenset[int] = frozenset()
@@ -285,7 +288,8 @@ class AsyncUpdate:
                 self._loading = True
                 # From disk nothing passes through here: then the engines' votes are compared with each other only.
                 manifest = digest.manifest(self._entries) if self._entries else ""
-                await self._drive(coordinator.sent(self._buckets, manifest))
+                base = coordinator.base if self._kept else ""
+                await self._drive(coordinator.sent(self._buckets, manifest, base))
             if kind is not None:
                 return
             self._check_given_up(coordinator)
@@ -304,6 +308,7 @@ class AsyncUpdate:
                 engines=tuple(coordinator.committed),
                 lost=dict(coordinator.lost),
                 nbytes=self._nbytes,
+                kept=self._kept,
                 total_ms=(finished - self._started) * 1e3,
                 pause_ms=(finished - self._pause_started) * 1e3,
                 commit_ms=self._commit_seconds * 1e3,
@@ -311,7 +316,9 @@ class AsyncUpdate:
         finally:
             if self._lender:
                 self._lender.take_back()
-            if self._result is None:
+            switched = self._result is not None
+            self._group.sent = {meta.name: (meta, value) for meta, value in self._entries} if switched else {}
+            if not switched:
                 self._group.drop_sink()
             await self._command.aclose()
             if self._options.trace:
@@ -519,6 +526,12 @@ class AsyncUpdate:
             else:
                 return sink
 
+    def _base(self) -> Contents:
+        """What this group sent last, where that is what every engine says that it has; else nothing."""
+        assert self._coordinator is not None
+        sent, base = self._group.sent, self._coordinator.base
+        return sent if base and base == digest.manifest(sent.values()) else {}
+
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         assert self._loop is not None
         first = next(pairs)
@@ -531,5 +544,7 @@ class AsyncUpdate:
             itertools.chain([first], pairs),
             min(sink.bucket_bytes, total_bytes(expected, self.dtype) or sink.bucket_bytes),
             lasting=self._lasting,
+            base=self._base(),
         )
+        self._kept = sending.kept
         self.sent_by(0, sending.buckets, sending.nbytes, sending.entries)

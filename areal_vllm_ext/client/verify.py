@@ -11,9 +11,8 @@ from .. import digest
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from ..digest import Contents
     from ..protocol import Status, TensorMeta, WeightDigests, WorkerWeights
-
-Contents = dict[str, tuple["TensorMeta", int]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,6 +131,8 @@ class _Update:
     loading: bool = False
     loaded: bool = False
     manifest: str = ""
+    # What all workers have, where each could do with what has changed since.
+    base: str = ""
     # Who waits for which step ("begin", "prepare", a bucket's), which workers it is for where not all, and who has finished.
     waiting: dict[str, list[Caller]] = dataclasses.field(default_factory=dict)
     workers: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
@@ -394,7 +396,7 @@ class Participant:
         if update.failure:
             return self._refuse(caller, "failed", update.failure)
         if self._finished(update, step):
-            return [Reply(caller, Ack(manifest=update.manifest))]
+            return [Reply(caller, self._done(update, step))]
         asked_before = step in update.waiting
         update.waiting.setdefault(step, []).append(caller)
         return [] if asked_before else orders
@@ -462,6 +464,9 @@ class Participant:
             update.failure = update.failure or f"worker {message.rank}: {problem}"
             self.phase = "receiving"
             return self._answer_all(update, Error(kind="failed", message=update.failure))
+        if message.step == "begin":
+            first = "begin" not in update.finished
+            update.base = message.manifest if first or message.manifest == update.base else ""
         update.finished.setdefault(message.step, set()).add(message.rank)
         return self._step_done(update, message.step)
 
@@ -470,7 +475,11 @@ class Participant:
             return []
         if step == "prepare" and not update.failure:
             self.phase = "prepared"
-        return [Reply(caller, Ack(manifest=update.manifest)) for caller in update.waiting.pop(step, [])]
+        return [Reply(caller, self._done(update, step)) for caller in update.waiting.pop(step, [])]
+
+    @staticmethod
+    def _done(update: _Update, step: str) -> Ack:
+        return Ack(manifest=update.base if step == "begin" else update.manifest)
 
     def damaged(self, message: WeightsDamaged) -> None:
         """A worker serves other weights than it was sent: they are nobody's. ``tick`` pauses the engine."""

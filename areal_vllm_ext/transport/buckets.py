@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import msgspec
 import torch
 
 from .. import digest
@@ -63,6 +64,19 @@ class Bucket:
         spans = [(offset, nbytes_of(meta)) for meta, offset in self._tensors]
         values = digest.digests(self.filled, spans)
         return tuple(Segment(*placed, value) for placed, value in zip(self._tensors, values, strict=True))
+
+    def keep_only(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+        """Close the gaps that the others leave; returns ``segments`` with their new places."""
+        kept, end = [], 0
+        for segment in segments:
+            nbytes = nbytes_of(segment.tensor)
+            if segment.offset != end:
+                # Both places may overlap.
+                self._buffer[end : end + nbytes].copy_(self._buffer[segment.offset : segment.offset + nbytes].clone())
+            kept.append(msgspec.structs.replace(segment, offset=end))
+            end += aligned(nbytes)
+        self.nbytes = end
+        return tuple(kept)
 
 
 def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str:

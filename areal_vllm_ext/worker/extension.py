@@ -30,12 +30,13 @@ class WorkerExtension:
         receiver = self._areal_receiver
         spans, track = receiver.spans(update), f"worker {receiver.rank}"
         try:
-            weights = receiver.staged(update)
+            weights, bound = receiver.staged(update), receiver.bound(update)
             with receiver.served.switching(receiver.contents(update), update):
                 with spans.during(track, "load"):
-                    receiver.served.copied = receiver.loader.load(weights, receiver.bound(update))
+                    receiver.served.copied = receiver.loader.load(weights, bound)
                 with spans.during(track, "prove"):
-                    unproven: str = receiver.served.prove(weights)
+                    part = bound is not None and bound.part
+                    unproven: str = receiver.served.prove(weights, part=part)
                 receiver.confirm(update)
             return unproven
         finally:

@@ -58,6 +58,8 @@ class Loader:
             bound.copy()
             self._forget_old_weights()
             copied = bound.plan.whole
+        elif bound is not None and bound.part:
+            raise RuntimeError("some weights were to stay as they are, and the load plan that knows them is gone")
         elif isinstance(weights, list) and self._worth_a_plan(dict(weights)):
             self._load_and_record(weights)
         else:

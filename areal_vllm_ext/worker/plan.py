@@ -363,6 +363,8 @@ class BoundPlan:
         # A batch has one pair of dtypes, and is either contiguous throughout or not: that decides which kernel copies it.
         self._batches: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._fits = True
+        # Whether some of it stays as it is.
+        self.part = False
         # Several senders have a thread each.
         self._lock = threading.Lock()
 
@@ -380,9 +382,16 @@ class BoundPlan:
                     targets.append(view)
                     sources.append(source)
 
+    def keep(self, names: Iterable[str]) -> None:
+        """Leave what these became as it is: they do not come."""
+        with self._lock:
+            for name in names:
+                self.part = True
+                self._fits = self._missing.pop(name, None) is not None and self._fits
+
     @property
     def complete(self) -> bool:
-        """Whether exactly the tensors of the plan have come."""
+        """Whether exactly the tensors of the plan have come, or stay."""
         return self._fits and not self._missing
 
     def copy(self) -> None:

@@ -8,6 +8,7 @@ a sender dies, that thread ends by its deadline, and neither the worker nor the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -22,6 +23,7 @@ import zmq
 
 from .. import checkpoint, digest, errors, interpreter, protocol, security, wire
 from ..config import Settings
+from ..digest import Contents
 from ..protocol import (
     Abort,
     Attach,
@@ -43,7 +45,7 @@ from ..transport.buckets import damaged, unpack
 from ..transport.ipc import CudaIpcSource, device_id
 from . import staging
 from .loader import Loader
-from .served import Contents, Served, WeightsChanged, beside
+from .served import Served, WeightsChanged, beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +86,9 @@ class Intake:
         self.manifest: dict[str, tuple[TensorMeta, int]] = {}
         # Of staged tensors, where there is a load plan.
         self.bound: BoundPlan | None = None
+        # What the worker has, if it could do with what has changed since; and the manifest of that.
+        self._base: Contents = {}
+        self._base_manifest = ""
         # Where trainers show for how long they lend what is staged, and what it shows until then.
         self._lent: list[tuple[torch.Tensor, int]] = []
         self._receiver = receiver
@@ -162,7 +167,7 @@ class Intake:
                 source = self._receiver.source(lane.transfer, left, self._cancelled, senders)
                 ready = self._opened(lane, source)
             if ready:
-                self._report(step)
+                self._report(step, manifest=self._base_manifest)
             while (order := self._next(lane)) is not None:
                 if isinstance(order, Prepare):
                     step = "prepare"
@@ -195,6 +200,8 @@ class Intake:
                 nbytes = 0 if source.shared else self.begin.staging.nbytes or source.nbytes
                 self._place = staging.choose(self.begin.staging, nbytes, self._receiver.device)
                 self.bound = None if self.in_place else self._receiver.loader.bind()
+                if self.bound:
+                    self._base_manifest, self._base = self._receiver.served.base()
             lane.source = source
             return all(one.source for one in self._lanes.values())
 
@@ -290,15 +297,42 @@ class Intake:
                 self._take(staged, digest.digests_of(staged.values()), unchecked=lane.source.unchecked)
             if lane.received != (sent := order.buckets.get(number, 0)):
                 raise RuntimeError(f"{sent} buckets were sent, {lane.received} arrived")
+        if order.base:
+            self._keep(order.base)
         expected = self._receiver.expected()
         if expected is not None and (problem := checkpoint.missing(self.manifest, expected)):
             raise ValueError(problem)
         if self.in_place:
             self._hand_over(None)
 
+    def _keep(self, base: str) -> None:
+        """What did not come stays as it is, if it is that."""
+        bound, kept = self.bound, {name: one for name, one in self._base.items() if name not in self.manifest}
+        if bound is None or base != self._base_manifest:
+            raise RuntimeError(f"what was to stay is not what this worker has: {errors.SEND_AGAIN}")
+        bound.keep(kept)
+        if not bound.complete:
+            raise RuntimeError(f"what was sent does not go with what was to stay: {errors.SEND_AGAIN}")
+        if not self._receiver.served.has(kept, bound.plan.whole):
+            raise RuntimeError(f"what was to stay was changed by somebody else: {errors.SEND_AGAIN}")
+        self.manifest |= kept
+
     def _report(self, step: str, error: str = "", manifest: str = "") -> None:
         update, rank = self.begin.update, self._receiver.rank
         self._receiver.report(WorkerDone(update=update, rank=rank, step=step, error=error, manifest=manifest))
+
+
+def _tell_of_sleep(worker: Any, served: Served) -> None:
+    """Have ``served`` hear of vLLM's sleep mode."""
+    if (sleep := getattr(worker, "sleep", None)) is None:
+        return
+
+    @functools.wraps(sleep)
+    def told(*args: Any, **options: Any) -> Any:
+        served.sleeps()
+        return sleep(*args, **options)
+
+    worker.sleep = told
 
 
 def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
@@ -342,6 +376,7 @@ class Receiver:
         self.loader = Loader(worker)
         self.served = Served(worker, (config.model_config.model, config.model_config.revision))
         self.served.damaged = self._damaged
+        _tell_of_sleep(worker, self.served)
         self._max_message_bytes = settings.max_message_mib << 20
         self._model = (config.model_config.model, config.model_config.revision)
         self._expected: dict[str, TensorMeta] | None = None
@@ -350,6 +385,7 @@ class Receiver:
         self._intake: Intake | None = None
         self._traced = ("", OFF)
         self._reports: queue.SimpleQueue[WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace] = queue.SimpleQueue()
+        digest.compiled()  # begins now, not with the first update
         self._wake_read, self._wake_write = socket.socketpair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = wire.connect(

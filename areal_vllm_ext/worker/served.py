@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import checkpoint, digest
-from ..protocol import TensorMeta, WorkerWeights
+from ..digest import Contents
+from ..protocol import WorkerWeights
 from . import proof
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -32,9 +33,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def beside(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """For threads beside the engine's: what they have the device do does not wait for the engine's steps, nor these for it."""
     return torch.cuda.stream(_stream(device)) if device.type == "cuda" else contextlib.nullcontext()
-
-
-Contents = dict[str, tuple[TensorMeta, int]]
 
 
 # After a commit; the engine runs again by then.
@@ -65,6 +63,9 @@ class Served:
         # Told the update's name and the reason where what was applied is not what was received.
         self.damaged: Callable[[str, str], None] = lambda *_: None
         self._proven: frozenset[str] = frozenset()
+        # The manifest of what was applied, once the live weights were looked at.
+        self._manifest = ""
+        self._slept = False
         # Raised when a switch begins and when it has ended: odd meanwhile.
         self._changes = 0
         self._state = threading.Lock()
@@ -78,24 +79,30 @@ class Served:
         with self._state:
             self._changes += 1
             self._update = update
-            self._after_commit, self._wrong = {}, ()
+            self._after_commit, self._wrong, self._manifest = {}, (), ""
             self._contents = {}  # nobody's, should the body fail
+            self._slept = False
         try:
             yield
             self._contents = contents
         finally:
             self._changes += 1
-        if not self._after_commit:
-            # Not now: in the pause it would take 6 ms from a commit of 16 GB.
-            later = threading.Timer(_REMEMBER_SECONDS, self._remember)
-            later.name, later.daemon = "areal-digest", True
-            later.start()
+        # Not now: in the pause it would take 6 ms from a commit of 16 GB.
+        later = threading.Timer(_REMEMBER_SECONDS, self._remember, (self._changes,))
+        later.name, later.daemon = "areal-digest", True
+        later.start()
 
-    def prove(self, weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    def sleeps(self) -> None:
+        """vLLM's sleep mode takes the weights' memory, and maybe what was in it: nothing builds on it until a commit."""
+        with self._state:
+            self._slept, self._manifest = True, ""
+
+    def prove(self, weights: Iterable[tuple[str, torch.Tensor]], *, part: bool = False) -> str:
         """Prove the loader, inside ``switching``: at the first update, and when other tensors come than were proven.
 
         Args:
             weights: what was loaded; without staging it is gone, and cannot be loaded a second time.
+            part: others stayed as they were.
 
         Returns:
             why it could not be proven; empty where it is.
@@ -105,6 +112,8 @@ class Served:
         """
         if not isinstance(weights, list):
             return "" if self._proven else "without staging there is nothing left to compare with a fresh load"
+        if part:
+            return "" if self._proven else "weights that stayed were not sent, and cannot be loaded afresh"
         names = frozenset(name for name, _ in weights)
         if names == self._proven:
             return ""
@@ -120,6 +129,22 @@ class Served:
         return unproven
 
     # On other threads
+
+    def base(self) -> tuple[str, Contents]:
+        """What was applied last, and its manifest: empty where the live weights are not known to be that."""
+        with self._state:
+            return (self._manifest, dict(self._contents or {})) if self._manifest else ("", {})
+
+    def has(self, contents: Contents, runs: Mapping[str, torch.Tensor]) -> bool:
+        """Whether these are served. What is one of the ``runs`` of live memory is read there; for others all is."""
+        read = {name: run for name, run in runs.items() if name in contents}
+        values = dict(zip(read, digest.digests_of(read.values()), strict=True))
+        if any(contents[name][1] != value for name, value in values.items()):
+            return False
+        if len(read) == len(contents):
+            return True
+        live, after_commit, _ = self._take()
+        return live == after_commit
 
     def describe(self, contents: bool) -> WorkerWeights:
         """Digests of what is served now. Takes as long as reading all weights once; with ``contents`` of weights that the
@@ -158,10 +183,13 @@ class Served:
             self._after_commit = self._after_commit or live
             return live, self._after_commit, self._contents
 
-    def _remember(self) -> None:
+    def _remember(self, changes: int) -> None:
+        if self._slept or changes != self._changes:
+            return
         try:
             with beside(self._worker.device):
-                self._take()
+                if not self._after_commit:
+                    self._take()
                 self._compare()
         except WeightsChanged:
             pass  # the next commit has its own
@@ -178,6 +206,7 @@ class Served:
             self._wrong = tuple(
                 name for name, value in values.items() if name in contents and contents[name][1] != value
             )
+            self._manifest = "" if self._wrong or self._slept else digest.manifest(contents.values())
         if self._wrong:
             reason = f"{len(self._wrong)} tensors were not applied as they were received ({', '.join(self._wrong[:5])})"
             logger.error("areal_vllm_ext: %s: update this engine again, and report it", reason)

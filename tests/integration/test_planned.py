@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from safetensors.torch import load_file
 from test_in_process import START, run
 
 from areal_vllm_ext.demo.model import make_model
@@ -29,6 +30,7 @@ utils.dispatch_cpu_unquantized_gemm = dispatch
 UPDATES = (
     START
     + """
+import time
 from transformers import AutoModelForCausalLM
 from areal_vllm_ext import EngineGroup
 
@@ -54,6 +56,13 @@ with EngineGroup.connect() as group:
             update.send(model)
         facts["exact"].append(exact())
         facts["commit_ms"].append(round(update.result.commit_ms, 1))
+    time.sleep(1)  # after a commit, workers look at what they have
+    with torch.no_grad():
+        model.model.norm.weight.mul_(torch.linspace(-2, 2, model.config.hidden_size))
+    with group.update("norm", deadline=60) as update:
+        update.send(model)
+    facts["kept"] = update.result.kept
+    facts["exact"].append(exact())
     facts["verified"] = group.verify().equal
 print(json.dumps(facts | {"reloads": len(reloads)}))
 """
@@ -62,7 +71,7 @@ print(json.dumps(facts | {"reloads": len(reloads)}))
 
 @pytest.mark.parametrize(
     ("tied", "moe", "prepare", "reloads"),
-    [(True, False, UNPACKED, 1), (False, False, UNPACKED, 1), (False, False, "", 4), (True, True, UNPACKED, 4)],
+    [(True, False, UNPACKED, 1), (False, False, UNPACKED, 1), (False, False, "", 5), (True, True, UNPACKED, 5)],
     ids=["tied", "untied", "packed linears", "packed experts"],
 )
 def test_updates_are_copied_where_weights_lie_as_they_were_loaded(
@@ -72,6 +81,8 @@ def test_updates_are_copied_where_weights_lie_as_they_were_loaded(
     done = run(prepare + UPDATES, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["exact"] == [True] * 4, facts
+    assert facts["exact"] == [True] * 5, facts
     assert facts["verified"]
+    tensors = len(load_file(tmp_path / "model.safetensors"))
+    assert facts["kept"] == (tensors - 1 if reloads == 1 else 0)
     assert facts["reloads"] == reloads, done.stderr[-3000:]

@@ -37,12 +37,16 @@ class Served:
         self.weights: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         for number, engine in deployment.engines.items():
             self.receivers[number] = [
-                Receiver(worker(rank, checkpoint, key_file), engine.endpoint.address, engine.endpoint.attach_token)
-                for rank in range(WORKERS)
+                Receiver(one, engine.endpoint.address, engine.endpoint.attach_token)
+                for one in self.workers_of(number, checkpoint, key_file)
             ]
             engine.staged = self.switch(number, engine)
             engine.loaded = self.load(number, engine)
         deployment.wait_attached()
+
+    def workers_of(self, number: int, checkpoint: Path, key_file: Path) -> list[Any]:
+        """The stand-ins of engine ``number``."""
+        return [worker(rank, checkpoint, key_file) for rank in range(WORKERS)]
 
     def switch(self, number: int, engine: SimulatedEngine) -> Any:
         def staged(update: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,6 +14,18 @@ from areal_vllm_ext.protocol import TensorMeta
 from areal_vllm_ext.transport.buckets import damaged, filled_buckets
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
+
+
+@pytest.fixture(params=["compiled", "operators"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways to compute them on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "operators":
+            patch.setattr(digest, "has_kernel", lambda _device: False)
+        else:
+            assert digest.compiled().result(timeout=100)
+            assert digest.has_kernel(torch.device("cpu"))
+        yield
 
 
 def one(tensor: torch.Tensor) -> int:

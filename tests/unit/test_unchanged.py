@@ -1,0 +1,222 @@
+"""Tensors that have not changed since the last update stay where they are: real clients, receivers, plans and commits, over
+stand-ins for vLLM's workers whose models are a few parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from real_receivers import (
+    SHAPES,
+    WORKERS,
+    Deployment,
+    Served,
+    awaiting_workers,
+    checkpoint,  # noqa: F401 - a fixture
+    connected,
+    send,
+    vllm_config,
+    weights,
+)
+from waiting import eventually
+
+from areal_vllm_ext import EngineGroup, UpdateAborted, security
+from areal_vllm_ext.worker import proof
+from areal_vllm_ext.worker.extension import WorkerExtension
+
+FROZEN = ("embed", "layer.0")
+
+
+class Model(torch.nn.Module):
+    """A parameter for each tensor of the checkpoint, the two layers fused into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Parameter(torch.zeros(66, 7), requires_grad=False)
+        for name in ("embed", "norm", "scale"):
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(SHAPES[name]), requires_grad=False))
+
+    def part(self, name: str) -> torch.Tensor:
+        """Where a tensor of the checkpoint lies."""
+        if name.startswith("layer."):
+            return self.layers.data.narrow(0, 33 * int(name[-1]), 33)
+        return self.get_parameter(name).data
+
+
+class Worker:
+    """What a receiver, a loader and a commit ask of vLLM's worker."""
+
+    def __init__(self, rank: int, folder: Path, key_file: Path) -> None:
+        parallel = SimpleNamespace(
+            enable_eplb=False,
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            enable_expert_parallel=False,
+            data_parallel_size=1,
+        )
+        self.rank, self.device, self.model = rank, torch.device("cpu"), Model()
+        self.vllm_config = vllm_config(folder, key_file, parallel_config=parallel)
+        self.model_runner = SimpleNamespace()
+        self.slept = 0
+        self._areal_receiver: Any = None
+
+    def get_model(self) -> torch.nn.Module:
+        return self.model
+
+    def reload_weights(self, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights_iterator:
+            self.model.part(name).copy_(tensor)
+
+    def sleep(self, level: int = 1) -> None:
+        self.slept = level
+
+
+class Engines(Served):
+    """Engines that commit as real ones do."""
+
+    def __init__(self, deployment: Deployment, folder: Path, key_file: Path) -> None:
+        self.workers: dict[int, list[Worker]] = {}
+        super().__init__(deployment, folder, key_file)
+        for number, receivers in self.receivers.items():
+            for one, receiver in zip(self.workers[number], receivers, strict=True):
+                one._areal_receiver = receiver
+
+    def workers_of(self, number: int, checkpoint: Path, key_file: Path) -> list[Any]:  # noqa: F811
+        self.workers[number] = [Worker(rank, checkpoint, key_file) for rank in range(WORKERS)]
+        return self.workers[number]
+
+    def switch(self, number: int, engine: Any) -> Any:
+        def commit(update: str) -> None:
+            assert not engine.running
+            with ThreadPoolExecutor(WORKERS) as pool:
+                for future in [pool.submit(WorkerExtension.areal_commit, one, update) for one in self.workers[number]]:
+                    future.result()
+
+        return commit
+
+    load = switch
+
+    @property
+    def all_workers(self) -> list[Worker]:
+        return [one for workers in self.workers.values() for one in workers]
+
+    def serve(self, expected: dict[str, torch.Tensor]) -> bool:
+        return all(
+            torch.equal(one.model.part(name), tensor) for one in self.all_workers for name, tensor in expected.items()
+        )
+
+    def wait_known(self) -> None:
+        """What is left out must be known to be there: that is found out beside generation, after each commit."""
+        eventually(lambda: all(one._areal_receiver.served.base()[0] for one in self.all_workers))
+
+
+@pytest.fixture(scope="module")
+def engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Engines]:  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch, awaiting_workers(key, checkpoint) as deployment:
+        patch.setattr(proof, "prove", lambda *_: "")  # there is no vLLM to build a second model
+        yield Engines(deployment, checkpoint, key_file)
+
+
+@pytest.fixture
+def group(engines: Engines, key_file: Path) -> Iterator[EngineGroup]:
+    """The group, at version 1 from this client, and ready for parts."""
+    with connected(engines.deployment, key_file) as client:
+        send(client, weights(1))
+        engines.wait_known()
+        yield client
+
+
+def trained(before: int, after: int) -> dict[str, torch.Tensor]:
+    """Weights of which ``FROZEN`` are still those of ``before``."""
+    return weights(after) | {name: weights(before)[name] for name in FROZEN}
+
+
+def update(group: EngineGroup, source: Any, version: int, bucket_bytes: int = 1 << 20, **options: Any) -> Any:
+    opened = group.update(version, deadline=20.0, **options)
+    opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket_bytes)
+    with opened as running:
+        running.send(source)
+    return running.result
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
+@pytest.mark.parametrize("bucket_bytes", [300, 1 << 20], ids=["small buckets", "one bucket"])
+@pytest.mark.parametrize("iterable", [False, True], ids=["dict", "iterable"])
+def test_what_has_not_changed_is_not_sent(
+    engines: Engines, group: EngineGroup, transport: str, bucket_bytes: int, iterable: bool
+) -> None:
+    for version in (2, 3):
+        expected = trained(1, version)
+        source = iter(expected.items()) if iterable else expected
+        result = update(group, source, version, transport=transport, bucket_bytes=bucket_bytes)
+        assert result.kept == len(FROZEN)
+        changed = sum(tensor.nbytes for name, tensor in expected.items() if name not in FROZEN)
+        assert changed <= result.nbytes < changed + 256 * len(expected)
+        assert engines.serve(expected)
+        engines.wait_known()
+    same = update(group, expected, 4, transport=transport)
+    assert (same.kept, same.nbytes) == (len(expected), 0)
+    assert {state.version for state in group.status()} == {4}
+    engines.wait_known()
+    assert update(group, weights(9), 5, transport=transport).kept == 0
+    assert engines.serve(weights(9))
+    assert group.verify().equal
+
+
+def test_a_client_that_did_not_send_the_last_weights_sends_all(
+    engines: Engines, group: EngineGroup, key_file: Path
+) -> None:
+    with connected(engines.deployment, key_file) as other:
+        assert update(other, trained(1, 2), 2).kept == 0
+        engines.wait_known()
+        # The first client's last weights are not those that are served now.
+        assert update(group, trained(1, 3), 3).kept == 0
+    assert engines.serve(trained(1, 3))
+
+
+def test_an_engine_that_cannot_do_with_parts_gets_all_and_so_do_the_others(
+    engines: Engines, group: EngineGroup
+) -> None:
+    engines.all_workers[-1].sleep(level=2)
+    assert engines.all_workers[-1].slept == 2
+    engines.all_workers[-1].model.embed.data.zero_()
+    assert update(group, trained(1, 2), 2).kept == 0
+    assert engines.serve(trained(1, 2))
+    engines.wait_known()
+    assert update(group, trained(1, 3), 3).kept == len(FROZEN)
+
+
+@pytest.mark.parametrize("name", ["embed", "layer.0"], ids=["a parameter", "part of a parameter"])
+def test_what_was_to_stay_and_was_changed_by_somebody_else_is_found_and_the_next_update_heals_it(
+    engines: Engines, group: EngineGroup, name: str
+) -> None:
+    engines.all_workers[1].model.part(name)[0, 0] += 1
+    with pytest.raises(UpdateAborted, match="what was to stay was changed by somebody else"):
+        update(group, trained(1, 2), 2)
+    assert update(group, trained(1, 3), 3).kept == 0
+    assert engines.serve(trained(1, 3))
+
+
+def test_a_tensor_of_another_dtype_is_a_no_and_the_next_update_brings_all(engines: Engines, group: EngineGroup) -> None:
+    receiver = engines.all_workers[0]._areal_receiver
+    source, shape = receiver.loader._plan.sources["norm"]
+    receiver.loader._plan.sources["norm"] = (torch.float64, shape)
+    try:
+        with pytest.raises(UpdateAborted, match="does not go with what was to stay"):
+            update(group, trained(1, 2), 2)
+    finally:
+        receiver.loader._plan.sources["norm"] = (source, shape)
+    assert update(group, trained(1, 3), 3).kept == 0
+    assert engines.serve(trained(1, 3))
+
+
+def test_without_staging_all_is_sent(engines: Engines, group: EngineGroup) -> None:
+    assert update(group, trained(1, 2), 2, staging="none").kept == 0
+    assert engines.serve(trained(1, 2))
