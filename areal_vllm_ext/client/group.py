@@ -309,7 +309,7 @@ class AsyncEngineGroup:
         transport: str = "auto",
         mode: PauseMode = "keep",
         kv: KVPolicy = "recompute",
-        bucket_mib: int = 256,
+        bucket_mib: int | None = None,
         staging: StagingKind = "auto",
         drop_lost: bool = False,
         on_phase: Callable[[str], None] | None = None,
@@ -326,7 +326,7 @@ class AsyncEngineGroup:
                 ``update.send("/path")`` goes by disk.
             mode: how engines pause for the switch, see ``pause``.
             kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.
-            bucket_mib: size of the pieces in which the weights travel.
+            bucket_mib: size of the pieces in which the weights travel; default: 256 from GPUs, 32 from host memory.
             staging: where workers keep the new weights until the switch: on their ``device``, in ``host`` memory, or
                 (``auto``) on the device if there is room, else in host memory. It costs one copy of all weights in each
                 worker; where there is no room the update is refused, with the numbers. ``none`` costs nothing: the engines
@@ -344,7 +344,7 @@ class AsyncEngineGroup:
             staging=staging,
             mode=mode,
             kv=kv,
-            bucket_bytes=bucket_mib << 20,
+            bucket_bytes=None if bucket_mib is None else bucket_mib << 20,
             drop_lost=drop_lost,
             on_phase=on_phase,
             trace=trace,

@@ -204,7 +204,7 @@ class JointUpdate(Update):
                 nbytes += tensor.nbytes
                 if self._leads:
                     full.append((name, tensor))
-                if nbytes >= self._update.bucket_bytes:
+                if nbytes >= self._update.bucket_bytes(tensor.device):
                     more = True
                     break
             yield from full

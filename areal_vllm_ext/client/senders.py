@@ -38,11 +38,14 @@ _LOOK_SECONDS = 0.01
 
 
 class Opening(msgspec.Struct):
-    """What rank 0 knows of the engines: each with its epoch, their checkpoint, and the dtype that they compute in."""
+    """What rank 0 knows of the engines: each with its epoch, their checkpoint, and the dtype that they compute in; and the size
+    of buckets.
+    """
 
     engines: dict[str, tuple[EngineInfo, int]]
     expected: tuple[TensorMeta, ...]
     dtype: str
+    bucket_bytes: int
 
 
 class Holding(msgspec.Struct):
@@ -96,7 +99,7 @@ class Plan:
     rounds: list[list[str]]
 
 
-def plan(kind: Senders, opening: Opening, holdings: Sequence[Holding], bucket_bytes: int) -> Plan:
+def plan(kind: Senders, opening: Opening, holdings: Sequence[Holding]) -> Plan:
     """Who sends what to whom.
 
     Raises:
@@ -112,7 +115,7 @@ def plan(kind: Senders, opening: Opening, holdings: Sequence[Holding], bucket_by
     names: list[list[str]] = [[]]
     size = 0
     for name, meta in metas.items():
-        if size >= bucket_bytes:
+        if size >= opening.bucket_bytes:
             names.append([])
             size = 0
         names[-1].append(name)
@@ -196,28 +199,29 @@ class RankSends:
     def send(self, weights: WeightSource, dtype: str | None) -> None:
         """Send this rank's share of ``weights``; returns when all ranks have sent theirs."""
         agreement, rank = self._agreement, self._agreement.rank
-        if rank == 0:
-            known = Opening(self._update.engines, self._update.expected(), self._update.dtype)
-            agreement.say(encode(known))
-        else:
-            known = msgspec.json.decode(agreement.hear(), type=Opening)
         if isinstance(weights, Iterator):
             raise InvalidWeights("an iterator shows its tensors one by one: give send(...) a module, a dict or a list")
         parts = list(named_parts(weights))
-        checker = Checker(known.expected, known.dtype, dtype)
         device = parts[0][1].device if parts else torch.device("cpu")
+        if rank == 0:
+            bucket_bytes = self._update.bucket_bytes(device)
+            known = Opening(self._update.engines, self._update.expected(), self._update.dtype, bucket_bytes)
+            agreement.say(encode(known))
+        else:
+            known = msgspec.json.decode(agreement.hear(), type=Opening)
+        checker = Checker(known.expected, known.dtype, dtype)
         holding = Holding(checker.check_ahead(parts, part=True), place_of(device, socket.gethostname()))
         agreement.show(encode(holding))
         holdings = [msgspec.json.decode(agreement.read(one), type=Holding) for one in range(agreement.size)]
         checker.check_whole({meta.name for one in holdings for meta in one.tensors})
-        shared = plan(self._kind, known, holdings, self._update.bucket_bytes)
+        shared = plan(self._kind, known, holdings)
         held = {meta.name for meta in holding.tensors}
         full = self._gathered([part for part in parts if part[0] in held], shared)
         serves, mine = shared.serves[rank], shared.sends[rank]
         pairs = checker.check((pair for pair in full if pair[0] in mine), part=True)
         engines = {name: known.engines[name] for name in serves} if mine else {}
         served = {name: with_workers(info, serves[name]) for name, (info, _) in engines.items()}
-        name, sink = self._begin(served, device, known.expected)
+        name, sink = self._begin(served, device, known)
         self._update.others_send()
         sending = Sending(self._group, self._loop, engines, self._update.version, self._ends, rank, self._update.spans)
         if sink is None:
@@ -242,16 +246,14 @@ class RankSends:
             self._agreement.step("gather")
             yield from list(gathered((name, held[name]) for name in names if name in held))
 
-    def _begin(
-        self, served: dict[str, EngineInfo], device: torch.device, expected: tuple[TensorMeta, ...]
-    ) -> tuple[str, Sink | None]:
+    def _begin(self, served: dict[str, EngineInfo], device: torch.device, known: Opening) -> tuple[str, Sink | None]:
         """Open the update, with this rank as a sender to the workers in ``served``; returns its name and the sending end,
         which has met them.
         """
         while True:
             kept, sink = self._group.has_sink, None
             if served:
-                sink = self._sink(served, device, expected)
+                sink = self._sink(served, device, known)
             transfers = zip(served, sink.transfers, strict=True) if sink else ()
             offer = Offer({name: Sender(transfer, ranks_of(served[name])) for name, transfer in transfers}, kept)
             self._agreement.show(encode(offer))
@@ -270,13 +272,13 @@ class RankSends:
             else:
                 return begun.update, sink
 
-    def _sink(self, served: dict[str, EngineInfo], device: torch.device, expected: tuple[TensorMeta, ...]) -> Sink:
+    def _sink(self, served: dict[str, EngineInfo], device: torch.device, known: Opening) -> Sink:
         asked = self._update.transport
         if self._kind == "colocated" and asked == "auto":
             asked = "ipc" if device.type == "cuda" else "shared_memory"
         kind = choose_transport(asked, device, served.values())
         left = self._ends - time.monotonic()
-        return self._group.sink(kind, served, device, self._update.bucket_bytes, expected, left)
+        return self._group.sink(kind, served, device, known.bucket_bytes, known.expected, left)
 
     def _open(self) -> Begun:
         """Rank 0: begin everywhere with the senders that all ranks have offered, and tell them."""

@@ -43,7 +43,7 @@ from ..protocol import (
 )
 from ..spans import Spans
 from ..transport import Cancelled
-from ..transport.buckets import total_bytes
+from ..transport.buckets import default_bucket_bytes, total_bytes
 from ..transport.ipc import CudaIpcSink
 from . import trace
 from .coordinator import Coordinator, Member
@@ -107,7 +107,7 @@ class UpdateOptions:
     staging: StagingKind
     mode: PauseMode
     kv: KVPolicy
-    bucket_bytes: int
+    bucket_bytes: int | None
     drop_lost: bool
     on_phase: Callable[[str], None] | None
     trace: str | os.PathLike[str] | None
@@ -164,10 +164,9 @@ class AsyncUpdate:
         """As it was asked for."""
         return self._options.transport
 
-    @property
-    def bucket_bytes(self) -> int:
-        """Size of the pieces in which the weights travel."""
-        return self._options.bucket_bytes
+    def bucket_bytes(self, device: torch.device) -> int:
+        """Size of the pieces in which weights travel from there."""
+        return default_bucket_bytes(device) if self._options.bucket_bytes is None else self._options.bucket_bytes
 
     @property
     def result(self) -> UpdateResult:
@@ -501,7 +500,7 @@ class AsyncUpdate:
         while True:
             kept = self._group.has_sink
             kind = choose_transport(self._options.transport, device, self._engines.values(), apart=self._group.apart)
-            sink = self._group.sink(kind, self._engines, device, self._options.bucket_bytes, expected, self._left())
+            sink = self._group.sink(kind, self._engines, device, self.bucket_bytes(device), expected, self._left())
             self._lender = sink if isinstance(sink, CudaIpcSink) and self._lasting else None
             lent = (
                 (msgspec.structs.replace(one, shares=True) for one in self._lender.transfers) if self._lender else None

@@ -41,7 +41,7 @@ from ..protocol import (
 )
 from ..spans import OFF, Spans
 from ..transport import Cancelled, Source, open_source
-from ..transport.buckets import damaged, unpack
+from ..transport.buckets import damaged, not_finite, unpack
 from ..transport.ipc import CudaIpcSource, device_id
 from . import staging
 from .loader import Loader
@@ -275,7 +275,7 @@ class Intake:
             meta = meta_of(name, tensor)
             if expected is not None and (problem := checkpoint.misfit(meta, expected, dtypes)):
                 raise ValueError(problem)
-            if unchecked and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if unchecked and not_finite([(name, tensor)]):
                 raise ValueError(f"{name} holds NaN or infinite values")
             self.manifest[name] = (meta, value)
         if self.in_place:

@@ -271,9 +271,8 @@ def test_a_transfer_that_cannot_be_opened_is_told_to_the_engine(
     said = reports(endpointless, monkeypatch)
     transfer = SharedMemory(segment="areal-" + "0" * 32, nbytes=16)
     endpointless._handle(Begin(epoch=1, update="this", version=1, senders={0: Sender(transfer=transfer)}, timeout=5.0))
-    eventually(lambda: said)
-    assert said[0][0] == "begin"
-    assert "not on this host" in said[0][1]
+    # Of the update before, an answer may be on its way yet.
+    eventually(lambda: any(step == "begin" and "not on this host" in error for step, error in said))
     endpointless.discard("this")
 
 
