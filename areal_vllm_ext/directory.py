@@ -70,6 +70,7 @@ class Directory:
         self._settle_seconds = settle_seconds
         self._engines: dict[tuple[str, int], tuple[EngineInfo, float]] = {}
         self._beats: dict[tuple[str, int], Register] = {}
+        # The newest that was agreed on, also where every engine that had it is gone: none that comes back serves an older one.
         self._newest: Register | None = None
         # Who has heard what the group agreed on. Nobody else serves, or is told to do anything.
         self._joined: set[tuple[str, int]] = set()
@@ -118,9 +119,9 @@ class Directory:
         self._engines[key] = (message.engine, now)
         if known is None or known[0].incarnation != message.engine.incarnation:
             self._joined.discard(key)
-        before = self._beats.get(key)
         self._beats[key] = message
-        self._find_newest(before, message)
+        if self._newest is None or message.agreed >= self._newest.agreed:
+            self._newest = message
         # After a restart of the directory the engines remember the epoch for it.
         self._epoch = max(self._epoch, message.epoch)
         if key not in self._joined:
@@ -151,16 +152,8 @@ class Directory:
         return Ack()
 
     def _forget(self, key: tuple[str, int]) -> None:
-        del self._engines[key]
+        del self._engines[key], self._beats[key]
         self._joined.discard(key)
-        self._find_newest(self._beats.pop(key), None)
-
-    def _find_newest(self, before: Register | None, message: Register | None) -> None:
-        """Keep the beat with the highest ``agreed``; an engine's last one, ``before``, was replaced by ``message``."""
-        if message and (self._newest is None or message.agreed >= self._newest.agreed):
-            self._newest = message
-        elif before is self._newest:
-            self._newest = max(self._beats.values(), key=lambda beat: beat.agreed, default=None)
 
     def recovery_due(self, now: float) -> bool:
         """Whether no client is there, and has left engines in an update, or paused."""

@@ -68,6 +68,10 @@ def test_moe_replica_over_two_nodes(cluster: RayCluster, tmp_path: Path) -> None
             assert state.phase != "failed", state.error
             assert time.monotonic() < ends, state
             time.sleep(0.5)
+        # All engines were started anew, and none serves what it was started with.
+        while {(one.phase, one.state) for one in replica.group.status()} != {("stale", "paused")}:
+            assert time.monotonic() < ends, replica.group.status()
+            time.sleep(0.2)
         train(model, 4)
         with replica.group.update(4, deadline=60) as update:
             update.send(model)

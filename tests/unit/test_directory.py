@@ -312,13 +312,16 @@ def told(directory: Directory, rank: int, now: float, **beat: object) -> protoco
     return directory.handle(Register(engine=engine(rank), epoch=0, **beat), now)  # type: ignore[arg-type]
 
 
-def test_engines_hear_of_the_newest_update_that_any_of_them_has_while_that_one_is_known() -> None:
+def test_engines_hear_of_the_newest_update_that_any_of_them_ever_had() -> None:
     directory = Directory()
     told(directory, 0, 0.0, version="v2", agreed=7)
     assert told(directory, 1, 0.0, version="v0", agreed=0) == Registered(version="v2", agreed=7)
     restarted = msgspec.structs.replace(engine(0), incarnation="2")
     answer = directory.handle(Register(engine=restarted, epoch=0, version="v0"), 1.0)
-    assert answer == Registered(version="v0", agreed=0), "nobody is left who has it"
+    assert answer == Registered(version="v2", agreed=7), "nobody is left who has it, but it was served"
+    directory.handle(protocol.Unregister(engine=restarted), 2.0)
+    assert told(directory, 1, 3.0, version="v0", agreed=0) == Registered(version="v2", agreed=7)
+    assert told(directory, 1, 4.0, version="v3", agreed=8) == Registered(version="v3", agreed=8)
 
 
 def test_a_directory_that_has_just_started_first_listens() -> None:
