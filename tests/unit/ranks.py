@@ -153,6 +153,23 @@ def own_layers(opened: Any, seed: int, _: Connection) -> None:
     opened.send(dict(held[:3] if dist.get_rank() == 0 else held[3:]))
 
 
+def one_has_nearly_all(opened: Any, seed: int, _: Connection) -> None:
+    """Rank 1 sends nothing, but has a part of a tensor that rank 0 sends."""
+    norm, rest = parts(seed)["norm"], tensors(seed)
+    opened.send({"norm": norm} if dist.get_rank() else {"norm": norm, **{n: t for n, t in rest.items() if n != "norm"}})
+
+
+def fails_to_meet(opened: Any, seed: int, _: Connection) -> None:
+    from areal_vllm_ext.transport.shared_memory import SharedMemorySink
+
+    meet = SharedMemorySink.meet
+    SharedMemorySink.meet = lambda *_: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    try:
+        opened.send(tensors(seed))
+    finally:
+        SharedMemorySink.meet = meet  # type: ignore[method-assign]
+
+
 def not_in_step(opened: Any, seed: int, _: Connection) -> None:
     """As a data-parallel trainer has them whose ranks have drifted apart."""
     opened.send(tensors(seed + dist.get_rank()))

@@ -35,6 +35,8 @@ class Served:
         self.deployment = deployment
         self.receivers: dict[int, list[Receiver]] = {}
         self.weights: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        # How many sent to each worker.
+        self.senders: dict[tuple[int, int], int] = {}
         for number, engine in deployment.engines.items():
             self.receivers[number] = [
                 Receiver(one, engine.endpoint.address, engine.endpoint.attach_token)
@@ -53,6 +55,7 @@ class Served:
             for rank, receiver in enumerate(self.receivers[number]):
                 assert not engine.running
                 self.weights[number, rank] = dict(receiver.staged(update))
+                self.senders[number, rank] = len(receiver._intake._lanes) if receiver._intake else 0
                 receiver.discard(update)
 
         return staged

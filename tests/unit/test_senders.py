@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+import torch.distributed as dist
 from engine_infos import engine_info
 from real_receivers import Served, assert_untouched, checkpoint, served, shared_engines, weights
 from test_joint import mortal, options, ranks
 
 from areal_vllm_ext import InvalidWeights, UpdateAborted
+from areal_vllm_ext.client.agreement import Agreement
 from areal_vllm_ext.client.senders import Holding, Opening, place_of, plan
 from areal_vllm_ext.protocol import TensorMeta, WorkerInfo
 
@@ -31,7 +35,14 @@ def assert_all_serve(ranks: Ranks, served: Served, seed: int, work: str, **given
 @pytest.mark.parametrize("bucket", [300, 1 << 20], ids=["many rounds", "one round"])
 @pytest.mark.parametrize(
     ("senders", "work"),
-    [("parts", "rows"), ("parts", "own_layers"), ("parts", "whole"), ("colocated", "rows"), ("colocated", "whole")],
+    [
+        ("parts", "rows"),
+        ("parts", "own_layers"),
+        ("parts", "one_has_nearly_all"),
+        ("parts", "whole"),
+        ("colocated", "rows"),
+        ("colocated", "whole"),
+    ],
 )
 def test_every_rank_sends(ranks: Ranks, served: Served, senders: str, work: str, bucket: int) -> None:
     for seed in (1, 2):
@@ -39,6 +50,8 @@ def test_every_rank_sends(ranks: Ranks, served: Served, senders: str, work: str,
         outcomes = ranks.both(work, **options(seed, bucket=bucket), senders=senders)
         assert [outcome[:2] for outcome in outcomes] == [("", str(seed))] * 2
         assert served.serves(weights(seed))
+        several = senders == "parts" and work != "one_has_nearly_all"
+        assert set(served.senders.values()) == {2 if several else 1}
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
@@ -99,6 +112,19 @@ def test_a_rank_that_fails_in_its_part_fails_all(ranks: Ranks, served: Served, s
     assert_all_serve(ranks, served, 8, "whole", senders=senders)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_to_meet_the_workers_is_not_waited_for(ranks: Ranks, served: Served, failing: int) -> None:
+    work = ["whole", "whole"]
+    work[failing] = "fails_to_meet"
+    outcomes = ranks.both(*work, **options(15), senders="parts", transport="shared_memory")
+    assert outcomes[failing][0] == "ZeroDivisionError"
+    assert outcomes[1 - failing][0] == "UpdateAborted"
+    assert "division by zero" in outcomes[1 - failing][1]
+    assert max(outcome[2] for outcome in outcomes) < 5.0, "by its deadline only"
+    assert_untouched(served)
+    assert_all_serve(ranks, served, 16, "whole", senders="parts")
+
+
 @pytest.mark.parametrize("senders", SENDERS)
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_rank_that_is_killed_in_its_part_leaves_no_other_hanging(
@@ -136,6 +162,48 @@ def test_workers_that_have_lost_their_connections_get_new_ones(ranks: Ranks, ser
         for receiver in receivers:
             receiver.drop(receiver._sources[-1][1])
     assert_all_serve(ranks, served, 14, "rows", senders="parts", transport="broadcast")
+
+
+def agreements(seconds: float) -> list[Agreement]:
+    """Of two ranks, in one process."""
+    store = dist.HashStore()
+    made = []
+    for rank in range(2):
+        one = Agreement.__new__(Agreement)
+        one.rank, one.size, one._store, one._ends = rank, 2, store, time.monotonic() + seconds
+        one._step = one._said = one._shown = 0
+        one._failed = ""
+        made.append(one)
+    return made
+
+
+def test_ranks_take_turns() -> None:
+    first, second = agreements(seconds=10.0)
+    at_once = most = 0
+
+    def take(agreement: Agreement) -> None:
+        nonlocal at_once, most
+        for _ in range(50):
+            with agreement.turn():
+                at_once += 1
+                most = max(most, at_once)
+                time.sleep(1e-4)
+                at_once -= 1
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(take, one) for one in (first, second)]:
+            done.result(timeout=20)
+    assert most == 1
+
+
+def test_a_turn_that_does_not_end_is_given_up_with_the_rank_that_has_it() -> None:
+    first, second = agreements(seconds=0.2)
+    with first.turn():
+        with pytest.raises(UpdateAborted, match="rank 0 of the trainer sends, and does not end"), second.turn():
+            pass
+        first.fail("broken")
+        with pytest.raises(UpdateAborted, match="broken"), second.turn():
+            pass
 
 
 # Who sends what
