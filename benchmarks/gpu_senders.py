@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.client.weights import named_parts
+from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node, free_ports
 
 from .gpu_smoke import expected_tokens, first_difference, make_model, served_tokens
@@ -57,7 +57,7 @@ def rank_main(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     model.generation_config.pad_token_id = 0
     dice = torch.Generator().manual_seed(1)  # the same numbers on every rank
-    server: Any = SimpleNamespace(url=url, model_dir=folder)
+    completions = Completions(url)
     with EngineGroup.connect(directory) as group:
         group.wait_ready(engines, timeout=60)
         for senders, transport in cases:
@@ -75,7 +75,7 @@ def rank_main(
                     update.send(shards)
                 if rank == 0:
                     after = expected_tokens(model)
-                    served = [served_tokens(server, engine) for engine in range(engines)]
+                    served = [served_tokens(completions, engine) for engine in range(engines)]
                     differences = [first_difference(model, after, tokens) for tokens in served]
                     row = {
                         "senders": senders,

@@ -15,12 +15,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +34,7 @@ from transformers import (
 )
 
 from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node
 
 from .killed_trainer import POINTS
@@ -55,7 +54,7 @@ def make_model(folder: Path, moe: bool, dtype: torch.dtype) -> PreTrainedModel:
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 64,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": 2048,
         "initializer_range": 0.05,
         "tie_word_embeddings": False,
         "eos_token_id": None,
@@ -100,19 +99,9 @@ def first_difference(model: PreTrainedModel, expected: list[list[int]], served: 
     return ""
 
 
-def served_tokens(deployment: Deployment, rank: int) -> list[list[int]]:
-    """Greedy tokens of the engine of DP rank ``rank``."""
-    tokens = []
-    for prompt in PROMPTS:
-        body = {"model": str(deployment.model_dir), "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
-        request = urllib.request.Request(
-            f"{deployment.url}/v1/completions",
-            json.dumps({**body, "return_token_ids": True, "ignore_eos": True}).encode(),
-            {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            tokens.append(json.load(answer)["choices"][0]["token_ids"])
-    return tokens
+def served_tokens(completions: Completions, rank: int) -> list[list[int]]:
+    """Greedy tokens of the engine of DP rank ``rank``; one prompt at a time, since sums depend on what is in a batch."""
+    return [completions.greedy([prompt], tokens=TOKENS, engine=rank)[0] for prompt in PROMPTS]
 
 
 class Trial:
@@ -126,7 +115,8 @@ class Trial:
         self._engines = engines
 
     def served(self) -> list[list[list[int]]]:
-        return [served_tokens(self._deployment, rank) for rank in range(self._engines)]
+        completions = Completions(self._deployment.url)
+        return [served_tokens(completions, rank) for rank in range(self._engines)]
 
     def attempt(self, what: str, work: Callable[[], None]) -> None:
         """One transport or fault that does not work is no reason to leave the others out."""

@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from areal_vllm_ext.client.weights import named_weights
+from areal_vllm_ext.demo.model import greedy_tokens
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -110,15 +111,9 @@ class TrainerModel:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
 
-    @torch.no_grad()
     def greedy(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
         """The oracle where arithmetic is exact enough for it: Hugging Face's own continuation of each prompt."""
-        answers = []
-        for prompt in prompts:
-            ids = torch.tensor([prompt], device=self.model.device)
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
-            answers.append(out[0, len(prompt) :].tolist())
-        return answers
+        return greedy_tokens(self.model, prompts, tokens)
 
     @torch.no_grad()
     def logprobs(self, prompt: list[int]) -> list[float]:

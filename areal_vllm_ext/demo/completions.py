@@ -38,7 +38,8 @@ class Completions:
         self, prompts: Sequence[Sequence[int]], *, tokens: int, n: int = 1, engine: int | None = None
     ) -> list[list[Answer]]:
         """``n`` answers of ``tokens`` tokens to each prompt, drawn from the policy as it is (temperature 1)."""
-        choices = self._complete(prompts, tokens, engine, n=n, temperature=1.0)
+        # Log-probabilities of the chosen token only.
+        choices = self._complete(prompts, tokens, engine, n=n, temperature=1.0, logprobs=0)
         answers = [Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
         return [answers[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -60,7 +61,6 @@ class Completions:
             "prompt": [list(prompt) for prompt in prompts],
             "max_tokens": tokens,
             "ignore_eos": True,
-            "logprobs": 0,  # of the chosen token only
             "return_token_ids": True,
             **sampling,
         }
