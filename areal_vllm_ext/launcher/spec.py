@@ -17,18 +17,9 @@ if TYPE_CHECKING:
     from .node import NodeFacts
 
 # What follows from the placement and the sizes, and would only contradict them.
-_DERIVED = (
-    *(
-        "--host",
-        "--port",
-        "--headless",
-        "--nnodes",
-        "--node-rank",
-        "--master-",
-        "--data-parallel-",
-        "--tensor-parallel-",
-    ),
-    *("--pipeline-parallel-", "--worker-extension-cls", "--distributed-executor-backend", "-tp", "-pp", "-dp"),
+_DERIVED = tuple(
+    "--host --port --headless --nnodes --node-rank --master- --data-parallel- --tensor-parallel- --pipeline-parallel- "
+    "--worker-extension-cls --distributed-executor-backend -tp -pp -dp".split()
 )
 
 

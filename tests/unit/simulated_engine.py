@@ -166,9 +166,12 @@ class SimulatedEngine:
         def done() -> None:
             error = self.errors.get("commit", "")
             if not error:
-                self.staged(update)
-                self.version = version
-                self.commits.append((version, not self.running))
+                try:
+                    self.staged(update)
+                    self.version = version
+                    self.commits.append((version, not self.running))
+                except Exception as problem:
+                    error = f"{type(problem).__name__}: {problem}"
             self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, self.seconds["commit"]))
 
         self._later.call(self.seconds["commit"], done)

@@ -244,8 +244,10 @@ def test_allocations_stay_open_over_buckets_and_updates_until_they_are_lent_no_m
     source = source_of(sink, "GPU-1")
     opened = counter(library, "opened")
     handles: list[bytes] = []
-    share = simulated.share
+    opens: list[bytes] = []
+    share, open_ = simulated.share, simulated.open
     monkeypatch.setattr(simulated, "share", lambda memory: handles.append(share(memory)) or handles[-1])
+    monkeypatch.setattr(simulated, "open", lambda handle, size: opens.append(handle) or open_(handle, size))
 
     def update(*names: str) -> None:
         metas = {name: TensorMeta(name, str(weights[name].dtype)[6:], tuple(weights[name].shape)) for name in names}
@@ -262,6 +264,7 @@ def test_allocations_stay_open_over_buckets_and_updates_until_they_are_lent_no_m
     update("c", "a")
     assert counter(library, "opened") == opened + 2
     assert len(handles) == 2, "each asked for once"
+    assert opens == handles, "and opened once"
     update("c")
     update("c")
     assert counter(library, "opened") == opened + 1, "nothing lies in the first any more"

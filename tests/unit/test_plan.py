@@ -443,12 +443,16 @@ def test_the_loader_reloads_once_and_copies_from_then_on() -> None:
     assert worker.reloads == 4
 
 
-def test_a_model_that_cannot_be_planned_is_tried_once() -> None:
+def test_a_model_that_cannot_be_planned_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker(made(lambda: of(layer=Layer(4, 4, loaders={"w": plus_one}))))
     loader = Loader(worker)
+    recordings: list[int] = []
+    record = loader._load_and_record
+    monkeypatch.setattr(loader, "_load_and_record", lambda weights: (recordings.append(1), record(weights)))
     for seed in range(3):
         updated(loader, staged({"w": (4, 4)}, seed))
         assert loader.bind() is None
+    assert recordings == [1]
     assert worker.reloads == 3
     assert torch.equal(worker.model.layer.weight, staged({"w": (4, 4)}, 2)["w"] + 1)
 

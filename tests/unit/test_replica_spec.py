@@ -66,6 +66,10 @@ def test_arguments_of_the_head_come_last() -> None:
             "engines of 2 devices and nodes of 3 do not divide",
         ),
         ({"placement": Placement.colocated(2), "data_parallel_size": 2}, "a colocated replica has one engine"),
+        (
+            {"placement": Placement.deferred(2, 1), "data_parallel_size": 2, "restart": "node"},
+            "restart 'node' needs a replica of one node",
+        ),
         ({"vllm_args": ["--data_parallel_rank=1"]}, "leave --data_parallel_rank=1 out"),
         ({"vllm_args": ["-tp", "2"]}, "leave -tp out"),
         ({"placement": Placement.shared(1)}, "'shared' is for trainer ranks"),

@@ -87,6 +87,40 @@ def test_owner_killed(tmp_path: Path, stubborn: Path, children_first: bool) -> N
     wait_for(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
 
 
+def test_owner_killed_whose_fork_holds_the_pipe(tmp_path: Path, stubborn: Path) -> None:
+    forks = OWNER.replace("time.sleep", "import os; child = os.fork(); print(child or '', flush=True); time.sleep")
+    command = [sys.executable, "-c", forks, str(tmp_path / "log"), str(stubborn), str(tmp_path / "pids")]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout
+    _, *more = (owner.stdout.readline() for _ in range(3))
+    (fork,) = (int(line) for line in more if line.strip())
+    try:
+        wait_for(lambda: len(pids_in(tmp_path / "pids")) == 2)
+        owner.kill()
+        owner.wait()
+        wait_for(lambda: not any(map(alive, pids_in(tmp_path / "pids"))))
+        assert alive(fork)
+    finally:
+        os.kill(fork, signal.SIGKILL)
+        owner.stdout.close()
+
+
+def test_what_outlives_the_command_ends_with_it(tmp_path: Path, stubborn: Path) -> None:
+    """Its parent is gone when it is looked for."""
+    leaves = f"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, {str(stubborn)!r}, {str(tmp_path / "pids")!r}, "alone"], start_new_session=True)
+while not open({str(tmp_path / "pids")!r}, "a").tell():
+    time.sleep(0.01)
+sys.exit(3)
+"""
+    process = Supervised([sys.executable, "-c", leaves], log=tmp_path / "log", grace=0.5)
+    wait_for(lambda: process.poll() is not None)
+    assert process.poll() == 3
+    assert len(pids_in(tmp_path / "pids")) == 1
+    assert not any(map(alive, pids_in(tmp_path / "pids")))
+
+
 def test_exit_code_and_last_lines(tmp_path: Path) -> None:
     process = Supervised([sys.executable, "-c", "print('why'); exit(7)"], log=tmp_path / "log")
     wait_for(lambda: process.poll() is not None)

@@ -27,7 +27,7 @@ from real_receivers import (
 )
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, UpdateAborted, security
+from areal_vllm_ext import EngineGroup, UpdateAborted, interpreter, security
 from areal_vllm_ext.worker import proof
 from areal_vllm_ext.worker.extension import WorkerExtension
 
@@ -215,6 +215,32 @@ def test_a_tensor_of_another_dtype_is_a_no_and_the_next_update_brings_all(engine
         receiver.loader._plan.sources["norm"] = (source, shape)
     assert update(group, trained(1, 3), 3).kept == 0
     assert engines.serve(trained(1, 3))
+
+
+def test_memory_that_was_lent_and_taken_back_before_it_was_loaded_taints_the_engine(
+    engines: Engines, group: EngineGroup
+) -> None:
+    """By CUDA IPC; here the stamp is planted."""
+    receiver = engines.workers[1][0]._areal_receiver
+
+    def on_phase(phase: str) -> None:
+        if phase == "commit":
+            receiver._intake._lent.append((torch.tensor(0), 7))
+
+    with group.update(2, deadline=20.0, on_phase=on_phase) as running:
+        running.send(weights(2))
+    ((lost, why),) = running.result.lost.items()
+    assert lost == engines.deployment.engines[1].name
+    assert "took its memory back before it was loaded" in why
+    assert {state.phase for state in group.status()} == {"idle", "tainted"}
+    assert update(group, weights(3), 3).kept == 0
+    assert engines.serve(weights(3))
+    assert {state.phase for state in group.status()} == {"idle"}
+
+
+def test_threads_are_hurried_for_as_long_as_an_update_lasts(engines: Engines, group: EngineGroup) -> None:
+    update(group, weights(2), 2)
+    eventually(lambda: not interpreter._holders)
 
 
 def test_without_staging_all_is_sent(engines: Engines, group: EngineGroup) -> None:
