@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import TYPE_CHECKING, Literal
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from .node import NodeFacts
 
 # What follows from the placement and the sizes, and would only contradict them.
-_DERIVED = tuple(
-    "--host --port --headless --nnodes --node-rank --master- --data-parallel- --tensor-parallel- --pipeline-parallel- "
-    "--worker-extension-cls --distributed-executor-backend -tp -pp -dp".split()
+_DERIVED = re.compile(
+    r"--(host|port|headless|nnodes|node-rank|master-|(data|tensor|pipeline)-parallel-|worker-extension-cls"
+    r"|distributed-executor-backend)|-[tpd]p"
 )
 
 
@@ -82,7 +83,7 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 "restart 'node' needs a replica of one node (vLLM takes no lost node back): use 'replica'"
             )
         for argument in (*self.vllm_args, *self.head_args):
-            if argument.replace("_", "-").startswith(_DERIVED):
+            if _DERIVED.match(argument.replace("_", "-")):
                 raise SettingsError(f"leave {argument} out: it follows from the placement and the parallel sizes")
 
     def command_line(self, index: int, facts: Sequence[NodeFacts]) -> list[str]:
