@@ -164,3 +164,14 @@ def test_values_stay_what_they_are() -> None:
 def test_cuda_gives_what_the_cpu_gives(count: int) -> None:
     data = random_bytes(count)
     assert one(data.cuda()) == one(data)
+
+
+def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from areal_vllm_ext import digest_cpu
+
+    check, right = digest._is_right.__wrapped__, digest_cpu.digest
+    assert check(torch.device("cpu"))
+    monkeypatch.setattr(digest_cpu, "digest", lambda data, *more: right(data, *more) ^ 1)
+    assert not check(torch.device("cpu"))
+    monkeypatch.setattr(digest_cpu, "digest", lambda *_: 1 / 0)
+    assert not check(torch.device("cpu"))
