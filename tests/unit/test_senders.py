@@ -116,7 +116,7 @@ def test_a_rank_that_fails_in_its_part_fails_all(ranks: Ranks, served: Served, s
 def test_a_rank_that_fails_to_meet_the_workers_is_not_waited_for(ranks: Ranks, served: Served, failing: int) -> None:
     work = ["whole", "whole"]
     work[failing] = "fails_to_meet"
-    outcomes = ranks.both(*work, **options(15), senders="parts", transport="shared_memory")
+    outcomes = ranks.both(*work, **options(15), senders="parts", transport="broadcast")
     assert outcomes[failing][0] == "ZeroDivisionError"
     assert outcomes[1 - failing][0] == "UpdateAborted"
     assert "division by zero" in outcomes[1 - failing][1]
