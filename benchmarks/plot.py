@@ -16,7 +16,7 @@ _TOTAL, _PAUSE = "#9ecae1", "#08519c"
 
 def main() -> None:
     lines: list[tuple[str, dict[str, Any] | None]] = []
-    for file in sorted(RESULTS.glob("update_*.json")):
+    for file in sorted(set(RESULTS.glob("update_*.json")) - set(RESULTS.glob("*.trace.json"))):
         found = json.loads(file.read_text())
         title = f"{file.stem.removeprefix('update_')}: {found['bytes'] / 1e6:.0f} MB, {found['tensors']} tensors"
         lines.append((f"{title}; {found['machine']}", None))
