@@ -5,9 +5,9 @@
 For 1, 4, 16, ... engines, up to ``--engines``: p50 and p99 of pause-all, of resume-all, and of a whole transaction without
 bytes (begin, votes, pause, commit, resume). Endpoints, directory, client, CURVE and msgpack are the real ones; an engine
 behind its endpoint pauses at once. The endpoints live in as many processes as there are cores, or more so that 64 share
-one at most, and the client competes with them for the cores; in a cluster each engine has cores of its own. ``server_ms`` tells what all endpoints together took of
-a pause in CPU time, and ``client_ms`` what the client took, ``loop_ms`` of it on its event loop (the rest is ZeroMQ's own
-thread: CURVE and the sockets). The last line is JSON.
+one at most, and the client competes with them for the cores; in a cluster each engine has cores of its own. ``server_ms``
+tells what all endpoints together took of a pause in CPU time, and ``client_ms`` what the client took, ``loop_ms`` of it on
+its event loop (the rest is ZeroMQ's own thread: CURVE and the sockets). The last line is JSON.
 """
 
 from __future__ import annotations
