@@ -184,6 +184,10 @@ class Ground:
         """The engines and their workers."""
         return [pid for engine in self.engines for pid in (engine.pid, *(worker.pid for worker in engine.workers))]
 
+    def last_words(self) -> str:
+        """The ends of the engines' logs."""
+        return "\n".join(f"--- {one.name}\n{one.process.last_lines(60)}" for one in self.deployment.processes)
+
     def ended(self, timeout: float) -> bool:
         """Wait until no engine and no worker is left; False where one still is."""
         ends = time.monotonic() + timeout
@@ -411,7 +415,9 @@ class Round:
         if pids := ground.namespaces_pids() - ground.processes:
             outcome.violated("leftovers", f"processes {pids}")
         for pid, baseline in ground.descriptors.items():
-            if (now := descriptors(pid)) > baseline + DESCRIPTORS:
+            if not Path(f"/proc/{pid}").exists():
+                outcome.violated("hangs", f"process {pid} has ended\n{ground.last_words()}")
+            elif (now := descriptors(pid)) > baseline + DESCRIPTORS:
                 outcome.violated("leftovers", f"process {pid} has {now} descriptors, {baseline} before")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import queue
@@ -73,6 +74,19 @@ class Lane:
         self.orders: queue.SimpleQueue[Bucket | Prepare | None] = queue.SimpleQueue()
         self.source: Source | None = None
         self.received = 0
+        # Buckets that were announced before one that lies before them on the wire, and the index of that.
+        self._early: dict[int, Bucket] = {}
+        self._awaited = 0
+
+    def put(self, bucket: Bucket) -> None:
+        """Take buckets in the order of their bytes: after a lost connection announcements come in any. gloo ends a process that
+        waits for another size than comes.
+        """
+        if bucket.index >= self._awaited:
+            self._early[bucket.index] = bucket
+        while (following := self._early.pop(self._awaited, None)) is not None:
+            self._awaited += 1
+            self.orders.put(following)
 
 
 class Intake:
@@ -112,9 +126,11 @@ class Intake:
 
     def put(self, order: Bucket | Prepare) -> None:
         """A bucket of another worker's sender is not for this one. The vote comes when all lanes are empty: any can take it."""
-        number = order.sender if isinstance(order, Bucket) else next(iter(self._lanes), None)
-        if number in self._lanes:
-            self._lanes[number].orders.put(order)
+        if isinstance(order, Prepare):
+            for lane in itertools.islice(self._lanes.values(), 1):
+                lane.orders.put(order)
+        elif order.sender in self._lanes:
+            self._lanes[order.sender].put(order)
 
     def cancel(self) -> None:
         """Give up: whatever blocks is left alone, and its result thrown away."""

@@ -33,7 +33,7 @@ from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAbort
 from areal_vllm_ext.client.sending import choose_transport
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, EngineInfo, Prepare, Sender, SharedMemory
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
-from areal_vllm_ext.worker.receiver import Receiver
+from areal_vllm_ext.worker.receiver import Lane, Receiver
 
 __all__ = ["checkpoint", "group", "served", "shared_engines"]  # the fixtures
 
@@ -65,6 +65,14 @@ def test_many_small_buckets_bring_the_same(
     with opened:
         opened.send(new)
     assert served.serves(new)
+
+
+def test_buckets_are_received_in_the_order_of_their_bytes_each_once() -> None:
+    """gloo ends a process that waits for another size than comes: announcements may come late, and again."""
+    lane = Lane(Disk(path="/nowhere"), "track")
+    for index in (1, 3, 0, 1, 0, 2, 3):
+        lane.put(Bucket(epoch=1, update="this", index=index, nbytes=0, segments=()))
+    assert [lane.orders.get_nowait().index for _ in range(lane.orders.qsize())] == [0, 1, 2, 3]
 
 
 def test_auto_is_broadcast_where_no_worker_shares_the_trainers_gpu(served: Served, group: EngineGroup) -> None:
