@@ -159,10 +159,15 @@ class Sending:
     def _push(
         self, sink: Sink, bucket: Bucket, filled: torch.Tensor, turn: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        if not self._stopped.is_set():
+        if self._stopped.is_set():
+            return
+        try:
             with turn(), self._spans.during("pushing", f"push {bucket.index}"):
                 self._announced.append(self._announce(bucket))
                 sink.push(filled, self._left(), self._failed)
+        except BaseException:
+            self._stopped.set()  # the next one, which waits already, would take this one's place on the wire
+            raise
 
     def _failed(self) -> bool:
         return self._stopped.is_set() or self._refusal() is not None or self._left() <= 0

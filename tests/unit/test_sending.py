@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -30,8 +31,9 @@ from simulated_engine import NEVER
 from waiting import eventually, in_thread
 
 from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted
-from areal_vllm_ext.client.sending import choose_transport
+from areal_vllm_ext.client.sending import Sending, choose_transport
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, EngineInfo, Prepare, Sender, SharedMemory
+from areal_vllm_ext.transport.broadcast import BroadcastSink
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
 from areal_vllm_ext.worker.receiver import Lane, Receiver
 
@@ -65,6 +67,31 @@ def test_many_small_buckets_bring_the_same(
     with opened:
         opened.send(new)
     assert served.serves(new)
+
+
+def test_no_bucket_is_announced_after_one_that_did_not_get_through(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker that has not heard of that one would take the next for it, and gloo ends its process."""
+    announced: list[int] = []
+    announce = Sending.announce
+
+    def noted(self: Sending, bucket: Bucket) -> Any:
+        announced.append(bucket.index)
+        return announce(self, bucket)
+
+    def stalls(*_: object) -> None:
+        time.sleep(0.2)  # the next bucket is filled meanwhile
+        raise TimeoutError("the wire is dead")
+
+    monkeypatch.setattr(Sending, "announce", noted)
+    monkeypatch.setattr(BroadcastSink, "push", stalls)
+    opened = group.update(1, deadline=20, transport="broadcast")
+    monkeypatch.setattr(opened._update, "_options", dataclasses.replace(opened._update._options, bucket_bytes=300))
+    with pytest.raises(UpdateAborted, match="the wire is dead"), opened:
+        opened.send(weights(5))
+    assert announced == [0]
+    assert_untouched(served)
 
 
 def test_buckets_are_received_in_the_order_of_their_bytes_each_once() -> None:
