@@ -5,7 +5,9 @@
 The owner, whose child this is, holds the other end of stdin and never writes to it. When that end closes or the owner is
 gone (even by SIGKILL), and on SIGTERM, SIGINT or SIGHUP, the command gets SIGTERM. What is alive GRACE seconds later, or
 outlives the command, gets SIGKILL: children of children too, in whatever session they put themselves, because as a
-subreaper this process inherits every orphan of its tree. Then the folder SCRATCH is removed, unless it is empty text.
+subreaper this process inherits every orphan of its tree. Then the folder SCRATCH is removed, unless it is empty text, and
+shared memory of Python's that the tree had open, once nobody has it open: vLLM's Ray workers, which are no children of
+vLLM's, make some, and Ray kills them and what would remove it.
 Own process id and the command's are written to stdout, at the end the command's exit code; what it prints goes to stderr.
 
 It leaves its owner's children at once: a Ray worker that exits kills them, and the supervisor with them, before it could
@@ -28,6 +30,8 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 TRACKER_GRACE = 2.0
+SHARED_MEMORY = "/dev/shm/psm_"  # noqa: S108 - where Python has it on Linux
+SHARED_MEMORY_GRACE = 4.0
 
 
 def prctl(option: int, value: int) -> None:
@@ -57,6 +61,25 @@ def is_resource_tracker(pid: int) -> bool:
         return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+def shared_memory(pids: list[int] | None = None) -> set[str]:
+    """The files of Python's shared memory that these processes have open; default: all."""
+    found: set[str] = set()
+    for maps in (Path(f"/proc/{pid}/maps") for pid in pids) if pids is not None else Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            lines = maps.read_text(errors="replace").splitlines()
+            found.update(line[line.index(SHARED_MEMORY) :] for line in lines if SHARED_MEMORY in line)
+    return found
+
+
+def remove(shared: set[str]) -> None:
+    """Remove each of these files as soon as nobody has it open; those that somebody keeps open stay."""
+    ends = time.monotonic() + SHARED_MEMORY_GRACE
+    while (shared := {path for path in shared if Path(path).exists()}) and time.monotonic() < ends:
+        for path in shared - shared_memory():
+            Path(path).unlink(missing_ok=True)
+        time.sleep(0.05)
 
 
 def reap() -> dict[int, int]:
@@ -116,6 +139,7 @@ def main() -> int:
     print(os.getpid(), child.pid, flush=True)
 
     status = wait(child.pid, owner, wake)
+    shared = shared_memory(descendants())
     if status is None:
         send(child.pid, signal.SIGTERM)
         ends = time.monotonic() + grace
@@ -131,6 +155,7 @@ def main() -> int:
         status = reap().get(child.pid, status)
     if scratch:
         shutil.rmtree(scratch, ignore_errors=True)
+    remove(shared)
     child.returncode = -signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status)
     print(child.returncode if child.returncode >= 0 else 128 - child.returncode, flush=True)
     return 0

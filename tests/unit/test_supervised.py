@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,34 @@ def test_end_takes_the_whole_tree_and_the_scratch_folder(tmp_path: Path, stubbor
     assert process.end() == 128 + signal.SIGKILL
     assert not any(map(alive, pids_in(tmp_path / "pids")))
     assert not scratch.exists()
+
+
+# Its own has nobody who would remove it: what would, Ray kills with the worker that made it.
+SHARING = """
+import sys, time
+from multiprocessing import resource_tracker, shared_memory
+own = shared_memory.SharedMemory(create=True, size=100)
+resource_tracker.unregister(own._name, "shared_memory")
+others = shared_memory.SharedMemory(sys.argv[1])
+resource_tracker.unregister(others._name, "shared_memory")
+print("own", own.name, flush=True)
+time.sleep(600)
+"""
+
+
+def test_shared_memory_that_nobody_has_open_any_more_is_removed(tmp_path: Path) -> None:
+    others = shared_memory.SharedMemory(create=True, size=100)
+    try:
+        process = Supervised([sys.executable, "-c", SHARING, others.name], log=tmp_path / "log", grace=0.5)
+        wait_for(lambda: "own psm_" in process.last_lines())
+        own = Path("/dev/shm", process.last_lines().split()[-1])
+        assert own.exists()
+        process.end()
+        assert not own.exists()
+        assert Path("/dev/shm", others.name).exists(), "this process still has it open"
+    finally:
+        others.close()
+        others.unlink()
 
 
 @pytest.mark.parametrize("children_first", [False, True])
