@@ -72,9 +72,12 @@ def digests(buffer: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[int]
             raise ValueError(f"{nbytes} bytes at {offset} do not lie on rows inside a buffer of {buffer.numel()} bytes")
     if not spans:
         return []
-    if has_kernel(buffer.device):
+    if not has_kernel(buffer.device):
+        return _spans_by_operators(buffer, spans)
+    if buffer.device.type == "cpu" or (start := buffer.data_ptr()) % ROW_BYTES:
         return _by_kernel([buffer[offset : offset + nbytes] for offset, nbytes in spans], buffer.device)
-    return _spans_by_operators(buffer, spans)
+    # Without a tensor for each: torch lets go of the interpreter with every operator, and an engine that generates takes it.
+    return _at([(start + offset, nbytes) for offset, nbytes in spans], buffer.device)[0]
 
 
 def _spans_by_operators(buffer: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -110,6 +113,21 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
     return result
 
 
+def looks(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether ``digests_and_finite`` can be asked about these."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or (device := devices.pop()).type == "cpu" or not has_kernel(device):
+        return False
+    from .digest_kernel import LANES
+
+    return all(tensor.dtype in LANES for tensor in tensors)
+
+
+def digests_and_finite(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[bool]]:
+    """``digests_of``, and whether all values of each are finite, in one read. For those that ``looks`` is true of."""
+    return _on_gpu(tensors, tensors[0].device, look=True)
+
+
 def has_kernel(device: torch.device) -> bool:
     """Whether the kernel runs on ``device``, and gives there what torch's operators give.
 
@@ -143,7 +161,7 @@ def _is_right(device: torch.device) -> bool:
 
 
 def _by_kernel(tensors: Iterable[torch.Tensor], device: torch.device) -> list[int]:
-    return _on_cpu(tensors) if device.type == "cpu" else _on_gpu(tensors, device)
+    return _on_cpu(tensors) if device.type == "cpu" else _on_gpu(tensors, device)[0]
 
 
 def _on_cpu(tensors: Iterable[torch.Tensor]) -> list[int]:
@@ -160,10 +178,14 @@ def _on_cpu(tensors: Iterable[torch.Tensor]) -> list[int]:
     return result
 
 
-def _on_gpu(tensors: Iterable[torch.Tensor], device: torch.device) -> list[int]:
+def _on_gpu(
+    tensors: Iterable[torch.Tensor], device: torch.device, *, look: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Digests; with ``look`` also whether all values of each are finite."""
     from . import digest_kernel
 
     result: list[int] = []
+    finite: list[bool] = []
     batch: list[torch.Tensor] = []
     copied = 0
 
@@ -171,25 +193,36 @@ def _on_gpu(tensors: Iterable[torch.Tensor], device: torch.device) -> list[int]:
         nonlocal copied
         if batch:
             spans = [(tensor.data_ptr(), tensor.nbytes) for tensor in batch]
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                sums = digest_kernel.row_sums(spans, _keys(device), _constants(device))
-                sizes = torch.tensor([nbytes for _, nbytes in spans]).to(device)
-                values: list[int] = _mix(sums + sizes * _GAMMA).tolist()
-            result.extend(value % (1 << 64) for value in values)
+            values, are_finite = _at(spans, device, [tensor.dtype for tensor in batch] if look else None)
+            result.extend(values)
+            finite.extend(are_finite)
         batch.clear()
         copied = 0
 
     for tensor in tensors:
-        readable = tensor.detach().contiguous()
-        if readable.data_ptr() % digest_kernel.ALIGNMENT:
-            readable = readable.clone()
-        if readable.data_ptr() != tensor.data_ptr():
+        readable = tensor
+        if not tensor.is_contiguous() or tensor.data_ptr() % digest_kernel.ALIGNMENT:
+            readable = tensor.detach().clone(memory_format=torch.contiguous_format)
             copied += readable.nbytes
         batch.append(readable)
         if copied > _COPIED_BYTES:
             flush()
     flush()
-    return result
+    return result, finite
+
+
+def _at(
+    spans: Sequence[tuple[int, int]], device: torch.device, dtypes: Sequence[torch.dtype] | None = None
+) -> tuple[list[int], list[bool]]:
+    """The same of (address, bytes) on a GPU; with ``dtypes`` also whether all values of each are finite."""
+    from . import digest_kernel
+
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        sums = digest_kernel.row_sums(spans, _keys(device), _constants(device), dtypes)
+        sizes = torch.tensor([nbytes for _, nbytes in spans]).to(device)
+        sums[:, 0] = _mix(sums[:, 0] + sizes * _GAMMA)
+        found: list[list[int]] = sums.tolist()
+    return [value % (1 << 64) for value, _ in found], [bad == 0 for _, bad in found] if dtypes else []
 
 
 def _by_operators(tensors: Iterable[torch.Tensor], *, on_cpu: bool = False) -> list[int]:

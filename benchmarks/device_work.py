@@ -20,7 +20,8 @@ from collections.abc import Callable
 import torch
 
 from areal_vllm_ext import digest
-from areal_vllm_ext.worker.plan import BoundPlan, Copy, Part, Plan, Target, _Storage
+from areal_vllm_ext.transport.buckets import not_finite
+from areal_vllm_ext.worker.plan import BoundPlan, Copy, Part, Plan, Target, Tree, _Storage
 
 
 def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
@@ -62,7 +63,7 @@ def plan_of(tensors: dict[str, torch.Tensor]) -> tuple[Plan, list[torch.Tensor]]
         storage.copies.append(Copy(run, name, run))
         targets.append(Target(flat, storage))
         live.append(flat)
-    return Plan(targets, tensors, {}), live
+    return Plan(targets, tensors, Tree(torch.nn.Module())), live
 
 
 def measured(work: Callable[[], object], device: torch.device, repeat: int) -> float:
@@ -128,6 +129,7 @@ def main() -> int:
         if wrong():
             failures.append(f"{name}: wrong bytes")
     row("plan: bind (beside generation)", bind)
+    digest.compiled().result()
     row("digests", lambda: digest.digests_of(tensors.values()))
     right = digest._by_operators(list(tensors.values())[:5])  # noqa: SLF001
     if digest.digests_of(list(tensors.values())[:5]) != right:
@@ -141,6 +143,7 @@ def main() -> int:
         "finite? largest of each",
         lambda: torch.isfinite(torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))).all(),
     )
+    row("finite? as it is done", lambda: not_finite(tensors.items()))
     result = {
         "command": " ".join(["python -m benchmarks.device_work", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +52,7 @@ class Ours:
 
     def __init__(self, group: EngineGroup, name: str, **options: Any) -> None:
         self.name, self._group, self._options = name, group, options
+        self.trace: Path | None = None
 
     def update(self, version: int, weights: Weights) -> Timing:
         moments = [("connect", time.perf_counter())]
@@ -58,7 +60,7 @@ class Ours:
         def on_phase(phase: str) -> None:
             moments.append((phase, time.perf_counter()))
 
-        with self._group.update(version, on_phase=on_phase, **self._options) as update:
+        with self._group.update(version, on_phase=on_phase, trace=self.trace, **self._options) as update:
             update.send(weights)
         moments.append(("end", time.perf_counter()))
         phases = {name: (after - before) * 1e3 for (name, before), (_, after) in itertools.pairwise(moments)}

@@ -148,6 +148,9 @@ class AsyncEngineGroup:
         self._sink: tuple[tuple[object, ...], Sink] | None = None
         # What the last update brought, if it came from here: the next one leaves out what is still the same.
         self.sent: Contents = {}
+        self.sent_manifest = ""
+        # An engine's checkpoint and the bytes of its tensors, by the engine's incarnation.
+        self.described: dict[str, tuple[tuple[TensorMeta, ...], int]] = {}
         # Whether a worker on another GPU of this host could not open the trainer's memory.
         self.apart = False
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"

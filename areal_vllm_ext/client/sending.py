@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from ..errors import ArealError, InvalidWeights, UpdateAborted
+from ..errors import ArealError, UpdateAborted
 from ..protocol import Bucket, EngineInfo, Segment, TensorMeta, Version
 from ..spans import OFF, Spans
 from ..transport import Cancelled
 from ..transport.buckets import Bucket as FilledBucket
-from ..transport.buckets import filled_buckets, nbytes_of, not_finite
+from ..transport.buckets import filled_buckets, nbytes_of
 from ..transport.ipc import CudaIpcSink, device_id
 
 if TYPE_CHECKING:
@@ -135,8 +135,6 @@ class Sending:
 
     def _described(self, update: str, sink: Sink, filled: FilledBucket) -> Bucket | None:
         """The announcement of a bucket, whose bytes are there when this returns; None where the engines have all of it."""
-        if name := filled.not_finite():
-            raise InvalidWeights(f"{name} holds NaN or infinite values")
         if sink.announced_is_sent and filled.filled.device.type != "cpu":
             torch.accelerator.synchronize(filled.filled.device)
         with self._spans.during("sending", f"digest {self.buckets}"):
@@ -181,10 +179,6 @@ class Sending:
         return self._ends - time.monotonic()
 
     def _lend(self, update: str, sink: CudaIpcSink, tensors: list[tuple[TensorMeta, torch.Tensor]]) -> None:
-        with self._spans.during("sending", "look for NaN"):
-            name = not_finite((meta.name, tensor) for meta, tensor in tensors)
-        if name:
-            raise InvalidWeights(f"{name} holds NaN or infinite values")
         for bucket in sink.lend(tensors):
             if segments := self._changed(bucket.segments):
                 nbytes = sum(nbytes_of(segment.tensor) for segment in segments)

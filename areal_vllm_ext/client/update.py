@@ -140,6 +140,7 @@ class AsyncUpdate:
         self._kept = 0
         self._buckets: dict[int, int] = {}
         self._entries: list[tuple[TensorMeta, int]] = []
+        self._manifest = ""
         self._lasting: frozenset[int] = frozenset()
         self._lender: CudaIpcSink | None = None
         self._started = 0.0
@@ -286,9 +287,9 @@ class AsyncUpdate:
             elif coordinator.phase == "send":
                 self._loading = True
                 # From disk nothing passes through here: then the engines' votes are compared with each other only.
-                manifest = digest.manifest(self._entries) if self._entries else ""
+                self._manifest = digest.manifest(self._entries) if self._entries else ""
                 base = coordinator.base if self._kept else ""
-                await self._drive(coordinator.sent(self._buckets, manifest, base))
+                await self._drive(coordinator.sent(self._buckets, self._manifest, base))
             if kind is not None:
                 return
             self._check_given_up(coordinator)
@@ -317,6 +318,7 @@ class AsyncUpdate:
                 self._lender.take_back()
             switched = self._result is not None
             self._group.sent = {meta.name: (meta, value) for meta, value in self._entries} if switched else {}
+            self._group.sent_manifest = self._manifest if switched else ""
             if not switched:
                 self._group.drop_sink()
             await self._command.aclose()
@@ -368,12 +370,15 @@ class AsyncUpdate:
 
     async def _expected(self) -> tuple[TensorMeta, ...]:
         name, engine = next(iter(self._engines.items()))
-        answer = await self._group.request(engine.address, protocol.DescribeWeights(), self._left())
-        assert isinstance(answer, protocol.Weights), (name, answer)
-        self._expected_bytes = total_bytes(answer.tensors, engine.dtype)
-        if answer.error:
-            warn_unchecked(answer.error)
-        return answer.tensors
+        if engine.incarnation not in self._group.described:
+            answer = await self._group.request(engine.address, protocol.DescribeWeights(), self._left())
+            assert isinstance(answer, protocol.Weights), (name, answer)
+            if answer.error:
+                warn_unchecked(answer.error)
+                return answer.tensors
+            self._group.described = {engine.incarnation: (answer.tensors, total_bytes(answer.tensors, engine.dtype))}
+        tensors, self._expected_bytes = self._group.described[engine.incarnation]
+        return tensors
 
     def open(self, senders: dict[str, dict[int, Sender]]) -> Future[None]:
         """Begin on every engine, with these senders to it; is done when every worker is ready to receive.
@@ -528,8 +533,8 @@ class AsyncUpdate:
     def _base(self) -> Contents:
         """What this group sent last, where that is what every engine says that it has; else nothing."""
         assert self._coordinator is not None
-        sent, base = self._group.sent, self._coordinator.base
-        return sent if base and base == digest.manifest(sent.values()) else {}
+        base = self._coordinator.base
+        return self._group.sent if base and base == self._group.sent_manifest else {}
 
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         assert self._loop is not None
@@ -541,7 +546,7 @@ class AsyncUpdate:
             self.id,
             sink,
             itertools.chain([first], pairs),
-            min(sink.bucket_bytes, total_bytes(expected, self.dtype) or sink.bucket_bytes),
+            min(sink.bucket_bytes, self._expected_bytes or sink.bucket_bytes),
             lasting=self._lasting,
             base=self._base(),
         )

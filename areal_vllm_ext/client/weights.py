@@ -124,7 +124,12 @@ class Checker:
         parts = named_parts(source)
         if isinstance(source, (torch.nn.Module, Mapping, list, tuple)):
             parts = list(parts)
-            self.check_ahead(parts)
+            checked = {meta.name: meta for meta in self.check_ahead(parts)}
+            return (
+                (checked[name], tensor.to(getattr(torch, checked[name].dtype)))
+                for name, tensor in gather(parts)
+                if name in checked  # second names of tied weights are not
+            )
         return self.check(gather(parts))
 
     def check_ahead(self, weights: Sequence[tuple[str, torch.Tensor]], *, part: bool = False) -> tuple[TensorMeta, ...]:
@@ -135,10 +140,10 @@ class Checker:
         Second names of tied weights, which checkpoints leave out, are found here, where all tensors are alive: memory that
         an iterable has freed, or used again, would look tied.
         """
-        identities = {_identity(tensor) for name, tensor in weights if name in self._expected}
-        self._tied = {
-            name for name, tensor in weights if name not in self._expected and _identity(tensor) in identities
-        }
+        self._tied = set()
+        if others := [(name, tensor) for name, tensor in weights if name not in self._expected]:
+            identities = {_identity(tensor) for name, tensor in weights if name in self._expected}
+            self._tied = {name for name, tensor in others if _identity(tensor) in identities}
         return tuple(meta for meta, _ in self._checked(weights, part=part))
 
 

@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from .. import digest
+from ..errors import InvalidWeights
 from ..protocol import Segment, TensorMeta
 
 # Tensors start at multiples of this inside a bucket, so that any dtype can be viewed in place, and digests find their rows.
@@ -61,18 +62,17 @@ class Bucket:
         self._tensors.append((meta, self.nbytes))
         self.nbytes += aligned(tensor.nbytes)
 
-    def not_finite(self) -> str:
-        """The name of a tensor with NaN or infinite values, or an empty string."""
-        return not_finite(self._named)
-
     @property
     def filled(self) -> torch.Tensor:
         return self._buffer[: self.nbytes]
 
     def segments(self) -> tuple[Segment, ...]:
-        """What lies where, with the digest of each tensor as it lies in the buffer now."""
-        spans = [(offset, nbytes_of(meta)) for meta, offset in self._tensors]
-        values = digest.digests(self.filled, spans)
+        """What lies where, with the digest of each tensor as it lies in the buffer now.
+
+        Raises:
+            InvalidWeights: a tensor holds NaN or infinite values.
+        """
+        values = examined(self._named)
         return tuple(Segment(*placed, value) for placed, value in zip(self._tensors, values, strict=True))
 
     def keep_only(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
@@ -87,6 +87,24 @@ class Bucket:
             end += aligned(nbytes)
         self.nbytes = end
         return tuple(kept)
+
+
+def examined(named: Sequence[tuple[str, torch.Tensor]]) -> list[int]:
+    """The digests of tensors. On a GPU one read gives them, and whether all values are finite.
+
+    Raises:
+        InvalidWeights: a tensor holds NaN or infinite values.
+    """
+    tensors = [tensor for _, tensor in named]
+    if digest.looks(tensors):
+        values, finite = digest.digests_and_finite(tensors)
+        bad = next((name for (name, _), one in zip(named, finite, strict=True) if not one), "")
+    else:
+        bad = not_finite(named)
+        values = [] if bad else digest.digests_of(tensors)
+    if bad:
+        raise InvalidWeights(f"{bad} holds NaN or infinite values")
+    return values
 
 
 def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -162,17 +180,24 @@ def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[
     Raises:
         ValueError: where a segment does not lie inside the buffer.
     """
+    typed: dict[str, torch.Tensor] = {}
     for segment in segments:
         meta = segment.tensor
-        dtype = getattr(torch, meta.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{meta.name} has unknown dtype {meta.dtype!r}")  # noqa: TRY004 - a value, from the wire
-        count = 1
-        for size in meta.shape:
+        if (whole := typed.get(meta.dtype)) is None:
+            dtype = getattr(torch, meta.dtype, None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{meta.name} has unknown dtype {meta.dtype!r}")
+            used = buffer.numel() // dtype.itemsize * dtype.itemsize
+            whole = typed[meta.dtype] = buffer[:used].view(dtype)
+        strides, count = [], 1
+        for size in reversed(meta.shape):
             if size < 0:
                 raise ValueError(f"{meta.name} has a negative size")
+            strides.append(max(count, 1))
             count *= size
-        end = segment.offset + count * dtype.itemsize
+        end = segment.offset + count * whole.itemsize
         if segment.offset < 0 or segment.offset % _ALIGNMENT or end > buffer.numel():
             raise ValueError(f"{meta.name} does not lie inside its bucket")
-        yield meta.name, buffer[segment.offset : end].view(dtype).view(meta.shape)
+        # One operator for each: torch lets go of the interpreter in it, and an engine that generates takes it.
+        place = whole.storage_offset() + segment.offset // whole.itemsize
+        yield meta.name, whole.as_strided(meta.shape, strides[::-1], place)

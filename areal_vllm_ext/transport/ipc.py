@@ -12,7 +12,6 @@ segments: then nothing can be lent either.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import secrets
@@ -27,7 +26,7 @@ import torch
 from .. import digest
 from ..protocol import Allocation, Bucket, CudaIpc, Segment, TensorMeta
 from . import watch
-from .buckets import aligned, nbytes_of
+from .buckets import aligned, examined, nbytes_of, unpack
 from .slots import SlotsSink, check_inside
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ _ENABLE_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _STAMP_BYTES = digest.ROW_BYTES
 # What a worker keeps open of a trainer is device memory that a trainer's death does not free.
 _KEEP_OPEN_SECONDS = 30.0
-# Tensors in one announcement, so that its message stays small.
-_LENT_TOGETHER = 16384
+# In one announcement: the workers look at these while the trainer looks at the next.
+_LENT_TOGETHER, _LENT_BYTES = 256, 2 << 30
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _COPY_KIND = 4  # cudaMemcpyDefault: from device to device, wherever each is
 
@@ -214,17 +213,20 @@ class CudaIpcSource:
         self.shared = transfer.shares and near
         self._transfer = transfer
         self._runtime = load()
-        self._opened: dict[bytes, Memory] = {}
+        self._opened: dict[bytes, tuple[Memory, torch.Tensor]] = {}  # and all of it, as one tensor
         # The update that lends, by its stamp, and what it was seen to lend so far.
         self._lender = 0
         self._lent: set[bytes] = set()
+        # Of the last update and of this one: tensors, by allocation and place in it.
+        self._views: dict[tuple[bytes, int, TensorMeta], torch.Tensor] = {}
+        self._viewed: dict[tuple[bytes, int, TensorMeta], torch.Tensor] = {}
         self._used = 0.0
         self._closing: threading.Timer | None = None
         with torch.cuda.device(self._device):
             self._stream = torch.cuda.Stream(self._device)
         self._open(transfer.handle, transfer.nbytes)
 
-    def _open(self, handle: bytes, nbytes: int) -> Memory:
+    def _open(self, handle: bytes, nbytes: int) -> tuple[Memory, torch.Tensor]:
         """The trainer's memory; opened once, and closed when it was not used for a while."""
         self._used = monotonic()
         if self._closing is None:
@@ -233,13 +235,14 @@ class CudaIpcSource:
         if handle not in opened:
             with torch.cuda.device(self._device):
                 try:
-                    opened[handle] = _own.get(handle) or self._runtime.open(handle, nbytes)
+                    memory = _own.get(handle) or self._runtime.open(handle, nbytes)
                 except RuntimeError as error:
                     raise RuntimeError(
                         f"the trainer's memory on GPU {self._transfer.device_id} cannot be opened ({error}): is the trainer "
                         "gone, in a container of its own, or without peer access? Else use transport='broadcast' or "
                         "'shared_memory'"
                     ) from None
+                opened[handle] = memory, torch.as_tensor(memory, device=self._device)
         return opened[handle]
 
     def _close_later(self, seconds: float) -> None:
@@ -253,49 +256,64 @@ class CudaIpcSource:
             self._close_later(left)
         else:
             self._closing = None
-            self._opened = {}  # a new one: whoever uses an opened memory has it by now
+            self._forget()
+
+    def _forget(self) -> None:
+        """Close what nobody uses: new ones, since whoever uses an opened memory has it by now."""
+        self._opened, self._views, self._viewed = {}, {}, {}
 
     def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
-        memory = self._open(self._transfer.handle, self._transfer.nbytes)
+        memory, _ = self._open(self._transfer.handle, self._transfer.nbytes)
         check_inside(bucket, memory.nbytes, "the trainer's memory")
         return self._copied([(memory, bucket.location, bucket.nbytes)], timeout, cancelled)
 
+    def views(self, bucket: Bucket) -> dict[str, torch.Tensor]:
+        """Tensors that lie in the trainer's own memory, on this GPU: that memory itself. Made once, as long as they lie there.
+
+        Raises as ``receive`` does.
+        """
+        opened = self._lending(bucket)
+        found: dict[str, torch.Tensor] = {}
+        for segment in bucket.segments:
+            place = (bucket.allocations[segment.allocation].handle, segment.offset, segment.tensor)
+            if (view := self._views.get(place)) is None:
+                ((_, view),) = unpack([segment], opened[segment.allocation][1])
+            found[segment.tensor.name] = self._viewed[place] = view
+        return found
+
     def lent(
         self, bucket: Bucket, timeout: float, cancelled: threading.Event
-    ) -> Iterator[tuple[Sequence[Segment], torch.Tensor]]:
-        """Tensors that lie in the trainer's own memory, with the memory that they are in here, and where.
+    ) -> tuple[Sequence[Segment], torch.Tensor]:
+        """Tensors that lie in the trainer's own memory on another GPU: copies, in one buffer, and where they are in it.
 
-        On the trainer's GPU that memory itself. Raises as ``receive`` does.
+        Raises as ``receive`` does.
         """
+        opened = self._lending(bucket)
+        places, moved, end = [], [], 0
+        for segment in bucket.segments:
+            memory, _ = opened[segment.allocation]
+            nbytes = nbytes_of(segment.tensor)
+            if segment.offset < 0 or segment.offset + nbytes > memory.nbytes:
+                raise ValueError(f"{segment.tensor.name} does not lie inside its allocation")
+            places.append((memory, segment.offset, aligned(nbytes)))
+            moved.append(msgspec.structs.replace(segment, offset=end))
+            end += aligned(nbytes)
+        return moved, self._copied(places, timeout, cancelled)
+
+    def _lending(self, bucket: Bucket) -> list[tuple[Memory, torch.Tensor]]:
+        """The bucket's allocations. What the last update did not lend any more, the trainer may have freed: it is not kept."""
         if bucket.stamp != self._lender:
-            # What the last update did not lend any more, the trainer may have freed: it is not kept open.
             kept = {self._transfer.handle, *self._lent}
             self._opened = {handle: memory for handle, memory in self._opened.items() if handle in kept}
+            self._views, self._viewed = self._viewed, {}
             self._lender, self._lent = bucket.stamp, set()
         self._lent.update(one.handle for one in bucket.allocations)
-        opened = [self._open(one.handle, one.nbytes) for one in bucket.allocations]
-        by_allocation: dict[int, list[Segment]] = {}
-        for segment in bucket.segments:
-            by_allocation.setdefault(segment.allocation, []).append(segment)
-        for number, segments in by_allocation.items():
-            memory = opened[number]
-            if self.shared:
-                yield segments, torch.as_tensor(memory, device=self._device)
-                continue
-            places, moved, end = [], [], 0
-            for segment in segments:
-                nbytes = nbytes_of(segment.tensor)
-                if segment.offset < 0 or segment.offset + nbytes > memory.nbytes:
-                    raise ValueError(f"{segment.tensor.name} does not lie inside its allocation")
-                places.append((memory, segment.offset, aligned(nbytes)))
-                moved.append(msgspec.structs.replace(segment, offset=end))
-                end += places[-1][2]
-            yield moved, self._copied(places, timeout, cancelled)
+        return [self._open(one.handle, one.nbytes) for one in bucket.allocations]
 
     def stamp(self) -> torch.Tensor:
         """Where the trainer shows for how long it lends what it announced: one int64, which it changes when it does not."""
-        memory = self._open(self._transfer.handle, self._transfer.nbytes)
-        return torch.as_tensor(memory, device=self._device)[-8:].view(torch.int64)
+        _, whole = self._open(self._transfer.handle, self._transfer.nbytes)
+        return whole[-8:].view(torch.int64)
 
     def _copied(
         self, places: Sequence[tuple[Memory, int, int]], timeout: float, cancelled: threading.Event
@@ -324,7 +342,7 @@ class CudaIpcSource:
         self._stream.synchronize()
         if self._closing is not None:
             self._closing.cancel()
-        self._opened = {}
+        self._forget()
 
 
 def _check_peer(device: torch.device, other: str) -> None:
@@ -334,6 +352,20 @@ def _check_peer(device: torch.device, other: str) -> None:
             raise RuntimeError(
                 f"this worker's {device} cannot read the memory of the trainer's GPU {other}: use transport='broadcast'"
             )
+
+
+def _pieces(
+    tensors: Sequence[tuple[TensorMeta, torch.Tensor]],
+) -> Iterator[Sequence[tuple[TensorMeta, torch.Tensor]]]:
+    """``tensors`` in runs of at most ``_LENT_TOGETHER`` and ``_LENT_BYTES``; a larger one for itself."""
+    start = nbytes = 0
+    for place, (_, tensor) in enumerate(tensors):
+        if place > start and (nbytes + tensor.nbytes > _LENT_BYTES or place - start >= _LENT_TOGETHER):
+            yield tensors[start:place]
+            start, nbytes = place, 0
+        nbytes += tensor.nbytes
+    if start < len(tensors):
+        yield tensors[start:]
 
 
 def _writes(tensor: torch.Tensor) -> int:
@@ -378,6 +410,7 @@ class CudaIpcSink(SlotsSink):
         self._lent: list[tuple[str, torch.Tensor, int]] = []
         self._allocations: dict[bytes, Memory] = {}
         self._handles: dict[int, bytes] = {}  # by where an allocation, or a tensor, begins
+        self._last: Memory | None = None
         # Handles of the allocations that the last update lent, and this one does, by their number: each costs a system call.
         self._known: dict[int, bytes] = {}
         self._asked: dict[int, bytes] = {}
@@ -392,27 +425,43 @@ class CudaIpcSink(SlotsSink):
         """Whether workers can use ``tensor`` where it lies."""
         if tensor.device != self._device or not tensor.is_contiguous() or not tensor.nbytes:
             return False
-        with torch.cuda.device(self._device), contextlib.suppress(RuntimeError, OSError):
-            memory = self._runtime.allocation(tensor.data_ptr())
-            if (tensor.data_ptr() - memory.address) % digest.ROW_BYTES == 0:
-                if memory.address not in self._handles:
-                    number = self._runtime.allocation_id(memory.address)
-                    handle = self._asked[number] = self._known.get(number) or self._runtime.share(memory)
-                    self._handles[memory.address] = handle
-                    self._allocations[handle] = _own[handle] = memory
-                self._handles[tensor.data_ptr()] = self._handles[memory.address]
-                return True
-        return False
+        address = tensor.data_ptr()
+        try:
+            memory = self._around(address)
+        except (RuntimeError, OSError):
+            return False
+        if (address - memory.address) % digest.ROW_BYTES:
+            return False
+        self._handles[address] = self._handles[memory.address]
+        return True
+
+    def _around(self, address: int) -> Memory:
+        """The allocation that ``address`` lies in, with a handle. Neighbours ask the driver once."""
+        last = self._last
+        if last is not None and last.address <= address < last.address + last.nbytes:
+            return last
+        with torch.cuda.device(self._device):
+            memory = self._runtime.allocation(address)
+            if memory.address not in self._handles:
+                number = self._runtime.allocation_id(memory.address)
+                handle = self._asked[number] = self._known.get(number) or self._runtime.share(memory)
+                self._handles[memory.address] = handle
+                self._allocations[handle] = _own[handle] = memory
+        self._last = memory
+        return memory
 
     def lend(self, tensors: Sequence[tuple[TensorMeta, torch.Tensor]]) -> Iterator[Bucket]:
-        """Announcements of tensors that can be lent; they must stay as they are until ``take_back``."""
+        """Announcements of tensors that can be lent; they must stay as they are until ``take_back``.
+
+        Raises:
+            InvalidWeights: a tensor holds NaN or infinite values.
+        """
         torch.cuda.synchronize(self._device)  # workers read on streams of their own
         stamp = secrets.randbits(62) | 1
         self._stamp(stamp)
-        for start in range(0, len(tensors), _LENT_TOGETHER):
-            together = tensors[start : start + _LENT_TOGETHER]
+        for together in _pieces(tensors):
             self._lent += [(meta.name, tensor, _writes(tensor)) for meta, tensor in together]
-            values = digest.digests_of(tensor for _, tensor in together)
+            values = examined([(meta.name, tensor) for meta, tensor in together])
             numbers: dict[bytes, int] = {}
             segments = []
             for (meta, tensor), value in zip(together, values, strict=True):
@@ -440,7 +489,7 @@ class CudaIpcSink(SlotsSink):
             self._stamp(0)
         for handle in self._allocations:
             _own.pop(handle, None)
-        self._lent, self._allocations, self._handles = [], {}, {}
+        self._lent, self._allocations, self._handles, self._last = [], {}, {}, None
         self._known, self._asked = self._asked, {}
 
     def _stamp(self, value: int) -> None:

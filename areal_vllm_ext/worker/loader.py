@@ -36,7 +36,7 @@ class Loader:
     def bind(self) -> BoundPlan | None:
         """For an update that begins: what its tensors are added to as they come. None where there is no plan."""
         plan = self._plan
-        if plan is not None and not plan.fits(readable(self._worker.get_model())):
+        if plan is not None and not plan.fits(self._worker.get_model()):
             logger.warning("areal_vllm_ext: the live weights have moved: their load plan is made anew")
             plan, self._plan, self._tried = None, None, {}
         return BoundPlan(plan) if plan else None

@@ -17,6 +17,7 @@ A plan is proven before it is used: each of its copies must find, where it would
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -157,7 +158,7 @@ class Recorder(TorchDispatchMode):
         ]
         for target in targets:
             target.check({name: self._live[name] for name in target.names}, self._staged)
-        return Plan(targets, self._staged, {name: tensor.data_ptr() for name, tensor in self._live.items()})
+        return Plan(targets, self._staged, Tree(self._model))
 
     def _flat(self, storage: _Storage) -> torch.Tensor:
         """All of a live storage, as one tensor."""
@@ -321,37 +322,61 @@ class Target:
         )
 
 
+class Tree:
+    """The modules of a model, and where the tensors of each lie. Looked at with every update, so no name is made for any."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._modules = [(module, dict(module._modules), _addresses(module)) for module in model.modules()]  # noqa: SLF001
+
+    def is_of(self, model: torch.nn.Module) -> bool:
+        return model is self._model and all(
+            module._modules == children and _addresses(module) == addresses  # noqa: SLF001
+            for module, children, addresses in self._modules
+        )
+
+
+def _addresses(module: torch.nn.Module) -> dict[str, int]:
+    """Of the tensors that are its own."""
+    tensors = itertools.chain(module._parameters.items(), module._buffers.items())  # noqa: SLF001
+    return {
+        name: tensor.data_ptr()
+        for name, tensor in tensors
+        if tensor is not None and not isinstance(tensor, torch.nn.UninitializedParameter)
+    }
+
+
 class Plan:
     """How staged tensors become the live model."""
 
-    def __init__(
-        self, targets: Iterable[Target], staged: Mapping[str, torch.Tensor], addresses: dict[str, int]
-    ) -> None:
+    def __init__(self, targets: Iterable[Target], staged: Mapping[str, torch.Tensor], tree: Tree) -> None:
         """
         Args:
             targets: what is written, checked.
             staged: what it was recorded on.
-            addresses: where each live tensor lay then.
+            tree: the model then.
         """
         # Of each incoming tensor what it must be, and which parts of it are copied where.
         self.sources = {name: (tensor.dtype, tensor.shape) for name, tensor in staged.items()}
-        self.copies: dict[str, list[tuple[torch.Tensor, Part]]] = {name: [] for name in staged}
-        self._addresses = addresses
+        # Of tensors that are copied whole no part.
+        self.copies: dict[str, list[tuple[torch.Tensor, Part | None]]] = {name: [] for name in staged}
+        self._tree = tree
         # Of incoming tensors that are copied whole, and into one run of memory: that run.
         self.whole: dict[str, torch.Tensor] = {}
         self.nbytes = 0
         for target in targets:
             for copy in target.copies:
                 view = copy.to.of(target.flat)
-                self.copies[copy.source].append((view, copy.part))
                 self.nbytes += view.nbytes
                 source = staged[copy.source]
-                if source.dtype == view.dtype and copy.part == Part(0, (source.numel(),), (1,)) and _is_run(copy.to):
+                whole = copy.part == Part(0, (source.numel(),), (1,)) and _is_run(copy.to)
+                self.copies[copy.source].append((view.view(source.shape), None) if whole else (view, copy.part))
+                if whole and source.dtype == view.dtype:
                     self.whole[copy.source] = view
 
-    def fits(self, live: Mapping[str, torch.Tensor]) -> bool:
-        """Whether these are the tensors that it was recorded on, where they were."""
-        return {name: tensor.data_ptr() for name, tensor in live.items()} == self._addresses
+    def fits(self, model: torch.nn.Module) -> bool:
+        """Whether the tensors of ``model`` are those that it was recorded on, where they were."""
+        return self._tree.is_of(model)
 
 
 class BoundPlan:
@@ -376,7 +401,7 @@ class BoundPlan:
                     self._fits = False
                     return
                 for view, part in self.plan.copies[name]:
-                    source = part.of(tensor)
+                    source = tensor if part is None else part.of(tensor)
                     kind = (view.dtype, tensor.dtype, view.is_contiguous() and source.is_contiguous())
                     targets, sources = self._batches.setdefault(kind, ([], []))
                     targets.append(view)

@@ -103,8 +103,8 @@ class Intake:
         # What the worker has, if it could do with what has changed since; and the manifest of that.
         self._base: Contents = {}
         self._base_manifest = ""
-        # Where trainers show for how long they lend what is staged, and what it shows until then.
-        self._lent: list[tuple[torch.Tensor, int]] = []
+        # Where trainers show for how long they lend what is staged, by what it shows until then.
+        self._lent: dict[int, torch.Tensor] = {}
         self._receiver = receiver
         self._lanes = {
             number: Lane(sender.transfer, f"worker {receiver.rank}, from sender {number}")
@@ -145,7 +145,7 @@ class Intake:
         self._free()
 
     def _free(self) -> None:
-        self.tensors, self.bound, self._lent = {}, None, []
+        self.tensors, self.bound, self._lent = {}, None, {}
 
     @property
     def in_place(self) -> bool:
@@ -232,9 +232,9 @@ class Intake:
         """One bucket, compared with what the trainer put into it."""
         get = self._borrow if order.allocations else self._fetch
         tensors = get(lane, source, order)
-        told = {segment.tensor.name: segment.digest for segment in order.segments}
+        told = {segment.tensor.name: (segment.tensor, segment.digest) for segment in order.segments}
         with self.spans.during(lane.track, "take"):
-            self._take(tensors, [told[name] for name in tensors], unchecked=source.unchecked)
+            self._take(tensors, told, unchecked=source.unchecked)
         lane.received += 1
 
     def _fetch(self, lane: Lane, source: Source, order: Bucket) -> dict[str, torch.Tensor]:
@@ -255,10 +255,12 @@ class Intake:
         """Tensors in the trainer's own memory."""
         if not isinstance(source, CudaIpcSource):
             raise ValueError("memory of the trainer's was announced over another transport")  # noqa: TRY004 - from the wire
-        tensors: dict[str, torch.Tensor] = {}
         with self.spans.during(lane.track, "receive"):
-            for segments, buffer in source.lent(order, self._ends - monotonic(), self._cancelled):
-                tensors |= unpack(segments, self._put(buffer))
+            if source.shared:
+                tensors = source.views(order)
+            else:
+                segments, buffer = source.lent(order, self._ends - monotonic(), self._cancelled)
+                tensors = dict(unpack(segments, self._put(buffer)))
         told = {segment.tensor.name: segment.digest for segment in order.segments}
         with self.spans.during(lane.track, "digest"):
             values = digest.digests_of(tensors.values())
@@ -266,7 +268,7 @@ class Intake:
             if told[name] != value:
                 raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
         if source.shared:
-            self._lent.append((source.stamp(), order.stamp))
+            self._lent[order.stamp] = source.stamp()
         return tensors
 
     def confirm(self) -> None:
@@ -275,7 +277,7 @@ class Intake:
         Raises:
             RuntimeError: the trainer may have changed it meanwhile.
         """
-        if any(int(shown) != stamp for shown, stamp in self._lent):
+        if any(int(shown) != stamp for stamp, shown in self._lent.items()):
             raise RuntimeError("the trainer took its memory back before it was loaded: update this engine again")
 
     def _put(self, buffer: torch.Tensor) -> torch.Tensor:
@@ -283,17 +285,17 @@ class Intake:
         assert self._place is not None
         return staging.put(buffer, self._place, self._receiver.device)
 
-    def _take(self, tensors: dict[str, torch.Tensor], digests: Iterable[int], *, unchecked: bool) -> None:
-        """Check what has come, and stage it, or hand it over to be loaded."""
+    def _take(self, tensors: dict[str, torch.Tensor], contents: Contents, *, unchecked: bool) -> None:
+        """Check what has come, which is ``contents``, and stage it, or hand it over to be loaded."""
         expected = self._receiver.expected()
         dtypes = (self._receiver.dtype,)
-        for (name, tensor), value in zip(tensors.items(), digests, strict=True):
-            meta = meta_of(name, tensor)
-            if expected is not None and (problem := checkpoint.misfit(meta, expected, dtypes)):
-                raise ValueError(problem)
-            if unchecked and not_finite([(name, tensor)]):
-                raise ValueError(f"{name} holds NaN or infinite values")
-            self.manifest[name] = (meta, value)
+        if expected is not None:
+            for meta, _ in contents.values():
+                if expected.get(meta.name) != meta and (problem := checkpoint.misfit(meta, expected, dtypes)):
+                    raise ValueError(problem)
+        if unchecked and (name := not_finite(tensors.items())):
+            raise ValueError(f"{name} holds NaN or infinite values")
+        self.manifest.update(contents)
         if self.in_place:
             self._hand_over(tensors)
         else:
@@ -310,7 +312,10 @@ class Intake:
             assert lane.source is not None
             for tensors in batches(lane.source.load_all()):
                 staged = {name: self._put(tensor) for name, tensor in tensors.items()}
-                self._take(staged, digest.digests_of(staged.values()), unchecked=lane.source.unchecked)
+                metas = (meta_of(name, tensor) for name, tensor in staged.items())
+                values = digest.digests_of(staged.values())
+                contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}
+                self._take(staged, contents, unchecked=lane.source.unchecked)
             if lane.received != (sent := order.buckets.get(number, 0)):
                 raise RuntimeError(f"{sent} buckets were sent, {lane.received} arrived")
         if order.base:

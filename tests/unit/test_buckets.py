@@ -34,10 +34,13 @@ def meta(name: str, tensor: torch.Tensor) -> TensorMeta:
 
 
 def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Any bits: NaNs too."""
+    """Any bits, but for NaN and infinite values, which are refused."""
     count = torch.Size(shape).numel() * dtype.itemsize
     bits = torch.randint(0, 2 if dtype == torch.bool else 256, (count,), generator=torch.Generator().manual_seed(seed))
-    return bits.to(torch.uint8).view(dtype).view(shape)
+    values = bits.to(torch.uint8).view(dtype)
+    whole = values.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    whole *= torch.isfinite(values.to(torch.float64))
+    return values.view(shape)
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:

@@ -19,19 +19,46 @@ device = torch.device("cpu")
 sizes = [0, 1, 2, 3, 4, 5, 255, 256, 257, 1023, 4096, 131072, 131073, 131071, 262144 + 8, 300_001]
 tensors = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
 tensors += [torch.randn(65, 33).t(), torch.randn(1000, dtype=torch.bfloat16)[1:], torch.full((777,), -1, dtype=torch.int32)]
-by_kernel, by_operators = digest._on_gpu(tensors, device), digest._by_operators(tensors)
+by_kernel, by_operators = digest._on_gpu(tensors, device)[0], digest._by_operators(tensors)
 assert by_kernel == by_operators, [size for size, one, two in zip(sizes, by_kernel, by_operators) if one != two]
 assert len(set(by_kernel)) == len(tensors)
 for place in (0, 5, 131070):
     tensors[13][place] ^= 16
-    assert digest._on_gpu(tensors[13:14], device) != by_kernel[13:14]
+    assert digest._on_gpu(tensors[13:14], device)[0] != by_kernel[13:14]
     tensors[13][place] ^= 16
 """
 
+# In each dtype: the largest values are finite; NaN and the infinities are seen wherever they are, in a row that is cut too.
+VALUES = """
+import torch
+from areal_vllm_ext import digest
+from areal_vllm_ext.digest_kernel import LANES
 
-def test_kernel_and_operators_agree() -> None:
+device = torch.device("cpu")
+looked_at = [dtype for dtype in LANES if dtype.is_floating_point]
+assert len(looked_at) == 5
+for dtype in looked_at:
+    largest = torch.finfo(dtype).max
+    good = torch.full((700,), largest).to(dtype)
+    good[::2] = -good[::2].float().to(dtype) if dtype.itemsize > 1 else torch.tensor(-largest).to(dtype)
+    good[5:9] = 0
+    bad = []
+    for value in (float("nan"), float("inf"), float("-inf")):
+        if value != value or dtype != torch.float8_e4m3fn:
+            for place in (0, 1, 2, 3, 255, 256, 697, 699):
+                bad.append(good.clone())
+                bad[-1][place] = value
+    everything = [good, *bad, torch.zeros(0, dtype=dtype), torch.full((9,), -1, dtype=torch.int64)]
+    values, finite = digest._on_gpu(everything, device, look=True)
+    assert finite == [True, *[False] * len(bad), True, True], (dtype, finite)
+    assert values == digest._by_operators(everything), dtype
+"""
+
+
+@pytest.mark.parametrize("script", [SCRIPT, VALUES], ids=["digests", "values that are no numbers"])
+def test_kernel_and_operators_agree(script: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]

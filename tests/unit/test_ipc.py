@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from waiting import eventually
@@ -192,10 +193,9 @@ def source_of(sink: CudaIpcSink, device_id: str) -> CudaIpcSource:
 
 
 def lent(source: CudaIpcSource, bucket: Bucket) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for segments, buffer in source.lent(bucket, 5.0, threading.Event()):
-        found |= unpack(segments, buffer)
-    return found
+    if source.shared:
+        return source.views(bucket)
+    return dict(unpack(*source.lent(bucket, 5.0, threading.Event())))
 
 
 @pytest.fixture
@@ -231,6 +231,10 @@ def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
         assert counter(library, "opened") == opened + 3, "two allocations and the slots, each opened once"
         own = [found[name].data_ptr() == tensor.data_ptr() for name, tensor in weights.items()]
         assert own == [source.shared] * 3
+    if source.shared:
+        following = msgspec.structs.replace(bucket, stamp=bucket.stamp + 1)
+        assert all(found[name] is tensor for name, tensor in lent(source, following).items()), "made once"
+        del following
     del found
     source.close()
     assert counter(library, "opened") == opened
@@ -299,8 +303,6 @@ def test_what_cannot_be_lent_travels(simulated: CudaRuntime, weights: dict[str, 
 
 
 def test_memory_outside_of_an_allocation_is_refused(simulated: CudaRuntime, weights: dict[str, torch.Tensor]) -> None:
-    import msgspec
-
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     bucket = bucket_of(sink, weights)
     far = msgspec.structs.replace(bucket.segments[0], offset=8192 - 256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -180,7 +181,7 @@ def test_a_plan_gives_what_a_layerwise_load_gives() -> None:
         assert same(model, twin)
     assert plan.whole.keys() == {"norm", "embed"} | {f"expert{i}.{w}" for i in (0, 1) for w in ("gate", "up")}
     assert all(torch.equal(run, weights[name].view(-1)) for name, run in plan.whole.items())
-    assert plan.fits(readable(model))
+    assert plan.fits(model)
     assert {name: tensor.data_ptr() for name, tensor in readable(model).items()} == addresses
 
 
@@ -197,8 +198,14 @@ def test_a_plan_is_for_the_tensors_that_it_was_recorded_on() -> None:
         bound = BoundPlan(plan)
         bound.add(weights | wrong)
         assert not bound.complete
+    moved = model.norm.weight.data
     model.norm.weight.data = torch.zeros(HIDDEN)
-    assert not plan.fits(readable(model))
+    assert not plan.fits(model)
+    model.norm.weight.data = moved
+    assert plan.fits(model)
+    model.norm = copy.copy(model.norm)
+    assert not plan.fits(model), "another module, with the same tensors for now"
+    assert not plan.fits(made(Model))
 
 
 def transposed(param: torch.Tensor, loaded: torch.Tensor) -> None:

@@ -202,13 +202,14 @@ def test_a_value_that_is_no_number_is_refused_by_name(value: float, dtype: torch
     good, bad = torch.zeros(300, dtype=dtype), torch.zeros(300, dtype=dtype)
     bad[217] = value
     tensors = {"good": good, "count": torch.tensor([1]), "bad": bad}
-    assert packed(tensors).not_finite() == "bad"
-    assert packed({"good": good}).not_finite() == ""
+    with pytest.raises(InvalidWeights, match="bad holds NaN or infinite values"):
+        packed(tensors).segments()
+    assert len(packed({"good": good}).segments()) == 1
 
 
 def test_values_of_integers_and_of_nothing_pass() -> None:
-    assert packed({"empty": torch.zeros(0), "count": torch.tensor([1])}).not_finite() == ""
-    assert packed({}).not_finite() == ""
+    assert len(packed({"empty": torch.zeros(0), "count": torch.tensor([1])}).segments()) == 2
+    assert packed({}).segments() == ()
 
 
 def packed(tensors: dict[str, torch.Tensor]) -> Bucket:
