@@ -165,9 +165,10 @@ class AsyncUpdate:
         """As it was asked for."""
         return self._options.transport
 
-    def bucket_bytes(self, device: torch.device) -> int:
+    def bucket_bytes(self, device: torch.device, transport: str = "") -> int:
         """Size of the pieces in which weights travel from there."""
-        return default_bucket_bytes(device) if self._options.bucket_bytes is None else self._options.bucket_bytes
+        asked = self._options.bucket_bytes
+        return default_bucket_bytes(device, transport) if asked is None else asked
 
     @property
     def result(self) -> UpdateResult:
@@ -505,7 +506,8 @@ class AsyncUpdate:
         while True:
             kept = self._group.has_sink
             kind = choose_transport(self._options.transport, device, self._engines.values(), apart=self._group.apart)
-            sink = self._group.sink(kind, self._engines, device, self.bucket_bytes(device), expected, self._left())
+            size = self.bucket_bytes(device, kind)
+            sink = self._group.sink(kind, self._engines, device, size, expected, self._left())
             self._lender = sink if isinstance(sink, CudaIpcSink) and self._lasting else None
             lent = (
                 (msgspec.structs.replace(one, shares=True) for one in self._lender.transfers) if self._lender else None

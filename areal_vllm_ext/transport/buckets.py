@@ -15,15 +15,17 @@ from ..protocol import Segment, TensorMeta
 # Tensors start at multiples of this inside a bucket, so that any dtype can be viewed in place, and digests find their rows.
 _ALIGNMENT = digest.ROW_BYTES
 
-# A large piece hides a launch, and NCCL wants it. In host memory fresh pages cost four times what copying into them does, and
-# small pieces are used again.
-_DEFAULT_BYTES = {"cpu": 32 << 20}
-_DEFAULT_BYTES_ELSEWHERE = 256 << 20
+# In host memory fresh pages cost four times what copying into them does, and small pieces are used again. Between GPUs a
+# piece takes NCCL less time than it takes trainer and workers to tell each other of it, if it is not large. Slots that are kept
+# between updates are smaller.
+_HOST_BYTES, _NCCL_BYTES, _SLOT_BYTES = 32 << 20, 1 << 30, 256 << 20
 
 
-def default_bucket_bytes(device: torch.device) -> int:
+def default_bucket_bytes(device: torch.device, transport: str = "") -> int:
     """Size of a bucket of tensors that are on ``device``."""
-    return _DEFAULT_BYTES.get(device.type, _DEFAULT_BYTES_ELSEWHERE)
+    if device.type == "cpu":
+        return _HOST_BYTES
+    return _NCCL_BYTES if transport == "broadcast" else _SLOT_BYTES
 
 
 def aligned(nbytes: int) -> int:
