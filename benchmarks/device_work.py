@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from areal_vllm_ext import digest
-from areal_vllm_ext.transport.buckets import not_finite
+from areal_vllm_ext.transport.buckets import examined, not_finite
 from areal_vllm_ext.worker.plan import BoundPlan, Copy, Part, Plan, Target, Tree, _Storage
 
 
@@ -143,7 +143,8 @@ def main() -> int:
         "finite? largest of each",
         lambda: torch.isfinite(torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))).all(),
     )
-    row("finite? as it is done", lambda: not_finite(tensors.items()))
+    row("finite? as it is done where there is no kernel", lambda: not_finite(tensors.items()))
+    row("digests and finite?", lambda: examined(list(tensors.items())))
     result = {
         "command": " ".join(["python -m benchmarks.device_work", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
