@@ -56,7 +56,9 @@ class RayCluster:
         command.append("--disable-usage-stats")
         prefix = [*self.namespaces.prefix(node), *own_cores("ab".index(node), 2)]
         log = self.folder / f"{node}.log"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # gloo would take the address that the machine's name has.
+        env = {**os.environ, "GLOO_SOCKET_IFNAME": self.namespaces.links[node]}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         # Not supervised: a supervisor would adopt, and end, what a launcher of this cluster has left; nobody does in earnest.
         with log.open("w") as output:
             self.processes[node] = subprocess.Popen(

@@ -44,9 +44,8 @@ def command_and_env(cluster: RayCluster, folder: Path) -> tuple[list[str], dict[
         "AREAL_VLLM_DIRECTORY": f"tcp://{host}:{DIRECTORY_PORT}",
         "AREAL_VLLM_REPLICA": "on-ray",
     }
-    carried = [*own, "OMP_NUM_THREADS"]
     env = {**os.environ, **CPU_ENV, **own, "RAY_ADDRESS": cluster.address, "VLLM_HOST_IP": host}
-    env["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = ",".join(carried)
+    env["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = "OMP_NUM_THREADS"
     env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [*cluster.namespaces.prefix("a"), sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
     command += [str(folder / "model"), *CPU_ARGS, "--host", host, "--port", str(PORT), "--api-server-count", "1"]

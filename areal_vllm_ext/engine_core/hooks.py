@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _LAUNCH_FACTS = "_AREAL_VLLM_LAUNCH_FACTS"
+# Not an address or a port: these are each node's own.
+_SAME_EVERYWHERE = tuple(
+    f"AREAL_VLLM_{name}" for name in ("KEY_FILE", "DIRECTORY", "REPLICA", "TRAINER_LOST", "MAX_MESSAGE_MIB")
+)
 
 # What stands on the engine's input queue for a call of ours; vLLM's own request types are an enum.
 CALL = object()
@@ -49,10 +53,13 @@ def _patch(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
 
 
 def start_endpoint_with_busy_loop() -> None:
-    """Give every EngineCore process its control endpoint, from the moment that its loop runs.
+    """Give every EngineCore process its control endpoint, from the moment that its loop runs; calls of ours run on the loop,
+    between two steps.
 
     Reason: vLLM has no extension point in an EngineCore, and front-end routes do not reach headless nodes. Plugins load
-    inside ``EngineCore.__init__``, so before the loop, in every such process (also Ray actors, which inherit the loop).
+    inside ``EngineCore.__init__``, so before the loop, in every such process (also Ray actors, which inherit the loop). The
+    loop's input queue is the one door to its thread, and a put wakes an idle engine. What takes requests from it is replaced
+    on the engine, not on its class: Ray gives an actor's class methods of its own, taken from vLLM's before plugins load.
     Checked on: 0.32.0.
     """
     from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
@@ -65,35 +72,23 @@ def start_endpoint_with_busy_loop() -> None:
                 return
             from .controller import under_control
 
+            handle = self._handle_client_request
+
+            def handle_ours_too(request_type: Any, request: Any) -> None:
+                if request_type is CALL:
+                    request()
+                else:
+                    handle(request_type, request)
+
+            self._handle_client_request = handle_ours_too
             with under_control(self, lambda call: self.input_queue.put_nowait((CALL, call))):
                 original(self)
 
         return run_busy_loop
 
+    EngineCoreProc._handle_client_request  # noqa: B018 - where it is missing, before a model is loaded
     for owner in (EngineCoreProc, DPEngineCoreProc):
         _patch(owner, "run_busy_loop", make)
-
-
-def run_calls_from_input_queue() -> None:
-    """Let calls of ours run on the engine's loop, between two steps.
-
-    Reason: the loop's input queue is the one door to its thread, and a put wakes an idle engine; ``DPEngineCoreProc``
-    hands on what it does not know, so patching the base class serves both.
-    Checked on: 0.32.0.
-    """
-    from vllm.v1.engine.core import EngineCoreProc
-
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def _handle_client_request(self: Any, request_type: Any, request: Any) -> None:
-            if request_type is CALL:
-                request()
-            else:
-                original(self, request_type, request)
-
-        return _handle_client_request
-
-    _patch(EngineCoreProc, "_handle_client_request", make)
 
 
 def control_in_process_engines() -> None:
@@ -216,26 +211,41 @@ def launch_facts() -> LaunchFacts:
 
 
 def hand_launch_facts_to_engines() -> None:
-    """Tell EngineCore processes whether they are headless, and how many DP ranks there are.
+    """Tell EngineCore processes, and actors, whether they are headless, and how many DP ranks there are.
 
     Reason: an EngineCore does not keep the first, and a rank of a dense model is made to believe in DP=1. Both are needed
     to say which engines are missing, and where.
     Checked on: 0.32.0.
     """
-    from vllm.v1.engine.utils import CoreEngineProcManager
+    from vllm.v1.engine.utils import CoreEngineActorManager, CoreEngineProcManager
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            config, local = kwargs.get("vllm_config"), kwargs.get("local_client")
-            if config is not None and local is not None and is_ours(config):
-                facts = LaunchFacts(headless=not local, data_parallel_size=config.parallel_config.data_parallel_size)
+            config = kwargs.get("vllm_config")
+            if config is not None and is_ours(config):
+                facts = LaunchFacts(
+                    headless=not kwargs.get("local_client", True),  # actors are started by the front end
+                    data_parallel_size=config.parallel_config.data_parallel_size,
+                )
                 os.environ[_LAUNCH_FACTS] = json.dumps(facts._asdict())
             original(self, *args, **kwargs)
 
         return __init__
 
-    _patch(CoreEngineProcManager, "__init__", make)
+    for owner in (CoreEngineProcManager, CoreEngineActorManager):
+        _patch(owner, "__init__", make)
+
+
+def carry_settings_to_ray_actors() -> None:
+    """Have vLLM give the settings that are the same on all nodes, and the launch facts, to the actors that it starts on Ray.
+
+    Reason: it copies its own variables, and those that a user names.
+    Checked on: 0.32.0.
+    """
+    from vllm.ray import ray_env
+
+    ray_env.DEFAULT_EXTRA_ENV_VARS.update({*_SAME_EVERYWHERE, _LAUNCH_FACTS})
 
 
 def repack_cpu_experts_on_reload() -> None:
@@ -303,10 +313,10 @@ def gather_variable_sizes_on_cpu() -> None:
 
 ENGINE_PATCHES: tuple[Callable[[], None], ...] = (
     start_endpoint_with_busy_loop,
-    run_calls_from_input_queue,
     control_in_process_engines,
     check_settings_before_model_load,
     hand_launch_facts_to_engines,
+    carry_settings_to_ray_actors,
     put_ray_workers_into_given_placement_group,
 )
 WORKER_PATCHES: tuple[Callable[[], None], ...] = (

@@ -114,7 +114,7 @@ def test_engine_in_the_users_process_is_updated_between_its_steps(tmp_path: Path
         ({"AREAL_VLLM_HOST": "0.0.0.0"}, r"AREAL_VLLM_KEY_FILE"),
         ({"AREAL_VLLM_KEY_FILE": "/nowhere/cluster.key"}, r"areal-vllm keygen /nowhere/cluster.key"),
         ({"AREAL_VLLM_PORT": "many"}, r"AREAL_VLLM_PORT must be a number"),
-        ({"_AREAL_TEST_BREAK": "1"}, r"vLLM 0\.\d+.* cannot be hooked: patch run_calls_from_input_queue failed"),
+        ({"_AREAL_TEST_BREAK": "1"}, r"vLLM 0\.\d+.* cannot be hooked: patch start_endpoint_with_busy_loop failed"),
     ],
 )
 def test_engine_refuses_to_start_without_its_hook_or_key(
