@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -265,3 +267,26 @@ def test_what_a_commit_copied_must_be_what_was_received(live: tuple[Served, Mode
     assert weights.describe(contents=False).changed == ("b",)
     eventually(lambda: told)
     assert told == [("update True", "1 tensors were not applied as they were received (b)")]
+
+
+# Thousands of tensors: the look after the commit is under way when the process ends.
+LEAVES = """
+import time
+from types import SimpleNamespace
+import torch
+from areal_vllm_ext.worker.served import Served
+
+model = torch.nn.ParameterList([torch.zeros(8, 8).t() for _ in range(20_000)])
+served = Served(SimpleNamespace(device=torch.device("cpu"), get_model=lambda: model, rank=0), ("", None))
+with served.switching({}):
+    pass
+time.sleep(float(__import__("sys").argv[1]))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.25])
+def test_a_process_that_leaves_after_a_commit_ends_in_order(seconds: float) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES, str(seconds)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
