@@ -240,6 +240,34 @@ def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
     assert counter(library, "opened") == opened
 
 
+@pytest.mark.parametrize(
+    ("together", "nbytes", "pieces"),
+    [
+        (9, 1 << 20, ["abc"]),
+        (2, 1 << 20, ["ab", "c"]),
+        (9, 912, ["ab", "c"]),
+        (9, 911, ["a", "b", "c"]),
+        (9, 1, ["a", "b", "c"]),
+    ],
+)
+def test_lent_tensors_are_told_of_in_pieces(
+    simulated: CudaRuntime,
+    weights: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    together: int,
+    nbytes: int,
+    pieces: list[str],
+) -> None:
+    monkeypatch.setattr(ipc, "_LENT_TOGETHER", together)
+    monkeypatch.setattr(ipc, "_LENT_BYTES", nbytes)
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    assert [one.nbytes for one in weights.values()] == [400, 512, 1000]
+    given = [(TensorMeta(name, str(one.dtype)[6:], tuple(one.shape)), one) for name, one in weights.items()]
+    assert all(sink.can_lend(tensor) for _, tensor in given)
+    told = ["".join(segment.tensor.name for segment in bucket.segments) for bucket in sink.lend(given)]
+    assert told == pieces
+
+
 def test_allocations_stay_open_over_buckets_and_updates_until_they_are_lent_no_more(
     simulated: CudaRuntime, library: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
