@@ -5,8 +5,8 @@
     python -m benchmarks.colocated_ray --devices 2 --cpu              # dry run, as root: shared memory, two namespaces as nodes
 
 Each trainer has a whole model, and TRAINER_SHARE of a device; each of the replica's TP workers has WORKER_SHARE of the same.
-Where they are is compared before anything is sent. The first trainer trains and sends; the engine's greedy tokens must be
-those that Hugging Face generates from its model. The last line is JSON.
+Where they are is compared before anything is sent. All train alike, and each sends to the worker on its own device; the
+engine's greedy tokens must be those that Hugging Face generates from the first one's model. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+import torch.distributed as dist
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.completions import Completions
+from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from areal_vllm_ext.launcher import Placement, launch
 from areal_vllm_ext.transport.ipc import own_device_id
@@ -60,13 +62,17 @@ class Trainer:
         """The oracle: what an engine with these weights must say."""
         return greedy_tokens(self.model, PROMPTS, TOKENS)
 
-    def step(self, version: int, home: Home, transport: str) -> dict[str, float]:
-        """Train, and move every engine to the new weights."""
+    def join(self, meeting: str, rank: int, ranks: int) -> None:
+        """Meet the other trainers."""
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+
+    def step(self, version: int, home: Home) -> dict[str, float]:
+        """Train, and move every engine to the new weights. All trainers at a time."""
         self._group = self._group or EngineGroup.connect(home.directory, key=home.key)
         self.model.cpu()  # its random numbers are the CPU's
         train(self.model, version)
         self.model.to(self.device)
-        with self._group.update(version, transport=transport, deadline=60) as update:
+        with self._group.update(version, process_group=dist.group.WORLD, senders="colocated", deadline=60) as update:
             update.send(self.model)
         return {"total_ms": update.result.total_ms, "pause_ms": update.result.pause_ms}
 
@@ -99,9 +105,11 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
             print(f"vLLM worker {rank} is on {place}", flush=True)
         completions = Completions(replica.url)
         exact, took = [], []
+        meeting = f"tcp://{trainers_on[0][0]}:{free_ports(1)[0]}"
+        ray.get([trainer.join.remote(meeting, rank, options.devices) for rank, trainer in enumerate(trainers)])
         for version in range(UPDATES + 1):
             if version:
-                took.append(ray.get(trainers[0].step.remote(version, replica.home, options.transport)))
+                took.append(ray.get([trainer.step.remote(version, replica.home) for trainer in trainers])[0])
             said = completions.greedy(PROMPTS, tokens=TOKENS)
             exact.append(said == ray.get(trainers[0].tokens.remote()))
             print(
@@ -113,7 +121,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     return {
         "devices": options.devices,
         "strategy": options.strategy,
-        "transport": options.transport,
+        "senders": "colocated",
         "trainers_on": trainers_on,
         "workers_on": workers_on,
         "placement_proven": workers_on == trainers_on,
@@ -136,7 +144,6 @@ def main() -> int:
     parser.add_argument("--strategy", default="PACK", choices=("PACK", "STRICT_PACK"))
     parser.add_argument("--cpu", action="store_true", help="a dry run without GPUs, over shared memory")
     options = parser.parse_args()
-    options.transport = "shared_memory" if options.cpu else "ipc"
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         # Ray's workers import this file, and on CPU a plugin that gives vLLM's CPU platform Ray's devices.
         sys.path.insert(0, str(Path(__file__).parent / "ray_on_cpu"))
