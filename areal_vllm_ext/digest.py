@@ -9,7 +9,7 @@ in it: compare them beside it, or use ``manifest``.
 On GPUs one Triton kernel reads any number of tensors where they lie (``digest_kernel.py``), on CPUs a loop that Numba compiles
 (``digest_cpu.py``). Where there is neither it is torch's operators: all tensors of a bucket cost as many launches as one of
 its size; temporary memory: two pieces of ``_PIECE_BYTES``, and a quarter of the buffer for the hashes of its rows and their
-places. Measured: 2.7 TB/s on an H200 (with operators 0.09), 6.9 GB/s on a core of a Xeon of 2.5 GHz (1.5).
+places. Measured: 2.7 TB/s on an H200 (with operators 0.09), 5.9 GB/s on a core of a Xeon of 2.5 GHz (0.9).
 """
 
 from __future__ import annotations
