@@ -46,7 +46,7 @@ from ..transport.buckets import damaged, not_finite, unpack
 from ..transport.ipc import CudaIpcSource, device_id
 from . import staging
 from .loader import Loader
-from .served import Served, WeightsChanged, beside
+from .served import LOOK, Served, WeightsChanged, beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -559,7 +559,7 @@ class Receiver:
                     intake.put(message)
             case DigestWeights():
                 # Reading all weights takes a while: not on this thread.
-                threading.Thread(target=self._digest, args=(message,), name="areal-digest", daemon=True).start()
+                threading.Thread(target=self._digest, args=(message,), name=LOOK, daemon=True).start()
             case GetTrace():
                 spans = self.spans(message.update).taken()
                 self._send(WorkerTrace(update=message.update, rank=self.rank, now=monotonic(), spans=spans))

@@ -39,15 +39,17 @@ def beside(device: torch.device) -> contextlib.AbstractContextManager[object]:
 # After a commit; the engine runs again by then.
 _REMEMBER_SECONDS = 0.2
 _AT_EXIT_SECONDS = 5.0
-_looks: set[threading.Thread] = set()
+# Of threads that read the live weights.
+LOOK = "areal-digest"
 
 
 @atexit.register
 def _end_looks() -> None:
     """Python ends a thread that is inside of torch by ending the process (``terminate called without an active exception``)."""
-    looks = [look for look in _looks if isinstance(look, threading.Timer)]
+    looks = [thread for thread in threading.enumerate() if thread.name == LOOK]
     for look in looks:
-        look.cancel()
+        if isinstance(look, threading.Timer):
+            look.cancel()
     for look in looks:
         look.join(_AT_EXIT_SECONDS)
 
@@ -101,9 +103,8 @@ class Served:
         finally:
             self._changes += 1
         # Not now: in the pause it would take 6 ms from a commit of 16 GB.
-        later = threading.Timer(_REMEMBER_SECONDS, self._look, (self._changes,))
-        later.name, later.daemon = "areal-digest", True
-        _looks.add(later)
+        later = threading.Timer(_REMEMBER_SECONDS, self._remember, (self._changes,))
+        later.name, later.daemon = LOOK, True
         later.start()
 
     def sleeps(self) -> None:
@@ -196,12 +197,6 @@ class Served:
                 raise WeightsChanged("the weights were switched meanwhile")
             self._after_commit = self._after_commit or live
             return live, self._after_commit, self._contents
-
-    def _look(self, changes: int) -> None:
-        try:
-            self._remember(changes)
-        finally:
-            _looks.discard(threading.current_thread())
 
     def _remember(self, changes: int) -> None:
         if self._slept or changes != self._changes:
