@@ -10,89 +10,63 @@ updates, each compared token by token with Hugging Face on both engines. The las
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from areal_vllm_ext import EngineGroup, security
+from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import make_model
-from areal_vllm_ext.serving import answers
-from areal_vllm_ext.supervised import Supervised
 
 from .ray_cluster import RayCluster, ray_cluster
-from .ray_deferred import CPU_ARGS, CPU_ENV, token_exact, train
+from .ray_deferred import token_exact, train
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-PORT, DIRECTORY_PORT = 8000, 29700
 SECONDS = 300
+ARGUMENTS = ["--data-parallel-backend", "ray", "--data-parallel-size", "2", "--data-parallel-size-local", "1"]
 
 
-def command_and_env(cluster: RayCluster, folder: Path) -> tuple[list[str], dict[str, str]]:
+def deployment(cluster: RayCluster, folder: Path, logs: Path) -> Deployment:
     """``vllm serve`` on node ``a``, as somebody would start it who has no launcher."""
     host = cluster.namespaces.addresses["a"]
-    own = {
-        "AREAL_VLLM_KEY_FILE": str(folder / "cluster.key"),
-        "AREAL_VLLM_DIRECTORY": f"tcp://{host}:{DIRECTORY_PORT}",
-        "AREAL_VLLM_REPLICA": "on-ray",
-    }
-    env = {**os.environ, **CPU_ENV, **own, "RAY_ADDRESS": cluster.address, "VLLM_HOST_IP": host}
-    env["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = "OMP_NUM_THREADS"
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    command = [*cluster.namespaces.prefix("a"), sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    command += [str(folder / "model"), *CPU_ARGS, "--host", host, "--port", str(PORT), "--api-server-count", "1"]
-    command += ["--data-parallel-backend", "ray", "--data-parallel-size", "2", "--data-parallel-size-local", "1"]
-    command += ["--data-parallel-address", host]
-    command += ["--worker-extension-cls", "areal_vllm_ext.worker.WorkerExtension"]
-    return command, env
-
-
-@contextlib.contextmanager
-def serving(cluster: RayCluster, folder: Path, log: Path) -> Iterator[str]:
-    """The server, with its URL, once it answers."""
     # Ray keeps a node's address in a folder that nodes on one machine share: vLLM's driver would read that of node b.
-    host = cluster.namespaces.addresses["a"]
     for file in cluster.folder.glob("session_*/node_ip_address.json"):
         file.write_text(json.dumps({"node_ip_address": host}))
     security.write_key(folder / "cluster.key")
-    command, env = command_and_env(cluster, folder)
-    server = Supervised(command, log=log, env=env)
-    try:
-        ends = time.monotonic() + SECONDS
-        while not answers(host, PORT, "/health"):
-            if server.poll() is not None or time.monotonic() > ends:
-                raise RuntimeError(f"{server.cause()}\n{server.last_lines(40)}")
-            time.sleep(1)
-        yield f"http://{host}:{PORT}"
-    finally:
-        server.end()
+    env = {
+        "AREAL_VLLM_KEY_FILE": str(folder / "cluster.key"),
+        "AREAL_VLLM_REPLICA": "on-ray",
+        "RAY_ADDRESS": cluster.address,
+        "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": "OMP_NUM_THREADS",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    arguments = [*ARGUMENTS, "--data-parallel-address", host, "--api-server-count", "1"]
+    node = Node(host, cluster.namespaces.prefix("a"))
+    return Deployment(folder / "model", [node], log_dir=logs, vllm_args=arguments, env=env)
 
 
 def measure(cluster: RayCluster, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Serve, and update three times."""
     model = make_model(folder / "model", moe=not options.dense)
     started = time.monotonic()
-    with serving(cluster, folder, options.log or folder / "vllm.log") as url:
+    with deployment(cluster, folder, options.logs or folder / "logs") as served:
+        served.wait(SECONDS)
         seconds = time.monotonic() - started
-        directory = f"tcp://{cluster.namespaces.addresses['a']}:{DIRECTORY_PORT}"
-        with EngineGroup.connect(directory, key_file=folder / "cluster.key") as group:
+        with EngineGroup.connect(served.directory, key_file=folder / "cluster.key") as group:
             group.wait_ready(engines=2, timeout=60)
             engines = group.engines()
-            exact, took = [token_exact(model, url, 2)], []
+            exact, took = [token_exact(model, served.url, 2)], []
             for step in range(1, 4):
                 train(model, step)
                 with group.update(step, deadline=60) as update:
                     update.send(model)
                 took.append(round(update.result.total_ms, 1))
-                exact.append(token_exact(model, url, 2))
+                exact.append(token_exact(model, served.url, 2))
                 print(f"version {step}: {'exact' if exact[-1] else 'WRONG TOKENS'}, {took[-1]} ms", flush=True)
     return {
         "model": "dense" if options.dense else "moe",
@@ -108,7 +82,7 @@ def measure(cluster: RayCluster, folder: Path, options: argparse.Namespace) -> d
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dense", action="store_true", help="a dense model instead")
-    parser.add_argument("--log", type=Path, help="keep vLLM's log here")
+    parser.add_argument("--logs", type=Path, help="keep vLLM's log here")
     options = parser.parse_args()
     # Ray's workers find the platform on their path.
     sys.path.insert(0, str(Path(__file__).parent / "ray_on_cpu"))
