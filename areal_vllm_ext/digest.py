@@ -25,7 +25,7 @@ from concurrent.futures import Future
 
 import torch
 
-from .protocol import TensorMeta
+from .protocol import TensorMeta, encoder
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -218,11 +218,11 @@ def _at(
     from . import digest_kernel
 
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        sums = digest_kernel.row_sums(spans, _keys(device), _constants(device), dtypes)
-        sizes = torch.tensor([nbytes for _, nbytes in spans]).to(device)
-        sums[:, 0] = _mix(sums[:, 0] + sizes * _GAMMA)
-        found: list[list[int]] = sums.tolist()
-    return [value % (1 << 64) for value, _ in found], [bad == 0 for _, bad in found] if dtypes else []
+        looked = tuple(dtypes) if dtypes else None
+        sums = digest_kernel.row_sums(tuple(spans), _keys(device), _constants(device), looked).cpu()
+    sizes = torch.tensor([nbytes for _, nbytes in spans], dtype=torch.int64)
+    values: list[int] = _mix(sums[:, 0] + sizes * _GAMMA).tolist()
+    return [value % (1 << 64) for value in values], (sums[:, 1] == 0).tolist() if dtypes else []
 
 
 def _by_operators(tensors: Iterable[torch.Tensor], *, on_cpu: bool = False) -> list[int]:
@@ -258,10 +258,8 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 def manifest(entries: Iterable[tuple[TensorMeta, int]]) -> str:
     """One digest (32 hexadecimal digits) of a set of tensors, by name, dtype, shape and digest; their order does not count."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for meta, value in sorted(entries, key=lambda entry: entry[0].name):
-        hashed.update(f"{meta.name!r} {meta.dtype} {list(meta.shape)} {value:016x}\n".encode())
-    return hashed.hexdigest()
+    ordered = sorted(entries, key=lambda entry: entry[0].name)
+    return hashlib.blake2b(encoder.encode(ordered), digest_size=16).hexdigest()
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -12,6 +12,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 _ROWS = 512
 # The kernel reads so many bytes at once.
 ALIGNMENT = 16
+# For so many sets of tensors: those of an update, in pieces, and the live ones; up to some MB of each.
+_KEPT_TABLES = 64
 
 
 def _lanes(exponent: int, bits: int) -> tuple[int, int, int]:
@@ -108,10 +110,10 @@ def _hash(  # type: ignore[no-untyped-def]
 
 
 def row_sums(
-    spans: Sequence[tuple[int, int]],
+    spans: tuple[tuple[int, int], ...],
     keys: torch.Tensor,
     constants: torch.Tensor,
-    dtypes: Sequence[torch.dtype] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
 ) -> torch.Tensor:
     """Of each tensor the sum of the mixed hashes of its rows, and how many of its words hold NaN or infinite values.
 
@@ -122,19 +124,31 @@ def row_sums(
         dtypes: of each tensor, a key of ``LANES``; without them nobody looks at values.
     """
     device = keys.device
-    counts = [-(-nbytes // (256 * _ROWS)) for _, nbytes in spans]
     sums = torch.zeros((len(spans), 2), dtype=torch.int64, device=device)
-    if count := sum(counts):
-        lanes = [LANES[dtype] for dtype in dtypes] if dtypes else [(0, 0, 0)] * len(spans)
-        # Each table in memory of its own: a pointer of another alignment would be another kernel to compile.
-        tensors = torch.tensor([(*span, *lane) for span, lane in zip(spans, lanes, strict=True)]).to(device)
-        programs = torch.empty((count, 2), dtype=torch.int64, device=device)
-        counted = torch.tensor(counts).to(device)
-        owners = torch.repeat_interleave(counted, output_size=count)
-        programs[:, 0] = owners
-        programs[:, 1] = (torch.arange(count, device=device) - (counted.cumsum(0) - counted)[owners]) * _ROWS
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    tensors, programs = _tables(spans, dtypes, device, stream)
+    if count := len(programs):
         look = dtypes is not None
         # The fastest of 24 that were tried on an H200.
         step = 32 if look else 8
         _hash[(count,)](tensors, programs, keys, constants, sums, look=look, rows=_ROWS, step=step, num_warps=4)
     return sums
+
+
+@functools.lru_cache(maxsize=_KEPT_TABLES)
+def _tables(
+    spans: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...] | None, device: torch.device, stream: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``_hash`` reads of tensors and programs. Kept for the next update, whose tensors lie where these do; of each CUDA
+    stream its own, which has made them.
+    """
+    counts = [-(-nbytes // (256 * _ROWS)) for _, nbytes in spans]
+    lanes = [LANES[dtype] for dtype in dtypes] if dtypes else [(0, 0, 0)] * len(spans)
+    # Each table in memory of its own: a pointer of another alignment would be another kernel to compile.
+    tensors = torch.tensor([(*span, *lane) for span, lane in zip(spans, lanes, strict=True)]).to(device)
+    counted = torch.tensor(counts, dtype=torch.int64)
+    owners = torch.repeat_interleave(counted)
+    programs = torch.empty((len(owners), 2), dtype=torch.int64)
+    programs[:, 0] = owners
+    programs[:, 1] = (torch.arange(len(owners)) - (counted.cumsum(0) - counted)[owners]) * _ROWS
+    return tensors, programs.to(device)

@@ -190,7 +190,7 @@ class Directory:
                 self._forget(key)
         self._usurped = {name: entry for name, entry in self._usurped.items() if now - entry[1] <= LOST_AFTER}
 
-    def _discover(self, now: float) -> Answer:
+    def _discover(self, now: float) -> Engines:
         self._prune(now)
         by_rank = sorted(self._engines.items())
         alive = [(key, engine) for key, (engine, heard) in by_rank if now - heard <= LOST_AFTER]
@@ -215,7 +215,7 @@ class Directory:
         self._epoch = max(self._epoch, message.above) + 1
         self._holder = message.holder
         self._lease_ends = now + message.seconds
-        return Lease(epoch=self._epoch, seconds=message.seconds)
+        return Lease(epoch=self._epoch, seconds=message.seconds, engines=self._discover(now))
 
     def _renew(self, message: RenewLease, now: float) -> Answer:
         if message.epoch != self._epoch:

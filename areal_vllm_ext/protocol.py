@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 REQUEST_ID_BYTES = 16
 
 # Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever, no name without end.
@@ -551,8 +551,13 @@ class Engines(Message):
 
 
 class Lease(Message):
+    """The lease is the asker's for so many ``seconds``. ``engines``, where it was acquired: who is there now; nobody joins while
+    it is held.
+    """
+
     epoch: int
     seconds: float
+    engines: Engines | None = None
 
 
 class Registered(Message):

@@ -542,27 +542,29 @@ class AsyncEngineGroup:
             PauseFailed: what an earlier client left behind cannot be settled.
         """
         ends = time.monotonic() + deadline
+        waited = False
         async with self._lock:
             while True:
-                await self._present(ends, without_lost)
-                async with contextlib.AsyncExitStack() as leases:
+                if waited:
+                    await self._present(ends, without_lost)
+                async with contextlib.AsyncExitStack() as stack:
                     # In one order for everybody: two clients of the same directories never wait for each other in a ring.
-                    epochs = {
-                        directory: await leases.enter_async_context(self._lease(directory, ends))
+                    leases = {
+                        directory: await stack.enter_async_context(self._lease(directory, ends))
                         for directory in sorted(self._addresses)
                     }
-                    # Once more: while the lease is held, nobody joins; whoever has come just before it must do so first.
-                    found = await self._discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
-                    answers = [answer for _, answer in found]
+                    answers = [found for _, found in leases.values()]
+                    self._forget_others(answers)
                     missing = describe_missing(answers, None, self._dropped)
                     if missing and not without_lost:
-                        if any(answer.joining for answer in answers) and time.monotonic() < ends:
+                        if not waited or (any(answer.joining for answer in answers) and time.monotonic() < ends):
+                            waited = True  # without the lease: nobody joins while it is held
                             continue
                         raise EnginesMissing(missing)
                     members = {
-                        engine.name: Member(engine, epochs[directory], directory)
-                        for directory, answer in found
-                        for engine in answer.alive
+                        engine.name: Member(engine, epoch, directory)
+                        for directory, (epoch, found) in leases.items()
+                        for engine in found.alive
                     }
                     all_here = not describe_missing(answers, None)
                     yield await self._take_over(members, ends, all_here=all_here, resume=resume)
@@ -624,7 +626,8 @@ class AsyncEngineGroup:
             await asyncio.sleep(_POLL_SECONDS / 20)
 
     @contextlib.asynccontextmanager
-    async def _lease(self, directory: str, ends: float) -> AsyncIterator[int]:
+    async def _lease(self, directory: str, ends: float) -> AsyncIterator[tuple[int, protocol.Engines]]:
+        """Hold the lease of ``directory``; yields its epoch, and who is there, with it."""
         acquire = protocol.AcquireLease(holder=self.holder, seconds=_LEASE_SECONDS)
         while True:
             left = max(ends - time.monotonic(), 0.1)
@@ -636,7 +639,7 @@ class AsyncEngineGroup:
                     raise
             await asyncio.sleep(_POLL_SECONDS / 4)
         assert isinstance(answer, protocol.Lease)
-        epoch = answer.epoch
+        epoch, found = answer.epoch, answer.engines or protocol.Engines(alive=())
 
         async def renew() -> None:
             while True:
@@ -648,7 +651,7 @@ class AsyncEngineGroup:
 
         renewal = asyncio.create_task(renew())
         try:
-            yield epoch
+            yield epoch, found
         finally:
             renewal.cancel()
             with contextlib.suppress(EngineUnreachable, RequestError):
@@ -665,10 +668,14 @@ class AsyncEngineGroup:
             return directory, answer
 
         found = list(await asyncio.gather(*(ask(directory) for directory in self._addresses)))
-        if self._connection:
-            known = {engine.address for _, answer in found for engine in answer.alive}
-            self._connection.keep_only(known.union(self._addresses))
+        self._forget_others([answer for _, answer in found])
         return found
+
+    def _forget_others(self, answers: Iterable[protocol.Engines]) -> None:
+        """Close the connections to engines that are not in ``answers`` any more."""
+        if self._connection:
+            known = {engine.address for answer in answers for engine in answer.alive}
+            self._connection.keep_only(known.union(self._addresses))
 
     async def _hello(self, engine: EngineInfo, timeout: float) -> None:
         try:
