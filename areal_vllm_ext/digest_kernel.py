@@ -137,7 +137,10 @@ def row_sums(
 
 @functools.lru_cache(maxsize=_KEPT_TABLES)
 def _tables(
-    spans: tuple[tuple[int, int], ...], dtypes: tuple[torch.dtype, ...] | None, device: torch.device, stream: int
+    spans: tuple[tuple[int, int], ...],
+    dtypes: tuple[torch.dtype, ...] | None,
+    device: torch.device,
+    stream: int,  # noqa: ARG001 - tells tables apart
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``_hash`` reads of tensors and programs. Kept for the next update, whose tensors lie where these do; of each CUDA
     stream its own, which has made them.

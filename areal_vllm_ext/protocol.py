@@ -99,13 +99,10 @@ class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
 class Segment(msgspec.Struct, frozen=True, array_like=True):
     """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major. In a bucket of
     ``allocations``, from the start of the one with this number.
-
-    ``digest`` is that of its bytes (``digest.py``), made by the trainer when the bucket was filled.
     """
 
     tensor: TensorMeta
     offset: int
-    digest: int
     allocation: int = 0
 
 
@@ -194,13 +191,14 @@ class Staging(Part):
     """Where a worker keeps an update's bytes until the commit. ``none``: nowhere, they go straight into the live model.
 
     ``nbytes``: of all weights, 0 where it is not known. ``on_device`` and ``on_host``: how many workers of this update
-    stage on the same device, on the same host.
+    stage on the same device, on the same host. ``keep``: the memory is kept for the next update, else it is given back.
     """
 
     kind: StagingKind = "auto"
     nbytes: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
     on_device: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
     on_host: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
+    keep: bool = False
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -274,6 +272,7 @@ class Begin(Message):
 class Bucket(Message):
     """Announce one bucket of ``nbytes`` bytes. The answer comes when every worker holds it that ``sender`` sends to.
 
+    ``digests`` are those of the segments' bytes (``digest.py``), made by the trainer when the bucket was filled.
     ``location`` is the bucket's offset in shared memory, host's or GPU's, in bytes; other transports leave it 0. Where there
     are ``allocations``, the tensors lie in the trainer's own memory instead, and may be read for as long as the last 8 bytes of
     the shared memory hold ``stamp``.
@@ -284,6 +283,7 @@ class Bucket(Message):
     index: int
     nbytes: int
     segments: tuple[Segment, ...]
+    digests: tuple[int, ...] = ()
     location: int = 0
     sender: Rank = 0
     allocations: tuple[Allocation, ...] = ()
@@ -551,8 +551,8 @@ class Engines(Message):
 
 
 class Lease(Message):
-    """The lease is the asker's for so many ``seconds``. ``engines``, where it was acquired: who is there now; nobody joins while
-    it is held.
+    """The lease is the asker's for so many ``seconds``. ``engines``, where it was acquired: who is there now, and nobody joins
+    while it is held.
     """
 
     epoch: int

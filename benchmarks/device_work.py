@@ -109,10 +109,10 @@ def main() -> int:
 
     plan, live = plan_of(tensors)
     bound = BoundPlan(plan)
-    bound.add(tensors)
+    bound.add(plan.parts(tensors))
 
     def bind() -> None:
-        BoundPlan(plan).add(tensors)
+        BoundPlan(plan).add(plan.parts(tensors))
 
     def singly() -> None:
         for to, tensor in zip(live, tensors.values(), strict=True):

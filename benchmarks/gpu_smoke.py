@@ -126,19 +126,29 @@ class Trial:
             self.failures.append(f"{self._kind}, {what}: {type(error).__name__}: {error}")
             print(self.failures[-1], file=sys.stderr, flush=True)
 
-    def update(self, group: EngineGroup, transport: str, number: int, staging: str = "auto", **facts: Any) -> None:
-        """Change the model, move the engines to it, and compare."""
+    def update(
+        self,
+        group: EngineGroup,
+        transport: str,
+        number: int,
+        staging: str = "auto",
+        *,
+        keep_buffers: bool = False,
+        only: str = "",
+        **facts: Any,
+    ) -> None:
+        """Change the model (``only`` parameters with this in their name), move the engines to it, and compare."""
         model = self._model
         before = expected_tokens(model)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for _, parameter in ((name, one) for name, one in model.named_parameters() if only in name):
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         after = expected_tokens(model)
         source: Any = model
         if transport == "disk":
             source = self._checkpoint
             model.save_pretrained(source)
-        options: dict[str, Any] = {"staging": staging} | ({} if transport == "disk" else {"transport": transport})
+        options: dict[str, Any] = {"staging": staging, "keep_buffers": keep_buffers} | ({} if transport == "disk" else {"transport": transport})
         started = time.monotonic()
         with group.update(f"{transport}-{number}", deadline=120, **options) as update:
             update.send(source)
@@ -151,6 +161,9 @@ class Trial:
                 "engines": self._engines,
                 "update": number,
                 "staging": staging,
+                "keep_buffers": keep_buffers,
+                "only": only,
+                "kept": update.result.kept,
                 # Why the first update could not be compared with a fresh load; empty where it was, and was equal.
                 "unproven": sorted({state.unproven for state in group.status()}),
                 **facts,
@@ -219,6 +232,12 @@ def run(
             for number, staging in enumerate(("device", "host", "none"), UPDATES + 1):
                 work = functools.partial(trial.update, group, transports[0], number, staging)
                 trial.attempt(f"staging {staging}", work)
+            for transport in (one for one in transports if one in ("broadcast", "ipc")):
+                for number in range(UPDATES + 4, UPDATES + 6):
+                    work = functools.partial(trial.update, group, transport, number, keep_buffers=True)
+                    trial.attempt(f"{transport}, buffers kept", work)
+                work = functools.partial(trial.update, group, transport, UPDATES + 6, only="layers.3.self_attn")
+                trial.attempt(f"{transport}, a layer's attention only", work)
             trial.attempt("verify", functools.partial(trial.verify, group))
         for transport in transports if kill else ():
             if transport in ("broadcast", "ipc"):

@@ -135,8 +135,10 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
         raw = {f"raw {name}": raw_link(name, server, trainer, link, options) for name in options.transport}
         ways, native = ways_of(server, groups, link, weights, options)
         running = Contest(server, trainer)
-        # vLLM's transfers must be opened one at a time, so these have their turns in a row.
-        sittings: list[list[Way]] = [ways, *([way] for way in native)]
+        # vLLM's transfers must be opened one at a time, and buffers are kept for the same way's next update only: these have
+        # their turns in a row.
+        apart: list[Way] = [*(kept_ways(groups, options) if options.keep_buffers else []), *native]
+        sittings: list[list[Way]] = [ways, *([way] for way in apart)]
         busy = load(server.url, server.model, options.engines, options.load, options.tokens)
         with busy:
             for together in sittings:
@@ -183,13 +185,26 @@ def connected(server: Server, stack: contextlib.ExitStack, options: argparse.Nam
     return groups
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Of our updates."""
+    settings = {"staging": options.staging, "kv": options.kv, "deadline": 300}
+    return settings | ({"bucket_mib": options.bucket_mib} if options.bucket_mib else {})
+
+
+def kept_ways(groups: dict[str, EngineGroup], options: argparse.Namespace) -> list[Way]:
+    """Ours, where workers keep their staging from one update to the next."""
+    settings = settings_of(options) | {"keep_buffers": True}
+    return [
+        Ours(group, f"ours, {transport}, buffers kept", transport=transport, **settings)
+        for transport, group in groups.items()
+    ]
+
+
 def ways_of(
     server: Server, groups: dict[str, EngineGroup], link: Link | None, weights: Weights, options: argparse.Namespace
 ) -> tuple[list[Way], list[Native]]:
     """Those that can take turns, ours first; and those of vLLM's, of which one can be open at a time."""
-    settings = {"staging": options.staging, "kv": options.kv, "deadline": 300}
-    if options.bucket_mib:
-        settings["bucket_mib"] = options.bucket_mib
+    settings = settings_of(options)
     # Loads of single tensors into a live model fail on CPU, where parameters are packed: there is nothing to load into.
     forms = (True,) if options.device == "cpu" else (False, True)
     ways: list[Way] = [
@@ -217,6 +232,8 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
     parser.add_argument("--staging", default="auto")
     parser.add_argument("--kv", default="recompute", help="keep: as the others do")
     parser.add_argument("--bucket-mib", type=int, default=0, help="default: the package's")
+    parser.add_argument("--keep-buffers", action="store_true", help="ours also with keep_buffers")
+    parser.add_argument("--quantization", help="of the engines: fp8, for instance")
     parser.add_argument("--no-native", action="store_true", help="leave vLLM's own transfer out")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs here")
@@ -231,6 +248,7 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
         colocated=cuda and options.colocated,
         engines=options.engines,
         tp=options.tp,
+        quantization=options.quantization,
     )
     return options, place
 

@@ -7,7 +7,6 @@ serves whom, who sends what, and in which rounds sharded tensors are gathered.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import socket
 import threading
@@ -230,9 +229,7 @@ class RankSends:
         else:
             # NCCL asks that no two communicators wait for each other's kernels: one bucket at a time on all devices.
             one_at_a_time = sum(map(bool, shared.sends)) > 1 and device.type != "cpu" and not sink.announced_is_sent
-            turn: Callable[[], contextlib.AbstractContextManager[None]] = (
-                agreement.turn if one_at_a_time else contextlib.nullcontext
-            )
+            turn = agreement.turn if one_at_a_time else None
             size = total_bytes((meta for meta in holding.tensors if meta.name in mine), known.dtype)
             sending.send(name, sink, pairs, min(sink.bucket_bytes, size), turn)
         agreement.show(encode(Sent(sending.buckets, sending.nbytes, sending.entries)))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from ..transport.ipc import CudaIpcSink, device_id
 
 if TYPE_CHECKING:
     from ..digest import Contents
-    from ..transport import Sink
+    from ..transport import Sink, UnderWay
     from .group import AsyncEngineGroup
 
 
@@ -66,10 +65,9 @@ class Sending:
         self.entries: list[tuple[TensorMeta, int]] = []
         self.kept = 0
         self._base: Contents = {}
-        # Of each bucket on its way: the engines' answers, and the push.
+        # Of each bucket: the engines' answers, and its bytes.
         self._announced: list[Future[None]] = []
-        self._pushed: list[Future[None]] = []
-        self._stopped = threading.Event()
+        self._under_way: list[UnderWay] = []
         self._location = 0
 
     def send(
@@ -78,7 +76,7 @@ class Sending:
         sink: Sink,
         pairs: Iterator[tuple[TensorMeta, torch.Tensor]],
         bucket_bytes: int,
-        turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        turn: Callable[[], AbstractContextManager[None]] | None = None,
         lasting: frozenset[int] = frozenset(),
         base: Contents | None = None,
     ) -> None:
@@ -89,7 +87,7 @@ class Sending:
             sink: the sending end.
             pairs: the tensors; each is done with when the next is asked for.
             bucket_bytes: size of a bucket.
-            turn: held while a bucket is on its way.
+            turn: held while a bucket is on its way, where others must not be.
             lasting: where storages begin that outlive the update: their tensors can be lent to the workers.
             base: what every engine has; tensors that are the same are not sent.
 
@@ -100,36 +98,35 @@ class Sending:
         self._base = base or {}
         lent: list[tuple[TensorMeta, torch.Tensor]] = []
         travelling = without_lent(pairs, sink, lasting, lent) if isinstance(sink, CudaIpcSink) else pairs
-        with ThreadPoolExecutor(1, thread_name_prefix="areal-push") as pushing:
-            try:
-                buckets = filled_buckets(travelling, bucket_bytes, lambda nbytes: self._memory(sink, nbytes))
-                for filled in self._spans.each("sending", "fill", buckets):
-                    bucket = self._described(update, sink, filled)
-                    if bucket is None:
-                        continue
-                    if sink.announced_is_sent:
-                        self._announced.append(self._announce(bucket))
-                    else:  # beside the filling of the next
-                        self._pushed.append(pushing.submit(self._push, sink, bucket, filled.filled, turn))
-                if lent and isinstance(sink, CudaIpcSink):
-                    with self._spans.during("sending", "lend"):
-                        self._lend(update, sink, lent)
-                with self._spans.during("sending", "wait until all is held"):
-                    for under_way in (self._pushed, self._announced):  # a push announces: first all of those
-                        for future in under_way:
-                            future.result(timeout=max(self._left(), 0))
-            except Cancelled:
-                raise self._refusal() or Cancelled from None
-            finally:
-                self._stopped.set()
+        try:
+            buckets = filled_buckets(travelling, bucket_bytes, lambda nbytes: self._memory(sink, nbytes))
+            for filled in self._spans.each("sending", "fill", buckets):
+                if (bucket := self._described(update, sink, filled)) is not None:
+                    self._start(sink, bucket, filled.filled, turn)
+            if lent and isinstance(sink, CudaIpcSink):
+                with self._spans.during("sending", "lend"):
+                    self._lend(update, sink, lent)
+            with self._spans.during("sending", "wait until all is held"):
+                for under_way in self._under_way[-sink.slots :]:
+                    under_way.wait(max(self._left(), 0), self._failed)
+                for announced in self._announced:
+                    announced.result(timeout=max(self._left(), 0))
+        except BaseException as error:
+            for under_way in self._under_way[-sink.slots :]:
+                under_way.abandon()
+            if isinstance(error, Cancelled) and (refusal := self._refusal()) is not None:
+                raise refusal from None
+            raise
         sink.release()
 
     def _memory(self, sink: Sink, nbytes: int) -> torch.Tensor:
         """For the next bucket. A slot is free when what lay in it has gone; where workers read it, when they have copied it."""
-        before = self._announced if sink.announced_is_sent else self._pushed
-        if len(before) >= sink.slots:
+        if self.buckets >= sink.slots:
             with self._spans.during("sending", "wait for a slot"):
-                before[-sink.slots].result(timeout=max(self._left(), 0))
+                if sink.announced_is_sent:
+                    self._announced[-sink.slots].result(timeout=max(self._left(), 0))
+                else:
+                    self._under_way[-sink.slots].wait(max(self._left(), 0), self._failed)
         self._location, buffer = sink.buffer(self.buckets, nbytes)
         return buffer
 
@@ -138,37 +135,39 @@ class Sending:
         if sink.announced_is_sent and filled.filled.device.type != "cpu":
             torch.accelerator.synchronize(filled.filled.device)
         with self._spans.during("sending", f"digest {self.buckets}"):
-            segments = filled.segments()
-        if len(changed := self._changed(segments)) < len(segments):
-            segments = filled.keep_only(changed)
+            segments, digests = self._changed(filled.segments(), filled.digests())
         if not segments:
             return None
         bucket = Bucket(
             epoch=0,
             update=update,
             index=self.buckets,
+            segments=filled.keep_only(segments),
+            digests=digests,
             nbytes=filled.nbytes,
-            segments=segments,
             location=self._location,
         )
         self._count(bucket)
         return bucket
 
-    def _push(
-        self, sink: Sink, bucket: Bucket, filled: torch.Tensor, turn: Callable[[], AbstractContextManager[None]]
+    def _start(
+        self,
+        sink: Sink,
+        bucket: Bucket,
+        filled: torch.Tensor,
+        turn: Callable[[], AbstractContextManager[None]] | None,
     ) -> None:
-        if self._stopped.is_set():
-            return
-        try:
-            with turn(), self._spans.during("pushing", f"push {bucket.index}"):
-                self._announced.append(self._announce(bucket))
-                sink.push(filled, self._left(), self._failed)
-        except BaseException:
-            self._stopped.set()  # the next one, which waits already, would take this one's place on the wire
-            raise
+        """Bring a bucket on its way. The workers are told of it now, so that they wait for it when its turn comes."""
+        with turn() if turn else contextlib.nullcontext():
+            self._announced.append(self._announce(bucket))
+            if not sink.announced_is_sent:
+                with self._spans.during("sending", f"start {bucket.index}"):
+                    self._under_way.append(sink.start(filled, self._left(), self._failed))
+                if turn:
+                    self._under_way[-1].wait(self._left(), self._failed)
 
     def _failed(self) -> bool:
-        return self._stopped.is_set() or self._refusal() is not None or self._left() <= 0
+        return self._refusal() is not None or self._left() <= 0
 
     def _refusal(self) -> BaseException | None:
         """What an engine answered instead of taking a bucket, if one did."""
@@ -180,20 +179,26 @@ class Sending:
 
     def _lend(self, update: str, sink: CudaIpcSink, tensors: list[tuple[TensorMeta, torch.Tensor]]) -> None:
         for bucket in sink.lend(tensors):
-            if segments := self._changed(bucket.segments):
+            segments, digests = self._changed(bucket.segments, bucket.digests)
+            if segments:
                 nbytes = sum(nbytes_of(segment.tensor) for segment in segments)
                 numbered = msgspec.structs.replace(
-                    bucket, update=update, index=self.buckets, segments=segments, nbytes=nbytes
+                    bucket, update=update, index=self.buckets, segments=segments, digests=digests, nbytes=nbytes
                 )
                 self._count(numbered)
                 self._announced.append(self._announce(numbered))
 
-    def _changed(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    def _changed(
+        self, segments: tuple[Segment, ...], digests: Sequence[int]
+    ) -> tuple[tuple[Segment, ...], tuple[int, ...]]:
         """Those that the engines do not have."""
-        self.entries += [(segment.tensor, segment.digest) for segment in segments]
-        changed = tuple(one for one in segments if self._base.get(one.tensor.name) != (one.tensor, one.digest))
+        entries = [(segment.tensor, value) for segment, value in zip(segments, digests, strict=True)]
+        self.entries += entries
+        if not self._base:
+            return segments, tuple(digests)
+        changed = [place for place, entry in enumerate(entries) if self._base.get(entry[0].name) != entry]
         self.kept += len(segments) - len(changed)
-        return changed
+        return tuple(segments[place] for place in changed), tuple(digests[place] for place in changed)
 
     def _count(self, bucket: Bucket) -> None:
         self.buckets += 1

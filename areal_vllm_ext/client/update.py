@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
-from .. import digest, protocol
+from .. import digest, interpreter, protocol
 from ..errors import (
     ArealError,
     EngineUnreachable,
@@ -105,6 +105,7 @@ class UpdateOptions:
     deadline: float
     transport: str
     staging: StagingKind
+    keep_buffers: bool
     mode: PauseMode
     kv: KVPolicy
     bucket_bytes: int | None
@@ -197,8 +198,16 @@ class AsyncUpdate:
         self._started = time.monotonic()
         self.ends = self._started + self._options.deadline
         self.spans.enter("update", "lease")
+        # The event loop has its turn beside what is done for each tensor.
+        holder = uuid.uuid4().hex
+        interpreter.hurry(holder, True)
+        self._command.callback(interpreter.hurry, holder, False)
         command = self._group.command(self._options.deadline, without_lost=self._options.drop_lost)
-        targets = await self._command.enter_async_context(command)
+        try:
+            targets = await self._command.enter_async_context(command)
+        except BaseException:
+            await self._command.aclose()
+            raise
         self._engines = {name: target.engine for name, target in targets.items()}
         self._members = {name: Member(target.epoch, target.resumes) for name, target in targets.items()}
         self.spans.enter("update", "")
@@ -431,6 +440,7 @@ class AsyncUpdate:
                 nbytes=self._expected_bytes,
                 on_device=max((devices[worker.device_id] for worker in engine.workers), default=1),
                 on_host=max((hosts[worker.node] for worker in engine.workers), default=1),
+                keep=self._options.keep_buffers,
             )
             for name, engine in self._engines.items()
         }

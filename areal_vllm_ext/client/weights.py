@@ -36,7 +36,8 @@ def named_parts(source: WeightSource) -> Iterable[Named]:
 def gathered(parts: Iterable[Named]) -> Iterator[Named]:
     """Full tensors, one at a time."""
     for name, part in parts:
-        yield name, (part.full_tensor() if hasattr(part, "full_tensor") else part).detach()
+        full: torch.Tensor = part.full_tensor() if hasattr(part, "full_tensor") else part
+        yield name, full.detach() if full.requires_grad else full
 
 
 def checkpoint_format(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -90,7 +91,7 @@ class Checker:
             InvalidWeights: for a tensor that the engines could not load, and at the end for one that is missing.
         """
         for meta, tensor in self._checked(weights, part=part):
-            yield meta, tensor.to(getattr(torch, meta.dtype))
+            yield meta, _as(meta, tensor)
 
     def _checked(self, weights: Iterable[Named], *, part: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """What is to be sent, not cast yet. No tensor is computed with, so that a ``DTensor`` costs no collective."""
@@ -102,7 +103,9 @@ class Checker:
                 raise InvalidWeights(f"{name} is there twice")
             dtype = self._cast if self._cast is not None and tensor.is_floating_point() else tensor.dtype
             meta = TensorMeta(name, str(dtype).removeprefix("torch."), tuple(tensor.shape))
-            if self._expected and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
+            if self._expected.get(name) == meta:
+                pass  # nearly all: nothing else is asked about them
+            elif self._expected and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
                 hint = "" if name in self._expected else "; if it is tied to one that is, leave it out of an iterable"
                 raise InvalidWeights(problem + hint)
             sent.add(name)
@@ -125,11 +128,8 @@ class Checker:
         if isinstance(source, (torch.nn.Module, Mapping, list, tuple)):
             parts = list(parts)
             checked = {meta.name: meta for meta in self.check_ahead(parts)}
-            return (
-                (checked[name], tensor.to(getattr(torch, checked[name].dtype)))
-                for name, tensor in gather(parts)
-                if name in checked  # second names of tied weights are not
-            )
+            # Second names of tied weights are not among them.
+            return ((checked[name], _as(checked[name], tensor)) for name, tensor in gather(parts) if name in checked)
         return self.check(gather(parts))
 
     def check_ahead(self, weights: Sequence[tuple[str, torch.Tensor]], *, part: bool = False) -> tuple[TensorMeta, ...]:
@@ -145,6 +145,12 @@ class Checker:
             identities = {_identity(tensor) for name, tensor in weights if name in self._expected}
             self._tied = {name for name, tensor in others if _identity(tensor) in identities}
         return tuple(meta for meta, _ in self._checked(weights, part=part))
+
+
+def _as(meta: TensorMeta, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in the dtype in which it is sent."""
+    dtype: torch.dtype = getattr(torch, meta.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -39,7 +39,36 @@ def watch(done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool
         if time.monotonic() > ends:
             raise TimeoutError(f"the other side was silent for {timeout:.1f} s")
         time.sleep(pause)
-        pause = min(pause * 1.5, 1e-3)
+        # Seen at most a tenth later than it was there: an engine that generates pays for each look.
+        pause = min(pause * 1.1, 1e-3)
+
+
+class UnderWay(Protocol):
+    """A bucket's bytes on their way."""
+
+    def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
+        """The buffer, once all of it is there (or gone, at the trainer's end).
+
+        Raises:
+            Cancelled: ``cancelled()`` became true. TimeoutError: it took longer than ``timeout`` seconds.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more; whatever still writes there does no harm."""
+        ...
+
+
+class Arrived:
+    """Bytes that are there already."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+
+    def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
+        return self._buffer
+
+    def abandon(self) -> None: ...
 
 
 class Source(Protocol):
@@ -57,11 +86,17 @@ class Source(Protocol):
     shared: bool
     nbytes: int
 
-    def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
-        """One bucket, as a ``uint8`` tensor of ``bucket.nbytes`` that is the caller's to keep.
+    @property
+    def device(self) -> torch.device:
+        """Where buckets arrive."""
+        ...
+
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+        """Have one bucket come into ``buffer``: ``bucket.nbytes`` of ``uint8`` on ``device``. Several may be under way at once;
+        they arrive in the order in which they were started.
 
         Raises:
-            Cancelled: ``cancelled`` was set. TimeoutError: the sender was silent for ``timeout`` seconds.
+            Cancelled: ``cancelled()`` became true. TimeoutError: the sender was silent for ``timeout`` seconds.
         """
         ...
 
@@ -97,7 +132,7 @@ class Sink(Protocol):
         """Location (see ``protocol.Bucket``) and memory for bucket ``index``: ``nbytes`` of ``uint8``."""
         ...
 
-    def push(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
         """Bring a filled ``buffer``, which was announced to the engines, on its way.
 
         Raises:

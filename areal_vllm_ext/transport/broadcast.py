@@ -11,7 +11,6 @@ import contextlib
 import socket
 import sys
 import threading
-import time
 import uuid
 from concurrent.futures import Future
 from datetime import timedelta
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from ..worker.receiver import Receiver
+    from . import UnderWay
 
 
 class Communicator(Protocol):
@@ -35,8 +35,8 @@ class Communicator(Protocol):
 
     device: torch.device
 
-    def broadcast(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
-        """Send (rank 0) or receive ``buffer``; returns when it is done.
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+        """Send (rank 0) or receive ``buffer``, after what was started before.
 
         Raises:
             Cancelled: ``cancelled()`` became true. TimeoutError: it took longer than ``timeout`` seconds.
@@ -74,21 +74,35 @@ class GlooCommunicator:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
         self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore(communicator, store), rank, size, options)
 
-    def broadcast(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.timeout = timedelta(seconds=max(timeout, 0.01) + 1)  # later than ours, which says more
-        work = self._group.broadcast([buffer], options)
-        try:
-            watch(work.is_completed, timeout, cancelled)
-        except BaseException:
-            with _abandoned_lock:
-                _abandoned.append((self._group, work, buffer))
-            raise
-        work.wait()
+        return GlooBroadcast(self._group, self._group.broadcast([buffer], options), buffer)
 
     def close(self) -> None:
         self._group = None
+
+
+class GlooBroadcast:
+    """One that was started."""
+
+    def __init__(self, group: Any, work: Any, buffer: torch.Tensor) -> None:
+        self._group, self._work, self._buffer = group, work, buffer
+
+    def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
+        try:
+            watch(self._work.is_completed, timeout, cancelled)
+        except BaseException:
+            self.abandon()
+            raise
+        self._work.wait()
+        return self._buffer
+
+    def abandon(self) -> None:
+        if not self._work.is_completed():
+            with _abandoned_lock:
+                _abandoned.append((self._group, self._work, self._buffer))
 
 
 class NcclCommunicator:
@@ -118,8 +132,7 @@ class NcclCommunicator:
                 self._comm.abort()
                 raise
 
-    def broadcast(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
-        ends = time.monotonic() + timeout
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
             buffer.record_stream(self._stream)  # freed after an abort, it is not used again before its kernel has ended
@@ -127,14 +140,32 @@ class NcclCommunicator:
                 self._comm.broadcast(buffer.data_ptr(), buffer.numel(), self._stream.cuda_stream)
                 # The first one connects to the peers, on a thread of NCCL's: only then is it on the stream.
                 watch(self._comm.settled, timeout, cancelled)
-                done = torch.cuda.Event()
-                done.record(self._stream)
-                watch(lambda: self._comm.settled() and done.query(), ends - time.monotonic(), cancelled)
             except BaseException:
                 self._comm.abort()
                 raise
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        return NcclBroadcast(self._comm, done, buffer)
 
     def close(self) -> None:
+        self._comm.abort()
+
+
+class NcclBroadcast:
+    """One that was started. Where it is given up its communicator is, and with it all that was started there."""
+
+    def __init__(self, comm: nccl.Communicator, done: torch.cuda.Event, buffer: torch.Tensor) -> None:
+        self._comm, self._done, self._buffer = comm, done, buffer
+
+    def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
+        try:
+            watch(lambda: self._comm.settled() and self._done.query(), timeout, cancelled)
+        except BaseException:
+            self._comm.abort()
+            raise
+        return self._buffer
+
+    def abandon(self) -> None:
         self._comm.abort()
 
 
@@ -182,10 +213,12 @@ class BroadcastSource:
                 store, transfer.communicator, rank, transfer.world_size, receiver.own_host, timeout
             )
 
-    def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
-        buffer = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._communicator.device)
-        self._communicator.broadcast(buffer, timeout, cancelled.is_set)
-        return buffer
+    @property
+    def device(self) -> torch.device:
+        return self._communicator.device
+
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+        return self._communicator.start(buffer, timeout, cancelled)
 
     def load_all(self) -> Iterable[tuple[str, torch.Tensor]]:
         return ()
@@ -197,7 +230,8 @@ class BroadcastSource:
 class BroadcastSink:
     """The trainer's end: opens the meeting point, then joins as rank 0."""
 
-    slots = 2
+    # One on the wire, one that waits for it, one that is filled.
+    slots = 3
     announced_is_sent = False
 
     def __init__(
@@ -301,9 +335,9 @@ class BroadcastSink:
             self._buffers[slot] = torch.empty(nbytes, dtype=torch.uint8, device=self._communicator.device)
         return 0, self._buffers[slot][:nbytes]
 
-    def push(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
         assert self._communicator is not None
-        self._communicator.broadcast(buffer, timeout, cancelled)
+        return self._communicator.start(buffer, timeout, cancelled)
 
     def release(self) -> None:
         self._buffers.clear()

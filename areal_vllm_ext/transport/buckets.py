@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -69,13 +70,16 @@ class Bucket:
         return self._buffer[: self.nbytes]
 
     def segments(self) -> tuple[Segment, ...]:
-        """What lies where, with the digest of each tensor as it lies in the buffer now.
+        """What lies where."""
+        return tuple(Segment(*placed) for placed in self._tensors)
+
+    def digests(self) -> list[int]:
+        """Of each tensor as it lies in the buffer now.
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
         """
-        values = examined(self._named)
-        return tuple(Segment(*placed, value) for placed, value in zip(self._tensors, values, strict=True))
+        return examined(self._named)
 
     def keep_only(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
         """Close the gaps that the others leave; returns ``segments`` with their new places."""
@@ -164,16 +168,44 @@ def nbytes_of(meta: TensorMeta) -> int:
     return math.prod(meta.shape) * dtype.itemsize
 
 
-def damaged(segments: Sequence[Segment], buffer: torch.Tensor) -> str:
-    """The name of a tensor in ``buffer`` whose bytes are not those that its segment tells of; empty where all are.
+def packed(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int]:
+    """``segments`` one after the other, in one buffer of so many bytes."""
+    moved, end = [], 0
+    for segment in segments:
+        moved.append(Segment(segment.tensor, end))
+        end += aligned(nbytes_of(segment.tensor))
+    return tuple(moved), end
+
+
+def damaged(segments: Sequence[Segment], told: Sequence[int], buffer: torch.Tensor) -> str:
+    """The name of a tensor in ``buffer`` whose digest is not the one that was ``told``; empty where all are.
 
     ``segments`` were unpacked before, so each lies inside the buffer.
     """
     values = digest.digests(buffer, [(segment.offset, nbytes_of(segment.tensor)) for segment in segments])
-    for segment, value in zip(segments, values, strict=True):
-        if value != segment.digest:
-            return segment.tensor.name
-    return ""
+    return differing(segments, told, values)
+
+
+def differing(segments: Sequence[Segment], told: Sequence[int], values: Sequence[int]) -> str:
+    """The name of the first tensor whose digest is not the one that was ``told``; empty where all are."""
+    if values == list(told):
+        return ""
+    return next(one.tensor.name for one, told_of, value in zip(segments, told, values, strict=True) if told_of != value)
+
+
+class Piece:
+    """A bucket's tensors where they lie, made once for as long as they lie there.
+
+    Attributes:
+        segments: what lies where.
+        memory: what they lie in.
+        tensors: by name; contiguous.
+        parts: what a load plan has made of them (``worker/plan.py``).
+    """
+
+    def __init__(self, segments: tuple[Segment, ...], memory: Any, tensors: dict[str, torch.Tensor]) -> None:
+        self.segments, self.memory, self.tensors = segments, memory, tensors
+        self.parts: Any = None
 
 
 def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

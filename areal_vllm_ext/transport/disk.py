@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from .. import checkpoint
 from .buckets import total_bytes
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Iterator
-
-    import torch
+    from collections.abc import Callable, Iterator
 
     from ..protocol import Bucket, Disk
+    from . import UnderWay
 
 
 class DiskSource:
@@ -22,6 +22,7 @@ class DiskSource:
     reusable = False
     unchecked = True
     shared = False
+    device = torch.device("cpu")
 
     def __init__(self, transfer: Disk) -> None:
         """Look the directory through.
@@ -33,7 +34,7 @@ class DiskSource:
         tensors = [tensor for file in self._files for tensor in checkpoint.read_header(file)]
         self.nbytes = total_bytes(tensors)
 
-    def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
         raise ValueError("an update from disk has no buckets")
 
     def load_all(self) -> Iterator[tuple[str, torch.Tensor]]:

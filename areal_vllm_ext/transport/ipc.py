@@ -20,13 +20,12 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 
 from .. import digest
 from ..protocol import Allocation, Bucket, CudaIpc, Segment, TensorMeta
 from . import watch
-from .buckets import aligned, examined, nbytes_of, unpack
+from .buckets import Piece, aligned, examined, nbytes_of, unpack
 from .slots import SlotsSink, check_inside
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from ..worker.receiver import Receiver
+    from . import UnderWay
 
 _HANDLE_BYTES = 64
 _ENABLE_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
@@ -187,6 +187,20 @@ def load() -> CudaRuntime:
 _own: dict[bytes, Memory] = {}
 
 
+class Copying:
+    """Copies that were begun."""
+
+    def __init__(self, done: torch.cuda.Event, buffer: torch.Tensor, sources: object) -> None:
+        self._done, self._buffer = done, buffer
+        self._sources = sources  # open until then
+
+    def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
+        watch(self._done.query, timeout, cancelled)
+        return self._buffer
+
+    def abandon(self) -> None: ...
+
+
 class CudaIpcSource:
     """The worker's end."""
 
@@ -200,16 +214,16 @@ class CudaIpcSource:
         Raises:
             RuntimeError: this worker cannot reach them.
         """
-        self._device = receiver.device
-        if self._device.type != "cuda":
+        self.device = receiver.device
+        if self.device.type != "cuda":
             raise RuntimeError(
-                f"transport 'ipc' brings weights to GPUs, and this worker runs on {self._device}: use transport='broadcast'"
+                f"transport 'ipc' brings weights to GPUs, and this worker runs on {self.device}: use transport='broadcast'"
             )
         if transfer.host != host_id():
             raise RuntimeError("the trainer is on another host: use transport='broadcast'")
-        near = transfer.device_id == device_id(self._device)
+        near = transfer.device_id == device_id(self.device)
         if not near:
-            _check_peer(self._device, transfer.device_id)
+            _check_peer(self.device, transfer.device_id)
         self.shared = transfer.shares and near
         self._transfer = transfer
         self._runtime = load()
@@ -217,13 +231,13 @@ class CudaIpcSource:
         # The update that lends, by its stamp, and what it was seen to lend so far.
         self._lender = 0
         self._lent: set[bytes] = set()
-        # Of the last update and of this one: tensors, by allocation and place in it.
-        self._views: dict[tuple[bytes, int, TensorMeta], torch.Tensor] = {}
-        self._viewed: dict[tuple[bytes, int, TensorMeta], torch.Tensor] = {}
+        # Of the last update and of this one: what was lent, by the bucket's index.
+        self._views: dict[int, Piece] = {}
+        self._viewed: dict[int, Piece] = {}
         self._used = 0.0
         self._closing: threading.Timer | None = None
-        with torch.cuda.device(self._device):
-            self._stream = torch.cuda.Stream(self._device)
+        with torch.cuda.device(self.device):
+            self._stream = torch.cuda.Stream(self.device)
         self._open(transfer.handle, transfer.nbytes)
 
     def _open(self, handle: bytes, nbytes: int) -> tuple[Memory, torch.Tensor]:
@@ -233,7 +247,7 @@ class CudaIpcSource:
             self._close_later(_KEEP_OPEN_SECONDS)
         opened = self._opened
         if handle not in opened:
-            with torch.cuda.device(self._device):
+            with torch.cuda.device(self.device):
                 try:
                     memory = _own.get(handle) or self._runtime.open(handle, nbytes)
                 except RuntimeError as error:
@@ -242,7 +256,7 @@ class CudaIpcSource:
                         "gone, in a container of its own, or without peer access? Else use transport='broadcast' or "
                         "'shared_memory'"
                     ) from None
-                opened[handle] = memory, torch.as_tensor(memory, device=self._device)
+                opened[handle] = memory, torch.as_tensor(memory, device=self.device)
         return opened[handle]
 
     def _close_later(self, seconds: float) -> None:
@@ -262,43 +276,41 @@ class CudaIpcSource:
         """Close what nobody uses: new ones, since whoever uses an opened memory has it by now."""
         self._opened, self._views, self._viewed = {}, {}, {}
 
-    def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
         memory, _ = self._open(self._transfer.handle, self._transfer.nbytes)
         check_inside(bucket, memory.nbytes, "the trainer's memory")
-        return self._copied([(memory, bucket.location, bucket.nbytes)], timeout, cancelled)
+        return self._copy([(memory, bucket.location, bucket.nbytes)], buffer)
 
-    def views(self, bucket: Bucket) -> dict[str, torch.Tensor]:
-        """Tensors that lie in the trainer's own memory, on this GPU: that memory itself. Made once, as long as they lie there.
+    def views(self, bucket: Bucket) -> Piece:
+        """Tensors that lie in the trainer's own memory, on this GPU: that memory itself.
 
-        Raises as ``receive`` does.
+        Raises:
+            RuntimeError: it cannot be opened. ValueError: a tensor does not lie in it.
         """
         opened = self._lending(bucket)
-        found: dict[str, torch.Tensor] = {}
-        for segment in bucket.segments:
-            place = (bucket.allocations[segment.allocation].handle, segment.offset, segment.tensor)
-            if (view := self._views.get(place)) is None:
-                ((_, view),) = unpack([segment], opened[segment.allocation][1])
-            found[segment.tensor.name] = self._viewed[place] = view
-        return found
+        piece = self._views.get(bucket.index)
+        if piece is None or (piece.segments, piece.memory) != (bucket.segments, bucket.allocations):
+            tensors: dict[str, torch.Tensor] = {}
+            for segment in bucket.segments:
+                tensors.update(unpack([segment], opened[segment.allocation][1]))
+            piece = Piece(bucket.segments, bucket.allocations, tensors)
+        self._viewed[bucket.index] = piece
+        return piece
 
-    def lent(
-        self, bucket: Bucket, timeout: float, cancelled: threading.Event
-    ) -> tuple[Sequence[Segment], torch.Tensor]:
-        """Tensors that lie in the trainer's own memory on another GPU: copies, in one buffer, and where they are in it.
+    def start_lent(self, bucket: Bucket, buffer: torch.Tensor) -> UnderWay:
+        """Tensors that lie in the trainer's own memory on another GPU: copies in ``buffer``, as ``packed`` has them.
 
-        Raises as ``receive`` does.
+        Raises as ``views`` does.
         """
         opened = self._lending(bucket)
-        places, moved, end = [], [], 0
+        places = []
         for segment in bucket.segments:
             memory, _ = opened[segment.allocation]
             nbytes = nbytes_of(segment.tensor)
             if segment.offset < 0 or segment.offset + nbytes > memory.nbytes:
                 raise ValueError(f"{segment.tensor.name} does not lie inside its allocation")
             places.append((memory, segment.offset, aligned(nbytes)))
-            moved.append(msgspec.structs.replace(segment, offset=end))
-            end += aligned(nbytes)
-        return moved, self._copied(places, timeout, cancelled)
+        return self._copy(places, buffer)
 
     def _lending(self, bucket: Bucket) -> list[tuple[Memory, torch.Tensor]]:
         """The bucket's allocations. What the last update did not lend any more, the trainer may have freed: it is not kept."""
@@ -315,12 +327,9 @@ class CudaIpcSource:
         _, whole = self._open(self._transfer.handle, self._transfer.nbytes)
         return whole[-8:].view(torch.int64)
 
-    def _copied(
-        self, places: Sequence[tuple[Memory, int, int]], timeout: float, cancelled: threading.Event
-    ) -> torch.Tensor:
-        """The bytes at (memory, offset, bytes), one after the other, in memory of this worker's."""
-        with torch.cuda.device(self._device):
-            buffer = torch.empty(sum(nbytes for _, _, nbytes in places), dtype=torch.uint8, device=self._device)
+    def _copy(self, places: Sequence[tuple[Memory, int, int]], buffer: torch.Tensor) -> UnderWay:
+        """Begin to copy the bytes at (memory, offset, bytes), one after the other, into ``buffer``."""
+        with torch.cuda.device(self.device):
             buffer.record_stream(self._stream)  # an update that is given up frees it while the copy runs
             self._stream.wait_stream(torch.cuda.current_stream())
             to = buffer.data_ptr()
@@ -331,8 +340,7 @@ class CudaIpcSource:
                 to += nbytes
             done = torch.cuda.Event()
             done.record(self._stream)
-            watch(done.query, timeout, cancelled.is_set)
-        return buffer
+        return Copying(done, buffer, places)
 
     def load_all(self) -> Iterable[tuple[str, torch.Tensor]]:
         return ()
@@ -411,9 +419,9 @@ class CudaIpcSink(SlotsSink):
         self._allocations: dict[bytes, Memory] = {}
         self._handles: dict[int, bytes] = {}  # by where an allocation, or a tensor, begins
         self._last: Memory | None = None
-        # Handles of the allocations that the last update lent, and this one does, by their number: each costs a system call.
-        self._known: dict[int, bytes] = {}
-        self._asked: dict[int, bytes] = {}
+        # Allocations that the last update lent, and this one does, by number, with their handles: these cost system calls.
+        self._known: dict[int, tuple[Memory, bytes]] = {}
+        self._asked: dict[int, tuple[Memory, bytes]] = {}
         _own[self._handle] = memory
         transfer = CudaIpc(host=host_id(), device_id=device_id(device), handle=self._handle, nbytes=memory.nbytes)
         self.transfers = [transfer] * engines
@@ -440,15 +448,17 @@ class CudaIpcSink(SlotsSink):
         last = self._last
         if last is not None and last.address <= address < last.address + last.nbytes:
             return last
-        with torch.cuda.device(self._device):
-            memory = self._runtime.allocation(address)
-            if memory.address not in self._handles:
-                number = self._runtime.allocation_id(memory.address)
-                handle = self._asked[number] = self._known.get(number) or self._runtime.share(memory)
-                self._handles[memory.address] = handle
-                self._allocations[handle] = _own[handle] = memory
-        self._last = memory
-        return memory
+        number = self._runtime.allocation_id(address)
+        if number not in self._asked:
+            if (found := self._known.get(number)) is None:
+                with torch.cuda.device(self._device):
+                    memory = self._runtime.allocation(address)
+                    found = memory, self._runtime.share(memory)
+            memory, handle = self._asked[number] = found
+            self._handles[memory.address] = handle
+            self._allocations[handle] = _own[handle] = memory
+        self._last = self._asked[number][0]
+        return self._last
 
     def lend(self, tensors: Sequence[tuple[TensorMeta, torch.Tensor]]) -> Iterator[Bucket]:
         """Announcements of tensors that can be lent; they must stay as they are until ``take_back``.
@@ -461,20 +471,21 @@ class CudaIpcSink(SlotsSink):
         self._stamp(stamp)
         for together in _pieces(tensors):
             self._lent += [(meta.name, tensor, _writes(tensor)) for meta, tensor in together]
-            values = examined([(meta.name, tensor) for meta, tensor in together])
+            digests = examined([(meta.name, tensor) for meta, tensor in together])
             numbers: dict[bytes, int] = {}
             segments = []
-            for (meta, tensor), value in zip(together, values, strict=True):
+            for meta, tensor in together:
                 handle = self._handles[tensor.data_ptr()]
                 number = numbers.setdefault(handle, len(numbers))
                 offset = tensor.data_ptr() - self._allocations[handle].address
-                segments.append(Segment(meta, offset, value, number))
+                segments.append(Segment(meta, offset, number))
             yield Bucket(
                 epoch=0,
                 update="",
                 index=0,
                 nbytes=sum(tensor.nbytes for _, tensor in together),
                 segments=tuple(segments),
+                digests=tuple(digests),
                 allocations=tuple(Allocation(handle, self._allocations[handle].nbytes) for handle in numbers),
                 stamp=stamp,
             )

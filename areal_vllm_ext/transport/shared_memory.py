@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..protocol import Bucket, SharedMemory
+from . import Arrived
 from .slots import SlotsSink, check_inside
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from concurrent.futures import Future
+
+    from . import UnderWay
+
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
@@ -68,12 +71,12 @@ class SharedMemorySource:
         with os.fdopen(descriptor, "rb+") as file:
             self._map = mmap.mmap(file.fileno(), transfer.nbytes)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._device = device
+        self.device = device
 
-    def receive(self, bucket: Bucket, timeout: float, cancelled: threading.Event) -> torch.Tensor:
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
         check_inside(bucket, self._memory.numel(), "the shared memory")
         slot = self._memory[bucket.location : bucket.location + bucket.nbytes]
-        return slot.to(self._device, copy=True)
+        return Arrived(buffer.copy_(slot))
 
     def load_all(self) -> Iterable[tuple[str, torch.Tensor]]:
         return ()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import Arrived
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
     from ..protocol import Bucket
+    from . import UnderWay
 
 
 class SlotsSink:
@@ -36,8 +39,9 @@ class SlotsSink:
         start = (index % self.slots) * self._slot_bytes
         return start, self._memory[start : start + nbytes]
 
-    def push(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> None:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
         """Nothing to do: announced is sent."""
+        return Arrived(buffer)
 
 
 def check_inside(bucket: Bucket, nbytes: int, memory: str) -> None:

@@ -17,10 +17,9 @@ A plan is proven before it is used: each of its copies must find, where it would
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -327,23 +326,23 @@ class Tree:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._modules = [(module, dict(module._modules), _addresses(module)) for module in model.modules()]  # noqa: SLF001
+        own = ((module._parameters, module._buffers, module._modules) for module in model.modules())  # noqa: SLF001
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]]
+        self._held = [(held, dict(held)) for kinds in own for held in kinds]
+        tensors = {id(one): one for _, then in self._held for one in then.values() if _is_placed(one)}
+        self._places = [(one, one.data_ptr()) for one in tensors.values()]
 
     def is_of(self, model: torch.nn.Module) -> bool:
-        return model is self._model and all(
-            module._modules == children and _addresses(module) == addresses  # noqa: SLF001
-            for module, children, addresses in self._modules
+        return (
+            model is self._model
+            and all(len(held) == len(then) for held, then in self._held)
+            and all(held.get(name) is one for held, then in self._held for name, one in then.items())
+            and all(tensor.data_ptr() == place for tensor, place in self._places)
         )
 
 
-def _addresses(module: torch.nn.Module) -> dict[str, int]:
-    """Of the tensors that are its own."""
-    tensors = itertools.chain(module._parameters.items(), module._buffers.items())  # noqa: SLF001
-    return {
-        name: tensor.data_ptr()
-        for name, tensor in tensors
-        if tensor is not None and not isinstance(tensor, torch.nn.UninitializedParameter)
-    }
+def _is_placed(one: object) -> bool:
+    return isinstance(one, torch.Tensor) and not isinstance(one, torch.nn.UninitializedParameter)
 
 
 class Plan:
@@ -374,9 +373,35 @@ class Plan:
                 if whole and source.dtype == view.dtype:
                     self.whole[copy.source] = view
 
+    def parts(self, tensors: Mapping[str, torch.Tensor]) -> Parts | None:
+        """What is copied of staged tensors; contiguous. None where they are not those of the plan."""
+        batches: Batches = {}
+        for name, tensor in tensors.items():
+            if self.sources.get(name) != (tensor.dtype, tensor.shape):
+                return None
+            for view, part in self.copies[name]:
+                source = tensor if part is None else part.of(tensor)
+                kind = (view.dtype, tensor.dtype, view.is_contiguous() and source.is_contiguous())
+                targets, sources = batches.setdefault(kind, ([], []))
+                targets.append(view)
+                sources.append(source)
+        return Parts(self, frozenset(tensors), batches)
+
     def fits(self, model: torch.nn.Module) -> bool:
         """Whether the tensors of ``model`` are those that it was recorded on, where they were."""
         return self._tree.is_of(model)
+
+
+# A batch has one pair of dtypes, and is either contiguous throughout or not: that decides which kernel copies it.
+Batches = dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]]
+
+
+class Parts(NamedTuple):
+    """What a plan copies of some staged tensors: live tensors, and what becomes of them."""
+
+    plan: Plan
+    names: frozenset[str]
+    batches: Batches
 
 
 class BoundPlan:
@@ -384,35 +409,32 @@ class BoundPlan:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._missing = dict(plan.sources)
-        # A batch has one pair of dtypes, and is either contiguous throughout or not: that decides which kernel copies it.
-        self._batches: dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._missing = set(plan.sources)
+        self._batches: Batches = {}
         self._fits = True
         # Whether some of it stays as it is.
         self.part = False
         # Several senders have a thread each.
         self._lock = threading.Lock()
 
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take in staged tensors; contiguous."""
+    def add(self, parts: Parts | None) -> None:
+        """Take in what the plan has made of staged tensors, None where it does not know them."""
         with self._lock:
-            for name, tensor in tensors.items():
-                if self._missing.pop(name, None) != (tensor.dtype, tensor.shape):
-                    self._fits = False
-                    return
-                for view, part in self.plan.copies[name]:
-                    source = tensor if part is None else part.of(tensor)
-                    kind = (view.dtype, tensor.dtype, view.is_contiguous() and source.is_contiguous())
-                    targets, sources = self._batches.setdefault(kind, ([], []))
-                    targets.append(view)
-                    sources.append(source)
+            if parts is None or not parts.names <= self._missing:
+                self._fits = False
+                return
+            self._missing -= parts.names
+            for kind, (targets, sources) in parts.batches.items():
+                all_targets, all_sources = self._batches.setdefault(kind, ([], []))
+                all_targets += targets
+                all_sources += sources
 
-    def keep(self, names: Iterable[str]) -> None:
+    def keep(self, names: Collection[str]) -> None:
         """Leave what these became as it is: they do not come."""
         with self._lock:
-            for name in names:
-                self.part = True
-                self._fits = self._missing.pop(name, None) is not None and self._fits
+            self.part = bool(names) or self.part
+            self._fits = self._fits and self._missing.issuperset(names)
+            self._missing.difference_update(names)
 
     @property
     def complete(self) -> bool:

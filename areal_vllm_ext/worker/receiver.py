@@ -7,6 +7,7 @@ a sender dies, that thread ends by its deadline, and neither the worker nor the 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -16,7 +17,7 @@ import queue
 import socket
 import threading
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 import torch
@@ -34,6 +35,7 @@ from ..protocol import (
     DigestWeights,
     GetTrace,
     Prepare,
+    Segment,
     TensorMeta,
     WeightsDamaged,
     WorkerDone,
@@ -41,8 +43,8 @@ from ..protocol import (
     WorkerTrace,
 )
 from ..spans import OFF, Spans
-from ..transport import Cancelled, Source, open_source
-from ..transport.buckets import damaged, not_finite, unpack
+from ..transport import Cancelled, Source, UnderWay, open_source
+from ..transport.buckets import Piece, damaged, differing, not_finite, packed, unpack
 from ..transport.ipc import CudaIpcSource, device_id
 from . import staging
 from .loader import Loader
@@ -63,6 +65,22 @@ logger = logging.getLogger("vllm.areal_vllm_ext")
 _KEPT_SOURCES = 4
 _LOOK_SECONDS = 0.05
 _BATCH_BYTES, _BATCH_TENSORS = 64 << 20, 256
+# So many buckets come at once, or wait to be checked.
+_AT_ONCE = 2
+# After an update: its requests run again by then.
+_GIVE_BACK_SECONDS = 0.3
+_NOTHING = object()
+
+
+class Coming(NamedTuple):
+    """A bucket on its way to where its tensors will lie (``segments``). ``bytes`` is None where they are there already;
+    ``piece`` was made for an earlier bucket that lay there.
+    """
+
+    order: Bucket
+    segments: tuple[Segment, ...]
+    piece: Piece | None
+    bytes: UnderWay | None
 
 
 class Lane:
@@ -71,6 +89,7 @@ class Lane:
     def __init__(self, transfer: protocol.Transfer, track: str) -> None:
         self.transfer = transfer
         self.track = track  # of its spans
+        self.step = "begin"  # what it is at
         self.orders: queue.SimpleQueue[Bucket | Prepare | None] = queue.SimpleQueue()
         self.source: Source | None = None
         self.received = 0
@@ -96,6 +115,9 @@ class Intake:
         self.begin = begin
         self.spans = Spans(begin.spans)
         self.tensors: dict[str, torch.Tensor] = {}
+        # By sender and bucket: what of this update is to be kept, and what was kept of the last.
+        self.pieces: dict[tuple[int, int], Piece] = {}
+        self._kept, receiver.kept = receiver.kept, {}
         # Of each tensor what it is, and the digest of its bytes.
         self.manifest: dict[str, tuple[TensorMeta, int]] = {}
         # Of staged tensors, where there is a load plan.
@@ -146,6 +168,8 @@ class Intake:
 
     def _free(self) -> None:
         self.tensors, self.bound, self._lent = {}, None, {}
+        self.pieces, self._kept = {}, {}
+        self._receiver.give_back()
 
     @property
     def in_place(self) -> bool:
@@ -175,7 +199,6 @@ class Intake:
             self._serve(lane)
 
     def _serve(self, lane: Lane) -> None:
-        step = "begin"
         source: Source | None = None
         try:
             with self.spans.during(lane.track, "open"):
@@ -183,93 +206,132 @@ class Intake:
                 source = self._receiver.source(lane.transfer, left, self._cancelled, senders)
                 ready = self._opened(lane, source)
             if ready:
-                self._report(step, manifest=self._base_manifest)
-            while (order := self._next(lane)) is not None:
-                if isinstance(order, Prepare):
-                    step = "prepare"
-                    with self.spans.during(lane.track, step):
-                        self._check(order)
-                        manifest = digest.manifest(self.manifest.values())
-                    self._report(step, manifest=manifest)
-                else:
-                    step = order.step
-                    with self.spans.during(lane.track, step):
-                        self._receive(lane, source, order)
-                    self._report(step)
+                self._report(lane.step, manifest=self._base_manifest)
+            self._follow(lane, source)
         except Cancelled:
             self._receiver.drop(source)
         except Exception as error:
-            logger.warning("areal_vllm_ext: update %s failed in step %s", self.begin.update, step, exc_info=True)
+            logger.warning("areal_vllm_ext: update %s failed in step %s", self.begin.update, lane.step, exc_info=True)
             self._receiver.drop(source)
             if not self._cancelled.is_set():
-                self._report(step, f"{step}: {type(error).__name__}: {error}")
+                self._report(lane.step, f"{lane.step}: {type(error).__name__}: {error}")
         finally:
             if self._cancelled.is_set():
                 self._free()
             if source is not None and not source.reusable:
                 source.close()
 
+    def _follow(self, lane: Lane, source: Source) -> None:
+        """Carry out a lane's orders. The bytes of a bucket come while those of the one before it are checked."""
+        coming: collections.deque[Coming] = collections.deque()
+        at_once = 1 if self.in_place else _AT_ONCE
+        try:
+            while (order := self._next(lane, at_once=bool(coming))) is not None:
+                if isinstance(order, Prepare):
+                    while coming:
+                        self._finish(lane, source, coming.popleft())
+                    self._vote(lane, order)
+                    continue
+                if isinstance(order, Bucket):
+                    coming.append(self._start(lane, source, order))
+                if order is _NOTHING or len(coming) >= at_once:
+                    self._finish(lane, source, coming.popleft())
+        finally:
+            for one in coming:
+                if one.bytes is not None:
+                    one.bytes.abandon()
+
+    def _vote(self, lane: Lane, order: Prepare) -> None:
+        lane.step = "prepare"
+        with self.spans.during(lane.track, lane.step):
+            self._check(order)
+            manifest = digest.manifest(self.manifest.values())
+        self._report(lane.step, manifest=manifest)
+
     def _opened(self, lane: Lane, source: Source) -> bool:
         """Whether this lane is the last."""
         with self._opening:
             if self._place is None:
                 nbytes = 0 if source.shared else self.begin.staging.nbytes or source.nbytes
-                self._place = staging.choose(self.begin.staging, nbytes, self._receiver.device)
+                kept = sum(piece.memory.numel() for piece in self._kept.values())
+                self._place = staging.choose(self.begin.staging, max(nbytes - kept, 0), self._receiver.device)
                 self.bound = None if self.in_place else self._receiver.loader.bind()
                 if self.bound:
                     self._base_manifest, self._base = self._receiver.served.base()
             lane.source = source
             return all(one.source for one in self._lanes.values())
 
-    def _next(self, lane: Lane) -> Bucket | Prepare | None:
+    def _next(self, lane: Lane, *, at_once: bool) -> Bucket | Prepare | object | None:
+        """The next order; ``at_once``: if it is there. None where there will be none."""
         try:
-            return lane.orders.get(timeout=max(self._ends - monotonic(), 0.0))
+            return lane.orders.get(timeout=0 if at_once else max(self._ends - monotonic(), 0.0))
         except queue.Empty:
             # Over its time: the engine has given this update up as well. Prepared weights are the engine's to discard.
-            return None
+            return _NOTHING if at_once else None
 
-    def _receive(self, lane: Lane, source: Source, order: Bucket) -> None:
-        """One bucket, compared with what the trainer put into it."""
-        get = self._borrow if order.allocations else self._fetch
-        tensors = get(lane, source, order)
-        told = {segment.tensor.name: (segment.tensor, segment.digest) for segment in order.segments}
-        with self.spans.during(lane.track, "take"):
-            self._take(tensors, told, unchecked=source.unchecked)
-        lane.received += 1
-
-    def _fetch(self, lane: Lane, source: Source, order: Bucket) -> dict[str, torch.Tensor]:
-        """Tensors that come through the transport."""
-        with self.spans.during(lane.track, "receive"):
-            received = source.receive(order, self._ends - monotonic(), self._cancelled)
-        with self.spans.during(lane.track, "stage"):
-            buffer = self._put(received)
-        del received
-        tensors = dict(unpack(order.segments, buffer))
-        with self.spans.during(lane.track, "digest"):
-            wrong = damaged(order.segments, buffer)
-        if wrong:
-            raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
-        return tensors
-
-    def _borrow(self, lane: Lane, source: Source, order: Bucket) -> dict[str, torch.Tensor]:
-        """Tensors in the trainer's own memory."""
+    def _start(self, lane: Lane, source: Source, order: Bucket) -> Coming:
+        """Have a bucket's bytes come."""
+        lane.step = order.step
+        if len(order.digests) != len(order.segments):
+            raise ValueError(f"{len(order.digests)} digests of {len(order.segments)} tensors")
+        if not order.allocations:
+            kept, buffer = self._memory(source, order, order.segments, order.nbytes)
+            under_way = source.start(order, buffer, self._ends - monotonic(), self._cancelled.is_set)
+            return Coming(order, order.segments, kept, under_way)
         if not isinstance(source, CudaIpcSource):
             raise ValueError("memory of the trainer's was announced over another transport")  # noqa: TRY004 - from the wire
-        with self.spans.during(lane.track, "receive"):
-            if source.shared:
-                tensors = source.views(order)
-            else:
-                segments, buffer = source.lent(order, self._ends - monotonic(), self._cancelled)
-                tensors = dict(unpack(segments, self._put(buffer)))
-        told = {segment.tensor.name: segment.digest for segment in order.segments}
-        with self.spans.during(lane.track, "digest"):
-            values = digest.digests_of(tensors.values())
-        for name, value in zip(tensors, values, strict=True):
-            if told[name] != value:
-                raise RuntimeError(f"{name} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
         if source.shared:
-            self._lent[order.stamp] = source.stamp()
-        return tensors
+            return Coming(order, order.segments, source.views(order), None)
+        segments, nbytes = packed(order.segments)
+        kept, buffer = self._memory(source, order, segments, nbytes)
+        return Coming(order, segments, kept, source.start_lent(order, buffer))
+
+    def _memory(
+        self, source: Source, order: Bucket, segments: tuple[Segment, ...], nbytes: int
+    ) -> tuple[Piece | None, torch.Tensor]:
+        """Where a bucket is to arrive: where its like did in the last update, if that was kept."""
+        kept = self._kept.pop((order.sender, order.index), None)
+        if kept is not None and (kept.segments, kept.memory.numel(), kept.memory.device) == (
+            segments,
+            nbytes,
+            source.device,
+        ):
+            return kept, kept.memory
+        del kept
+        if source.device == self._receiver.device:
+            return None, self._receiver.pool.empty(nbytes)
+        return None, torch.empty(nbytes, dtype=torch.uint8, device=source.device)
+
+    def _finish(self, lane: Lane, source: Source, coming: Coming) -> None:
+        """One bucket, compared with what the trainer put into it."""
+        order, piece, track = coming.order, coming.piece, lane.track
+        lane.step = order.step
+        with self.spans.during(track, lane.step):
+            if coming.bytes is None:
+                assert piece is not None
+                assert isinstance(source, CudaIpcSource)
+                with self.spans.during(track, "digest"):
+                    values = digest.digests_of(piece.tensors.values())
+                    wrong = differing(order.segments, order.digests, values)
+                self._lent[order.stamp] = source.stamp()
+            else:
+                with self.spans.during(track, "receive"):
+                    received = coming.bytes.wait(self._ends - monotonic(), self._cancelled.is_set)
+                with self.spans.during(track, "stage"):
+                    buffer = self._put(received)
+                if piece is None:
+                    piece = Piece(coming.segments, buffer, dict(unpack(coming.segments, buffer)))
+                with self.spans.during(track, "digest"):
+                    wrong = damaged(piece.segments, order.digests, buffer)
+                if buffer is received and self.begin.staging.keep and not self.in_place:
+                    self.pieces[order.sender, order.index] = piece
+            if wrong:
+                raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
+            with self.spans.during(track, "take"):
+                told = zip((segment.tensor for segment in order.segments), order.digests, strict=True)
+                self._take(piece, {one[0].name: one for one in told}, unchecked=source.unchecked)
+        lane.received += 1
+        self._report(lane.step)
 
     def confirm(self) -> None:
         """After a load: what lies in the trainer's memory was what was announced, up to here.
@@ -285,7 +347,7 @@ class Intake:
         assert self._place is not None
         return staging.put(buffer, self._place, self._receiver.device)
 
-    def _take(self, tensors: dict[str, torch.Tensor], contents: Contents, *, unchecked: bool) -> None:
+    def _take(self, piece: Piece, contents: Contents, *, unchecked: bool) -> None:
         """Check what has come, which is ``contents``, and stage it, or hand it over to be loaded."""
         expected = self._receiver.expected()
         dtypes = (self._receiver.dtype,)
@@ -293,15 +355,17 @@ class Intake:
             for meta, _ in contents.values():
                 if expected.get(meta.name) != meta and (problem := checkpoint.misfit(meta, expected, dtypes)):
                     raise ValueError(problem)
-        if unchecked and (name := not_finite(tensors.items())):
+        if unchecked and (name := not_finite(piece.tensors.items())):
             raise ValueError(f"{name} holds NaN or infinite values")
         self.manifest.update(contents)
         if self.in_place:
-            self._hand_over(tensors)
+            self._hand_over(piece.tensors)
         else:
-            self.tensors.update(tensors)
+            self.tensors.update(piece.tensors)
             if bound := self.bound:
-                bound.add(tensors)
+                if piece.parts is None or piece.parts.plan is not bound.plan:
+                    piece.parts = bound.plan.parts(piece.tensors)
+                bound.add(piece.parts)
 
     def _hand_over(self, tensors: dict[str, torch.Tensor] | None) -> None:
         self._wait_for(lambda timeout: self._arrived.put(tensors, timeout=timeout))
@@ -315,7 +379,7 @@ class Intake:
                 metas = (meta_of(name, tensor) for name, tensor in staged.items())
                 values = digest.digests_of(staged.values())
                 contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}
-                self._take(staged, contents, unchecked=lane.source.unchecked)
+                self._take(Piece((), None, staged), contents, unchecked=lane.source.unchecked)
             if lane.received != (sent := order.buckets.get(number, 0)):
                 raise RuntimeError(f"{sent} buckets were sent, {lane.received} arrived")
         if order.base:
@@ -404,6 +468,9 @@ class Receiver:
         self._sources: list[tuple[protocol.Transfer, Source]] = []
         self._sources_lock = threading.Lock()
         self._intake: Intake | None = None
+        self.pool = staging.Pool(self.device)
+        # Staging of the last update, where it was to be kept.
+        self.kept: dict[tuple[int, int], Piece] = {}
         self._traced = ("", OFF)
         self._reports: queue.SimpleQueue[WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace] = queue.SimpleQueue()
         digest.compiled()  # begins now, not with the first update
@@ -464,6 +531,7 @@ class Receiver:
         intake = self._intake
         if intake is not None and intake.begin.update == update:
             self._intake = None
+            self.kept = intake.pieces
             intake.finish()
 
     # Called from intakes
@@ -500,6 +568,17 @@ class Receiver:
             self._sources = [entry for entry in self._sources if entry[1] is not source]
         if source is not None:
             source.close()
+
+    def give_back(self) -> None:
+        """Have the device's memory that was staging go back to it, beside the running engine."""
+        if self.device.type != "cpu":
+            later = threading.Timer(_GIVE_BACK_SECONDS, self._give_back)
+            later.name, later.daemon = LOOK, True
+            later.start()
+
+    def _give_back(self) -> None:
+        if self._intake is None and not self.kept:
+            self.pool.give_back()
 
     def expected(self) -> dict[str, TensorMeta] | None:
         """The checkpoint that this engine was started from, or None where it cannot be told."""

@@ -6,6 +6,7 @@ that generates is never brought down by an update.
 
 from __future__ import annotations
 
+import threading
 from typing import Literal
 
 import torch
@@ -27,23 +28,49 @@ def choose(staging: Staging, nbytes: int, device: torch.device) -> Place:
     """
     if staging.kind == "none":
         return "none"
-    on_host, free_host = nbytes * staging.on_host, free_bytes(torch.device("cpu"))
-    host = f"{_gib(on_host)} of host memory ({staging.on_host} workers of this host), {_gib(free_host)} are free"
+    on_device, on_host = nbytes * staging.on_device, nbytes * staging.on_host
+    if device.type != "cpu" and staging.kind in ("auto", "device"):
+        free_device = max(free_bytes(device) - _DEVICE_RESERVE, 0) if nbytes else 0
+        if on_device <= free_device:
+            return "device"
+        of_device = f"{_gib(on_device)} on {device} ({staging.on_device} workers), {_gib(free_device)} are free"
+    if device.type == "cpu" or staging.kind in ("auto", "host"):
+        free_host = free_bytes(torch.device("cpu")) if nbytes else 0
+        if on_host <= free_host:
+            return "host"
+        host = f"{_gib(on_host)} of host memory ({staging.on_host} workers of this host), {_gib(free_host)} are free"
     if device.type == "cpu":
-        if on_host > free_host:
-            raise RuntimeError(f"staging needs {host}: use staging='none', which pauses first and keeps no old weights")
-        return "host"
-    on_device, free_device = nbytes * staging.on_device, max(free_bytes(device) - _DEVICE_RESERVE, 0)
-    of_device = f"{_gib(on_device)} on {device} ({staging.on_device} workers), {_gib(free_device)} are free"
-    if staging.kind in ("auto", "device") and on_device <= free_device:
-        return "device"
-    if staging.kind in ("auto", "host") and on_host <= free_host:
-        return "host"
-    needs = {"device": of_device, "host": host, "auto": f"{of_device}, or {host}"}[staging.kind]
+        raise RuntimeError(f"staging needs {host}: use staging='none', which pauses first and keeps no old weights")
+    needs = of_device if staging.kind == "device" else host if staging.kind == "host" else f"{of_device}, or {host}"
     others = {"device": "staging='host', or 'none'", "host": "staging='device', or 'none'", "auto": "staging='none'"}
     raise RuntimeError(
         f"staging='{staging.kind}' needs {needs}: use {others[staging.kind]}, which pauses first and keeps no old weights"
     )
+
+
+class Pool:
+    """Where buckets arrive on a device: memory apart from the engine's, so that all of it can be given back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: torch.cuda.MemPool | None = None
+        self._lock = threading.Lock()
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """So many bytes."""
+        if self._device.type != "cuda":
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        with self._lock:
+            if self._pool is None:
+                with torch.cuda.device(self._device):
+                    self._pool = torch.cuda.MemPool()
+            with torch.cuda.use_mem_pool(self._pool, self._device):
+                return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def give_back(self) -> None:
+        """What nobody uses any more. Takes a while: the driver waits for the device. What is in use stays until it is not."""
+        with self._lock:
+            self._pool = None
 
 
 def put(buffer: torch.Tensor, place: Place, device: torch.device) -> torch.Tensor:

@@ -35,7 +35,7 @@ _TRANSFERS: tuple[protocol.Transfer, ...] = (
     protocol.SharedMemory(segment="areal-" + "0" * 32, nbytes=1 << 40),
     protocol.Broadcast(backend="gloo", communicator="c", world_size=2, ranks={0: 1}, rendezvous="127.0.0.1:1"),
 )
-_SEGMENT = protocol.Segment(protocol.TensorMeta("w", "float32", (2, 3)), 0, 0)
+_SEGMENT = protocol.Segment(protocol.TensorMeta("w", "float32", (2, 3)), 0)
 MESSAGES: tuple[protocol.Message, ...] = (
     protocol.Hello(),
     protocol.GetStatus(),
@@ -46,7 +46,7 @@ MESSAGES: tuple[protocol.Message, ...] = (
         protocol.Begin(epoch=0, update="u", version=1, senders={0: protocol.Sender(transfer=one)}, timeout=1e6)
         for one in _TRANSFERS
     ),
-    protocol.Bucket(epoch=0, update="u", index=2**60, nbytes=2**60, segments=(_SEGMENT,)),
+    protocol.Bucket(epoch=0, update="u", index=2**60, nbytes=2**60, segments=(_SEGMENT,), digests=(2**64 - 1,)),
     protocol.Prepare(epoch=0, update="u", buckets={0: 2**60}),
     protocol.Commit(epoch=0, update="u"),
     protocol.Abort(epoch=0, update="u", reason="a stranger says so"),

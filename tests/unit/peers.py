@@ -87,7 +87,8 @@ def rebuild_on_two_threads(connection: Connection) -> None:
     sink, source = meet()
     bucket = Bucket(epoch=1, update="u", index=0, nbytes=3 << 20, segments=())
     try:
-        source.receive(bucket, 0.1, threading.Event())
+        buffer = torch.empty(3 << 20, dtype=torch.uint8)
+        source.start(bucket, buffer, 0.1, lambda: False).wait(0.1, lambda: False)
     except (TimeoutError, RuntimeError):
         sink.close()
         source.close()

@@ -49,7 +49,8 @@ int cuMemGetAddressRange_v2(unsigned long long *base, size_t *size, unsigned lon
 
 int cuPointerGetAttribute(void *data, int attribute, unsigned long long address) {
   for (int i = 0; i < MOST; i++) {
-    if (attribute == 7 && allocations[i].address && (unsigned long long)allocations[i].address == address) {
+    unsigned long long start = (unsigned long long)allocations[i].address;
+    if (attribute == 7 && start && start <= address && address < start + allocations[i].size) {
       *(unsigned long long *)data = allocations[i].number;
       return SUCCESS;
     }

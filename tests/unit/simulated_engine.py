@@ -301,7 +301,8 @@ class Workers:
                 step = "begin"
             case Bucket():
                 known = self._manifests.setdefault((worker, message.update), {})
-                known.update({segment.tensor.name: (segment.tensor, segment.digest) for segment in message.segments})
+                told = zip((segment.tensor for segment in message.segments), message.digests, strict=True)
+                known.update({meta.name: (meta, value) for meta, value in told})
                 step = message.step
             case Prepare():
                 step = "prepare"

@@ -17,7 +17,7 @@ from waiting import eventually, in_thread
 
 from areal_vllm_ext.protocol import Bucket
 from areal_vllm_ext.transport import Cancelled, broadcast
-from areal_vllm_ext.transport.broadcast import BroadcastSink
+from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
 
 TIMEOUT = 0.7
 NEVER_CANCELLED = threading.Event()
@@ -29,6 +29,19 @@ def bucket(nbytes: int, index: int = 0) -> Bucket:
 
 def make_sink(members: list[list[int]], timeout: float = 5.0) -> BroadcastSink:
     return BroadcastSink("gloo", members, HOST, torch.device("cpu"), 1 << 20, timeout)
+
+
+def receive(
+    source: BroadcastSource, nbytes: int, timeout: float, cancelled: threading.Event, index: int = 0
+) -> torch.Tensor:
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    return source.start(bucket(nbytes, index), buffer, timeout, cancelled.is_set).wait(timeout, cancelled.is_set)
+
+
+def send(
+    sink: BroadcastSink, buffer: torch.Tensor, timeout: float, cancelled: threading.Event = NEVER_CANCELLED
+) -> None:
+    sink.start(buffer, timeout, cancelled.is_set).wait(timeout, cancelled.is_set)
 
 
 def opened() -> Future[None]:
@@ -63,11 +76,11 @@ class Group:
     def broadcast(self, payload: torch.Tensor, index: int = 0) -> list[torch.Tensor]:
         with ThreadPoolExecutor(8) as pool:
             receiving = [
-                pool.submit(s.receive, bucket(payload.numel(), index), 5.0, NEVER_CANCELLED) for s in self.sources
+                pool.submit(receive, source, payload.numel(), 5.0, NEVER_CANCELLED, index) for source in self.sources
             ]
             _, buffer = self.sink.buffer(index, payload.numel())
             buffer.copy_(payload)
-            self.sink.push(buffer, 5.0, lambda: False)
+            send(self.sink, buffer, 5.0)
             return [future.result() for future in receiving]
 
     def close(self) -> None:
@@ -196,14 +209,14 @@ def test_a_trainer_that_is_gone_is_given_up(free_port: int) -> None:
 
 
 def test_a_trainer_that_stalls_is_a_timeout(pair: Group) -> None:
-    seconds, error = took(lambda: pair.sources[0].receive(bucket(1 << 20), TIMEOUT, NEVER_CANCELLED))
+    seconds, error = took(lambda: receive(pair.sources[0], 1 << 20, TIMEOUT, NEVER_CANCELLED))
     assert isinstance(error, TimeoutError)
     assert TIMEOUT <= seconds < TIMEOUT + 1
 
 
 def test_a_worker_that_stalls_is_a_timeout(pair: Group) -> None:
     _, buffer = pair.sink.buffer(0, 64 << 20)
-    seconds, error = took(lambda: pair.sink.push(buffer, TIMEOUT, lambda: False))
+    seconds, error = took(lambda: send(pair.sink, buffer, TIMEOUT))
     assert isinstance(error, TimeoutError)
     assert TIMEOUT <= seconds < TIMEOUT + 1
 
@@ -213,10 +226,10 @@ def test_a_cancelled_wait_ends_at_once(pair: Group, end: str) -> None:
     cancelled = threading.Event()
     threading.Timer(0.2, cancelled.set).start()
     if end == "worker":
-        seconds, error = took(lambda: pair.sources[0].receive(bucket(1 << 20), 20.0, cancelled))
+        seconds, error = took(lambda: receive(pair.sources[0], 1 << 20, 20.0, cancelled))
     else:
         _, buffer = pair.sink.buffer(0, 64 << 20)
-        seconds, error = took(lambda: pair.sink.push(buffer, 20.0, cancelled.is_set))
+        seconds, error = took(lambda: send(pair.sink, buffer, 20.0, cancelled))
     assert isinstance(error, Cancelled)
     assert seconds < 1.0
 
@@ -224,7 +237,7 @@ def test_a_cancelled_wait_ends_at_once(pair: Group, end: str) -> None:
 def test_after_a_failure_a_new_communicator_works_at_once(pair: Group) -> None:
     started = time.monotonic()
     with pytest.raises(TimeoutError):
-        pair.sources[0].receive(bucket(1 << 20), 0.2, NEVER_CANCELLED)
+        receive(pair.sources[0], 1 << 20, 0.2, NEVER_CANCELLED)
     pair.close()
     group = Group([[0]])
     try:
@@ -257,11 +270,11 @@ def test_a_killed_worker_is_an_error_for_trainer_and_others_before_the_time_out(
             # As an engine answers Begin: when its workers have joined. Then the door is closed.
             sink.meet(pool.submit(lambda: None))
             source = joining.result()
-        receiving, received = in_thread(lambda: took(lambda: source.receive(bucket(64 << 20), 2.0, NEVER_CANCELLED)))
+        receiving, received = in_thread(lambda: took(lambda: receive(source, 64 << 20, 2.0, NEVER_CANCELLED)))
         process.kill()
         process.join()
         _, buffer = sink.buffer(0, 64 << 20)
-        seconds, error = took(lambda: sink.push(buffer, 2.0, lambda: False))
+        seconds, error = took(lambda: send(sink, buffer, 2.0))
         assert isinstance(error, TimeoutError | RuntimeError)
         assert seconds < 3.0
         receiving.join(4)

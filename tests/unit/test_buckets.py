@@ -121,16 +121,16 @@ def test_nothing_makes_no_bucket() -> None:
 @pytest.mark.parametrize(
     ("segment", "message"),
     [
-        (Segment(TensorMeta("w", "float32", (65,)), 0, 0), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "float32", (1,)), 256, 0), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "float32", (1,)), -256, 0), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "uint8", (1,)), 2**63, 0), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "uint8", (2**62, 2**62)), 0, 0), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "float32", (1,)), 2, 0), "w does not lie inside its bucket"),
-        (Segment(TensorMeta("w", "float32", (-1, -1)), 0, 0), "w has a negative size"),
-        (Segment(TensorMeta("w", "float31", (1,)), 0, 0), "w has unknown dtype 'float31'"),
-        (Segment(TensorMeta("w", "Tensor", (1,)), 0, 0), "w has unknown dtype 'Tensor'"),
-        (Segment(TensorMeta("w", "load", (1,)), 0, 0), "w has unknown dtype 'load'"),
+        (Segment(TensorMeta("w", "float32", (65,)), 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), 256), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), -256), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "uint8", (1,)), 2**63), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "uint8", (2**62, 2**62)), 0), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (1,)), 2), "w does not lie inside its bucket"),
+        (Segment(TensorMeta("w", "float32", (-1, -1)), 0), "w has a negative size"),
+        (Segment(TensorMeta("w", "float31", (1,)), 0), "w has unknown dtype 'float31'"),
+        (Segment(TensorMeta("w", "Tensor", (1,)), 0), "w has unknown dtype 'Tensor'"),
+        (Segment(TensorMeta("w", "load", (1,)), 0), "w has unknown dtype 'load'"),
     ],
 )
 def test_a_segment_outside_of_its_bucket_is_refused(segment: Segment, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from pathlib import Path
 
 import pytest
@@ -76,4 +75,4 @@ def test_an_update_from_disk_has_no_buckets_and_its_values_are_checked_by_the_wo
     assert disk.unchecked
     assert not disk.reusable, "the folder may hold other weights next time"
     with pytest.raises(ValueError, match="no buckets"):
-        disk.receive(Bucket(epoch=1, update="u", index=0, nbytes=0, segments=()), 1.0, threading.Event())
+        disk.start(Bucket(epoch=1, update="u", index=0, nbytes=0, segments=()), torch.empty(0), 1.0, lambda: False)

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from waiting import eventually
 from areal_vllm_ext import digest
 from areal_vllm_ext.protocol import Bucket, CudaIpc, TensorMeta
 from areal_vllm_ext.transport import ipc
-from areal_vllm_ext.transport.buckets import unpack
+from areal_vllm_ext.transport.buckets import packed, unpack
 from areal_vllm_ext.transport.ipc import CudaIpcSink, CudaIpcSource, CudaRuntime
 
 compiler = shutil.which("cc") or shutil.which("gcc")
@@ -194,8 +193,10 @@ def source_of(sink: CudaIpcSink, device_id: str) -> CudaIpcSource:
 
 def lent(source: CudaIpcSource, bucket: Bucket) -> dict[str, torch.Tensor]:
     if source.shared:
-        return source.views(bucket)
-    return dict(unpack(*source.lent(bucket, 5.0, threading.Event())))
+        return source.views(bucket).tensors
+    segments, nbytes = packed(bucket.segments)
+    buffer = torch.empty(nbytes, dtype=torch.uint8)
+    return dict(unpack(segments, source.start_lent(bucket, buffer).wait(5.0, lambda: False)))
 
 
 @pytest.fixture
@@ -218,7 +219,7 @@ def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
 ) -> None:
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     bucket = bucket_of(sink, weights)
-    assert [segment.digest for segment in bucket.segments] == digest.digests_of(weights.values())
+    assert list(bucket.digests) == digest.digests_of(weights.values())
     assert len(bucket.allocations) == 2
     opened = counter(library, "opened")
     source = source_of(sink, device_id)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from real_receivers import (
     TRANSPORTS,
     Served,
@@ -28,24 +28,28 @@ from areal_vllm_ext import checkpoint as checkpoints
 from areal_vllm_ext.client.coordinator import Coordinator, Member
 from areal_vllm_ext.engine_core.participant import Participant, Reply
 from areal_vllm_ext.protocol import Ack, Begin, Disk, Error, Prepare, Sender, WorkerDone
-from areal_vllm_ext.transport.broadcast import GlooCommunicator
+from areal_vllm_ext.transport import Arrived
+from areal_vllm_ext.transport.broadcast import GlooBroadcast
 from areal_vllm_ext.transport.disk import DiskSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySource
 from areal_vllm_ext.wire import Caller
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = ["checkpoint", "group", "served", "shared_engines"]
 
 
-def flipped(receive: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """As ``receive``, with a bit of the third tensor flipped, on every second call: one worker of each engine."""
+def flipped(start: Callable[..., Arrived]) -> Callable[..., Arrived]:
+    """As ``start``, with a bit of the third tensor flipped, on every second call: one worker of each engine."""
     calls = itertools.count()
 
-    def damaged(*arguments: Any) -> torch.Tensor:
-        odd = next(calls) % 2
-        buffer = receive(*arguments)
-        if odd:
-            buffer[arguments[1].segments[2].offset + 5] ^= 4
-        return buffer
+    def damaged(*arguments: Any) -> Arrived:
+        arrived = start(*arguments)
+        if next(calls) % 2:
+            _, bucket, buffer, *_ = arguments
+            buffer[bucket.segments[2].offset + 5] ^= 4
+        return arrived
 
     return damaged
 
@@ -57,7 +61,7 @@ def test_bytes_that_change_on_their_way_abort_the_update_and_are_named(
     served.weights.clear()
     for engine in served.deployment.engines.values():
         engine.calls.clear()
-    monkeypatch.setattr(SharedMemorySource, "receive", flipped(SharedMemorySource.receive))
+    monkeypatch.setattr(SharedMemorySource, "start", flipped(SharedMemorySource.start))
     with pytest.raises(
         UpdateAborted, match=r"DP rank \d .*worker \d: bucket 0: .*layer.1 arrived with other bytes"
     ) as e:
@@ -70,16 +74,13 @@ def test_bytes_that_change_on_their_way_abort_the_update_and_are_named(
 def test_zeros_that_a_broadcast_leaves_are_seen(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broadcast = GlooCommunicator.broadcast
+    wait = GlooBroadcast.wait
 
-    def leaves_zeros(self: GlooCommunicator, buffer: torch.Tensor, *arguments: Any) -> None:
-        sender = bool(buffer.any())
-        broadcast(self, buffer, *arguments)
-        if not sender:
-            buffer.zero_()
+    def leaves_zeros(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
+        buffer = wait(self, *arguments)
+        return buffer.zero_() if threading.current_thread().name.startswith("areal-intake") else buffer
 
-    monkeypatch.setattr(torch, "empty", torch.zeros)
-    monkeypatch.setattr(GlooCommunicator, "broadcast", leaves_zeros)
+    monkeypatch.setattr(GlooBroadcast, "wait", leaves_zeros)
     with pytest.raises(UpdateAborted, match="embed arrived with other bytes"):
         send(group, weights(2), 2, transport="broadcast")
     assert_untouched(served)

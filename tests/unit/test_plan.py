@@ -156,7 +156,7 @@ def recorded(model: torch.nn.Module, weights: Weights) -> Plan:
 
 def copied(plan: Plan, weights: Weights) -> None:
     bound = BoundPlan(plan)
-    bound.add(weights)
+    bound.add(plan.parts(weights))
     assert bound.complete
     bound.copy()
 
@@ -192,11 +192,11 @@ def test_a_plan_is_for_the_tensors_that_it_was_recorded_on() -> None:
     bound = BoundPlan(plan)
     for name, tensor in weights.items():
         assert not bound.complete
-        bound.add({name: tensor})
+        bound.add(plan.parts({name: tensor}))
     assert bound.complete
     for wrong in ({"new": weights["norm"]}, {"norm": weights["norm"].double()}, {"norm": weights["norm"][:-1]}):
         bound = BoundPlan(plan)
-        bound.add(weights | wrong)
+        bound.add(plan.parts(weights | wrong))
         assert not bound.complete
     assert not plan.fits(made(Model))
     moved = model.norm.weight.data
@@ -425,7 +425,7 @@ class Worker:
 def updated(loader: Loader, weights: Weights) -> None:
     bound = loader.bind()
     if bound:
-        bound.add(weights)
+        bound.add(bound.plan.parts(weights))
     loader.load(list(weights.items()), bound)
 
 

@@ -85,7 +85,7 @@ def test_no_bucket_is_announced_after_one_that_did_not_get_through(
         raise TimeoutError("the wire is dead")
 
     monkeypatch.setattr(Sending, "announce", noted)
-    monkeypatch.setattr(BroadcastSink, "push", stalls)
+    monkeypatch.setattr(BroadcastSink, "start", stalls)
     opened = group.update(1, deadline=20, transport="broadcast")
     monkeypatch.setattr(opened._update, "_options", dataclasses.replace(opened._update._options, bucket_bytes=300))
     with pytest.raises(UpdateAborted, match="the wire is dead"), opened:
@@ -510,7 +510,7 @@ def test_the_connection_that_was_used_least_recently_is_closed_first(served: Ser
 def test_without_staging_an_error_while_sending_says_that_the_weights_are_lost(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("areal_vllm_ext.worker.receiver.damaged", lambda segments, _: segments[0].tensor.name)
+    monkeypatch.setattr("areal_vllm_ext.worker.receiver.damaged", lambda segments, _, _told: segments[0].tensor.name)
     with pytest.raises(WeightsTainted, match=r"arrived with other bytes .*stay paused until a full update"):
         send(group, weights(40), staging="none")
     assert {state.phase for state in group.status()} == {"tainted"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,7 +29,8 @@ def bucket(nbytes: int, location: int) -> Bucket:
 
 
 def receive(source: SharedMemorySource, nbytes: int, location: int) -> torch.Tensor:
-    return source.receive(bucket(nbytes, location), 1.0, threading.Event())
+    never, buffer = (lambda: False), torch.empty(max(nbytes, 0), dtype=torch.uint8)
+    return source.start(bucket(nbytes, location), buffer, 1.0, never).wait(1.0, never)
 
 
 def done(error: Exception | None = None) -> Future[None]:

@@ -203,13 +203,13 @@ def test_a_value_that_is_no_number_is_refused_by_name(value: float, dtype: torch
     bad[217] = value
     tensors = {"good": good, "count": torch.tensor([1]), "bad": bad}
     with pytest.raises(InvalidWeights, match="bad holds NaN or infinite values"):
-        packed(tensors).segments()
-    assert len(packed({"good": good}).segments()) == 1
+        packed(tensors).digests()
+    assert len(packed({"good": good}).digests()) == 1
 
 
 def test_values_of_integers_and_of_nothing_pass() -> None:
-    assert len(packed({"empty": torch.zeros(0), "count": torch.tensor([1])}).segments()) == 2
-    assert packed({}).segments() == ()
+    assert len(packed({"empty": torch.zeros(0), "count": torch.tensor([1])}).digests()) == 2
+    assert packed({}).digests() == []
 
 
 def packed(tensors: dict[str, torch.Tensor]) -> Bucket:
