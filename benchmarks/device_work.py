@@ -22,6 +22,9 @@ import torch
 from areal_vllm_ext import digest
 from areal_vllm_ext.transport.buckets import examined, not_finite
 from areal_vllm_ext.worker.plan import BoundPlan, Copy, Part, Plan, Target, Tree, _Storage
+from areal_vllm_ext.worker.staging import Pool
+
+_PIECE_BYTES = 1 << 30
 
 
 def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
@@ -111,9 +114,6 @@ def main() -> int:
     bound = BoundPlan(plan)
     bound.add(plan.parts(tensors))
 
-    def bind() -> None:
-        BoundPlan(plan).add(plan.parts(tensors))
-
     def singly() -> None:
         for to, tensor in zip(live, tensors.values(), strict=True):
             to.view(tensor.shape).copy_(tensor, non_blocking=True)
@@ -128,7 +128,7 @@ def main() -> int:
         row(name, work)
         if wrong():
             failures.append(f"{name}: wrong bytes")
-    row("plan: bind (beside generation)", bind)
+    row("plan: bind (beside generation)", lambda: BoundPlan(plan).add(plan.parts(tensors)))
     digest.compiled().result()
     row("digests", lambda: digest.digests_of(tensors.values()))
     right = digest._by_operators(list(tensors.values())[:5])  # noqa: SLF001
@@ -145,6 +145,16 @@ def main() -> int:
     )
     row("finite? as it is done where there is no kernel", lambda: not_finite(tensors.items()))
     row("digests and finite?", lambda: examined(list(tensors.items())))
+    pool, pieces = Pool(device), -(-nbytes // _PIECE_BYTES)
+
+    def take(*, give_back: bool) -> None:
+        for _ in [pool.empty(_PIECE_BYTES) for _ in range(pieces)]:
+            pass
+        if give_back:
+            pool.give_back()
+
+    row(f"staging: {pieces} GiB taken and given back", lambda: take(give_back=True))
+    row(f"staging: {pieces} GiB taken again", lambda: take(give_back=False))
     result = {
         "command": " ".join(["python -m benchmarks.device_work", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",

@@ -148,7 +148,9 @@ class Trial:
         if transport == "disk":
             source = self._checkpoint
             model.save_pretrained(source)
-        options: dict[str, Any] = {"staging": staging, "keep_buffers": keep_buffers} | ({} if transport == "disk" else {"transport": transport})
+        options: dict[str, Any] = {"staging": staging, "keep_buffers": keep_buffers} | (
+            {} if transport == "disk" else {"transport": transport}
+        )
         started = time.monotonic()
         with group.update(f"{transport}-{number}", deadline=120, **options) as update:
             update.send(source)

@@ -231,7 +231,8 @@ class RankSends:
             one_at_a_time = sum(map(bool, shared.sends)) > 1 and device.type != "cpu" and not sink.announced_is_sent
             turn = agreement.turn if one_at_a_time else None
             size = total_bytes((meta for meta in holding.tensors if meta.name in mine), known.dtype)
-            sending.send(name, sink, pairs, min(sink.bucket_bytes, size), turn)
+            sending.part(sink, pairs)
+            sending.send(name, sink, min(sink.bucket_bytes, size), turn)
         agreement.show(encode(Sent(sending.buckets, sending.nbytes, sending.entries)))
         if rank == 0:
             self._record([msgspec.json.decode(agreement.read(one), type=Sent) for one in range(agreement.size)])

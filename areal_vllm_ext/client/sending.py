@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -65,30 +67,51 @@ class Sending:
         self.entries: list[tuple[TensorMeta, int]] = []
         self.kept = 0
         self._base: Contents = {}
+        self._lent: list[tuple[TensorMeta, torch.Tensor]] = []
+        self._travelling: Iterator[tuple[TensorMeta, torch.Tensor]] = iter(())
+        self._lasting: frozenset[int] = frozenset()
         # Of each bucket: the engines' answers, and its bytes.
         self._announced: list[Future[None]] = []
         self._under_way: list[UnderWay] = []
         self._location = 0
 
+    def part(
+        self,
+        sink: Sink,
+        pairs: Iterable[tuple[TensorMeta, torch.Tensor]],
+        lasting: frozenset[int] = frozenset(),
+    ) -> None:
+        """Look, while the workers get ready, for what can be lent to them: up to the first tensor that has to travel.
+
+        Args:
+            sink: the sending end.
+            pairs: the tensors; each is done with when the next is asked for.
+            lasting: where storages begin that outlive the update: their tensors can be lent, or copied together.
+        """
+        self._lent, self._lasting = [], lasting
+        travelling = without_lent(pairs, sink, lasting, self._lent) if isinstance(sink, CudaIpcSink) else iter(pairs)
+        self._travelling = itertools.chain(list(itertools.islice(travelling, 1)), travelling)
+
+    @property
+    def parted(self) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+        """What ``part`` was given, for another sink."""
+        return itertools.chain(self._lent, self._travelling)
+
     def send(
         self,
         update: str,
         sink: Sink,
-        pairs: Iterator[tuple[TensorMeta, torch.Tensor]],
         bucket_bytes: int,
         turn: Callable[[], AbstractContextManager[None]] | None = None,
-        lasting: frozenset[int] = frozenset(),
         base: Contents | None = None,
     ) -> None:
-        """Send all of ``pairs`` through ``sink``, which has met the workers; returns when every worker holds them.
+        """Send all that was given to ``part`` through ``sink``, which has met the workers; returns when every worker holds it.
 
         Args:
             update: the update's id.
             sink: the sending end.
-            pairs: the tensors; each is done with when the next is asked for.
             bucket_bytes: size of a bucket.
             turn: held while a bucket is on its way, where others must not be.
-            lasting: where storages begin that outlive the update: their tensors can be lent to the workers.
             base: what every engine has; tensors that are the same are not sent.
 
         Raises:
@@ -96,16 +119,15 @@ class Sending:
             UpdateAborted: naming the engine that failed. TimeoutError, Cancelled: the bytes did not get through.
         """
         self._base = base or {}
-        lent: list[tuple[TensorMeta, torch.Tensor]] = []
-        travelling = without_lent(pairs, sink, lasting, lent) if isinstance(sink, CudaIpcSink) else pairs
         try:
-            buckets = filled_buckets(travelling, bucket_bytes, lambda nbytes: self._memory(sink, nbytes))
+            memory = functools.partial(self._memory, sink)
+            buckets = filled_buckets(self._travelling, bucket_bytes, memory, self._lasting)
             for filled in self._spans.each("sending", "fill", buckets):
                 if (bucket := self._described(update, sink, filled)) is not None:
                     self._start(sink, bucket, filled.filled, turn)
-            if lent and isinstance(sink, CudaIpcSink):
+            if self._lent and isinstance(sink, CudaIpcSink):
                 with self._spans.during("sending", "lend"):
-                    self._lend(update, sink, lent)
+                    self._lend(update, sink, self._lent)
             with self._spans.during("sending", "wait until all is held"):
                 for under_way in self._under_way[-sink.slots :]:
                     under_way.wait(max(self._left(), 0), self._failed)
@@ -229,7 +251,7 @@ class Sending:
 
 
 def without_lent(
-    pairs: Iterator[tuple[TensorMeta, torch.Tensor]],
+    pairs: Iterable[tuple[TensorMeta, torch.Tensor]],
     sink: CudaIpcSink,
     lasting: frozenset[int],
     lent: list[tuple[TensorMeta, torch.Tensor]],

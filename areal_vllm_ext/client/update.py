@@ -169,7 +169,7 @@ class AsyncUpdate:
     def bucket_bytes(self, device: torch.device, transport: str = "") -> int:
         """Size of the pieces in which weights travel from there."""
         asked = self._options.bucket_bytes
-        return default_bucket_bytes(device, transport) if asked is None else asked
+        return default_bucket_bytes(device, transport, self._expected_bytes) if asked is None else asked
 
     @property
     def result(self) -> UpdateResult:
@@ -511,8 +511,10 @@ class AsyncUpdate:
 
     # The bytes
 
-    def _met_sink(self, device: torch.device, expected: tuple[TensorMeta, ...]) -> Sink:
-        """The sending end, connected to every worker."""
+    def _met_sink(
+        self, device: torch.device, expected: tuple[TensorMeta, ...], meanwhile: Callable[[Sink], None]
+    ) -> Sink:
+        """The sending end, connected to every worker. ``meanwhile`` is called while they get ready, for each that is tried."""
         while True:
             kept = self._group.has_sink
             kind = choose_transport(self._options.transport, device, self._engines.values(), apart=self._group.apart)
@@ -524,6 +526,11 @@ class AsyncUpdate:
             )
             transfers = zip(self._engines, lent or sink.transfers, strict=True)
             opening = self.open({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
+            try:
+                meanwhile(sink)
+            except BaseException:
+                concurrent.futures.wait([opening])  # what is under way there comes to its end first
+                raise
             try:
                 sink.meet(opening)
                 opening.result()
@@ -551,16 +558,18 @@ class AsyncUpdate:
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         assert self._loop is not None
         first = next(pairs)
-        sink = self._met_sink(first[1].device, expected)
         sending = Sending(self._group, self._loop, self.engines, self._version, self.ends, spans=self.spans)
         self._sending = sending
+        given: Iterator[tuple[TensorMeta, torch.Tensor]] = itertools.chain([first], pairs)
+
+        def part(sink: Sink) -> None:
+            nonlocal given
+            sending.part(sink, given, self._lasting)
+            given = sending.parted
+
+        sink = self._met_sink(first[1].device, expected, part)
         sending.send(
-            self.id,
-            sink,
-            itertools.chain([first], pairs),
-            min(sink.bucket_bytes, self._expected_bytes or sink.bucket_bytes),
-            lasting=self._lasting,
-            base=self._base(),
+            self.id, sink, min(sink.bucket_bytes, self._expected_bytes or sink.bucket_bytes), base=self._base()
         )
         self._kept = sending.kept
         self.sent_by(0, sending.buckets, sending.nbytes, sending.entries)

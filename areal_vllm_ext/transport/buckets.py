@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import msgspec
@@ -17,16 +18,19 @@ from ..protocol import Segment, TensorMeta
 _ALIGNMENT = digest.ROW_BYTES
 
 # In host memory fresh pages cost four times what copying into them does, and small pieces are used again. Between GPUs a
-# piece takes NCCL less time than it takes trainer and workers to tell each other of it, if it is not large. Slots that are kept
-# between updates are smaller.
-_HOST_BYTES, _NCCL_BYTES, _SLOT_BYTES = 32 << 20, 1 << 30, 256 << 20
+# piece takes NCCL less time than it takes trainer and workers to tell each other of it, if it is not large; but the first is
+# filled before anything travels, and the last checked after everything has. Slots that are kept between updates are smaller.
+_HOST_BYTES, _SLOT_BYTES = 32 << 20, 256 << 20
+_NCCL_LEAST, _NCCL_MOST, _NCCL_BUCKETS = 128 << 20, 1 << 30, 8
 
 
-def default_bucket_bytes(device: torch.device, transport: str = "") -> int:
-    """Size of a bucket of tensors that are on ``device``."""
+def default_bucket_bytes(device: torch.device, transport: str = "", total: int = 0) -> int:
+    """Size of a bucket of tensors that are on ``device``; ``total``: bytes of all of them, where that is known."""
     if device.type == "cpu":
         return _HOST_BYTES
-    return _NCCL_BYTES if transport == "broadcast" else _SLOT_BYTES
+    if transport != "broadcast":
+        return _SLOT_BYTES
+    return min(max(aligned(total // _NCCL_BUCKETS), _NCCL_LEAST), _NCCL_MOST) if total else _NCCL_MOST
 
 
 def aligned(nbytes: int) -> int:
@@ -46,24 +50,42 @@ def total_bytes(metas: Iterable[TensorMeta], engine_dtype: str = "") -> int:
 
 
 class Bucket:
-    """A bucket that is being filled. A tensor is copied in at once: its memory may be used again after that."""
+    """A bucket that is being filled."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         """``buffer``: ``uint8``, of any device."""
         self._buffer = buffer
+        self._typed: dict[torch.dtype, torch.Tensor] = {}
         self._tensors: list[tuple[TensorMeta, int]] = []
         self.nbytes = 0
         self._named: list[tuple[str, torch.Tensor]] = []
+        # What is copied with the others of its dtype: to where, and from where.
+        self._later: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
     def fits(self, tensor: torch.Tensor) -> bool:
         return self.nbytes + tensor.nbytes <= self._buffer.numel()
 
-    def add(self, meta: TensorMeta, tensor: torch.Tensor) -> None:
-        place = self._buffer[self.nbytes : self.nbytes + tensor.nbytes]
-        copied = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self._named.append((meta.name, copied))
+    def add(self, meta: TensorMeta, tensor: torch.Tensor, *, lasts: bool = False) -> None:
+        """Copy a tensor in: at once, since its memory may be used again, or with others where it ``lasts`` until ``close``."""
+        if (whole := self._typed.get(tensor.dtype)) is None:
+            whole = self._typed[tensor.dtype] = typed(self._buffer, tensor.dtype)
+        strides, _ = contiguous(meta.shape)
+        place = whole.as_strided(meta.shape, strides, whole.storage_offset() + self.nbytes // whole.itemsize)
+        if lasts:
+            places, tensors = self._later.setdefault(tensor.dtype, ([], []))
+            places.append(place)
+            tensors.append(tensor)
+        else:
+            place.copy_(tensor)
+        self._named.append((meta.name, place))
         self._tensors.append((meta, self.nbytes))
         self.nbytes += aligned(tensor.nbytes)
+
+    def close(self) -> None:
+        """Nothing is added any more: have all of it copied."""
+        for places, tensors in self._later.values():
+            torch._foreach_copy_(places, tensors)
+        self._later.clear()
 
     @property
     def filled(self) -> torch.Tensor:
@@ -141,7 +163,10 @@ def _all_finite(tensor: torch.Tensor) -> bool:
 
 
 def filled_buckets(
-    weights: Iterable[tuple[TensorMeta, torch.Tensor]], bucket_bytes: int, memory: Callable[[int], torch.Tensor]
+    weights: Iterable[tuple[TensorMeta, torch.Tensor]],
+    bucket_bytes: int,
+    memory: Callable[[int], torch.Tensor],
+    lasting: AbstractSet[int] = frozenset(),
 ) -> Iterator[Bucket]:
     """Put tensors into buckets of ``bucket_bytes``; a larger tensor gets a bucket of its own.
 
@@ -149,16 +174,19 @@ def filled_buckets(
         weights: the tensors; each is done with when the next is asked for.
         bucket_bytes: size of a bucket.
         memory: gives a ``uint8`` buffer of so many bytes for the next bucket.
+        lasting: where storages begin whose tensors are there until the end.
     """
     bucket: Bucket | None = None
     for meta, tensor in weights:
         if bucket is not None and not bucket.fits(tensor):
+            bucket.close()
             yield bucket
             bucket = None
         if bucket is None:
             bucket = Bucket(memory(max(aligned(bucket_bytes), aligned(tensor.nbytes))))
-        bucket.add(meta, tensor)
+        bucket.add(meta, tensor, lasts=tensor.untyped_storage().data_ptr() in lasting)
     if bucket is not None:
+        bucket.close()
         yield bucket
 
 
@@ -208,30 +236,40 @@ class Piece:
         self.parts: Any = None
 
 
+def typed(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As much of a buffer of bytes as elements of ``dtype`` fill."""
+    return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def contiguous(shape: Sequence[int]) -> tuple[list[int], int]:
+    """Strides, and number, of the elements of a tensor of ``shape`` that lie one after the other."""
+    strides, count = [], 1
+    for size in reversed(shape):
+        strides.append(max(count, 1))
+        count *= size
+    return strides[::-1], count
+
+
 def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a bucket, as views into ``buffer``.
 
     Raises:
         ValueError: where a segment does not lie inside the buffer.
     """
-    typed: dict[str, torch.Tensor] = {}
+    wholes: dict[str, torch.Tensor] = {}
     for segment in segments:
         meta = segment.tensor
-        if (whole := typed.get(meta.dtype)) is None:
+        if (whole := wholes.get(meta.dtype)) is None:
             dtype = getattr(torch, meta.dtype, None)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{meta.name} has unknown dtype {meta.dtype!r}")
-            used = buffer.numel() // dtype.itemsize * dtype.itemsize
-            whole = typed[meta.dtype] = buffer[:used].view(dtype)
-        strides, count = [], 1
-        for size in reversed(meta.shape):
-            if size < 0:
-                raise ValueError(f"{meta.name} has a negative size")
-            strides.append(max(count, 1))
-            count *= size
+            whole = wholes[meta.dtype] = typed(buffer, dtype)
+        if min(meta.shape, default=0) < 0:
+            raise ValueError(f"{meta.name} has a negative size")
+        strides, count = contiguous(meta.shape)
         end = segment.offset + count * whole.itemsize
         if segment.offset < 0 or segment.offset % _ALIGNMENT or end > buffer.numel():
             raise ValueError(f"{meta.name} does not lie inside its bucket")
         # One operator for each: torch lets go of the interpreter in it, and an engine that generates takes it.
         place = whole.storage_offset() + segment.offset // whole.itemsize
-        yield meta.name, whole.as_strided(meta.shape, strides[::-1], place)
+        yield meta.name, whole.as_strided(meta.shape, strides, place)

@@ -40,8 +40,9 @@ _ENABLE_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
 _STAMP_BYTES = digest.ROW_BYTES
 # What a worker keeps open of a trainer is device memory that a trainer's death does not free.
 _KEEP_OPEN_SECONDS = 30.0
-# In one announcement: the workers look at these while the trainer looks at the next.
-_LENT_TOGETHER, _LENT_BYTES = 256, 2 << 30
+# In one announcement: the workers look at these while the trainer looks at the next. Two processes take turns on one GPU, and
+# a turn takes longer than a look at a thousand small tensors: these are not taken apart.
+_LENT_TOGETHER, _LENT_BYTES = 4096, 2 << 30
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _COPY_KIND = 4  # cudaMemcpyDefault: from device to device, wherever each is
 

@@ -65,7 +65,7 @@ logger = logging.getLogger("vllm.areal_vllm_ext")
 _KEPT_SOURCES = 4
 _LOOK_SECONDS = 0.05
 _BATCH_BYTES, _BATCH_TENSORS = 64 << 20, 256
-# So many buckets come at once, or wait to be checked.
+# So many buckets are on their way at once.
 _AT_ONCE = 2
 # After an update: its requests run again by then.
 _GIVE_BACK_SECONDS = 0.3
@@ -93,9 +93,17 @@ class Lane:
         self.orders: queue.SimpleQueue[Bucket | Prepare | None] = queue.SimpleQueue()
         self.source: Source | None = None
         self.received = 0
+        # Buckets on their way, and one that is there and not checked: with its tensors, and what it came into.
+        self.coming: collections.deque[Coming] = collections.deque()
+        self.arrived: tuple[Bucket, Piece, torch.Tensor | None] | None = None
         # Buckets that were announced before one that lies before them on the wire, and the index of that.
         self._early: dict[int, Bucket] = {}
         self._awaited = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a bucket is on its way, or to be checked."""
+        return bool(self.coming) or self.arrived is not None
 
     def put(self, bucket: Bucket) -> None:
         """Take buckets in the order of their bytes: after a lost connection announcements come in any. gloo ends a process that
@@ -222,24 +230,41 @@ class Intake:
                 source.close()
 
     def _follow(self, lane: Lane, source: Source) -> None:
-        """Carry out a lane's orders. The bytes of a bucket come while those of the one before it are checked."""
-        coming: collections.deque[Coming] = collections.deque()
-        at_once = 1 if self.in_place else _AT_ONCE
+        """Carry out a lane's orders. The bytes of buckets come while those of the one before them are checked."""
         try:
-            while (order := self._next(lane, at_once=bool(coming))) is not None:
-                if isinstance(order, Prepare):
-                    while coming:
-                        self._finish(lane, source, coming.popleft())
-                    self._vote(lane, order)
-                    continue
+            while (order := self._next(lane)) is not None:
                 if isinstance(order, Bucket):
-                    coming.append(self._start(lane, source, order))
-                if order is _NOTHING or len(coming) >= at_once:
-                    self._finish(lane, source, coming.popleft())
+                    lane.coming.append(self._start(lane, source, order))
+                elif isinstance(order, Prepare):
+                    while lane.busy:
+                        self._advance(lane, source)
+                    self._vote(lane, order)
+                else:
+                    self._advance(lane, source)
         finally:
-            for one in coming:
+            for one in lane.coming:
                 if one.bytes is not None:
                     one.bytes.abandon()
+
+    def _next(self, lane: Lane) -> Bucket | Prepare | object | None:
+        """The next order, or ``_NOTHING`` where there is something else to do; None where there will be none."""
+        # Without staging each bucket costs memory until it is loaded: one at a time.
+        full = lane.busy if self.in_place else len(lane.coming) >= _AT_ONCE
+        if full:
+            return _NOTHING
+        try:
+            return lane.orders.get(timeout=0 if lane.busy else max(self._ends - monotonic(), 0.0))
+        except queue.Empty:
+            # Over its time: the engine has given this update up as well. Prepared weights are the engine's to discard.
+            return _NOTHING if lane.busy else None
+
+    def _advance(self, lane: Lane, source: Source) -> None:
+        """Wait for the bytes of the oldest bucket; or check it, where they are there."""
+        if lane.arrived is None:
+            lane.arrived = self._arrived_of(lane, lane.coming.popleft())
+        else:
+            arrived, lane.arrived = lane.arrived, None
+            self._finish(lane, source, *arrived)
 
     def _vote(self, lane: Lane, order: Prepare) -> None:
         lane.step = "prepare"
@@ -260,14 +285,6 @@ class Intake:
                     self._base_manifest, self._base = self._receiver.served.base()
             lane.source = source
             return all(one.source for one in self._lanes.values())
-
-    def _next(self, lane: Lane, *, at_once: bool) -> Bucket | Prepare | object | None:
-        """The next order; ``at_once``: if it is there. None where there will be none."""
-        try:
-            return lane.orders.get(timeout=0 if at_once else max(self._ends - monotonic(), 0.0))
-        except queue.Empty:
-            # Over its time: the engine has given this update up as well. Prepared weights are the engine's to discard.
-            return _NOTHING if at_once else None
 
     def _start(self, lane: Lane, source: Source, order: Bucket) -> Coming:
         """Have a bucket's bytes come."""
@@ -302,31 +319,37 @@ class Intake:
             return None, self._receiver.pool.empty(nbytes)
         return None, torch.empty(nbytes, dtype=torch.uint8, device=source.device)
 
-    def _finish(self, lane: Lane, source: Source, coming: Coming) -> None:
-        """One bucket, compared with what the trainer put into it."""
-        order, piece, track = coming.order, coming.piece, lane.track
-        lane.step = order.step
+    def _arrived_of(self, lane: Lane, coming: Coming) -> tuple[Bucket, Piece, torch.Tensor | None]:
+        """A bucket whose bytes are there, with what they came into; None where they were there before."""
+        lane.step = coming.order.step
+        if coming.bytes is None:
+            assert coming.piece is not None
+            return coming.order, coming.piece, None
+        with self.spans.during(lane.track, f"receive {coming.order.index}"):
+            received = coming.bytes.wait(self._ends - monotonic(), self._cancelled.is_set)
+        piece = coming.piece
+        if piece is None:
+            with self.spans.during(lane.track, "stage"):
+                buffer = self._put(received)
+                piece = Piece(coming.segments, buffer, dict(unpack(coming.segments, buffer)))
+        return coming.order, piece, received
+
+    def _finish(self, lane: Lane, source: Source, order: Bucket, piece: Piece, received: torch.Tensor | None) -> None:
+        """Compare a bucket with what the trainer put into it, and take it."""
+        track, lane.step = lane.track, order.step
         with self.spans.during(track, lane.step):
-            if coming.bytes is None:
-                assert piece is not None
-                assert isinstance(source, CudaIpcSource)
-                with self.spans.during(track, "digest"):
+            with self.spans.during(track, "digest"):
+                if received is None:
                     values = digest.digests_of(piece.tensors.values())
                     wrong = differing(order.segments, order.digests, values)
-                self._lent[order.stamp] = source.stamp()
-            else:
-                with self.spans.during(track, "receive"):
-                    received = coming.bytes.wait(self._ends - monotonic(), self._cancelled.is_set)
-                with self.spans.during(track, "stage"):
-                    buffer = self._put(received)
-                if piece is None:
-                    piece = Piece(coming.segments, buffer, dict(unpack(coming.segments, buffer)))
-                with self.spans.during(track, "digest"):
-                    wrong = damaged(piece.segments, order.digests, buffer)
-                if buffer is received and self.begin.staging.keep and not self.in_place:
-                    self.pieces[order.sender, order.index] = piece
+                else:
+                    wrong = damaged(piece.segments, order.digests, piece.memory)
             if wrong:
                 raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
+            if isinstance(source, CudaIpcSource) and received is None:
+                self._lent[order.stamp] = source.stamp()
+            if received is piece.memory and self.begin.staging.keep and not self.in_place:
+                self.pieces[order.sender, order.index] = piece
             with self.spans.during(track, "take"):
                 told = zip((segment.tensor for segment in order.segments), order.digests, strict=True)
                 self._take(piece, {one[0].name: one for one in told}, unchecked=source.unchecked)

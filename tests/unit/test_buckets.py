@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from areal_vllm_ext.protocol import Segment, TensorMeta
-from areal_vllm_ext.transport.buckets import filled_buckets, unpack
+from areal_vllm_ext.transport.buckets import default_bucket_bytes, filled_buckets, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,6 +86,35 @@ def test_what_goes_in_comes_out_bit_for_bit(tensors: list[torch.Tensor], bucket_
 def test_a_bucket_is_as_large_as_asked_but_for_one_large_tensor(tensors: list[torch.Tensor], bucket_bytes: int) -> None:
     for bucket in filled_buckets(((meta("t", t), t) for t in tensors), bucket_bytes, memory):
         assert bucket.nbytes <= bucket_bytes or sum(0 not in one.tensor.shape for one in bucket.segments()) == 1
+
+
+@settings(max_examples=50)
+@given(tensors=tensors, bucket_bytes=st.sampled_from([256, 1024, 1 << 20]))
+def test_what_lasts_is_copied_together_and_comes_out_bit_for_bit(
+    tensors: list[torch.Tensor], bucket_bytes: int
+) -> None:
+    weights = [(meta(f"t{place}", tensor), tensor) for place, tensor in enumerate(tensors)]
+    # Every second one only: the others are copied at once.
+    lasting = frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors[::2])
+    received: dict[str, torch.Tensor] = {}
+    for bucket in filled_buckets(iter(weights), bucket_bytes, memory, lasting):
+        received.update(unpack(bucket.segments(), bucket.filled))
+    assert [bits(received[known.name]) for known, _ in weights] == [bits(tensor) for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    ("device", "transport", "total", "mib"),
+    [
+        ("cpu", "broadcast", 1 << 40, 32),
+        ("cuda", "ipc", 1 << 40, 256),
+        ("cuda", "broadcast", 0, 1024),
+        ("cuda", "broadcast", 16 << 30, 1024),
+        ("cuda", "broadcast", 4 << 30, 512),
+        ("cuda", "broadcast", 100 << 20, 128),
+    ],
+)
+def test_buckets_of_nccl_are_large_but_several(device: str, transport: str, total: int, mib: int) -> None:
+    assert default_bucket_bytes(torch.device(device), transport, total) == mib << 20
 
 
 def test_memory_that_the_sender_uses_again_does_no_harm() -> None:

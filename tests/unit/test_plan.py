@@ -204,6 +204,10 @@ def test_a_plan_is_for_the_tensors_that_it_was_recorded_on() -> None:
     assert not plan.fits(model)
     model.norm.weight.data = moved
     assert plan.fits(model)
+    model.norm.register_buffer("more", torch.zeros(1))
+    assert not plan.fits(model), "a tensor more"
+    del model.norm.more
+    assert plan.fits(model)
     model.norm = copy.copy(model.norm)
     assert not plan.fits(model), "another module, with the same tensors for now"
 

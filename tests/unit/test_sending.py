@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import threading
@@ -33,8 +34,9 @@ from waiting import eventually, in_thread
 from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted
 from areal_vllm_ext.client.sending import Sending, choose_transport
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, EngineInfo, Prepare, Sender, SharedMemory
-from areal_vllm_ext.transport.broadcast import BroadcastSink
+from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource, GlooBroadcast
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
+from areal_vllm_ext.worker import receiver as receivers
 from areal_vllm_ext.worker.receiver import Lane, Receiver
 
 __all__ = ["checkpoint", "group", "served", "shared_engines"]  # the fixtures
@@ -91,6 +93,108 @@ def test_no_bucket_is_announced_after_one_that_did_not_get_through(
     with pytest.raises(UpdateAborted, match="the wire is dead"), opened:
         opened.send(weights(5))
     assert announced == [0]
+    assert_untouched(served)
+
+
+def small_buckets(group: EngineGroup, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """An update in buckets of 300 bytes: one for each tensor but the last two."""
+    opened = group.update(1, deadline=20, **options)
+    monkeypatch.setattr(opened._update, "_options", dataclasses.replace(opened._update._options, bucket_bytes=300))
+    return opened
+
+
+@pytest.mark.parametrize("staging", ["auto", "none"])
+def test_a_bucket_comes_while_the_one_before_is_checked(
+    served: Served, group: EngineGroup, staging: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not without staging: there each bucket costs memory until it is loaded."""
+    told: dict[Lane, threading.Event] = collections.defaultdict(threading.Event)
+    started: set[tuple[object, int]] = set()
+    beside: list[bool] = []
+    put, start, wait, damaged = Lane.put, BroadcastSource.start, GlooBroadcast.wait, receivers.damaged
+
+    def tells(self: Lane, bucket: Bucket) -> None:
+        put(self, bucket)
+        if bucket.index == 1:
+            told[self].set()
+
+    def noted(self: BroadcastSource, bucket: Bucket, *arguments: Any) -> Any:
+        started.add((threading.current_thread(), bucket.index))
+        return start(self, bucket, *arguments)
+
+    def comes_late(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
+        """After the next one was announced."""
+        if threading.current_thread().name.startswith("areal-intake"):
+            eventually(lambda: len(told) == 4 and all(one.is_set() for one in told.values()))
+        return wait(self, *arguments)
+
+    def checked(segments: Any, *arguments: Any) -> str:
+        if segments[0].tensor.name == "embed":
+            beside.append((threading.current_thread(), 1) in started)
+        return damaged(segments, *arguments)
+
+    monkeypatch.setattr(Lane, "put", tells)
+    monkeypatch.setattr(BroadcastSource, "start", noted)
+    monkeypatch.setattr(GlooBroadcast, "wait", comes_late)
+    monkeypatch.setattr(receivers, "damaged", checked)
+    with small_buckets(group, monkeypatch, transport="broadcast", staging=staging) as update:
+        update.send(weights(5))
+    assert beside == [staging == "auto"] * 4
+    assert served.serves(weights(5))
+
+
+def addresses(served: Served) -> list[set[int]]:
+    """Of what each worker had staged at the last commit."""
+    return [{tensor.data_ptr() for tensor in held.values()} for _, held in sorted(served.weights.items())]
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
+def test_staging_that_is_kept_is_used_by_the_next_update(served: Served, group: EngineGroup, transport: str) -> None:
+    places = []
+    for seed, keep in enumerate((True, True, False, False), 1):
+        send(group, weights(seed), seed, transport=transport, keep_buffers=keep)
+        assert served.serves(weights(seed))
+        places.append(addresses(served))
+        kept = [receiver.kept for receivers in served.receivers.values() for receiver in receivers]
+        assert [bool(one) for one in kept] == [keep] * 4
+    # What the last update staged is still there when the next one comes (this test holds it), so other memory is elsewhere.
+    assert places[0] == places[1] == places[2]
+    assert not any(one & another for one, another in zip(places[2], places[3], strict=True))
+
+
+def test_staging_that_is_kept_is_not_used_for_other_tensors(served: Served, group: EngineGroup) -> None:
+    new = weights(1)
+    send(group, new, 1, transport="broadcast", keep_buffers=True)
+    others = dict(reversed(weights(2).items()))
+    send(group, others, 2, transport="broadcast", keep_buffers=True)
+    assert served.serves(others)
+
+
+def test_staging_of_an_update_that_was_given_up_is_not_kept(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something may still be written there."""
+    send(group, weights(1), 1, transport="broadcast", keep_buffers=True)
+    with (
+        pytest.raises(InvalidWeights),
+        small_buckets(group, monkeypatch, transport="broadcast", keep_buffers=True) as up,
+    ):
+        up.send(weights(2) | {"scale": torch.tensor(float("nan"))})
+    eventually(served.staging_is_free)
+    assert not any(receiver.kept for receivers in served.receivers.values() for receiver in receivers)
+
+
+def test_digests_that_do_not_go_with_the_tensors_are_refused(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce = Sending.announce
+
+    def one_less(self: Sending, bucket: Bucket) -> Any:
+        return announce(self, msgspec.structs.replace(bucket, digests=bucket.digests[1:]))
+
+    monkeypatch.setattr(Sending, "announce", one_less)
+    with pytest.raises(UpdateAborted, match="4 digests of 5 tensors"):
+        send(group, weights(2), transport="shared_memory")
     assert_untouched(served)
 
 

@@ -168,9 +168,9 @@ def test_every_engine_and_every_worker_is_in_the_trace(
         assert "paused" in found.spans(engine, "generation")
         for rank in range(WORKERS):
             intake = found.spans(engine, f"worker {rank}, from sender 0")
-            buckets = {f"bucket {number}" for number in range(3)}
-            assert set(intake) == {"open", "prepare", "receive", "stage", "digest", "take"} | buckets
-            assert lies_in(intake["receive"], intake["bucket 2"]), "the last one of this name"
+            buckets = {f"{what} {number}" for number in range(3) for what in ("receive", "bucket")}
+            assert set(intake) == {"open", "prepare", "stage", "digest", "take"} | buckets
+            assert lies_in(intake["digest"], intake["bucket 2"]), "the last one of this name"
             assert lies_in(intake["bucket 1"], phases["send"])
             switch = found.spans(engine, f"worker {rank}")
             assert set(switch) == {"load", "prove"}
