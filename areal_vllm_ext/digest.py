@@ -20,7 +20,7 @@ import hashlib
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -128,6 +128,25 @@ def digests_and_finite(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list
     return _on_gpu(tensors, tensors[0].device, look=True)
 
 
+def begin(tensors: Sequence[torch.Tensor]) -> Callable[[], tuple[list[int], list[bool]]]:
+    """Have the device begin with what ``digests_and_finite`` gives, which the result waits for: of tensors that lie where the
+    kernel can read them, and stay as they are until then.
+    """
+    device = tensors[0].device
+    with torch.cuda.device(device):
+        spans = tuple((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+        sums = _launched(spans, device, tuple(tensor.dtype for tensor in tensors))
+        found = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+    def finish() -> tuple[list[int], list[bool]]:
+        done.synchronize()
+        return _finished(found, spans)
+
+    return finish
+
+
 def has_kernel(device: torch.device) -> bool:
     """Whether the kernel runs on ``device``, and gives there what torch's operators give.
 
@@ -215,14 +234,26 @@ def _at(
     spans: Sequence[tuple[int, int]], device: torch.device, dtypes: Sequence[torch.dtype] | None = None
 ) -> tuple[list[int], list[bool]]:
     """The same of (address, bytes) on a GPU; with ``dtypes`` also whether all values of each are finite."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        sums = _launched(tuple(spans), device, tuple(dtypes) if dtypes else None).cpu()
+    values, finite = _finished(sums, spans)
+    return values, finite if dtypes else []
+
+
+def _launched(
+    spans: tuple[tuple[int, int], ...], device: torch.device, dtypes: tuple[torch.dtype, ...] | None
+) -> torch.Tensor:
+    """The kernel's sums, on the device, which may not be there yet."""
     from . import digest_kernel
 
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        looked = tuple(dtypes) if dtypes else None
-        sums = digest_kernel.row_sums(tuple(spans), _keys(device), _constants(device), looked).cpu()
+    return digest_kernel.row_sums(spans, _keys(device), _constants(device), dtypes)
+
+
+def _finished(sums: torch.Tensor, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    """What the kernel's sums, in host memory, say of each tensor."""
     sizes = torch.tensor([nbytes for _, nbytes in spans], dtype=torch.int64)
     values: list[int] = _mix(sums[:, 0] + sizes * _GAMMA).tolist()
-    return [value % (1 << 64) for value in values], (sums[:, 1] == 0).tolist() if dtypes else []
+    return [value % (1 << 64) for value in values], (sums[:, 1] == 0).tolist()
 
 
 def _by_operators(tensors: Iterable[torch.Tensor], *, on_cpu: bool = False) -> list[int]:

@@ -70,6 +70,8 @@ class Sending:
         self._lent: list[tuple[TensorMeta, torch.Tensor]] = []
         self._travelling: Iterator[tuple[TensorMeta, torch.Tensor]] = iter(())
         self._lasting: frozenset[int] = frozenset()
+        # Announcements of what is lent, where that is all, and the device looks at it already.
+        self._lending: Iterator[Bucket] | None = None
         # Of each bucket: the engines' answers, and its bytes.
         self._announced: list[Future[None]] = []
         self._under_way: list[UnderWay] = []
@@ -90,7 +92,10 @@ class Sending:
         """
         self._lent, self._lasting = [], lasting
         travelling = without_lent(pairs, sink, lasting, self._lent) if isinstance(sink, CudaIpcSink) else iter(pairs)
-        self._travelling = itertools.chain(list(itertools.islice(travelling, 1)), travelling)
+        first = list(itertools.islice(travelling, 1))
+        self._travelling = itertools.chain(first, travelling)
+        # Where all of it is, the device begins to look at it.
+        self._lending = sink.lend(self._lent) if isinstance(sink, CudaIpcSink) and self._lent and not first else None
 
     @property
     def parted(self) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
@@ -127,7 +132,7 @@ class Sending:
                     self._start(sink, bucket, filled.filled, turn)
             if self._lent and isinstance(sink, CudaIpcSink):
                 with self._spans.during("sending", "lend"):
-                    self._lend(update, sink, self._lent)
+                    self._lend(update, self._lending or sink.lend(self._lent))
             with self._spans.during("sending", "wait until all is held"):
                 for under_way in self._under_way[-sink.slots :]:
                     under_way.wait(max(self._left(), 0), self._failed)
@@ -199,8 +204,8 @@ class Sending:
     def _left(self) -> float:
         return self._ends - time.monotonic()
 
-    def _lend(self, update: str, sink: CudaIpcSink, tensors: list[tuple[TensorMeta, torch.Tensor]]) -> None:
-        for bucket in sink.lend(tensors):
+    def _lend(self, update: str, lending: Iterator[Bucket]) -> None:
+        for bucket in lending:
             segments, digests = self._changed(bucket.segments, bucket.digests)
             if segments:
                 nbytes = sum(nbytes_of(segment.tensor) for segment in segments)

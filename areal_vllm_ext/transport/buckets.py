@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -125,12 +126,23 @@ def examined(named: Sequence[tuple[str, torch.Tensor]]) -> list[int]:
     """
     tensors = [tensor for _, tensor in named]
     if digest.looks(tensors):
-        values, finite = digest.digests_and_finite(tensors)
-        bad = next((name for (name, _), one in zip(named, finite, strict=True) if not one), "")
-    else:
-        bad = not_finite(named)
-        values = [] if bad else digest.digests_of(tensors)
-    if bad:
+        return _of_finite(named, *digest.digests_and_finite(tensors))
+    if bad := not_finite(named):
+        raise InvalidWeights(f"{bad} holds NaN or infinite values")
+    return digest.digests_of(tensors)
+
+
+def examining(named: Sequence[tuple[str, torch.Tensor]]) -> Callable[[], list[int]]:
+    """``examined``, begun: a GPU reads the tensors while others are told of. They are contiguous, and aligned for digests."""
+    tensors = [tensor for _, tensor in named]
+    if not digest.looks(tensors):
+        return functools.partial(examined, named)
+    found = digest.begin(tensors)
+    return lambda: _of_finite(named, *found())
+
+
+def _of_finite(named: Iterable[tuple[str, torch.Tensor]], values: list[int], finite: Iterable[bool]) -> list[int]:
+    if bad := next((name for (name, _), one in zip(named, finite, strict=True) if not one), ""):
         raise InvalidWeights(f"{bad} holds NaN or infinite values")
     return values
 

@@ -25,7 +25,7 @@ import torch
 from .. import digest
 from ..protocol import Allocation, Bucket, CudaIpc, Segment, TensorMeta
 from . import watch
-from .buckets import Piece, aligned, examined, nbytes_of, unpack
+from .buckets import Piece, aligned, examining, nbytes_of, unpack
 from .slots import SlotsSink, check_inside
 
 if TYPE_CHECKING:
@@ -462,7 +462,8 @@ class CudaIpcSink(SlotsSink):
         return self._last
 
     def lend(self, tensors: Sequence[tuple[TensorMeta, torch.Tensor]]) -> Iterator[Bucket]:
-        """Announcements of tensors that can be lent; they must stay as they are until ``take_back``.
+        """Announcements of tensors that can be lent, which the device begins to look at now; they must stay as they are until
+        ``take_back``.
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
@@ -470,26 +471,32 @@ class CudaIpcSink(SlotsSink):
         torch.cuda.synchronize(self._device)  # workers read on streams of their own
         stamp = secrets.randbits(62) | 1
         self._stamp(stamp)
-        for together in _pieces(tensors):
-            self._lent += [(meta.name, tensor, _writes(tensor)) for meta, tensor in together]
-            digests = examined([(meta.name, tensor) for meta, tensor in together])
-            numbers: dict[bytes, int] = {}
-            segments = []
-            for meta, tensor in together:
-                handle = self._handles[tensor.data_ptr()]
-                number = numbers.setdefault(handle, len(numbers))
-                offset = tensor.data_ptr() - self._allocations[handle].address
-                segments.append(Segment(meta, offset, number))
-            yield Bucket(
-                epoch=0,
-                update="",
-                index=0,
-                nbytes=sum(tensor.nbytes for _, tensor in together),
-                segments=tuple(segments),
-                digests=tuple(digests),
-                allocations=tuple(Allocation(handle, self._allocations[handle].nbytes) for handle in numbers),
-                stamp=stamp,
-            )
+        self._lent += [(meta.name, tensor, _writes(tensor)) for meta, tensor in tensors]
+        examinations = [
+            (together, examining([(meta.name, tensor) for meta, tensor in together])) for together in _pieces(tensors)
+        ]
+        return (self._announcement(together, tuple(digests()), stamp) for together, digests in examinations)
+
+    def _announcement(
+        self, together: Sequence[tuple[TensorMeta, torch.Tensor]], digests: tuple[int, ...], stamp: int
+    ) -> Bucket:
+        numbers: dict[bytes, int] = {}
+        segments = []
+        for meta, tensor in together:
+            handle = self._handles[tensor.data_ptr()]
+            number = numbers.setdefault(handle, len(numbers))
+            offset = tensor.data_ptr() - self._allocations[handle].address
+            segments.append(Segment(meta, offset, number))
+        return Bucket(
+            epoch=0,
+            update="",
+            index=0,
+            nbytes=sum(tensor.nbytes for _, tensor in together),
+            segments=tuple(segments),
+            digests=digests,
+            allocations=tuple(Allocation(handle, self._allocations[handle].nbytes) for handle in numbers),
+            stamp=stamp,
+        )
 
     def changed(self) -> str:
         """The name of a lent tensor that was written to meanwhile, as far as torch knows; else empty."""

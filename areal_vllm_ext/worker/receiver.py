@@ -594,7 +594,7 @@ class Receiver:
 
     def give_back(self) -> None:
         """Have the device's memory that was staging go back to it, beside the running engine."""
-        if self.device.type != "cpu":
+        if self.pool.used:
             later = threading.Timer(_GIVE_BACK_SECONDS, self._give_back)
             later.name, later.daemon = LOOK, True
             later.start()

@@ -67,6 +67,11 @@ class Pool:
             with torch.cuda.use_mem_pool(self._pool, self._device):
                 return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
+    @property
+    def used(self) -> bool:
+        """Whether there is something to give back."""
+        return self._pool is not None
+
     def give_back(self) -> None:
         """What nobody uses any more. Takes a while: the driver waits for the device. What is in use stays until it is not."""
         with self._lock:
