@@ -70,8 +70,6 @@ class Sending:
         self._lent: list[tuple[TensorMeta, torch.Tensor]] = []
         self._travelling: Iterator[tuple[TensorMeta, torch.Tensor]] = iter(())
         self._lasting: frozenset[int] = frozenset()
-        # Announcements of what is lent, where that is all, and the device looks at it already.
-        self._lending: Iterator[Bucket] | None = None
         # Of each bucket: the engines' answers, and its bytes.
         self._announced: list[Future[None]] = []
         self._under_way: list[UnderWay] = []
@@ -92,10 +90,7 @@ class Sending:
         """
         self._lent, self._lasting = [], lasting
         travelling = without_lent(pairs, sink, lasting, self._lent) if isinstance(sink, CudaIpcSink) else iter(pairs)
-        first = list(itertools.islice(travelling, 1))
-        self._travelling = itertools.chain(first, travelling)
-        # Where all of it is, the device begins to look at it.
-        self._lending = sink.lend(self._lent) if isinstance(sink, CudaIpcSink) and self._lent and not first else None
+        self._travelling = itertools.chain(list(itertools.islice(travelling, 1)), travelling)
 
     @property
     def parted(self) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
@@ -132,7 +127,7 @@ class Sending:
                     self._start(sink, bucket, filled.filled, turn)
             if self._lent and isinstance(sink, CudaIpcSink):
                 with self._spans.during("sending", "lend"):
-                    self._lend(update, self._lending or sink.lend(self._lent))
+                    self._lend(update, sink)
             with self._spans.during("sending", "wait until all is held"):
                 for under_way in self._under_way[-sink.slots :]:
                     under_way.wait(max(self._left(), 0), self._failed)
@@ -204,8 +199,8 @@ class Sending:
     def _left(self) -> float:
         return self._ends - time.monotonic()
 
-    def _lend(self, update: str, lending: Iterator[Bucket]) -> None:
-        for bucket in lending:
+    def _lend(self, update: str, sink: CudaIpcSink) -> None:
+        for bucket in sink.lend():
             segments, digests = self._changed(bucket.segments, bucket.digests)
             if segments:
                 nbytes = sum(nbytes_of(segment.tensor) for segment in segments)
@@ -261,9 +256,9 @@ def without_lent(
     lasting: frozenset[int],
     lent: list[tuple[TensorMeta, torch.Tensor]],
 ) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
-    """What has to travel; what ``sink`` can lend of the storages that begin at ``lasting`` is put into ``lent``."""
+    """What has to travel; what ``sink`` lends of the storages that begin at ``lasting`` is put into ``lent``."""
     for meta, tensor in pairs:
-        if tensor.untyped_storage().data_ptr() in lasting and sink.can_lend(tensor):
+        if tensor.untyped_storage().data_ptr() in lasting and sink.offer(meta, tensor):
             lent.append((meta, tensor))
         else:
             yield meta, tensor

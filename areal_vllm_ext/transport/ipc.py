@@ -363,20 +363,6 @@ def _check_peer(device: torch.device, other: str) -> None:
             )
 
 
-def _pieces(
-    tensors: Sequence[tuple[TensorMeta, torch.Tensor]],
-) -> Iterator[Sequence[tuple[TensorMeta, torch.Tensor]]]:
-    """``tensors`` in runs of at most ``_LENT_TOGETHER`` and ``_LENT_BYTES``; a larger one for itself."""
-    start = nbytes = 0
-    for place, (_, tensor) in enumerate(tensors):
-        if place > start and (nbytes + tensor.nbytes > _LENT_BYTES or place - start >= _LENT_TOGETHER):
-            yield tensors[start:place]
-            start, nbytes = place, 0
-        nbytes += tensor.nbytes
-    if start < len(tensors):
-        yield tensors[start:]
-
-
 def _writes(tensor: torch.Tensor) -> int:
     """How often torch has written to a tensor; it does not count for those made in inference mode."""
     return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
@@ -415,8 +401,14 @@ class CudaIpcSink(SlotsSink):
             self._memory = torch.as_tensor(memory, device=device)
             self._stream = torch.cuda.Stream(device)
         self._runtime, self._device = runtime, device
-        # Until the update is over: these tensors, as they were when they were announced, and the allocations they lie in.
+        # Until the update is over: these tensors, as they were when they were offered, the allocations that they lie in, and what
+        # workers are shown as long as they may read there.
         self._lent: list[tuple[str, torch.Tensor, int]] = []
+        self._shown = 0
+        # Of these: what is not looked at yet, and what is, in pieces.
+        self._offered: list[tuple[TensorMeta, torch.Tensor]] = []
+        self._offered_bytes = 0
+        self._looked: list[tuple[list[tuple[TensorMeta, torch.Tensor]], Callable[[], list[int]]]] = []
         self._allocations: dict[bytes, Memory] = {}
         self._handles: dict[int, bytes] = {}  # by where an allocation, or a tensor, begins
         self._last: Memory | None = None
@@ -461,25 +453,41 @@ class CudaIpcSink(SlotsSink):
         self._last = self._asked[number][0]
         return self._last
 
-    def lend(self, tensors: Sequence[tuple[TensorMeta, torch.Tensor]]) -> Iterator[Bucket]:
-        """Announcements of tensors that can be lent, which the device begins to look at now; they must stay as they are until
-        ``take_back``.
+    def offer(self, meta: TensorMeta, tensor: torch.Tensor) -> bool:
+        """Whether workers can use ``tensor`` where it lies. Then it is lent: it must stay as it is until ``take_back``, and the
+        device begins to look at it as soon as there are enough of them.
+        """
+        if not self.can_lend(tensor):
+            return False
+        if not self._lent:
+            torch.cuda.synchronize(self._device)  # workers read on streams of their own
+            self._shown = secrets.randbits(62) | 1
+            self._stamp(self._shown)
+        if self._offered and (
+            self._offered_bytes + tensor.nbytes > _LENT_BYTES or len(self._offered) >= _LENT_TOGETHER
+        ):
+            self._look()
+        self._offered.append((meta, tensor))
+        self._offered_bytes += tensor.nbytes
+        self._lent.append((meta.name, tensor, _writes(tensor)))
+        return True
+
+    def _look(self) -> None:
+        together, self._offered, self._offered_bytes = self._offered, [], 0
+        self._looked.append((together, examining([(meta.name, tensor) for meta, tensor in together])))
+
+    def lend(self) -> Iterator[Bucket]:
+        """Announcements of what is lent.
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
         """
-        torch.cuda.synchronize(self._device)  # workers read on streams of their own
-        stamp = secrets.randbits(62) | 1
-        self._stamp(stamp)
-        self._lent += [(meta.name, tensor, _writes(tensor)) for meta, tensor in tensors]
-        examinations = [
-            (together, examining([(meta.name, tensor) for meta, tensor in together])) for together in _pieces(tensors)
-        ]
-        return (self._announcement(together, tuple(digests()), stamp) for together, digests in examinations)
+        if self._offered:
+            self._look()
+        looked, self._looked = self._looked, []
+        return (self._announcement(together, tuple(digests())) for together, digests in looked)
 
-    def _announcement(
-        self, together: Sequence[tuple[TensorMeta, torch.Tensor]], digests: tuple[int, ...], stamp: int
-    ) -> Bucket:
+    def _announcement(self, together: Sequence[tuple[TensorMeta, torch.Tensor]], digests: tuple[int, ...]) -> Bucket:
         numbers: dict[bytes, int] = {}
         segments = []
         for meta, tensor in together:
@@ -495,7 +503,7 @@ class CudaIpcSink(SlotsSink):
             segments=tuple(segments),
             digests=digests,
             allocations=tuple(Allocation(handle, self._allocations[handle].nbytes) for handle in numbers),
-            stamp=stamp,
+            stamp=self._shown,
         )
 
     def changed(self) -> str:
@@ -508,7 +516,8 @@ class CudaIpcSink(SlotsSink):
             self._stamp(0)
         for handle in self._allocations:
             _own.pop(handle, None)
-        self._lent, self._allocations, self._handles, self._last = [], {}, {}, None
+        self._lent, self._offered, self._offered_bytes, self._looked = [], [], 0, []
+        self._allocations, self._handles, self._last = {}, {}, None
         self._known, self._asked = self._asked, {}
 
     def _stamp(self, value: int) -> None:

@@ -173,10 +173,13 @@ def simulated(runtime: CudaRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator
     ipc._own.clear()
 
 
+def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
+    return TensorMeta(name, str(tensor.dtype)[6:], tuple(tensor.shape))
+
+
 def bucket_of(sink: CudaIpcSink, weights: dict[str, torch.Tensor]) -> Bucket:
-    assert all(sink.can_lend(tensor) for tensor in weights.values())
-    metas = [TensorMeta(name, str(one.dtype)[6:], tuple(one.shape)) for name, one in weights.items()]
-    (bucket,) = sink.lend(list(zip(metas, weights.values(), strict=True)))
+    assert all(sink.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())
+    (bucket,) = sink.lend()
     return bucket
 
 
@@ -263,9 +266,8 @@ def test_lent_tensors_are_told_of_in_pieces(
     monkeypatch.setattr(ipc, "_LENT_BYTES", nbytes)
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     assert [one.nbytes for one in weights.values()] == [400, 512, 1000]
-    given = [(TensorMeta(name, str(one.dtype)[6:], tuple(one.shape)), one) for name, one in weights.items()]
-    assert all(sink.can_lend(tensor) for _, tensor in given)
-    told = ["".join(segment.tensor.name for segment in bucket.segments) for bucket in sink.lend(given)]
+    assert all(sink.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())
+    told = ["".join(segment.tensor.name for segment in bucket.segments) for bucket in sink.lend()]
     assert told == pieces
 
 
@@ -283,10 +285,8 @@ def test_allocations_stay_open_over_buckets_and_updates_until_they_are_lent_no_m
     monkeypatch.setattr(simulated, "open", lambda handle, size: opens.append(handle) or open_(handle, size))
 
     def update(*names: str) -> None:
-        metas = {name: TensorMeta(name, str(weights[name].dtype)[6:], tuple(weights[name].shape)) for name in names}
-        given = [(meta, weights[name]) for name, meta in metas.items()]
-        assert all(sink.can_lend(tensor) for _, tensor in given)
-        buckets = list(sink.lend(given))
+        assert all(sink.offer(meta_of(name, weights[name]), weights[name]) for name in names)
+        buckets = list(sink.lend())
         assert len(buckets) == len(names)
         ipc._own.clear()  # as in another process
         for bucket in buckets:
@@ -325,6 +325,8 @@ def test_a_worker_sees_when_the_trainer_takes_its_memory_back(
 def test_what_cannot_be_lent_travels(simulated: CudaRuntime, weights: dict[str, torch.Tensor]) -> None:
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     assert sink.can_lend(weights["a"])
+    assert not sink.offer(meta_of("a", weights["a"][1:]), weights["a"][1:])
+    assert list(sink.lend()) == []
     assert not sink.can_lend(weights["a"].t()), "not contiguous"
     assert not sink.can_lend(weights["a"][1:]), "not on a row of the digest"
     assert not sink.can_lend(torch.ones(64)), "not in an allocation that has a handle"
