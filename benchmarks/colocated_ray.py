@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import platform
 import statistics
 import sys
@@ -36,6 +35,7 @@ from areal_vllm_ext.transport.ipc import own_device_id
 from .leftovers import Footprint, processes
 from .ray_cluster import ray_cluster
 from .ray_deferred import CPU_ENV, PROMPTS, TOKENS, train
+from .report import finish
 
 if TYPE_CHECKING:
     from areal_vllm_ext.launcher.owner import Home
@@ -155,7 +155,7 @@ def main() -> int:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
             stack.callback(ray.shutdown)
         facts = measure(options, folder)
-    print(json.dumps(facts))
+    finish(facts, None)
     return 0 if all(facts["token_exact"]) and facts["placement_proven"] and not facts["left"] else 1
 
 

@@ -330,7 +330,7 @@ class AsyncEngineGroup:
                 ``update.send("/path")`` goes by disk.
             mode: how engines pause for the switch, see ``pause``.
             kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.
-            bucket_mib: size of the pieces in which the weights travel; default: by NCCL a quarter, 256 at least and 1024
+            bucket_mib: size of the pieces in which the weights travel; default: by NCCL an eighth, 128 at least and 1024
                 at most, otherwise 256 from GPUs, 32 from host memory.
             staging: where workers keep the new weights until the switch: on their ``device``, in ``host`` memory, or
                 (``auto``) on the device if there is room, else in host memory. It costs one copy of all weights in each

@@ -22,7 +22,7 @@ _ALIGNMENT = digest.ROW_BYTES
 # piece takes NCCL less time than it takes trainer and workers to tell each other of it, if it is not large; but the first is
 # filled before anything travels, and the last checked after everything has. Slots that are kept between updates are smaller.
 _HOST_BYTES, _SLOT_BYTES = 32 << 20, 256 << 20
-_NCCL_LEAST, _NCCL_MOST, _NCCL_BUCKETS = 256 << 20, 1 << 30, 4
+_NCCL_LEAST, _NCCL_MOST, _NCCL_BUCKETS = 128 << 20, 1 << 30, 8
 
 
 def default_bucket_bytes(device: torch.device, transport: str = "", total: int = 0) -> int:

@@ -401,8 +401,8 @@ class CudaIpcSink(SlotsSink):
             self._memory = torch.as_tensor(memory, device=device)
             self._stream = torch.cuda.Stream(device)
         self._runtime, self._device = runtime, device
-        # Until the update is over: these tensors, as they were when they were offered, the allocations that they lie in, and what
-        # workers are shown as long as they may read there.
+        # Until the update is over: these tensors, as they were when they were offered, the allocations that they lie in,
+        # and what workers are shown as long as they may read there.
         self._lent: list[tuple[str, torch.Tensor, int]] = []
         self._shown = 0
         # Of these: what is not looked at yet, and what is, in pieces.

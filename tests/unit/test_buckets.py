@@ -109,8 +109,8 @@ def test_what_lasts_is_copied_together_and_comes_out_bit_for_bit(
         ("cuda", "ipc", 1 << 40, 256),
         ("cuda", "broadcast", 0, 1024),
         ("cuda", "broadcast", 16 << 30, 1024),
-        ("cuda", "broadcast", 2 << 30, 512),
-        ("cuda", "broadcast", 100 << 20, 256),
+        ("cuda", "broadcast", 4 << 30, 512),
+        ("cuda", "broadcast", 100 << 20, 128),
     ],
 )
 def test_buckets_of_nccl_are_large_but_several(device: str, transport: str, total: int, mib: int) -> None:
