@@ -336,8 +336,8 @@ class AsyncEngineGroup:
                 (``auto``) on the device if there is room, else in host memory. It costs one copy of all weights in each
                 worker; where there is no room the update is refused, with the numbers. ``none`` costs nothing: the engines
                 pause first and load as the bytes come, and if that fails their weights are lost (WeightsTainted).
-            keep_buffers: whether workers keep that memory for the next update, which is faster then; else they give it
-                back once the update is over.
+            keep_buffers: whether workers keep that memory for the next update, which is faster then, and the trainer its
+                buckets; else it is given back once the update is over.
             drop_lost: go on without engines that are lost already, instead of EnginesMissing. One that comes back is stale:
                 it serves nothing until an update reaches it.
             on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``,

@@ -104,6 +104,8 @@ class Sending:
         bucket_bytes: int,
         turn: Callable[[], AbstractContextManager[None]] | None = None,
         base: Contents | None = None,
+        *,
+        keep_buffers: bool = False,
     ) -> None:
         """Send all that was given to ``part`` through ``sink``, which has met the workers; returns when every worker holds it.
 
@@ -113,6 +115,7 @@ class Sending:
             bucket_bytes: size of a bucket.
             turn: held while a bucket is on its way, where others must not be.
             base: what every engine has; tensors that are the same are not sent.
+            keep_buffers: whether ``sink`` keeps its memory for the next update.
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
@@ -139,7 +142,8 @@ class Sending:
             if isinstance(error, Cancelled) and (refusal := self._refusal()) is not None:
                 raise refusal from None
             raise
-        sink.release()
+        if not keep_buffers:
+            sink.release()
 
     def _memory(self, sink: Sink, nbytes: int) -> torch.Tensor:
         """For the next bucket. A slot is free when what lay in it has gone; where workers read it, when they have copied it."""

@@ -568,8 +568,8 @@ class AsyncUpdate:
             given = sending.parted
 
         sink = self._met_sink(first[1].device, expected, part)
-        sending.send(
-            self.id, sink, min(sink.bucket_bytes, self._expected_bytes or sink.bucket_bytes), base=self._base()
-        )
+        bucket_bytes = min(sink.bucket_bytes, self._expected_bytes or sink.bucket_bytes)
+        keep = self._options.keep_buffers
+        sending.send(self.id, sink, bucket_bytes, base=self._base(), keep_buffers=keep)
         self._kept = sending.kept
         self.sent_by(0, sending.buckets, sending.nbytes, sending.entries)

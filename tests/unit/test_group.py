@@ -147,6 +147,14 @@ def test_status_shows_an_engine_that_does_not_answer_and_one_that_is_lost(
         group.pause(deadline=1.0)
 
 
+def test_a_command_waits_for_the_next_beat_of_engines_that_seem_lost(
+    deployment: Deployment, group: EngineGroup
+) -> None:
+    deployment.clock_skew += 6.0  # as if all had slept until now
+    group.pause(deadline=5)
+    assert states(group) == ["paused", "paused"]
+
+
 def test_status_tells_what_engines_say(deployment: Deployment, group: EngineGroup) -> None:
     deployment.engines[1].requests = 7
     group.pause("wait", deadline=5)

@@ -198,6 +198,10 @@ def test_a_plan_is_for_the_tensors_that_it_was_recorded_on() -> None:
         bound = BoundPlan(plan)
         bound.add(plan.parts(weights | wrong))
         assert not bound.complete
+    bound = BoundPlan(plan)
+    for _ in range(2):
+        bound.add(plan.parts(weights))
+    assert not bound.complete, "they came twice"
     assert not plan.fits(made(Model))
     moved = model.norm.weight.data
     model.norm.weight.data = torch.zeros(HIDDEN)

@@ -104,14 +104,20 @@ def small_buckets(group: EngineGroup, monkeypatch: pytest.MonkeyPatch, **options
 
 
 @pytest.mark.parametrize("staging", ["auto", "none"])
-def test_a_bucket_comes_while_the_one_before_is_checked(
+def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
     served: Served, group: EngineGroup, staging: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not without staging: there each bucket costs memory until it is loaded."""
     told: dict[Lane, threading.Event] = collections.defaultdict(threading.Event)
     started: set[tuple[object, int]] = set()
-    beside: list[bool] = []
+    # Of each intake, when its first bucket was: whether its second was started.
+    on_its_way: dict[object, bool] = {}
+    checked_first: dict[object, bool] = {}
     put, start, wait, damaged = Lane.put, BroadcastSource.start, GlooBroadcast.wait, receivers.damaged
+
+    def note(seen: dict[object, bool]) -> None:
+        thread = threading.current_thread()
+        seen.setdefault(thread, (thread, 1) in started)
 
     def tells(self: Lane, bucket: Bucket) -> None:
         put(self, bucket)
@@ -119,28 +125,82 @@ def test_a_bucket_comes_while_the_one_before_is_checked(
             told[self].set()
 
     def noted(self: BroadcastSource, bucket: Bucket, *arguments: Any) -> Any:
+        if bucket.index == 0:  # not before the next one was announced
+            eventually(lambda: len(told) == 4 and all(one.is_set() for one in told.values()))
         started.add((threading.current_thread(), bucket.index))
         return start(self, bucket, *arguments)
 
-    def comes_late(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
-        """After the next one was announced."""
+    def waited(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
         if threading.current_thread().name.startswith("areal-intake"):
-            eventually(lambda: len(told) == 4 and all(one.is_set() for one in told.values()))
+            note(on_its_way)
         return wait(self, *arguments)
 
     def checked(segments: Any, *arguments: Any) -> str:
-        if segments[0].tensor.name == "embed":
-            beside.append((threading.current_thread(), 1) in started)
+        note(checked_first)
         return damaged(segments, *arguments)
 
     monkeypatch.setattr(Lane, "put", tells)
     monkeypatch.setattr(BroadcastSource, "start", noted)
-    monkeypatch.setattr(GlooBroadcast, "wait", comes_late)
+    monkeypatch.setattr(GlooBroadcast, "wait", waited)
     monkeypatch.setattr(receivers, "damaged", checked)
     with small_buckets(group, monkeypatch, transport="broadcast", staging=staging) as update:
         update.send(weights(5))
-    assert beside == [staging == "auto"] * 4
+    for seen in (on_its_way, checked_first):
+        assert list(seen.values()) == [staging == "auto"] * 4
     assert served.serves(weights(5))
+
+
+def test_buckets_that_are_on_their_way_are_given_up_with_their_update(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait, abandon = GlooBroadcast.wait, GlooBroadcast.abandon
+    abandoned: list[GlooBroadcast] = []
+
+    def stalls(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
+        if threading.current_thread() is threading.main_thread():
+            raise TimeoutError("the wire is dead")
+        return wait(self, *arguments)
+
+    def noted(self: GlooBroadcast) -> None:
+        abandoned.append(self)
+        abandon(self)
+
+    monkeypatch.setattr(GlooBroadcast, "wait", stalls)
+    monkeypatch.setattr(GlooBroadcast, "abandon", noted)
+    with (
+        pytest.raises(UpdateAborted, match="the wire is dead"),
+        small_buckets(group, monkeypatch, transport="broadcast") as up,
+    ):
+        up.send(weights(5))
+    assert len(set(abandoned)) >= BroadcastSink.slots - 1
+    assert_untouched(served)
+
+
+def test_an_error_while_workers_get_ready_ends_an_update_in_order(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Receiver.source
+
+    def late(self: Receiver, *arguments: Any) -> Any:
+        time.sleep(0.3)
+        return source(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Receiver, "source", late)
+        patched.setattr(Sending, "part", lambda *_: 1 / 0)
+        phases: list[tuple[str, float]] = []
+        opened = group.update(
+            1, deadline=20, transport="shared_memory", on_phase=lambda phase: phases.append((phase, time.monotonic()))
+        )
+        with pytest.raises(ZeroDivisionError), opened as update:
+            update.send(weights(5))
+        (begin, began), (abort, aborted) = phases
+        assert (begin, abort) == ("begin", "abort")
+        assert aborted - began > 0.25, "not while engines are still asked to begin"
+        assert update._update._coordinator.phase == "done"  # type: ignore[union-attr]
+    assert_untouched(served)
+    send(group, weights(6), 2)
+    assert served.serves(weights(6))
 
 
 def addresses(served: Served) -> list[set[int]]:
@@ -153,6 +213,8 @@ def test_staging_that_is_kept_is_used_by_the_next_update(served: Served, group: 
     places = []
     for seed, keep in enumerate((True, True, False, False), 1):
         send(group, weights(seed), seed, transport=transport, keep_buffers=keep)
+        if isinstance(sink := group._group._sink[1], BroadcastSink):  # type: ignore[index]
+            assert bool(sink._buffers) == keep, "the trainer's buckets"
         assert served.serves(weights(seed))
         places.append(addresses(served))
         kept = [receiver.kept for receivers in served.receivers.values() for receiver in receivers]
