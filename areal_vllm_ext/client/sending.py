@@ -161,14 +161,17 @@ class Sending:
         if sink.announced_is_sent and filled.filled.device.type != "cpu":
             torch.accelerator.synchronize(filled.filled.device)
         with self._spans.during("sending", f"digest {self.buckets}"):
-            segments, digests = self._changed(filled.segments(), filled.digests())
+            whole = filled.segments()
+            segments, digests = self._changed(whole, filled.digests())
         if not segments:
             return None
+        if len(segments) < len(whole):
+            segments = filled.keep_only(segments)
         bucket = Bucket(
             epoch=0,
             update=update,
             index=self.buckets,
-            segments=filled.keep_only(segments),
+            segments=segments,
             digests=digests,
             nbytes=filled.nbytes,
             location=self._location,
