@@ -636,7 +636,7 @@ class AsyncEngineGroup:
         while True:
             left = max(ends - time.monotonic(), 0.1)
             try:
-                answer = await self.request(directory, acquire, min(left, DISCOVER_SECONDS))
+                answer = await self._ask_directory(directory, acquire, min(left, DISCOVER_SECONDS))
                 break
             except RequestError as error:
                 if error.kind != "held" or left <= _POLL_SECONDS:
@@ -662,12 +662,15 @@ class AsyncEngineGroup:
                 in_time = time.monotonic() < ends
                 await self.request(directory, protocol.ReleaseLease(epoch=epoch), 0.5 if in_time else 0.1)
 
+    async def _ask_directory(self, directory: str, message: Message, timeout: float) -> Answer:
+        try:
+            return await self.request(directory, message, timeout)
+        except EngineUnreachable as error:
+            raise EngineUnreachable(f"the directory {error}; is the head node's engine up?") from None
+
     async def _discover(self, timeout: float) -> list[tuple[str, protocol.Engines]]:
         async def ask(directory: str) -> tuple[str, protocol.Engines]:
-            try:
-                answer = await self.request(directory, protocol.Discover(), timeout)
-            except EngineUnreachable as error:
-                raise EngineUnreachable(f"the directory {error}; is the head node's engine up?") from None
+            answer = await self._ask_directory(directory, protocol.Discover(), timeout)
             assert isinstance(answer, protocol.Engines)
             return directory, answer
 
