@@ -103,9 +103,8 @@ class Checker:
                 raise InvalidWeights(f"{name} is there twice")
             dtype = self._cast if self._cast is not None and tensor.is_floating_point() else tensor.dtype
             meta = TensorMeta(name, str(dtype).removeprefix("torch."), tuple(tensor.shape))
-            if self._expected.get(name) == meta:
-                pass  # nearly all: nothing else is asked about them
-            elif self._expected and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
+            asked = self._expected and self._expected.get(name) != meta  # of few: most are as they are expected
+            if asked and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
                 hint = "" if name in self._expected else "; if it is tied to one that is, leave it out of an iterable"
                 raise InvalidWeights(problem + hint)
             sent.add(name)
