@@ -190,8 +190,9 @@ class Sender(Part):
 class Staging(Part):
     """Where a worker keeps an update's bytes until the commit. ``none``: nowhere, they go straight into the live model.
 
-    ``nbytes``: of all weights, 0 where it is not known. ``on_device`` and ``on_host``: how many workers of this update
-    stage on the same device, on the same host. ``keep``: the memory is kept for the next update, else it is given back.
+    ``nbytes``: of all weights, ``bucket``: of the largest bucket; 0 where it is not known. ``on_device`` and ``on_host``: how
+    many workers of this update stage on the same device, on the same host. ``keep``: the memory is kept for the next update,
+    else it is given back.
     """
 
     kind: StagingKind = "auto"
@@ -199,6 +200,7 @@ class Staging(Part):
     on_device: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
     on_host: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
     keep: bool = False
+    bucket: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):

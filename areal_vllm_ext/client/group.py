@@ -149,8 +149,8 @@ class AsyncEngineGroup:
         # What the last update brought, if it came from here: the next one leaves out what is still the same.
         self.sent: Contents = {}
         self.sent_manifest = ""
-        # An engine's checkpoint and the bytes of its tensors, by the engine's incarnation.
-        self.described: dict[str, tuple[tuple[TensorMeta, ...], int]] = {}
+        # An engine's checkpoint, the bytes of its tensors, and of the largest, by the engine's incarnation.
+        self.described: dict[str, tuple[tuple[TensorMeta, ...], int, int]] = {}
         # Whether a worker on another GPU of this host could not open the trainer's memory.
         self.apart = False
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"

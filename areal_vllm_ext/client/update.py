@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
+import torch
 
 from .. import digest, interpreter, protocol
 from ..errors import (
@@ -43,8 +44,8 @@ from ..protocol import (
 )
 from ..spans import Spans
 from ..transport import Cancelled
-from ..transport.buckets import default_bucket_bytes, total_bytes
-from ..transport.ipc import CudaIpcSink
+from ..transport.buckets import default_bucket_bytes, tensor_bytes, total_bytes
+from ..transport.ipc import LENT_BYTES, CudaIpcSink
 from . import trace
 from .coordinator import Coordinator, Member
 from .sending import Sending, choose_transport
@@ -52,8 +53,6 @@ from .weights import Checker, Named, gathered, storages, warn_unchecked
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-
-    import torch
 
     from ..digest import Contents
     from ..transport import Sink
@@ -134,7 +133,7 @@ class AsyncUpdate:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.ends = 0.0
         self._nbytes = 0
-        self._expected_bytes = 0
+        self._expected_bytes = self._largest_bytes = 0
         self._sending: Sending | None = None
         # Whether engines may have loaded some of it, where they do not stage.
         self._loading = False
@@ -386,8 +385,10 @@ class AsyncUpdate:
             if answer.error:
                 warn_unchecked(answer.error)
                 return answer.tensors
-            self._group.described = {engine.incarnation: (answer.tensors, total_bytes(answer.tensors, engine.dtype))}
-        tensors, self._expected_bytes = self._group.described[engine.incarnation]
+            tensors, dtype = answer.tensors, engine.dtype
+            largest = max((tensor_bytes(meta, dtype) for meta in tensors), default=0)
+            self._group.described = {engine.incarnation: (tensors, total_bytes(tensors, dtype), largest)}
+        tensors, self._expected_bytes, self._largest_bytes = self._group.described[engine.incarnation]
         return tensors
 
     def open(self, senders: dict[str, dict[int, Sender]]) -> Future[None]:
@@ -434,6 +435,7 @@ class AsyncUpdate:
         workers = [worker for engine in self._engines.values() for worker in engine.workers]
         devices = Counter(worker.device_id for worker in workers)
         hosts = Counter(worker.node for worker in workers)
+        pieces = LENT_BYTES if self._lender else self.bucket_bytes(torch.device("cuda"), "broadcast")
         return {
             name: Staging(
                 kind=self._options.staging,
@@ -441,6 +443,7 @@ class AsyncUpdate:
                 on_device=max((devices[worker.device_id] for worker in engine.workers), default=1),
                 on_host=max((hosts[worker.node] for worker in engine.workers), default=1),
                 keep=self._options.keep_buffers,
+                bucket=max(pieces, self._largest_bytes),
             )
             for name, engine in self._engines.items()
         }

@@ -42,7 +42,7 @@ _STAMP_BYTES = digest.ROW_BYTES
 _KEEP_OPEN_SECONDS = 30.0
 # In one announcement: the workers look at these while the trainer looks at the next. Two processes take turns on one GPU, and
 # a turn takes longer than a look at a thousand small tensors: these are not taken apart.
-_LENT_TOGETHER, _LENT_BYTES = 4096, 2 << 30
+_LENT_TOGETHER, LENT_BYTES = 4096, 2 << 30
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _COPY_KIND = 4  # cudaMemcpyDefault: from device to device, wherever each is
 
@@ -463,9 +463,7 @@ class CudaIpcSink(SlotsSink):
             torch.cuda.synchronize(self._device)  # workers read on streams of their own
             self._shown = secrets.randbits(62) | 1
             self._stamp(self._shown)
-        if self._offered and (
-            self._offered_bytes + tensor.nbytes > _LENT_BYTES or len(self._offered) >= _LENT_TOGETHER
-        ):
+        if self._offered and (self._offered_bytes + tensor.nbytes > LENT_BYTES or len(self._offered) >= _LENT_TOGETHER):
             self._look()
         self._offered.append((meta, tensor))
         self._offered_bytes += tensor.nbytes

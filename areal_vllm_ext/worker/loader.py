@@ -38,8 +38,13 @@ class Loader:
         plan = self._plan
         if plan is not None and not plan.fits(self._worker.get_model()):
             logger.warning("areal_vllm_ext: the live weights have moved: their load plan is made anew")
-            plan, self._plan, self._tried = None, None, {}
+            plan = None
+            self.forget()
         return BoundPlan(plan) if plan else None
+
+    def forget(self) -> None:
+        """Make the plan anew with the next load."""
+        self._plan, self._tried = None, {}
 
     def load(
         self, weights: Iterable[tuple[str, torch.Tensor]], bound: BoundPlan | None = None
@@ -59,7 +64,7 @@ class Loader:
             self._forget_old_weights()
             copied = bound.plan.whole
         elif bound is not None and bound.part:
-            raise RuntimeError("some weights were to stay as they are, and the load plan that knows them is gone")
+            raise RuntimeError("not all weights were staged, and the load plan that does with these is gone")
         elif isinstance(weights, list) and self._worth_a_plan(dict(weights)):
             self._load_and_record(weights)
         else:

@@ -19,12 +19,14 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..transport.buckets import aligned, contiguous, typed
 
 aten = torch.ops.aten
 
@@ -43,6 +45,8 @@ _SHAPE_ONLY = {
 _NO_STATE = {"_parameters", "_buffers", "_modules", "_do_torchao_reload", "_original_do_torchao_reload"}
 # Marks an element that a loader set to a constant, such as padding; more than any element is copied to.
 _CONSTANT = 128
+# Of the bytes that come: where a rank needs less than this of them, it keeps no others.
+_SHARD = 0.9
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -362,12 +366,14 @@ class Plan:
         self._tree = tree
         # Of incoming tensors that are copied whole, and into one run of memory: that run.
         self.whole: dict[str, torch.Tensor] = {}
-        self.nbytes = 0
+        # Of what is written, and of the parts of incoming tensors that become it.
+        self.nbytes = self.parts_nbytes = 0
         for target in targets:
             for copy in target.copies:
                 view = copy.to.of(target.flat)
                 self.nbytes += view.nbytes
                 source = staged[copy.source]
+                self.parts_nbytes += aligned(copy.part.numel * source.itemsize)
                 whole = copy.part == Part(0, (source.numel(),), (1,)) and _is_run(copy.to)
                 self.copies[copy.source].append((view.view(source.shape), None) if whole else (view, copy.part))
                 if whole and source.dtype == view.dtype:
@@ -387,6 +393,13 @@ class Plan:
                 sources.append(source)
         return Parts(self, frozenset(tensors), batches)
 
+    @property
+    def of_a_shard(self) -> bool:
+        """Whether much of what comes is for other ranks."""
+        return self.parts_nbytes < _SHARD * sum(
+            math.prod(shape) * dtype.itemsize for dtype, shape in self.sources.values()
+        )
+
     def fits(self, model: torch.nn.Module) -> bool:
         """Whether the tensors of ``model`` are those that it was recorded on, where they were."""
         return self._tree.is_of(model)
@@ -403,6 +416,28 @@ class Parts(NamedTuple):
     names: frozenset[str]
     batches: Batches
 
+    def apart(self, memory: Callable[[int], torch.Tensor]) -> Parts:
+        """The same with copies of the parts, one after the other in memory of their own, so that the tensors can go.
+
+        Args:
+            memory: gives so many bytes, where the tensors lie. The device may not have finished on return.
+        """
+        sources = [source for _, batch in self.batches.values() for source in batch]
+        buffer = memory(sum(aligned(source.nbytes) for source in sources))
+        batches: Batches = {}
+        end = 0
+        for (to_dtype, dtype, _), (targets, parts) in self.batches.items():
+            whole, copies = typed(buffer, dtype), []
+            for target, part in zip(targets, parts, strict=True):
+                strides, _ = contiguous(part.shape)
+                copies.append(whole.as_strided(part.shape, strides, whole.storage_offset() + end // dtype.itemsize))
+                end += aligned(part.nbytes)
+                all_targets, all_copies = batches.setdefault((to_dtype, dtype, target.is_contiguous()), ([], []))
+                all_targets.append(target)
+                all_copies.append(copies[-1])
+            torch._foreach_copy_(copies, parts, non_blocking=True)
+        return Parts(self.plan, self.names, batches)
+
 
 class BoundPlan:
     """A plan whose sources have come. What costs time for each tensor is done here, beside the running engine."""
@@ -412,7 +447,7 @@ class BoundPlan:
         self._missing = set(plan.sources)
         self._batches: Batches = {}
         self._fits = True
-        # Whether some of it stays as it is.
+        # Whether the staged tensors are not all that a load needs: others stay as they are, or parts of them only are staged.
         self.part = False
         # Several senders have a thread each.
         self._lock = threading.Lock()
@@ -435,6 +470,11 @@ class BoundPlan:
             self.part = bool(names) or self.part
             self._fits = self._fits and self._missing.issuperset(names)
             self._missing.difference_update(names)
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing has come that the plan does not know."""
+        return self._fits
 
     @property
     def complete(self) -> bool:

@@ -53,7 +53,7 @@ from .served import LOOK, Served, WeightsChanged, beside
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from .plan import BoundPlan
+    from .plan import BoundPlan, Parts
     from .staging import Place
 
 _T = TypeVar("_T")
@@ -133,6 +133,8 @@ class Intake:
         # What the worker has, if it could do with what has changed since; and the manifest of that.
         self._base: Contents = {}
         self._base_manifest = ""
+        # Whether of each bucket only the parts are kept that the plan copies.
+        self._shard = False
         # Where trainers show for how long they lend what is staged, by what it shows until then.
         self._lent: dict[int, torch.Tensor] = {}
         self._receiver = receiver
@@ -277,14 +279,26 @@ class Intake:
         """Whether this lane is the last."""
         with self._opening:
             if self._place is None:
-                nbytes = 0 if source.shared else self.begin.staging.nbytes or source.nbytes
-                kept = sum(piece.memory.numel() for piece in self._kept.values())
-                self._place = staging.choose(self.begin.staging, max(nbytes - kept, 0), self._receiver.device)
                 self.bound = None if self.in_place else self._receiver.loader.bind()
                 if self.bound:
                     self._base_manifest, self._base = self._receiver.served.base()
+                    self._shard = self.bound.plan.of_a_shard and not self._receiver.served.can_be_proven()
+                nbytes, of_shard = self._nbytes(source)
+                self._place = staging.choose(self.begin.staging, nbytes, of_shard, self._receiver.device)
             lane.source = source
             return all(one.source for one in self._lanes.values())
+
+    def _nbytes(self, source: Source) -> tuple[int, int]:
+        """What staging needs that it does not have: for all that comes, and on the worker's device."""
+        if source.shared:
+            return 0, 0
+        asked = self.begin.staging
+        nbytes = of_shard = asked.nbytes or source.nbytes
+        if self._shard and self.bound and asked.bucket:
+            # Those on the way, and one that is checked.
+            of_shard = min(nbytes, self.bound.plan.parts_nbytes + len(self._lanes) * (_AT_ONCE + 1) * asked.bucket)
+        kept = sum(piece.memory.numel() for piece in self._kept.values())
+        return max(nbytes - kept, 0), max(of_shard - kept, 0)
 
     def _start(self, lane: Lane, source: Source, order: Bucket) -> Coming:
         """Have a bucket's bytes come."""
@@ -348,11 +362,13 @@ class Intake:
                 raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
             if isinstance(source, CudaIpcSource) and received is None:
                 self._lent[order.stamp] = source.stamp()
-            if received is piece.memory and self.begin.staging.keep and not self.in_place:
-                self.pieces[order.sender, order.index] = piece
             with self.spans.during(track, "take"):
                 told = zip((segment.tensor for segment in order.segments), order.digests, strict=True)
-                self._take(piece, {one[0].name: one for one in told}, unchecked=source.unchecked)
+                whole = self._take(
+                    piece, {one[0].name: one for one in told}, unchecked=source.unchecked, lent=received is None
+                )
+            if whole and received is piece.memory and self.begin.staging.keep and not self.in_place:
+                self.pieces[order.sender, order.index] = piece
         lane.received += 1
         self._report(lane.step)
 
@@ -370,8 +386,10 @@ class Intake:
         assert self._place is not None
         return staging.put(buffer, self._place, self._receiver.device)
 
-    def _take(self, piece: Piece, contents: Contents, *, unchecked: bool) -> None:
-        """Check what has come, which is ``contents``, and stage it, or hand it over to be loaded."""
+    def _take(self, piece: Piece, contents: Contents, *, unchecked: bool, lent: bool = False) -> bool:
+        """Check what has come, which is ``contents``, and stage it, or hand it over to be loaded. Returns whether all of it is
+        kept. ``lent``: it is the trainer's memory.
+        """
         expected = self._receiver.expected()
         dtypes = (self._receiver.dtype,)
         if expected is not None:
@@ -383,12 +401,21 @@ class Intake:
         self.manifest.update(contents)
         if self.in_place:
             self._hand_over(piece.tensors)
-        else:
+            return False
+        if (bound := self.bound) is None:
             self.tensors.update(piece.tensors)
-            if bound := self.bound:
-                if piece.parts is None or piece.parts.plan is not bound.plan:
-                    piece.parts = bound.plan.parts(piece.tensors)
-                bound.add(piece.parts)
+            return True
+        if piece.parts is None or piece.parts.plan is not bound.plan:
+            piece.parts = bound.plan.parts(piece.tensors)
+        parts: Parts | None = piece.parts
+        on_device = all(tensor.device == self._receiver.device for tensor in piece.tensors.values())
+        if self._shard and not lent and on_device and bound.fits and parts is not None:
+            bound.part = True
+            bound.add(parts.apart(self._receiver.pool.empty))
+            return False
+        self.tensors.update(piece.tensors)
+        bound.add(parts)
+        return True
 
     def _hand_over(self, tensors: dict[str, torch.Tensor] | None) -> None:
         self._wait_for(lambda timeout: self._arrived.put(tensors, timeout=timeout))
@@ -407,6 +434,8 @@ class Intake:
                 raise RuntimeError(f"{sent} buckets were sent, {lane.received} arrived")
         if order.base:
             self._keep(order.base)
+        elif (bound := self.bound) and bound.part:
+            self._check_parts(bound)
         expected = self._receiver.expected()
         if expected is not None and (problem := checkpoint.missing(self.manifest, expected)):
             raise ValueError(problem)
@@ -419,11 +448,18 @@ class Intake:
         if bound is None or base != self._base_manifest:
             raise RuntimeError(f"what was to stay is not what this worker has: {errors.SEND_AGAIN}")
         bound.keep(kept)
-        if not bound.complete:
-            raise RuntimeError(f"what was sent does not go with what was to stay: {errors.SEND_AGAIN}")
+        self._check_parts(bound)
         if not self._receiver.served.has(kept, bound.plan.whole):
             raise RuntimeError(f"what was to stay was changed by somebody else: {errors.SEND_AGAIN}")
         self.manifest |= kept
+
+    def _check_parts(self, bound: BoundPlan) -> None:
+        """Whether the plan can be carried out, where nothing else can be."""
+        if not bound.complete:
+            self._receiver.loader.forget()  # all of the next update is staged
+            raise RuntimeError(f"other tensors were sent than in the last update: {errors.SEND_AGAIN}")
+        if self._receiver.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # parts may still be on their way out of their buckets
 
     def _report(self, step: str, error: str = "", manifest: str = "") -> None:
         update, rank = self.begin.update, self._receiver.rank
@@ -494,6 +530,8 @@ class Receiver:
         self.pool = staging.Pool(self.device)
         # Staging of the last update, where it was to be kept.
         self.kept: dict[tuple[int, int], Piece] = {}
+        # Whether the last update asked that its memory is kept.
+        self._keeps = False
         self._traced = ("", OFF)
         self._reports: queue.SimpleQueue[WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace] = queue.SimpleQueue()
         digest.compiled()  # begins now, not with the first update
@@ -554,7 +592,7 @@ class Receiver:
         intake = self._intake
         if intake is not None and intake.begin.update == update:
             self._intake = None
-            self.kept = intake.pieces
+            self.kept, self._keeps = intake.pieces, intake.begin.staging.keep
             intake.finish()
 
     # Called from intakes
@@ -600,7 +638,7 @@ class Receiver:
             later.start()
 
     def _give_back(self) -> None:
-        if self._intake is None and not self.kept:
+        if self._intake is None and not self._keeps:
             self.pool.give_back()
 
     def expected(self) -> dict[str, TensorMeta] | None:
@@ -667,7 +705,7 @@ class Receiver:
                 self._send(WorkerTrace(update=message.update, rank=self.rank, now=monotonic(), spans=spans))
             case Abort():
                 if intake and intake.begin.update == message.update:
-                    self._intake = None
+                    self._intake, self._keeps = None, False
                     intake.cancel()
             case protocol.Error():
                 logger.error("areal_vllm_ext: the engine refuses worker %d: %s", self.rank, message.message)

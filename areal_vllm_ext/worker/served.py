@@ -112,12 +112,16 @@ class Served:
         with self._state:
             self._slept, self._manifest = True, ""
 
+    def can_be_proven(self) -> bool:
+        """Whether the loader is still to be proven, and all staged weights could be loaded afresh for it. On any thread."""
+        return not self._proven and not proof.obstacle(self._worker, ())
+
     def prove(self, weights: Iterable[tuple[str, torch.Tensor]], *, part: bool = False) -> str:
         """Prove the loader, inside ``switching``: at the first update, and when other tensors come than were proven.
 
         Args:
             weights: what was loaded; without staging it is gone, and cannot be loaded a second time.
-            part: others stayed as they were.
+            part: these are not all: others stayed as they were, or only this rank's parts of them were staged.
 
         Returns:
             why it could not be proven; empty where it is.
@@ -128,7 +132,7 @@ class Served:
         if not isinstance(weights, list):
             return "" if self._proven else "without staging there is nothing left to compare with a fresh load"
         if part:
-            return "" if self._proven else "weights that stayed were not sent, and cannot be loaded afresh"
+            return "" if self._proven else "not all weights were staged, so they cannot be loaded afresh"
         names = frozenset(name for name, _ in weights)
         if names == self._proven:
             return ""

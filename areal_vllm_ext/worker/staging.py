@@ -20,15 +20,20 @@ Place = Literal["device", "host", "none"]
 _DEVICE_RESERVE = 512 << 20
 
 
-def choose(staging: Staging, nbytes: int, device: torch.device) -> Place:
-    """Where a worker on ``device`` stages ``nbytes``.
+def choose(staging: Staging, nbytes: int, of_shard: int, device: torch.device) -> Place:
+    """Where a worker stages an update.
+
+    Args:
+        staging: what was asked for.
+        nbytes: of all that comes. ``of_shard``: of what stays of it on the worker's own device.
+        device: that.
 
     Raises:
         RuntimeError: there is no room; the message has what is needed and what is free, and the other choices.
     """
     if staging.kind == "none":
         return "none"
-    on_device, on_host = nbytes * staging.on_device, nbytes * staging.on_host
+    on_device, on_host = of_shard * staging.on_device, (of_shard if device.type == "cpu" else nbytes) * staging.on_host
     if device.type != "cpu" and staging.kind in ("auto", "device"):
         free_device = max(free_bytes(device) - _DEVICE_RESERVE, 0) if nbytes else 0
         if on_device <= free_device:

@@ -263,7 +263,7 @@ def test_lent_tensors_are_told_of_in_pieces(
     pieces: list[str],
 ) -> None:
     monkeypatch.setattr(ipc, "_LENT_TOGETHER", together)
-    monkeypatch.setattr(ipc, "_LENT_BYTES", nbytes)
+    monkeypatch.setattr(ipc, "LENT_BYTES", nbytes)
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     assert [one.nbytes for one in weights.values()] == [400, 512, 1000]
     assert all(sink.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())

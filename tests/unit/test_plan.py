@@ -185,6 +185,38 @@ def test_a_plan_gives_what_a_layerwise_load_gives() -> None:
     assert {name: tensor.data_ptr() for name, tensor in readable(model).items()} == addresses
 
 
+def test_parts_are_kept_without_the_tensors_that_they_are_of() -> None:
+    model = made(Model)
+    plan = recorded(model, staged(SHAPES, 1))
+    assert plan.of_a_shard
+    weights = staged(SHAPES, 2)
+    twin = fresh(Model, weights)
+    taken: list[torch.Tensor] = []
+
+    def memory(nbytes: int) -> torch.Tensor:
+        taken.append(torch.empty(nbytes, dtype=torch.uint8))
+        return taken[-1]
+
+    bound = BoundPlan(plan)
+    for names in (
+        ("q", "k", "v"),
+        ("expert2.gate", "expert3.up"),
+        tuple(weights.keys() - {"q", "k", "v", "expert2.gate", "expert3.up"}),
+    ):
+        together = plan.parts({name: weights[name] for name in names})
+        assert together
+        bound.add(together.apart(memory))
+        for name in names:
+            weights[name].fill_(7)  # its memory has another use by now
+    assert bound.complete
+    bound.copy()
+    assert same(model, twin)
+    assert taken[1].numel() == 0, "another rank's experts"
+    assert sum(one.numel() for one in taken) == plan.parts_nbytes
+    all_of_it = made(lambda: of(layer=Layer(4, 4, loaders={"w": whole})))
+    assert not recorded(all_of_it, staged({"w": (4, 4)}, 1)).of_a_shard
+
+
 def test_a_plan_is_for_the_tensors_that_it_was_recorded_on() -> None:
     model = made(Model)
     plan = recorded(model, staged(SHAPES, 1))

@@ -1,0 +1,153 @@
+"""A worker that needs a part of each tensor stages these parts only: real clients, receivers, plans and commits, over stand-ins
+for vLLM's workers of which each has half of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from real_receivers import (
+    SHAPES,
+    WORKERS,
+    awaiting_workers,
+    checkpoint,  # noqa: F401 - a fixture
+    connected,
+    send,
+    vllm_config,
+    weights,
+)
+from test_unchanged import Engines, Worker
+
+from areal_vllm_ext import EngineGroup, UpdateAborted, security
+from areal_vllm_ext.worker import proof
+
+HALVED = ("embed", "norm")
+
+
+class Half(torch.nn.Module):
+    """One of two ranks: half of the rows of what can be halved, all of the rest."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        for name, shape in SHAPES.items():
+            own = (shape[0] // WORKERS, *shape[1:]) if name in HALVED else shape
+            self.register_parameter(name.replace(".", "_"), torch.nn.Parameter(torch.zeros(own), requires_grad=False))
+
+    def own(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.chunk(WORKERS)[self.rank] if name in HALVED else tensor
+
+    def part(self, name: str) -> torch.Tensor:
+        return self.get_parameter(name.replace(".", "_")).data
+
+
+class Rank(Worker):
+    def __init__(self, rank: int, folder: Path, key_file: Path) -> None:
+        super().__init__(rank, folder, key_file)
+        self.half = Half(rank)
+        self.vllm_config = vllm_config(folder, key_file, parallel_config=self.vllm_config.parallel_config)
+
+    def get_model(self) -> torch.nn.Module:
+        return self.half
+
+    def reload_weights(self, weights_iterator: Any) -> None:
+        for name, tensor in weights_iterator:
+            self.half.part(name).copy_(self.half.own(name, tensor))
+
+    @property
+    def receiver(self) -> Any:
+        return self._areal_receiver
+
+
+class Shards(Engines):
+    """What the workers staged is noted in ``staged``, by the switch."""
+
+    def workers_of(self, number: int, checkpoint: Path, key_file: Path) -> list[Any]:  # noqa: F811
+        self.workers[number] = [Rank(rank, checkpoint, key_file) for rank in range(WORKERS)]
+        return self.workers[number]
+
+    @property
+    def ranks(self) -> list[Rank]:
+        return [one for one in self.all_workers if isinstance(one, Rank)]
+
+    def serve(self, expected: dict[str, torch.Tensor]) -> bool:
+        return all(
+            torch.equal(one.half.part(name), one.half.own(name, tensor))
+            for one in self.ranks
+            for name, tensor in expected.items()
+        )
+
+
+@pytest.fixture(scope="module")
+def shards(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Shards]:  # noqa: F811
+    with pytest.MonkeyPatch.context() as patch, awaiting_workers(key, checkpoint) as deployment:
+        patch.setattr(proof, "prove", lambda *_: "")  # there is no vLLM to build a second model
+        yield Shards(deployment, checkpoint, key_file)
+
+
+@pytest.fixture
+def group(shards: Shards, key_file: Path) -> Iterator[EngineGroup]:
+    with connected(shards.deployment, key_file) as client:
+        send(client, weights(1))
+        assert shards.serve(weights(1))
+        yield client
+
+
+def staged_at_commit(shards: Shards, group: EngineGroup, version: int, **options: Any) -> list[set[str]]:
+    """What each worker has whole when all is there, after an update to ``weights(version)``."""
+    whole: list[set[str]] = []
+
+    def on_phase(phase: str) -> None:
+        if phase == "commit":
+            whole.extend(set(one.receiver._intake.tensors) for one in shards.ranks)
+
+    with group.update(version, deadline=20.0, on_phase=on_phase, **options) as running:
+        running.send(weights(version))
+    assert shards.serve(weights(version))
+    return whole
+
+
+def test_only_a_rank_s_parts_are_kept(shards: Shards, group: EngineGroup) -> None:
+    assert all(one.receiver.loader._plan.of_a_shard for one in shards.ranks)
+    assert staged_at_commit(shards, group, 2, bucket_mib=0) == [set()] * len(shards.ranks)
+    assert staged_at_commit(shards, group, 3, keep_buffers=True) == [set()] * len(shards.ranks)
+    assert not any(one.receiver.kept for one in shards.ranks)
+    assert group.verify().equal
+
+
+def test_an_unproven_loader_gets_all_tensors_as_long_as_it_can_be_proven(shards: Shards, group: EngineGroup) -> None:
+    one = shards.ranks[0]
+    one.receiver.served._proven = frozenset()
+    whole = staged_at_commit(shards, group, 4)
+    assert whole == [set(SHAPES), *[set()] * (len(shards.ranks) - 1)]
+    assert one.receiver.served._proven, "with these"
+    one.receiver.served._proven = frozenset()
+    one.vllm_config.parallel_config.enable_eplb = True  # an obstacle
+    try:
+        assert staged_at_commit(shards, group, 5)[0] == set()
+    finally:
+        one.vllm_config.parallel_config.enable_eplb = False
+    assert staged_at_commit(shards, group, 6)[0] == set(SHAPES)
+
+
+def test_other_tensors_are_a_no_where_parts_only_were_kept_and_the_next_update_brings_all(
+    shards: Shards, group: EngineGroup
+) -> None:
+    plan = shards.ranks[1].receiver.loader._plan
+    # Of another dtype than it was recorded with, and in a later bucket than what is kept by then.
+    last = list(plan.sources)[-1]
+    plan.sources[last] = (torch.float64, plan.sources[last][1])
+    with (
+        pytest.raises(
+            UpdateAborted, match="other tensors were sent than in the last update: nothing was applied; send"
+        ),
+        group.update(7, deadline=20.0, bucket_mib=0) as running,
+    ):
+        running.send(weights(7))
+    assert shards.serve(weights(1))
+    assert staged_at_commit(shards, group, 8)[1] == set(SHAPES)
+    assert staged_at_commit(shards, group, 9)[1] == set()
