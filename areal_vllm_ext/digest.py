@@ -118,9 +118,23 @@ def looks(tensors: Sequence[torch.Tensor]) -> bool:
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or (device := devices.pop()).type == "cpu" or not has_kernel(device):
         return False
+    return _have_lanes(tensor.dtype for tensor in tensors)
+
+
+def look(
+    buffer: torch.Tensor, spans: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]
+) -> tuple[list[int], list[bool]] | None:
+    """``digests_and_finite`` of tensors in one buffer, as ``digests`` takes it; None where that cannot be asked."""
+    start = buffer.data_ptr()
+    if buffer.device.type == "cpu" or start % ROW_BYTES or not has_kernel(buffer.device) or not _have_lanes(dtypes):
+        return None
+    return _at([(start + offset, nbytes) for offset, nbytes in spans], buffer.device, dtypes)
+
+
+def _have_lanes(dtypes: Iterable[torch.dtype]) -> bool:
     from .digest_kernel import LANES
 
-    return all(tensor.dtype in LANES for tensor in tensors)
+    return all(dtype in LANES for dtype in set(dtypes))
 
 
 def digests_and_finite(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[bool]]:

@@ -124,7 +124,7 @@ class Sending:
         self._base = base or {}
         try:
             memory = functools.partial(self._memory, sink)
-            buckets = filled_buckets(self._travelling, bucket_bytes, memory, self._lasting)
+            buckets = filled_buckets(self._travelling, bucket_bytes, memory, self._lasting, sink.filled)
             for filled in self._spans.each("sending", "fill", buckets):
                 if (bucket := self._described(update, sink, filled)) is not None:
                     self._start(sink, bucket, filled.filled, turn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -102,7 +103,7 @@ class Checker:
             if name in sent:
                 raise InvalidWeights(f"{name} is there twice")
             dtype = self._cast if self._cast is not None and tensor.is_floating_point() else tensor.dtype
-            meta = TensorMeta(name, str(dtype).removeprefix("torch."), tuple(tensor.shape))
+            meta = TensorMeta(name, _name(dtype), tuple(tensor.shape))
             asked = self._expected and self._expected.get(name) != meta  # of few: most are as they are expected
             if asked and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
                 hint = "" if name in self._expected else "; if it is tied to one that is, leave it out of an iterable"
@@ -148,8 +149,12 @@ class Checker:
 
 def _as(meta: TensorMeta, tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in the dtype in which it is sent."""
-    dtype: torch.dtype = getattr(torch, meta.dtype)
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return tensor if _name(tensor.dtype) == meta.dtype else tensor.to(getattr(torch, meta.dtype))
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..worker.receiver import Receiver
+    from . import buckets
 
 
 class Cancelled(Exception):
@@ -115,11 +116,13 @@ class Sink(Protocol):
         bucket_bytes: size of a bucket; a larger tensor gets a bucket of its own.
         slots: how many buckets can be on the way at once.
         announced_is_sent: whether workers read a bucket as soon as they hear of it (so it must be complete by then).
+        filled: buckets of the last update whose buffers were not released, by number.
     """
 
     bucket_bytes: int
     slots: int
     announced_is_sent: bool
+    filled: dict[int, buckets.Bucket]
 
     @property
     def transfers(self) -> Sequence[Transfer]: ...

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from ..worker.receiver import Receiver
-    from . import UnderWay
+    from . import UnderWay, buckets
 
 
 class Communicator(Protocol):
@@ -248,6 +248,7 @@ class BroadcastSink:
             timeout: seconds for the meeting.
         """
         self.bucket_bytes = bucket_bytes
+        self.filled: dict[int, buckets.Bucket] = {}
         self._host, self._device, self._timeout = host, device, timeout
         self._door: dist.TCPStore | None = None
         self._communicator: Communicator | None = None
@@ -340,6 +341,7 @@ class BroadcastSink:
         return self._communicator.start(buffer, timeout, cancelled)
 
     def release(self) -> None:
+        self.filled.clear()
         self._buffers.clear()
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ _ALIGNMENT = digest.ROW_BYTES
 # piece takes NCCL less time than it takes trainer and workers to tell each other of it, if it is not large; but the first is
 # filled before anything travels, and the last checked after everything has. Slots that are kept between updates are smaller.
 _HOST_BYTES, _SLOT_BYTES = 32 << 20, 256 << 20
-_NCCL_LEAST, _NCCL_MOST, _NCCL_BUCKETS = 128 << 20, 1 << 30, 8
+_NCCL_LEAST, _NCCL_MOST, _NCCL_BUCKETS = 128 << 20, 1 << 30, 4
 
 
 def default_bucket_bytes(device: torch.device, transport: str = "", total: int = 0) -> int:
@@ -51,39 +51,65 @@ def total_bytes(metas: Iterable[TensorMeta], engine_dtype: str = "") -> int:
 
 
 class Bucket:
-    """A bucket that is being filled."""
+    """A bucket that is being filled; it can be filled again."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         """``buffer``: ``uint8``, of any device."""
         self._buffer = buffer
         self._typed: dict[torch.dtype, torch.Tensor] = {}
-        self._tensors: list[tuple[TensorMeta, int]] = []
         self.nbytes = 0
+        # In order: each tensor with its offset, its name with the view that it is copied to, its dtype and bytes.
+        self._tensors: list[tuple[TensorMeta, int]] = []
         self._named: list[tuple[str, torch.Tensor]] = []
-        # What is copied with the others of its dtype: to where, and from where.
+        self._kinds: list[tuple[torch.dtype, int]] = []
+        # How many have come; those that last are copied together, by dtype: to where, and from where.
+        self._count = 0
         self._later: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+
+    def lies_in(self, buffer: torch.Tensor) -> bool:
+        """Whether ``buffer`` is the memory that this fills."""
+        own = self._buffer
+        return (own.data_ptr(), own.numel(), own.device) == (buffer.data_ptr(), buffer.numel(), buffer.device)
+
+    def empty(self) -> None:
+        """Begin again. What comes as it came before finds its place ready: making one costs more than a small tensor's copy."""
+        self._count = self.nbytes = 0
+        self._later.clear()
 
     def fits(self, tensor: torch.Tensor) -> bool:
         return self.nbytes + tensor.nbytes <= self._buffer.numel()
 
     def add(self, meta: TensorMeta, tensor: torch.Tensor, *, lasts: bool = False) -> None:
         """Copy a tensor in: at once, since its memory may be used again, or with others where it ``lasts`` until ``close``."""
-        if (whole := self._typed.get(tensor.dtype)) is None:
-            whole = self._typed[tensor.dtype] = typed(self._buffer, tensor.dtype)
-        strides, _ = contiguous(meta.shape)
-        place = whole.as_strided(meta.shape, strides, whole.storage_offset() + self.nbytes // whole.itemsize)
+        number, nbytes = self._count, tensor.nbytes
+        if number == len(self._tensors) or self._tensors[number] != (meta, self.nbytes):
+            self._make_place(meta, tensor.dtype, nbytes)
+        place = self._named[number][1]
         if lasts:
             places, tensors = self._later.setdefault(tensor.dtype, ([], []))
             places.append(place)
             tensors.append(tensor)
         else:
             place.copy_(tensor)
-        self._named.append((meta.name, place))
+        self._count += 1
+        self.nbytes += aligned(nbytes)
+
+    def _make_place(self, meta: TensorMeta, dtype: torch.dtype, nbytes: int) -> None:
+        """The next tensor's; those behind it were another filling's."""
+        for entries in (self._tensors, self._named, self._kinds):
+            del entries[self._count :]
+        if (whole := self._typed.get(dtype)) is None:
+            whole = self._typed[dtype] = typed(self._buffer, dtype)
+        strides, _ = contiguous(meta.shape)
+        place = whole.as_strided(meta.shape, strides, whole.storage_offset() + self.nbytes // whole.itemsize)
         self._tensors.append((meta, self.nbytes))
-        self.nbytes += aligned(tensor.nbytes)
+        self._named.append((meta.name, place))
+        self._kinds.append((dtype, nbytes))
 
     def close(self) -> None:
         """Nothing is added any more: have all of it copied."""
+        for entries in (self._tensors, self._named, self._kinds):
+            del entries[self._count :]
         for places, tensors in self._later.values():
             torch._foreach_copy_(places, tensors)
         self._later.clear()
@@ -102,6 +128,9 @@ class Bucket:
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
         """
+        spans = [(offset, nbytes) for (_, offset), (_, nbytes) in zip(self._tensors, self._kinds, strict=True)]
+        if (found := digest.look(self._buffer, spans, [dtype for dtype, _ in self._kinds])) is not None:
+            return _of_finite(self._named, *found)
         return examined(self._named)
 
     def keep_only(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
@@ -179,6 +208,7 @@ def filled_buckets(
     bucket_bytes: int,
     memory: Callable[[int], torch.Tensor],
     lasting: AbstractSet[int] = frozenset(),
+    kept: dict[int, Bucket] | None = None,
 ) -> Iterator[Bucket]:
     """Put tensors into buckets of ``bucket_bytes``; a larger tensor gets a bucket of its own.
 
@@ -187,15 +217,23 @@ def filled_buckets(
         bucket_bytes: size of a bucket.
         memory: gives a ``uint8`` buffer of so many bytes for the next bucket.
         lasting: where storages begin whose tensors are there until the end.
+        kept: buckets that were filled before, by their number; they are filled again where they lie in the same memory. Gets
+            those that are filled.
     """
+    kept = {} if kept is None else kept
     bucket: Bucket | None = None
+    number = 0
     for meta, tensor in weights:
         if bucket is not None and not bucket.fits(tensor):
             bucket.close()
             yield bucket
-            bucket = None
+            bucket, number = None, number + 1
         if bucket is None:
-            bucket = Bucket(memory(max(aligned(bucket_bytes), aligned(tensor.nbytes))))
+            buffer = memory(max(aligned(bucket_bytes), aligned(tensor.nbytes)))
+            bucket = kept.get(number)
+            if bucket is None or not bucket.lies_in(buffer):
+                bucket = kept[number] = Bucket(buffer)
+            bucket.empty()
         bucket.add(meta, tensor, lasts=tensor.untyped_storage().data_ptr() in lasting)
     if bucket is not None:
         bucket.close()

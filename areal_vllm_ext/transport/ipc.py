@@ -530,4 +530,5 @@ class CudaIpcSink(SlotsSink):
     def close(self) -> None:
         self.take_back()
         _own.pop(self._handle, None)
+        self.filled.clear()
         self._memory = None

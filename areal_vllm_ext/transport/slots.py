@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..protocol import Bucket
-    from . import UnderWay
+    from . import UnderWay, buckets
 
 
 class SlotsSink:
@@ -28,6 +28,7 @@ class SlotsSink:
             slot_bytes: the largest bucket, which a large tensor has for itself.
         """
         self.bucket_bytes = bucket_bytes
+        self.filled: dict[int, buckets.Bucket] = {}
         self._slot_bytes = slot_bytes
         self._memory: torch.Tensor | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from areal_vllm_ext import digest
 from areal_vllm_ext.protocol import Segment, TensorMeta
-from areal_vllm_ext.transport.buckets import default_bucket_bytes, filled_buckets, unpack
+from areal_vllm_ext.transport.buckets import Bucket, default_bucket_bytes, filled_buckets, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,6 +104,67 @@ def test_what_lasts_is_copied_together_and_comes_out_bit_for_bit(
     assert [bits(received[known.name]) for known, _ in weights] == [bits(tensor) for tensor in tensors]
 
 
+@settings(max_examples=100)
+@given(data=st.data(), first=tensors, bucket_bytes=st.sampled_from([256, 1024, 1 << 20]))
+def test_buckets_are_filled_again_with_the_same_tensors_or_with_others(
+    data: st.DataObject, first: list[torch.Tensor], bucket_bytes: int
+) -> None:
+    slots: dict[int, torch.Tensor] = {}
+    kept: dict[int, Bucket] = {}
+
+    def filled(values: list[torch.Tensor]) -> list[Bucket]:
+        """Each of two slots is written again as soon as it was read."""
+        number = itertools.count()
+
+        def slot(nbytes: int) -> torch.Tensor:
+            place = next(number) % 2
+            if place not in slots or slots[place].numel() < nbytes:
+                slots[place] = memory(nbytes)
+            return slots[place][:nbytes]
+
+        weights = [(meta(f"t{place}", tensor), tensor) for place, tensor in enumerate(values)]
+        lasting = frozenset(tensor.untyped_storage().data_ptr() for tensor in values[::2])
+        received: dict[str, torch.Tensor] = {}
+        buckets = []
+        for bucket in filled_buckets(iter(weights), bucket_bytes, slot, lasting, kept):
+            named = unpack(bucket.segments(), bucket.filled)
+            received.update((name, tensor.clone()) for name, tensor in named)
+            assert bucket.digests() == digest.digests_of(
+                [tensor for _, tensor in unpack(bucket.segments(), bucket.filled)]
+            )
+            buckets.append(bucket)
+        assert list(received) == [known.name for known, _ in weights]
+        assert [bits(received[known.name]) for known, _ in weights] == [bits(tensor) for tensor in values]
+        return buckets
+
+    once = filled(first)
+    again = filled([torch.zeros_like(tensor) for tensor in first])
+    largest = max((bucket._buffer.numel() for bucket in once), default=0)
+    if all(bucket._buffer.numel() == largest for bucket in once):
+        assert all(one is other for one, other in zip(once, again, strict=True))
+    filled(data.draw(tensors))
+    filled(first[1:])
+    filled(first)
+
+
+def test_a_tensor_that_comes_as_it_came_finds_its_place_ready() -> None:
+    kept: dict[int, Bucket] = {}
+    slot = memory(1 << 12)
+    weights = [(meta(f"t{place}", tensor), tensor) for place, tensor in enumerate(torch.randn(3, 8, 4).unbind())]
+
+    def places(pairs: list[Named]) -> list[torch.Tensor]:
+        (bucket,) = filled_buckets(iter(pairs), 1 << 12, lambda _: slot, frozenset(), kept)
+        return [place for _, place in bucket._named]
+
+    before = places(weights)
+    assert all(one is other for one, other in zip(before, places(weights), strict=True))
+    other = (meta("t1", torch.zeros(2)), torch.zeros(2))
+    changed = places([weights[0], other, weights[2]])
+    assert changed[0] is before[0]
+    assert changed[2] is not before[2]
+    assert len(places(weights[:2])) == 2
+
+
 @pytest.mark.parametrize(
     ("device", "transport", "total", "mib"),
     [
@@ -109,7 +172,7 @@ def test_what_lasts_is_copied_together_and_comes_out_bit_for_bit(
         ("cuda", "ipc", 1 << 40, 256),
         ("cuda", "broadcast", 0, 1024),
         ("cuda", "broadcast", 16 << 30, 1024),
-        ("cuda", "broadcast", 4 << 30, 512),
+        ("cuda", "broadcast", 2 << 30, 512),
         ("cuda", "broadcast", 100 << 20, 128),
     ],
 )
