@@ -20,6 +20,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from .. import host_memory
 from ..protocol import Broadcast, Bucket
 from . import nccl, watch
 
@@ -333,7 +334,12 @@ class BroadcastSink:
         assert self._communicator is not None
         slot = index % self.slots
         if slot not in self._buffers or self._buffers[slot].numel() < nbytes:
-            self._buffers[slot] = torch.empty(nbytes, dtype=torch.uint8, device=self._communicator.device)
+            device = self._communicator.device
+            self._buffers[slot] = (
+                host_memory.zeros(nbytes)
+                if device.type == "cpu"
+                else torch.empty(nbytes, dtype=torch.uint8, device=device)
+            )
         return 0, self._buffers[slot][:nbytes]
 
     def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:

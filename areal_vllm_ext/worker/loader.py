@@ -10,11 +10,13 @@ The first load is layerwise, and recorded; so is one of other tensors than the p
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .packing import noted as packings_noted
 from .plan import BoundPlan, NotPlanned, Plan, Recorder
 from .proof import readable
 
@@ -81,7 +83,9 @@ class Loader:
     def _load_and_record(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         self._plan = None
         model = self._worker.get_model()
-        with Recorder(model, readable(model), dict(weights)) as recorder:
+        recorder = Recorder(model, readable(model), dict(weights))
+        packing = packings_noted(recorder) if self._worker.device.type == "cpu" else contextlib.nullcontext()
+        with recorder, packing:
             self._load_layerwise(weights)
         try:
             self._plan = recorder.plan()

@@ -16,6 +16,7 @@ A plan is proven before it is used: each of its copies must find, where it would
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import threading
@@ -26,7 +27,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import digest
 from ..transport.buckets import aligned, contiguous, typed
+from .packing import ATTRIBUTE, Packing, Weight, packed
 
 aten = torch.ops.aten
 
@@ -113,6 +116,8 @@ class Recorder(TorchDispatchMode):
         self._model, self._live, self._staged = model, live, staged
         self._attributes = dict(_attributes(model))
         self._reason = ""
+        self._watches = True
+        self._packings: dict[int, Packing] = {}  # by the layer's id
         self._storages: dict[StorageWeakRef, _Storage] = {}
         names: dict[StorageWeakRef, list[str]] = {}
         for name, tensor in live.items():
@@ -127,7 +132,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self._reason:
+        if self._watches and not self._reason:
             # Whatever this file makes of it, the load itself goes on.
             try:
                 self._note(func, args, kwargs or {}, result)
@@ -136,6 +141,28 @@ class Recorder(TorchDispatchMode):
             except Exception as error:
                 self._reason = f"{func} was not understood ({type(error).__name__}: {error})"
         return result
+
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """The body does what is told of otherwise."""
+        self._watches = False
+        try:
+            yield
+        finally:
+            self._watches = True
+
+    def packed(self, layer: torch.nn.Module, weight: torch.Tensor) -> None:
+        """``weight`` was packed for ``layer`` (``packing.py``)."""
+        storage = self._storages.get(_key(weight))
+        if storage is None or not storage.copies or not weight.is_contiguous():
+            self._reason = self._reason or "a weight is packed that was not seen to be loaded"
+            return
+        start = int(weight.storage_offset())
+        copies = tuple(_simplified(copy._replace(to=_moved(copy.to, -start))) for copy in storage.copies)
+        with self.unwatched():
+            self._packings[id(layer)] = Packing(layer, weight, copies)
+        if not storage.names:
+            storage.handed_on = len(storage.copies)
 
     def plan(self) -> Plan:
         """What was recorded, proven. To be called when the load is over, with both sets of tensors as they were left.
@@ -151,9 +178,23 @@ class Recorder(TorchDispatchMode):
                 raise NotPlanned(f"the loaders keep a copy of {storage.copies[0].source} aside")
             if not storage.names and len(storage.copies) > storage.handed_on:
                 raise NotPlanned(f"{storage.copies[-1].source} is loaded into what no live tensor shows")
+        linears = {f"{name}.{ATTRIBUTE}" for name, layer in self._model.named_modules() if id(layer) in self._packings}
         for name, value in _attributes(self._model):
-            if not _same(self._attributes.pop(name, _attributes), value):
+            if not _same(self._attributes.pop(name, _attributes), value) and name not in linears:
                 raise NotPlanned(f"{name} is made anew with each load")
+        packings = tuple(self._packings.values())
+        for packing in packings:
+            weight = Weight(packing)
+            weight.add([(copy, self._staged[copy.source]) for copy in packing.copies])
+            whole = weight.whole()
+            if digest.digests_of([whole]) != [packing.digest]:
+                raise NotPlanned(f"{packing.copies[0].source} is changed before it is packed")
+            try:
+                packed(whole)
+            except Exception as error:
+                raise NotPlanned(
+                    f"{packing.copies[0].source} cannot be packed apart from its layer: {error}"
+                ) from error
         targets = [
             Target(self._flat(storage), storage)
             for storage in self._storages.values()
@@ -161,7 +202,7 @@ class Recorder(TorchDispatchMode):
         ]
         for target in targets:
             target.check({name: self._live[name] for name in target.names}, self._staged)
-        return Plan(targets, self._staged, Tree(self._model))
+        return Plan(targets, self._staged, Tree(self._model), packings)
 
     def _flat(self, storage: _Storage) -> torch.Tensor:
         """All of a live storage, as one tensor."""
@@ -352,13 +393,22 @@ def _is_placed(one: object) -> bool:
 class Plan:
     """How staged tensors become the live model."""
 
-    def __init__(self, targets: Iterable[Target], staged: Mapping[str, torch.Tensor], tree: Tree) -> None:
+    def __init__(
+        self,
+        targets: Iterable[Target],
+        staged: Mapping[str, torch.Tensor],
+        tree: Tree,
+        packings: tuple[Packing, ...] = (),
+    ) -> None:
         """
         Args:
             targets: what is written, checked.
             staged: what it was recorded on.
             tree: the model then.
+            packings: what is packed for layers.
         """
+        self.packings = packings
+        self._packed: dict[str, list[tuple[Packing, Copy]]] = {}
         # Of each incoming tensor what it must be, and which parts of it are copied where.
         self.sources = {name: (tensor.dtype, tensor.shape) for name, tensor in staged.items()}
         # Of tensors that are copied whole no part.
@@ -378,10 +428,15 @@ class Plan:
                 self.copies[copy.source].append((view.view(source.shape), None) if whole else (view, copy.part))
                 if whole and source.dtype == view.dtype:
                     self.whole[copy.source] = view
+        for packing in packings:
+            for copy in packing.copies:
+                self.parts_nbytes += aligned(copy.part.numel * staged[copy.source].itemsize)
+                self._packed.setdefault(copy.source, []).append((packing, copy))
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> Parts | None:
         """What is copied of staged tensors; contiguous. None where they are not those of the plan."""
         batches: Batches = {}
+        to_pack: Packed = {}
         for name, tensor in tensors.items():
             if self.sources.get(name) != (tensor.dtype, tensor.shape):
                 return None
@@ -391,7 +446,9 @@ class Plan:
                 targets, sources = batches.setdefault(kind, ([], []))
                 targets.append(view)
                 sources.append(source)
-        return Parts(self, frozenset(tensors), batches)
+            for packing, copy in self._packed.get(name, ()):
+                to_pack.setdefault(packing, []).append((copy, tensor))
+        return Parts(self, frozenset(tensors), batches, to_pack)
 
     @property
     def of_a_shard(self) -> bool:
@@ -408,6 +465,9 @@ class Plan:
 # A batch has one pair of dtypes, and is either contiguous throughout or not: that decides which kernel copies it.
 Batches = dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]]
 
+# What some tensors bring to the weight of each layer that is packed.
+Packed = dict[Packing, list[tuple[Copy, torch.Tensor]]]
+
 
 class Parts(NamedTuple):
     """What a plan copies of some staged tensors: live tensors, and what becomes of them."""
@@ -415,6 +475,7 @@ class Parts(NamedTuple):
     plan: Plan
     names: frozenset[str]
     batches: Batches
+    packed: Packed
 
     def apart(self, memory: Callable[[int], torch.Tensor]) -> Parts:
         """The same with copies of the parts, one after the other in memory of their own, so that the tensors can go.
@@ -436,7 +497,7 @@ class Parts(NamedTuple):
                 all_targets.append(target)
                 all_copies.append(copies[-1])
             torch._foreach_copy_(copies, parts, non_blocking=True)
-        return Parts(self.plan, self.names, batches)
+        return Parts(self.plan, self.names, batches, self.packed)
 
 
 class BoundPlan:
@@ -446,6 +507,10 @@ class BoundPlan:
         self.plan = plan
         self._missing = set(plan.sources)
         self._batches: Batches = {}
+        self._weights = {packing: Weight(packing) for packing in plan.packings}
+        # What layers compute with from the switch on, and what they did until then.
+        self._linears: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
+        self._replaced: list[Any] = []
         self._fits = True
         # Whether the staged tensors are not all that a load needs: others stay as they are, or parts of them only are staged.
         self.part = False
@@ -463,6 +528,11 @@ class BoundPlan:
                 all_targets, all_sources = self._batches.setdefault(kind, ([], []))
                 all_targets += targets
                 all_sources += sources
+            there = [
+                self._weights[packing] for packing, copies in parts.packed.items() if self._weights[packing].add(copies)
+            ]
+        for weight in there:
+            self._linears[weight.packing.layer] = packed(weight.whole())
 
     def keep(self, names: Collection[str]) -> None:
         """Leave what these became as it is: they do not come."""
@@ -479,12 +549,15 @@ class BoundPlan:
     @property
     def complete(self) -> bool:
         """Whether exactly the tensors of the plan have come, or stay."""
-        return self._fits and not self._missing
+        return self._fits and not self._missing and len(self._linears) == len(self._weights)
 
     def copy(self) -> None:
         """Switch the live model to the staged tensors; the device may not have finished on return."""
         for targets, sources in self._batches.values():
             torch._foreach_copy_(targets, sources, non_blocking=True)
+        for layer, linear in self._linears.items():
+            self._replaced.append(getattr(layer, ATTRIBUTE))  # freed with this plan, not in the pause
+            setattr(layer, ATTRIBUTE, linear)
 
 
 def _key(tensor: torch.Tensor) -> StorageWeakRef:

@@ -23,7 +23,7 @@ import msgspec
 import torch
 import zmq
 
-from .. import checkpoint, digest, errors, interpreter, protocol, security, wire
+from .. import checkpoint, digest, errors, host_memory, interpreter, protocol, security, wire
 from ..config import Settings
 from ..digest import Contents
 from ..protocol import (
@@ -281,7 +281,8 @@ class Intake:
             if self._place is None:
                 self.bound = None if self.in_place else self._receiver.loader.bind()
                 if self.bound:
-                    self._base_manifest, self._base = self._receiver.served.base()
+                    if not self.bound.plan.packings:  # nobody can look whether these are still what they were
+                        self._base_manifest, self._base = self._receiver.served.base()
                     self._shard = self.bound.plan.of_a_shard and not self._receiver.served.can_be_proven()
                 nbytes, of_shard = self._nbytes(source)
                 self._place = staging.choose(self.begin.staging, nbytes, of_shard, self._receiver.device)
@@ -331,7 +332,7 @@ class Intake:
         del kept
         if source.device == self._receiver.device:
             return None, self._receiver.pool.empty(nbytes)
-        return None, torch.empty(nbytes, dtype=torch.uint8, device=source.device)
+        return None, host_memory.zeros(nbytes)
 
     def _arrived_of(self, lane: Lane, coming: Coming) -> tuple[Bucket, Piece, torch.Tensor | None]:
         """A bucket whose bytes are there, with what they came into; None where they were there before."""

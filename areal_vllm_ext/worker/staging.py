@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from .. import host_memory
 from ..protocol import Staging
 from .memory import free_bytes
 
@@ -64,7 +65,7 @@ class Pool:
     def empty(self, nbytes: int) -> torch.Tensor:
         """So many bytes."""
         if self._device.type != "cuda":
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            return host_memory.zeros(nbytes)
         with self._lock:
             if self._pool is None:
                 with torch.cuda.device(self._device):

@@ -1,4 +1,6 @@
-"""Load plans on real vLLM, in this test's own process: weights that lie as they were loaded are copied, packed ones never."""
+"""Load plans on real vLLM, in this test's own process: weights that lie as they were loaded are copied, those of linear layers
+packed before the switch, those of experts never.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +73,14 @@ print(json.dumps(facts | {"reloads": len(reloads)}))
 
 @pytest.mark.parametrize(
     ("tied", "moe", "prepare", "reloads"),
-    [(True, False, UNPACKED, 1), (False, False, UNPACKED, 1), (False, False, "", 5), (True, True, UNPACKED, 5)],
-    ids=["tied", "untied", "packed linears", "packed experts"],
+    [
+        (True, False, UNPACKED, 1),
+        (False, False, UNPACKED, 1),
+        (True, False, "", 1),
+        (False, False, "", 1),
+        (True, True, UNPACKED, 5),
+    ],
+    ids=["tied", "untied", "tied, packed linears", "packed linears", "packed experts"],
 )
 def test_updates_are_copied_where_weights_lie_as_they_were_loaded(
     tmp_path: Path, tied: bool, moe: bool, prepare: str, reloads: int
@@ -84,5 +92,6 @@ def test_updates_are_copied_where_weights_lie_as_they_were_loaded(
     assert facts["exact"] == [True] * 5, facts
     assert facts["verified"]
     tensors = len(load_file(tmp_path / "model.safetensors"))
-    assert facts["kept"] == (tensors - 1 if reloads == 1 else 0)
+    # Of what is packed nobody can see later whether it still is what it was.
+    assert facts["kept"] == (tensors - 1 if reloads == 1 and prepare else 0)
     assert facts["reloads"] == reloads, done.stderr[-3000:]
