@@ -38,7 +38,8 @@ class Place:
 
     Attributes:
         device: ``cpu`` or ``cuda``. On CPU with ``two_nodes`` the trainer is in one network namespace and all engines in
-            another; on CUDA the trainer has the first GPU, and the engines the others, or with ``colocated`` the same.
+            another; on CUDA the trainer has the first GPUs, and the engines the others, or with ``colocated`` the same.
+        trainers: GPUs of the trainer's.
         engines: data-parallel engines, each of ``tp`` workers.
         quantization: what vLLM makes of the weights as it loads them.
     """
@@ -46,6 +47,7 @@ class Place:
     device: str
     two_nodes: bool = False
     colocated: bool = False
+    trainers: int = 1
     engines: int = 1
     tp: int = 1
     quantization: str | None = None
@@ -151,7 +153,7 @@ def serving(
         key_file, host, node = None, "127.0.0.1", Node(engines=place.engines)
         if place.device == "cuda":
             gpus = place.engines * place.tp
-            first = 0 if place.colocated else 1
+            first = 0 if place.colocated else place.trainers
             own = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(first + gpus)))).split(",")
             node = dataclasses.replace(node, env={"CUDA_VISIBLE_DEVICES": ",".join(own[first : first + gpus])})
             # Room for the trainer, its optimizer's stead, and staging; and for a load's keys and values.

@@ -157,9 +157,10 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
                 # Should a later way hang, these are not lost.
                 save(results(running.rows(raw), trainer, options), options.out)
         # After whatever the others did to the model, ours brings it right again; without load by now.
-        ours = ways[0]
+        ours = (kept_ways(groups, options) if options.keep_buffers else ways)[0]
         assert isinstance(ours, Ours)
-        running.turn(ours, counts=False, check=False)
+        for _ in range(2):
+            running.turn(ours, counts=False, check=False)
         ours.trace = options.trace
         running.turn(ours, counts=False, check=True)
         return running.rows(raw)
@@ -257,7 +258,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--trace", type=Path, help="write the trace of one more update of ours, without load")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        help="write the trace of one more update of ours, without load, with buffers kept if they were",
+    )
     options, place = parsed(parser)
     trainer = TrainerModel(options.size, options.dtype, place.trainer_device)
     print(f"{options.size}: {trainer.tensors} tensors, {trainer.nbytes / 1e6:.1f} MB", flush=True)

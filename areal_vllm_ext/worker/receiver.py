@@ -520,7 +520,7 @@ class Receiver:
         self.own_host = settings.host or security.own_address_toward(host)
         self.loader = Loader(worker)
         self.served = Served(worker, (config.model_config.model, config.model_config.revision))
-        self.served.damaged = self._damaged
+        self.served.damaged, self.served.busy = self._damaged, lambda: self._intake is not None
         _tell_of_sleep(worker, self.served)
         self._max_message_bytes = settings.max_message_mib << 20
         self._model = (config.model_config.model, config.model_config.revision)

@@ -77,6 +77,8 @@ class Served:
         self._update = ""
         # Told the update's name and the reason where what was applied is not what was received.
         self.damaged: Callable[[str, str], None] = lambda *_: None
+        # Whether an update is on its way: what is read and compared meanwhile would hold it up.
+        self.busy: Callable[[], bool] = lambda: False
         self._proven: frozenset[str] = frozenset()
         # The manifest of what was applied, once the live weights were looked at.
         self._manifest = ""
@@ -103,9 +105,7 @@ class Served:
         finally:
             self._changes += 1
         # Not now: in the pause it would take 6 ms from a commit of 16 GB.
-        later = threading.Timer(_REMEMBER_SECONDS, self._remember, (self._changes,))
-        later.name, later.daemon = LOOK, True
-        later.start()
+        self._remember_later(self._changes)
 
     def sleeps(self) -> None:
         """vLLM's sleep mode takes the weights' memory, and maybe what was in it: nothing builds on it until a commit."""
@@ -202,8 +202,16 @@ class Served:
             self._after_commit = self._after_commit or live
             return live, self._after_commit, self._contents
 
+    def _remember_later(self, changes: int) -> None:
+        later = threading.Timer(_REMEMBER_SECONDS, self._remember, (changes,))
+        later.name, later.daemon = LOOK, True
+        later.start()
+
     def _remember(self, changes: int) -> None:
         if self._slept or changes != self._changes:
+            return
+        if self.busy():
+            self._remember_later(changes)  # if it is given up; else there is another commit to look at
             return
         try:
             with beside(self._worker.device):

@@ -5,6 +5,7 @@ stand-ins for vLLM's workers whose models are a few parameters.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -252,3 +253,21 @@ def test_threads_are_hurried_for_as_long_as_an_update_lasts(engines: Engines, gr
 def test_without_staging_all_is_sent(engines: Engines, group: EngineGroup) -> None:
     assert update(group, trained(1, 2), 2, staging="none").kept == 0
     assert engines.serve(trained(1, 2))
+
+
+def test_the_look_at_what_was_committed_waits_for_an_update_that_is_on_its_way(
+    engines: Engines, group: EngineGroup
+) -> None:
+    update(group, trained(1, 2), 2)
+    known: list[str] = []
+
+    def on_phase(phase: str) -> None:
+        if phase == "prepare":
+            time.sleep(0.5)  # longer than it takes to come
+            known.extend(one._areal_receiver.served.base()[0] for one in engines.all_workers)
+
+    with group.update(3, deadline=20.0, on_phase=on_phase) as running:
+        running.send(trained(1, 3))
+    assert known == [""] * len(engines.all_workers)
+    engines.wait_known()
+    assert engines.serve(trained(1, 3))
