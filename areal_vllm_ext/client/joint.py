@@ -147,6 +147,8 @@ class JointUpdate(Update):
             self._close(kind, error, trace)
             return
         try:
+            if changed := self._update.changed():
+                self._agreement.fail(changed)
             self._in_time(lambda: self._agreement.step("end"))  # every rank has left its block, and none with an error
         except BaseException as failure:
             self._close(type(failure), failure, failure.__traceback__)
@@ -163,6 +165,7 @@ class JointUpdate(Update):
                         raise outcome.exception()
                     self._heard = outcome.result
             finally:
+                self._update.take_back()
                 if self._heard is None:
                     self._group.asynchronous[0].drop_sink()  # the workers may not have had all that was sent through it
             return

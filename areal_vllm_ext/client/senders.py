@@ -48,10 +48,11 @@ class Opening(msgspec.Struct):
 
 
 class Holding(msgspec.Struct):
-    """What a rank has, and where it is."""
+    """What a rank has, and where it is; ``sharded``: some of it must be gathered."""
 
     tensors: tuple[TensorMeta, ...]
     place: str
+    sharded: bool
 
 
 class Offer(msgspec.Struct):
@@ -209,17 +210,20 @@ class RankSends:
         else:
             known = msgspec.json.decode(agreement.hear(), type=Opening)
         checker = Checker(known.expected, known.dtype, dtype)
-        holding = Holding(checker.check_ahead(parts, part=True), place_of(device, socket.gethostname()))
+        sharded = any(hasattr(part, "full_tensor") for _, part in parts)
+        holding = Holding(checker.check_ahead(parts, part=True), place_of(device, socket.gethostname()), sharded)
         agreement.show(encode(holding))
         holdings = [msgspec.json.decode(agreement.read(one), type=Holding) for one in range(agreement.size)]
         checker.check_whole({meta.name for one in holdings for meta in one.tensors})
         shared = plan(self._kind, known, holdings)
         held = {meta.name for meta in holding.tensors}
-        full = self._gathered([part for part in parts if part[0] in held], shared)
+        own = [part for part in parts if part[0] in held]
+        full = self._gathered(own, shared) if any(one.sharded for one in holdings) else gathered(own)
         serves, mine = shared.serves[rank], shared.sends[rank]
         pairs = checker.check((pair for pair in full if pair[0] in mine), part=True)
         engines = {name: known.engines[name] for name in serves} if mine else {}
         served = {name: with_workers(info, serves[name]) for name, (info, _) in engines.items()}
+        self._update.lasting = self._update.lasting_of(weights, dtype)
         name, sink = self._begin(served, device, known)
         self._update.others_send()
         sending = Sending(self._group, self._loop, engines, self._update.version, self._ends, rank, self._update.spans)
@@ -231,7 +235,7 @@ class RankSends:
             one_at_a_time = sum(map(bool, shared.sends)) > 1 and device.type != "cpu" and not sink.announced_is_sent
             turn = agreement.turn if one_at_a_time else None
             size = total_bytes((meta for meta in holding.tensors if meta.name in mine), known.dtype)
-            sending.part(sink, pairs)
+            sending.part(sink, pairs, self._update.lasting)
             sending.send(name, sink, min(sink.bucket_bytes, size), turn)
         agreement.show(encode(Sent(sending.buckets, sending.nbytes, sending.entries)))
         if rank == 0:
@@ -252,7 +256,7 @@ class RankSends:
             kept, sink = self._group.has_sink, None
             if served:
                 sink = self._sink(served, device, known)
-            transfers = zip(served, sink.transfers, strict=True) if sink else ()
+            transfers = zip(served, self._update.transfers_of(sink), strict=True) if sink else ()
             offer = Offer({name: Sender(transfer, ranks_of(served[name])) for name, transfer in transfers}, kept)
             self._agreement.show(encode(offer))
             opening: Future[Begun] = Future()

@@ -278,9 +278,12 @@ def choose_transport(asked: str, device: torch.device, engines: Iterable[EngineI
     if device.type != "cuda":
         return "broadcast"
     workers = {worker.device_id for engine in engines for worker in engine.workers}
-    # NCCL has one rank a device: a worker on the trainer's own device is reached by memory. So are GPUs of this host that can
-    # read one another: a copy takes nothing from generation.
-    return "ipc" if device_id(device) in workers or (workers <= near(device) and not apart) else "broadcast"
+    # NCCL has one rank a device: a worker on the trainer's own device is reached by memory. So is one on a GPU of this host
+    # that can read the trainer's: a copy takes nothing from generation. Several would share what leaves the trainer's GPU;
+    # NCCL's broadcast passes it on from worker to worker.
+    if device_id(device) in workers:
+        return "ipc"
+    return "ipc" if len(workers) == 1 and workers <= near(device) and not apart else "broadcast"
 
 
 def near(device: torch.device) -> set[str]:

@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from ..digest import Contents
+    from ..protocol import Transfer
     from ..transport import Sink
     from .connection import Round
     from .group import AsyncEngineGroup
@@ -141,7 +142,7 @@ class AsyncUpdate:
         self._buckets: dict[int, int] = {}
         self._entries: list[tuple[TensorMeta, int]] = []
         self._manifest = ""
-        self._lasting: frozenset[int] = frozenset()
+        self.lasting: frozenset[int] = frozenset()
         self._lender: CudaIpcSink | None = None
         self._started = 0.0
         self._pause_started = 0.0
@@ -241,11 +242,30 @@ class AsyncUpdate:
         expected = self.expected()
         checker = Checker(expected, self.dtype, dtype)
         pairs = checker.check_source(weights, gather)
-        # Weights that travel as they are, out of memory that is there until the update is over, can be lent.
-        if dtype is None and self._options.staging in ("auto", "device"):
-            self._lasting = storages(weights)
+        self.lasting = self.lasting_of(weights, dtype)
         with self.sending_fails():
             self._send_buckets(pairs, expected)
+
+    def lasting_of(self, weights: Any, dtype: str | None) -> frozenset[int]:
+        """Where storages begin whose tensors can be lent: they travel as they are, and are there until the update is over."""
+        return storages(weights) if dtype is None and self._options.staging in ("auto", "device") else frozenset()
+
+    def transfers_of(self, sink: Sink) -> Sequence[Transfer]:
+        """What workers are told of ``sink``, which lends to them what is ``lasting`` if it can."""
+        self._lender = sink if isinstance(sink, CudaIpcSink) and self.lasting else None
+        if self._lender is None:
+            return sink.transfers
+        return [msgspec.structs.replace(transfer, shares=True) for transfer in self._lender.transfers]
+
+    def changed(self) -> str:
+        """Says which of the lent tensors was written to meanwhile; empty where none was."""
+        name = self._lender.changed() if self._lender else ""
+        return f"{name} was changed before the update was over" if name else ""
+
+    def take_back(self) -> None:
+        """Lend nothing any more."""
+        if self._lender:
+            self._lender.take_back()
 
     @contextlib.contextmanager
     def sending_fails(self) -> Iterator[None]:
@@ -291,8 +311,8 @@ class AsyncUpdate:
                 return
             if coordinator.phase in ("begin", "send") and error is not None:
                 await self._drive(coordinator.give_up(f"{type(error).__name__}: {error}"))
-            elif coordinator.phase == "send" and (name := self._lender.changed() if self._lender else ""):
-                await self._drive(coordinator.give_up(f"{name} was changed before the update was over"))
+            elif coordinator.phase == "send" and (changed := self.changed()):
+                await self._drive(coordinator.give_up(changed))
             elif coordinator.phase == "send":
                 self._loading = True
                 # From disk nothing passes through here: then the engines' votes are compared with each other only.
@@ -323,8 +343,7 @@ class AsyncUpdate:
                 commit_ms=self._commit_seconds * 1e3,
             )
         finally:
-            if self._lender:
-                self._lender.take_back()
+            self.take_back()
             switched = self._result is not None
             self._group.sent = {meta.name: (meta, value) for meta, value in self._entries} if switched else {}
             self._group.sent_manifest = self._manifest if switched else ""
@@ -523,11 +542,7 @@ class AsyncUpdate:
             kind = choose_transport(self._options.transport, device, self._engines.values(), apart=self._group.apart)
             size = self.bucket_bytes(device, kind)
             sink = self._group.sink(kind, self._engines, device, size, expected, self._left())
-            self._lender = sink if isinstance(sink, CudaIpcSink) and self._lasting else None
-            lent = (
-                (msgspec.structs.replace(one, shares=True) for one in self._lender.transfers) if self._lender else None
-            )
-            transfers = zip(self._engines, lent or sink.transfers, strict=True)
+            transfers = zip(self._engines, self.transfers_of(sink), strict=True)
             opening = self.open({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
             try:
                 meanwhile(sink)
@@ -567,7 +582,7 @@ class AsyncUpdate:
 
         def part(sink: Sink) -> None:
             nonlocal given
-            sending.part(sink, given, self._lasting)
+            sending.part(sink, given, self.lasting)
             given = sending.parted
 
         sink = self._met_sink(first[1].device, expected, part)

@@ -51,7 +51,7 @@ from .loader import Loader
 from .served import LOOK, Served, WeightsChanged, beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from .plan import BoundPlan, Parts
     from .staging import Place
@@ -276,28 +276,30 @@ class Intake:
         self._report(lane.step, manifest=manifest)
 
     def _opened(self, lane: Lane, source: Source) -> bool:
-        """Whether this lane is the last."""
+        """Whether this lane is the last; then all is ready to be received."""
         with self._opening:
-            if self._place is None:
-                self.bound = None if self.in_place else self._receiver.loader.bind()
-                if self.bound:
-                    if not self.bound.plan.packings:  # nobody can look whether these are still what they were
-                        self._base_manifest, self._base = self._receiver.served.base()
-                    self._shard = self.bound.plan.of_a_shard and not self._receiver.served.can_be_proven()
-                nbytes, of_shard = self._nbytes(source)
-                self._place = staging.choose(self.begin.staging, nbytes, of_shard, self._receiver.device)
             lane.source = source
-            return all(one.source for one in self._lanes.values())
+            sources = [one.source for one in self._lanes.values() if one.source]
+            if len(sources) < len(self._lanes):
+                return False
+            self.bound = None if self.in_place else self._receiver.loader.bind()
+            if self.bound:
+                if not self.bound.plan.packings:  # nobody can look whether these are still what they were
+                    self._base_manifest, self._base = self._receiver.served.base()
+                self._shard = self.bound.plan.of_a_shard and not self._receiver.served.can_be_proven()
+            nbytes, of_shard = self._nbytes(sources)
+            self._place = staging.choose(self.begin.staging, nbytes, of_shard, self._receiver.device)
+            return True
 
-    def _nbytes(self, source: Source) -> tuple[int, int]:
+    def _nbytes(self, sources: Sequence[Source]) -> tuple[int, int]:
         """What staging needs that it does not have: for all that comes, and on the worker's device."""
-        if source.shared:
+        if all(source.shared for source in sources):
             return 0, 0
         asked = self.begin.staging
-        nbytes = of_shard = asked.nbytes or source.nbytes
+        nbytes = of_shard = asked.nbytes or max(source.nbytes for source in sources)
         if self._shard and self.bound and asked.bucket:
             # Those on the way, and one that is checked.
-            of_shard = min(nbytes, self.bound.plan.parts_nbytes + len(self._lanes) * (_AT_ONCE + 1) * asked.bucket)
+            of_shard = min(nbytes, self.bound.plan.parts_nbytes + len(sources) * (_AT_ONCE + 1) * asked.bucket)
         kept = sum(piece.memory.numel() for piece in self._kept.values())
         return max(nbytes - kept, 0), max(of_shard - kept, 0)
 

@@ -175,6 +175,12 @@ def not_in_step(opened: Any, seed: int, _: Connection) -> None:
     opened.send(tensors(seed + dist.get_rank()))
 
 
+def writes_to_what_it_lends(opened: Any, seed: int, _: Connection) -> None:
+    """By CUDA IPC; here what torch's counters would say is planted."""
+    opened.send(tensors(seed))
+    opened._update.changed = lambda: "norm was changed before the update was over"
+
+
 def dies_in_its_part(opened: Any, seed: int, _: Connection) -> None:
     held = tensors(seed)
     held["layer.1"].full_tensor = lambda: os.kill(os.getpid(), 9)  # type: ignore[attr-defined]

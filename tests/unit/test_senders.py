@@ -102,6 +102,20 @@ def test_what_cannot_be_sent_fails_on_every_rank(ranks: Ranks, served: Served, c
 
 @pytest.mark.parametrize("senders", SENDERS)
 @pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_writes_to_what_it_lends_fails_all(
+    ranks: Ranks, served: Served, senders: str, failing: int
+) -> None:
+    work = ["whole", "whole"]
+    work[failing] = "writes_to_what_it_lends"
+    outcomes = ranks.both(*work, **options(7, deadline=8.0), senders=senders)
+    assert [outcome[0] for outcome in outcomes] == ["UpdateAborted"] * 2, outcomes
+    assert all("norm was changed before the update was over" in outcome[1] for outcome in outcomes), outcomes
+    assert_untouched(served)
+    assert_all_serve(ranks, served, 8, "whole", senders=senders)
+
+
+@pytest.mark.parametrize("senders", SENDERS)
+@pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_fails_in_its_part_fails_all(ranks: Ranks, served: Served, senders: str, failing: int) -> None:
     work = ["whole", "whole"]
     work[failing] = "fails_in_its_part"
@@ -228,7 +242,11 @@ def opening(*devices: tuple[str, ...], bucket_bytes: int = 512) -> Opening:
 def test_what_several_ranks_have_is_spread_over_them_by_size() -> None:
     sizes = {"a": 4096, "b": 1024, "c": 1024, "d": 1024, "own": 64}
     shared = tuple(meta(name, size) for name, size in sizes.items() if name != "own")
-    holdings = [Holding(shared, "GPU-0"), Holding((*shared, meta("own")), "GPU-1"), Holding((), "GPU-2")]
+    holdings = [
+        Holding(shared, "GPU-0", sharded=False),
+        Holding((*shared, meta("own")), "GPU-1", sharded=False),
+        Holding((), "GPU-2", sharded=False),
+    ]
     made = plan("parts", opening(("GPU-8", "GPU-9"), bucket_bytes=1 << 20), holdings)
     assert made.sends == [{"a"}, {"b", "c", "d", "own"}, set()]
     assert made.serves == [{"engine 0": (0, 1)}] * 3
@@ -236,29 +254,29 @@ def test_what_several_ranks_have_is_spread_over_them_by_size() -> None:
 
 
 def test_a_round_is_as_large_as_a_bucket() -> None:
-    holdings = [Holding(tuple(meta(name) for name in "abcde"), "GPU-0")]
+    holdings = [Holding(tuple(meta(name) for name in "abcde"), "GPU-0", sharded=False)]
     assert plan("parts", opening(("GPU-0",)), holdings).rounds == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_each_worker_is_served_by_the_rank_on_its_device() -> None:
-    holdings = [Holding((meta("a"),), f"GPU-{rank}") for rank in range(4)]
+    holdings = [Holding((meta("a"),), f"GPU-{rank}", sharded=False) for rank in range(4)]
     made = plan("colocated", opening(("GPU-1", "GPU-0"), ("GPU-2", "GPU-0")), holdings)
     assert made.serves == [{"engine 0": (1,), "engine 1": (1,)}, {"engine 0": (0,)}, {"engine 1": (0,)}, {}]
     assert made.sends == [{"a"}] * 4
 
 
 def test_workers_of_one_device_are_shared_out_to_the_ranks_there() -> None:
-    holdings = [Holding((meta("a"),), place_of("cpu", "n")) for _ in range(2)]
+    holdings = [Holding((meta("a"),), place_of("cpu", "n"), sharded=False) for _ in range(2)]
     made = plan("colocated", opening(("cpu", "cpu")), holdings)
     assert made.serves == [{"engine 0": (0,)}, {"engine 0": (1,)}]
 
 
 def test_a_worker_without_a_rank_on_its_device_is_named() -> None:
     with pytest.raises(UpdateAborted, match="worker 1 of engine 0 runs on GPU-7, where no rank of the trainer is"):
-        plan("colocated", opening(("GPU-0", "GPU-7")), [Holding((meta("a"),), "GPU-0")])
+        plan("colocated", opening(("GPU-0", "GPU-7")), [Holding((meta("a"),), "GPU-0", sharded=False)])
 
 
 def test_ranks_that_mean_different_tensors_by_one_name_are_told() -> None:
-    holdings = [Holding((meta("a", 4),), "GPU-0"), Holding((meta("a", 5),), "GPU-1")]
+    holdings = [Holding((meta("a", 4),), "GPU-0", sharded=False), Holding((meta("a", 5),), "GPU-1", sharded=False)]
     with pytest.raises(InvalidWeights, match="a is another tensor on rank 1"):
         plan("parts", opening(("GPU-0",)), holdings)

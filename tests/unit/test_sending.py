@@ -578,12 +578,12 @@ def test_auto_is_ipc_where_a_worker_runs_on_the_trainers_own_gpu(
     assert choose_transport("shared_memory", torch.device("cuda", 0), [moved]) == "shared_memory"
 
 
-def test_auto_is_ipc_where_all_workers_are_on_gpus_that_can_read_the_trainers(
+def test_auto_is_ipc_where_the_only_worker_is_on_a_gpu_that_can_read_the_trainers(
     group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("areal_vllm_ext.client.sending.device_id", lambda device: f"GPU-{device.index}")
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda reads, _: reads.index == 1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda reads, _: reads.index in (1, 3))
 
     def on(*places: int) -> list[EngineInfo]:
         engine = group.engines()[0]
@@ -593,7 +593,8 @@ def test_auto_is_ipc_where_all_workers_are_on_gpus_that_can_read_the_trainers(
     trainer = torch.device("cuda", 0)
     assert choose_transport("auto", trainer, on(1)) == "ipc"
     assert choose_transport("auto", trainer, on(1), apart=True) == "broadcast"
-    assert choose_transport("auto", trainer, on(1, 2)) == "broadcast", "GPU 2 cannot read the trainer's"
+    assert choose_transport("auto", trainer, on(2)) == "broadcast", "GPU 2 cannot read the trainer's"
+    assert choose_transport("auto", trainer, on(1, 3)) == "broadcast", "they would share what leaves the trainer's"
     assert choose_transport("auto", trainer, on(1, 7)) == "broadcast", "GPU 7 is elsewhere"
     assert choose_transport("auto", trainer, on(0, 7), apart=True) == "ipc", "NCCL has one rank a device"
 
