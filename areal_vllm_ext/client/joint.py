@@ -28,7 +28,7 @@ from .agreement import GRACE_SECONDS, Agreement
 from .blocking import EngineGroup, Senders, Update
 from .senders import RankSends
 from .update import AsyncUpdate, UpdateResult
-from .weights import Named, gathered, named_parts
+from .weights import Named, gathered, is_sharded, named_parts
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -61,7 +61,7 @@ class _Outcome(msgspec.Struct):
 
 def _plan(parts: list[Named]) -> str:
     """What the ranks must have in common to gather ``parts``."""
-    shapes = [(name, str(part.dtype), tuple(part.shape)) for name, part in parts]
+    shapes = [(name, str(part.dtype), tuple(part.shape), is_sharded(part)) for name, part in parts]
     return hashlib.sha256(msgspec.json.encode(shapes)).hexdigest()
 
 
@@ -199,6 +199,10 @@ class JointUpdate(Update):
                 yield from gathered([one])
             return
         plan, walk, more = _plan(parts), gathered(parts), True
+        if not any(is_sharded(part) for _, part in parts):
+            self._agreement.step(plan)
+            yield from walk  # without a collective, so without rounds
+            return
         while more:
             self._agreement.step(plan)
             # All of a round are gathered before the first is used, so that nobody fails between two of them.

@@ -25,7 +25,7 @@ from ..protocol import EngineInfo, Sender, TensorMeta
 from ..transport.buckets import tensor_bytes, total_bytes
 from ..transport.ipc import device_id
 from .sending import Sending, choose_transport
-from .weights import Checker, Named, WeightSource, gathered, named_parts
+from .weights import Checker, Named, WeightSource, gathered, is_sharded, named_parts
 
 if TYPE_CHECKING:
     from ..transport import Sink
@@ -210,7 +210,7 @@ class RankSends:
         else:
             known = msgspec.json.decode(agreement.hear(), type=Opening)
         checker = Checker(known.expected, known.dtype, dtype)
-        sharded = any(hasattr(part, "full_tensor") for _, part in parts)
+        sharded = any(is_sharded(part) for _, part in parts)
         holding = Holding(checker.check_ahead(parts, part=True), place_of(device, socket.gethostname()), sharded)
         agreement.show(encode(holding))
         holdings = [msgspec.json.decode(agreement.read(one), type=Holding) for one in range(agreement.size)]

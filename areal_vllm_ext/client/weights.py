@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -32,6 +33,11 @@ def named_parts(source: WeightSource) -> Iterable[Named]:
         module = source.module if isinstance(source, torch.nn.parallel.DistributedDataParallel) else source
         source = checkpoint_format(module, dict(module.state_dict()))
     return source.items() if isinstance(source, Mapping) else source
+
+
+def is_sharded(part: Any) -> bool:
+    """Whether making it full is a collective."""
+    return hasattr(part, "full_tensor")
 
 
 def gathered(parts: Iterable[Named]) -> Iterator[Named]:
