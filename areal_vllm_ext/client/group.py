@@ -325,16 +325,16 @@ class AsyncEngineGroup:
             version: names the new weights; any integer or string.
             deadline: seconds for all of it. Over it, every engine keeps its old weights.
             transport: ``broadcast`` (NCCL between GPUs, else gloo), ``ipc`` (CUDA, same host), ``shared_memory`` (same
-                host), or ``auto``: ``ipc`` where workers run on the trainer's own GPU, or on others that it sees and that
-                can read its memory, else ``broadcast``.
+                host), or ``auto``: ``ipc`` where a worker runs on the trainer's own GPU, or the only one on another that it
+                sees and that can read its memory, else ``broadcast``.
                 ``update.send("/path")`` goes by disk.
             mode: how engines pause for the switch, see ``pause``.
             kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.
-            bucket_mib: size of the pieces in which the weights travel; default: by NCCL an eighth, 128 at least and 1024
+            bucket_mib: size of the pieces in which the weights travel; default: by NCCL a quarter, 128 at least and 1024
                 at most, otherwise 256 from GPUs, 32 from host memory.
             staging: where workers keep the new weights until the switch: on their ``device``, in ``host`` memory, or
-                (``auto``) on the device if there is room, else in host memory. It costs one copy of all weights in each
-                worker; where there is no room the update is refused, with the numbers. ``none`` costs nothing: the engines
+                (``auto``) on the device if there is room, else in host memory. It costs one copy of what each worker
+                receives, or of its part where it needs a part; where there is no room the update is refused, with the numbers. ``none`` costs nothing: the engines
                 pause first and load as the bytes come, and if that fails their weights are lost (WeightsTainted).
             keep_buffers: whether workers keep that memory for the next update, which is faster then, and the trainer its
                 buckets; else it is given back once the update is over.

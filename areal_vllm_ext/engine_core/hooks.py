@@ -1,4 +1,4 @@
-"""The only file that patches vLLM: one function a patch, each with its reason, the versions it was checked on, and a
+"""What of vLLM is patched for good: one function a patch, each with its reason, the versions it was checked on, and a
 guard against patching twice. Each is inert unless ``worker_extension_cls`` is ours: ``install`` applies those of front end
 and EngineCore, which look at the configuration; ``require`` those of workers, in workers that have our extension.
 """

@@ -6,10 +6,11 @@ part, broadcast or cast) and constants. A plan comes of it only where that is al
 on as before:
 
 - an operator that computes with a weight, or looks at its values;
-- a weight that does not end in a live tensor, or in another place too: packed, where no operator shows it, or kept aside;
+- a weight that does not end in a live tensor, or in another place too: packed, where no operator shows it, or kept aside
+  (what vLLM packs on a CPU it is told: ``packing.py``);
 - a live tensor that is written in part, or twice;
-- a layer that has other attributes after the load: made of its weights, for all that can be told (oneDNN's packed weights,
-  the absorbed projections of MLA).
+- a layer that has other attributes after the load: made of its weights, for all that can be told (the absorbed projections
+  of MLA).
 
 A plan is proven before it is used: each of its copies must find, where it would write, the bytes that the load has put there.
 """
