@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_vllm_ext import digest
+from areal_vllm_ext import digest, host_memory
 from areal_vllm_ext.protocol import Segment, TensorMeta
 from areal_vllm_ext.transport.buckets import Bucket, default_bucket_bytes, filled_buckets, unpack
 
@@ -234,3 +234,13 @@ def test_what_is_pushed_is_as_long_as_what_is_announced() -> None:
     small = torch.zeros(44, dtype=torch.uint8)
     (bucket,) = filled_buckets([(meta("a", small), small), (meta("b", small), small)], 300, memory)
     assert bucket.filled.numel() == bucket.nbytes
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4095, (2 << 20) + 1])
+def test_host_memory_is_zero_on_a_page_and_nobody_elses(nbytes: int) -> None:
+    one, other = host_memory.zeros(nbytes), host_memory.zeros(nbytes)
+    assert one.numel() == nbytes
+    assert not one.any()
+    assert one.data_ptr() % 4096 == 0
+    one.fill_(7)
+    assert not other.any()
