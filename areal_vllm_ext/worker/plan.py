@@ -155,13 +155,12 @@ class Recorder(TorchDispatchMode):
     def packed(self, layer: torch.nn.Module, weight: torch.Tensor) -> None:
         """``weight`` was packed for ``layer`` (``packing.py``)."""
         storage = self._storages.get(_key(weight))
-        if storage is None or not storage.copies or not weight.is_contiguous():
+        whole = weight.is_contiguous() and weight.nbytes == weight.untyped_storage().nbytes()
+        if storage is None or not storage.copies or storage.dtype != weight.dtype or not whole:
             self._reason = self._reason or "a weight is packed that was not seen to be loaded"
             return
-        start = int(weight.storage_offset())
-        copies = tuple(_simplified(copy._replace(to=_moved(copy.to, -start))) for copy in storage.copies)
         with self.unwatched():
-            self._packings[id(layer)] = Packing(layer, weight, copies)
+            self._packings[id(layer)] = Packing(layer, weight, tuple(_simplified(copy) for copy in storage.copies))
         if not storage.names:
             storage.handed_on = len(storage.copies)
 
@@ -521,8 +520,8 @@ class BoundPlan:
     def add(self, parts: Parts | None) -> None:
         """Take in what the plan has made of staged tensors, None where it does not know them."""
         with self._lock:
-            if parts is None or not parts.names <= self._missing:
-                self._fits = False
+            self._fits = self._fits and parts is not None and parts.names <= self._missing
+            if not self._fits or parts is None:
                 return
             self._missing -= parts.names
             for kind, (targets, sources) in parts.batches.items():

@@ -174,6 +174,11 @@ def transposed(layer: Any) -> None:
     utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
 
 
+def half_of_it(layer: Any) -> None:
+    layer.weight = torch.nn.Parameter(layer.weight.data[HIDDEN // 2 :], requires_grad=False)
+    utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+
+
 def and_another_attribute(layer: Any) -> None:
     utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     layer.scale = object()
@@ -185,6 +190,7 @@ def and_another_attribute(layer: Any) -> None:
         (unseen, "out is changed before it is packed"),
         (of_something_else, "a weight is packed that was not seen to be loaded"),
         (transposed, "a weight is packed that was not seen to be loaded"),
+        (half_of_it, "a weight is packed that was not seen to be loaded"),
         (and_another_attribute, "out.scale is made anew with each load"),
     ],
 )

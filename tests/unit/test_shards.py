@@ -23,7 +23,8 @@ from real_receivers import (
 from test_unchanged import Engines, Worker
 
 from areal_vllm_ext import EngineGroup, UpdateAborted, security
-from areal_vllm_ext.worker import proof
+from areal_vllm_ext.protocol import Staging
+from areal_vllm_ext.worker import proof, staging
 
 HALVED = ("embed", "norm")
 
@@ -151,3 +152,43 @@ def test_other_tensors_are_a_no_where_parts_only_were_kept_and_the_next_update_b
     assert shards.serve(weights(1))
     assert staged_at_commit(shards, group, 8)[1] == set(SHAPES)
     assert staged_at_commit(shards, group, 9)[1] == set()
+
+
+def test_room_is_asked_for_parts_and_buckets_on_the_way(
+    shards: Shards, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    choose = staging.choose
+    monkeypatch.setattr(staging, "choose", lambda kind, *rest: (asked.append(rest[:2]), choose(kind, *rest))[1])
+    # The largest tensor is as large as this model: as if it were of a byte.
+    group._group.described = {name: (tensors, size, 1) for name, (tensors, size, _) in group._group.described.items()}
+    staged_at_commit(shards, group, 10, bucket_mib=0)
+    plan = shards.ranks[0].receiver.loader._plan
+    whole = sum(-(-tensor.nbytes // 256) * 256 for tensor in weights(10).values())
+    assert asked == [(whole, plan.parts_nbytes + 3)] * len(shards.ranks)
+    assert plan.parts_nbytes < whole
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("device", "nbytes", "of_shard", "place"),
+    [
+        ("cpu", 900, 100, "host"),
+        ("cpu", 900, 900, ""),
+        ("cuda", 900, 80, "device"),
+        ("cuda", 500, 100, "host"),  # 88 are free, the reserve not counted
+        ("cuda", 900, 100, ""),  # in host memory all of it stays
+    ],
+)
+def test_what_stays_must_have_room(
+    monkeypatch: pytest.MonkeyPatch, device: str, nbytes: int, of_shard: int, place: str
+) -> None:
+    monkeypatch.setattr(staging, "free_bytes", lambda _: 600 * MIB)
+    where = torch.device(device)
+    if place:
+        assert staging.choose(Staging(), nbytes * MIB, of_shard * MIB, where) == place
+    else:
+        with pytest.raises(RuntimeError, match="are free"):
+            staging.choose(Staging(), nbytes * MIB, of_shard * MIB, where)
