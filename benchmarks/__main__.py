@@ -14,7 +14,7 @@ from .plot import RESULTS
 _WIRE = ["--transport", "shared_memory" if missing() else "broadcast"]
 # The name of each result, and the command.
 RUNS = {
-    "fanout": ["fanout"],
+    "fanout": ["fanout", "--rounds", "40"],
     "update_cpu_300mb": ["update", "--size", "300mb", "--load", "1", "--keep-buffers", *_WIRE],
     "update_cpu_300mb_idle": ["update", "--size", "300mb", "--load", "0", "--keep-buffers", *_WIRE],
     "update_cpu_1000_tensors": ["update", "--size", "1000-tensors", "--load", "0", *_WIRE],
