@@ -147,6 +147,11 @@ def whole(opened: Any, seed: int, _: Connection) -> None:
     opened.send(tensors(seed))
 
 
+def whole_where_others_have_rows(opened: Any, seed: int, _: Connection) -> None:
+    parts(seed)  # the others' collectives
+    opened.send(tensors(seed))
+
+
 def own_layers(opened: Any, seed: int, _: Connection) -> None:
     """As a pipeline has them: each rank other tensors."""
     held = list(tensors(seed).items())

@@ -240,18 +240,14 @@ def test_a_weight_that_is_not_packed_is_no_plan_and_no_update(monkeypatch: pytes
         recorder.plan()
 
 
-def test_layers_that_are_not_packed_are_planned_as_before() -> None:
-    def plain(layer: Any) -> None:
+def test_layers_that_are_not_packed_are_planned_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM where it leaves a layer its weight, and sets the same function with each load."""
+
+    def plain(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
-    def unpacked() -> torch.nn.Module:
-        layer = Layer(4, 4, loaders={"w": whole})
-        layer.quant_method = Processed(plain)
-        return of(layer=layer)
-
-    model = made(unpacked)
-    plain(model.layer)
-    plan = recorded(model, staged({"w": (4, 4)}, 1))
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", plain)
+    plan = recorded(started(), staged(SHAPES, 1))
     assert not plan.packings
 
 
