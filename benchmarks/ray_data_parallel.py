@@ -23,6 +23,7 @@ import ray
 from areal_vllm_ext import EngineGroup, security
 from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import make_model
+from areal_vllm_ext.supervisor import SHARED_MEMORY, remove
 
 from .ray_cluster import RayCluster, ray_cluster
 from .ray_deferred import token_exact, train
@@ -79,6 +80,12 @@ def measure(cluster: RayCluster, folder: Path, options: argparse.Namespace) -> d
     }
 
 
+def shared_files() -> set[str]:
+    """The files of Python's shared memory, of anybody."""
+    pattern = Path(SHARED_MEMORY)
+    return {str(path) for path in pattern.parent.glob(f"{pattern.name}*")}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dense", action="store_true", help="a dense model instead")
@@ -86,8 +93,11 @@ def main() -> int:
     options = parser.parse_args()
     # Ray's workers find the platform on their path.
     sys.path.insert(0, str(Path(__file__).parent / "ray_on_cpu"))
+    before = shared_files()
     with tempfile.TemporaryDirectory() as folder, ray_cluster(devices=1, resource="GPU") as cluster:
         facts = measure(cluster, Path(folder), options)
+    # Ray kills vLLM's actors with the helpers that would remove this; the launcher's supervisor does it for its own.
+    remove(shared_files() - before)
     print(json.dumps(facts))
     return 0 if all(facts["token_exact"]) and len(set(facts["nodes"])) == 2 else 1
 
