@@ -17,7 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from areal_vllm_ext import EngineGroup
+from areal_vllm_ext import EngineGroup, UpdateResult
 from areal_vllm_ext.demo.deployment import free_ports
 
 from .models import SIZES, TrainerModel
+from .ranks import RANKS, device_of, joined
 from .report import finish, table
 from .serving import Place, Server, serving
 
-RANKS = 2
 WARM_UP = 2
 CASES = [
     {"weights": "whole", "senders": "first", "transport": "ipc"},
@@ -50,24 +50,6 @@ def cases() -> list[dict[str, str]]:
     return CASES if torch.cuda.is_available() else [case | {"transport": "broadcast"} for case in CASES]
 
 
-@contextlib.contextmanager
-def joined(rank: int, port: int) -> Iterator[None]:
-    """The trainer's own process group."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def device_of(rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
-
-
 def given(trainer: TrainerModel, rank: int, kind: str) -> Any:
     """What a rank sends."""
     weights = trainer.weights()
@@ -77,55 +59,59 @@ def given(trainer: TrainerModel, rank: int, kind: str) -> Any:
     return {name: DTensor.from_local(tensor.chunk(RANKS)[rank], mesh, [Shard(0)]) for name, tensor in weights}
 
 
+def updates(
+    group: EngineGroup, trainer: TrainerModel, rank: int, kind: str, versions: Iterable[int], **options: Any
+) -> list[UpdateResult]:
+    """One after the other, each to weights of its own."""
+    results = []
+    for version in versions:
+        trainer.set(version)
+        weights = given(trainer, rank, kind)
+        if dist.is_initialized():
+            dist.barrier()
+        with group.update(version, deadline=120.0, **options) as update:
+            update.send(weights)
+        results.append(update.result)
+    return results
+
+
+def row(gpus: int, case: dict[str, str], results: list[UpdateResult], wrong: str) -> dict[str, Any]:
+    counted = results[WARM_UP:]
+    made = {
+        "gpus": gpus,
+        **case,
+        "total_ms": round(statistics.median(one.total_ms for one in counted), 2),
+        "pause_ms": round(statistics.median(one.pause_ms for one in counted), 2),
+        "all_total_ms": [round(one.total_ms, 2) for one in results],
+        "wrong": wrong,
+    }
+    print(made, flush=True)
+    return made
+
+
 def update_all(
     group: EngineGroup, trainer: TrainerModel, rank: int, rounds: int, server: Server | None
 ) -> list[dict[str, Any]]:
     """All cases, on every rank alike; rank 0 has the ``server`` and gets the rows."""
-    rows, version = [], 100
-    for case in cases():
-        totals, pauses = [], []
-        for _ in range(WARM_UP + rounds):
-            version += 1
-            trainer.set(version)
-            weights = given(trainer, rank, case["weights"])
-            dist.barrier()
-            options: dict[str, Any] = {"senders": case["senders"], "transport": case["transport"], "deadline": 120.0}
-            with group.update(version, process_group=dist.group.WORLD, **options) as update:
-                update.send(weights)
-            if rank == 0:
-                totals.append(update.result.total_ms)
-                pauses.append(update.result.pause_ms)
+    rows = []
+    for number, case in enumerate(cases(), 1):
+        versions = range(100 * number, 100 * number + WARM_UP + rounds)
+        options = {"process_group": dist.group.WORLD, "senders": case["senders"], "transport": case["transport"]}
+        results = updates(group, trainer, rank, case["weights"], versions, **options)
         if server:
-            rows.append({"gpus": 4, **case, **timings(totals, pauses), "wrong": server.wrong(trainer)})
-            print(rows[-1], flush=True)
+            rows.append(row(4, case, results, server.wrong(trainer)))
         dist.barrier()
     return rows
 
 
-def timings(totals: list[float], pauses: list[float]) -> dict[str, Any]:
-    return {
-        "total_ms": round(statistics.median(totals[WARM_UP:]), 2),
-        "pause_ms": round(statistics.median(pauses[WARM_UP:]), 2),
-        "all_total_ms": [round(one, 2) for one in totals],
-    }
-
-
 def update_alone(server: Server, trainer: TrainerModel, rounds: int) -> list[dict[str, Any]]:
     """One rank, one worker."""
-    rows, version = [], 0
+    rows = []
     for transport in dict.fromkeys(case["transport"] for case in cases()):
         with server.connect() as group:
-            totals, pauses = [], []
-            for _ in range(WARM_UP + rounds):
-                version += 1
-                trainer.set(version)
-                with group.update(version, transport=transport, deadline=120.0) as update:
-                    update.send(trainer.weights())
-                totals.append(update.result.total_ms)
-                pauses.append(update.result.pause_ms)
-            case = {"gpus": 2, "weights": "whole", "senders": "first", "transport": transport}
-            rows.append({**case, **timings(totals, pauses), "wrong": server.wrong(trainer)})
-            print(rows[-1], flush=True)
+            results = updates(group, trainer, 0, "whole", range(WARM_UP + rounds), transport=transport)
+        case = {"weights": "whole", "senders": "first", "transport": transport}
+        rows.append(row(2, case, results, server.wrong(trainer)))
     return rows
 
 

@@ -30,9 +30,9 @@ from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node, free_ports
 
 from .gpu_smoke import expected_tokens, first_difference, make_model, served_tokens
+from .ranks import RANKS, device_of, joined
 from .report import finish, table
 
-RANKS = 2
 UPDATES = 3
 SECONDS = 400
 
@@ -48,17 +48,13 @@ def rank_main(
     rank: int, port: int, directory: str, url: str, folder: str, cases: list[list[str]], engines: int
 ) -> None:
     """One rank of the trainer; rank 0 prints a line of JSON for each update."""
-    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
-    mesh = init_device_mesh(device.type, (RANKS,))
+    device = device_of(rank)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     model.generation_config.pad_token_id = 0
     dice = torch.Generator().manual_seed(1)  # the same numbers on every rank
     completions = Completions(url)
-    with EngineGroup.connect(directory) as group:
+    with joined(rank, port), EngineGroup.connect(directory) as group:
+        mesh = init_device_mesh(device.type, (RANKS,))
         group.wait_ready(engines, timeout=60)
         for senders, transport in cases:
             for number in range(1, UPDATES + 1):
@@ -91,7 +87,6 @@ def rank_main(
                     }
                     print(json.dumps(row), flush=True)
                 dist.barrier()
-    dist.destroy_process_group()
 
 
 def main() -> int:
