@@ -116,9 +116,7 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
 def looks(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether ``digests_and_finite`` can be asked about these."""
     devices = {tensor.device for tensor in tensors}
-    if len(devices) != 1 or (device := devices.pop()).type == "cpu" or not has_kernel(device):
-        return False
-    return _have_lanes(tensor.dtype for tensor in tensors)
+    return len(devices) == 1 and _looks(devices.pop(), (tensor.dtype for tensor in tensors))
 
 
 def look(
@@ -126,12 +124,15 @@ def look(
 ) -> tuple[list[int], list[bool]] | None:
     """``digests_and_finite`` of tensors in one buffer, as ``digests`` takes it; None where that cannot be asked."""
     start = buffer.data_ptr()
-    if buffer.device.type == "cpu" or start % ROW_BYTES or not has_kernel(buffer.device) or not _have_lanes(dtypes):
+    if start % ROW_BYTES or not _looks(buffer.device, dtypes):
         return None
     return _at([(start + offset, nbytes) for offset, nbytes in spans], buffer.device, dtypes)
 
 
-def _have_lanes(dtypes: Iterable[torch.dtype]) -> bool:
+def _looks(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether the kernel looks at values there."""
+    if device.type == "cpu" or not has_kernel(device):
+        return False
     from .digest_kernel import LANES
 
     return all(dtype in LANES for dtype in set(dtypes))

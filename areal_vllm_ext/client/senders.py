@@ -223,7 +223,7 @@ class RankSends:
         pairs = checker.check((pair for pair in full if pair[0] in mine), part=True)
         engines = {name: known.engines[name] for name in serves} if mine else {}
         served = {name: with_workers(info, serves[name]) for name, (info, _) in engines.items()}
-        self._update.lasting = self._update.lasting_of(weights, dtype)
+        self._update.find_lasting(weights, dtype)
         name, sink = self._begin(served, device, known)
         self._update.others_send()
         sending = Sending(self._group, self._loop, engines, self._update.version, self._ends, rank, self._update.spans)

@@ -242,13 +242,14 @@ class AsyncUpdate:
         expected = self.expected()
         checker = Checker(expected, self.dtype, dtype)
         pairs = checker.check_source(weights, gather)
-        self.lasting = self.lasting_of(weights, dtype)
+        self.find_lasting(weights, dtype)
         with self.sending_fails():
             self._send_buckets(pairs, expected)
 
-    def lasting_of(self, weights: Any, dtype: str | None) -> frozenset[int]:
-        """Where storages begin whose tensors can be lent: they travel as they are, and are there until the update is over."""
-        return storages(weights) if dtype is None and self._options.staging in ("auto", "device") else frozenset()
+    def find_lasting(self, weights: Any, dtype: str | None) -> None:
+        """Note where storages begin whose tensors can be lent: they travel as they are, and last until the update is over."""
+        if dtype is None and self._options.staging in ("auto", "device"):
+            self.lasting = storages(weights)
 
     def transfers_of(self, sink: Sink) -> Sequence[Transfer]:
         """What workers are told of ``sink``, which lends to them what is ``lasting`` if it can."""
@@ -454,6 +455,7 @@ class AsyncUpdate:
         workers = [worker for engine in self._engines.values() for worker in engine.workers]
         devices = Counter(worker.device_id for worker in workers)
         hosts = Counter(worker.node for worker in workers)
+        # The largest of any transport that a sender may choose.
         pieces = LENT_BYTES if self._lender else self.bucket_bytes(torch.device("cuda"), "broadcast")
         return {
             name: Staging(

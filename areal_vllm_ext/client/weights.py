@@ -42,8 +42,9 @@ def is_sharded(part: Any) -> bool:
 
 def gathered(parts: Iterable[Named]) -> Iterator[Named]:
     """Full tensors, one at a time."""
+    part: Any
     for name, part in parts:
-        full: torch.Tensor = part.full_tensor() if hasattr(part, "full_tensor") else part
+        full: torch.Tensor = part.full_tensor() if is_sharded(part) else part
         yield name, full.detach() if full.requires_grad else full
 
 

@@ -334,6 +334,7 @@ class BroadcastSink:
         assert self._communicator is not None
         slot = index % self.slots
         if slot not in self._buffers or self._buffers[slot].numel() < nbytes:
+            self.filled.clear()  # their views would keep the smaller buffer
             device = self._communicator.device
             self._buffers[slot] = (
                 host_memory.zeros(nbytes)

@@ -58,10 +58,8 @@ class Bucket:
         self._buffer = buffer
         self._typed: dict[torch.dtype, torch.Tensor] = {}
         self.nbytes = 0
-        # In order: each tensor with its offset, its name with the view that it is copied to, its dtype and bytes.
-        self._tensors: list[tuple[TensorMeta, int]] = []
-        self._named: list[tuple[str, torch.Tensor]] = []
-        self._kinds: list[tuple[torch.dtype, int]] = []
+        # In order: what each tensor is, its offset, and the view that it is copied to.
+        self._places: list[tuple[TensorMeta, int, torch.Tensor]] = []
         # How many have come; those that last are copied together, by dtype: to where, and from where.
         self._count = 0
         self._later: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
@@ -81,10 +79,13 @@ class Bucket:
 
     def add(self, meta: TensorMeta, tensor: torch.Tensor, *, lasts: bool = False) -> None:
         """Copy a tensor in: at once, since its memory may be used again, or with others where it ``lasts`` until ``close``."""
-        number, nbytes = self._count, tensor.nbytes
-        if number == len(self._tensors) or self._tensors[number] != (meta, self.nbytes):
-            self._make_place(meta, tensor.dtype, nbytes)
-        place = self._named[number][1]
+        number = self._count
+        if number == len(self._places) or self._places[number][:2] != (meta, self.nbytes):
+            del self._places[number:]  # another filling's
+            if (whole := self._typed.get(tensor.dtype)) is None:
+                whole = self._typed[tensor.dtype] = typed(self._buffer, tensor.dtype)
+            self._places.append((meta, self.nbytes, placed(whole, self.nbytes, meta.shape)))
+        place = self._places[number][2]
         if lasts:
             places, tensors = self._later.setdefault(tensor.dtype, ([], []))
             places.append(place)
@@ -92,24 +93,11 @@ class Bucket:
         else:
             place.copy_(tensor)
         self._count += 1
-        self.nbytes += aligned(nbytes)
-
-    def _make_place(self, meta: TensorMeta, dtype: torch.dtype, nbytes: int) -> None:
-        """The next tensor's; those behind it were another filling's."""
-        for entries in (self._tensors, self._named, self._kinds):
-            del entries[self._count :]
-        if (whole := self._typed.get(dtype)) is None:
-            whole = self._typed[dtype] = typed(self._buffer, dtype)
-        strides, _ = contiguous(meta.shape)
-        place = whole.as_strided(meta.shape, strides, whole.storage_offset() + self.nbytes // whole.itemsize)
-        self._tensors.append((meta, self.nbytes))
-        self._named.append((meta.name, place))
-        self._kinds.append((dtype, nbytes))
+        self.nbytes += aligned(tensor.nbytes)
 
     def close(self) -> None:
         """Nothing is added any more: have all of it copied."""
-        for entries in (self._tensors, self._named, self._kinds):
-            del entries[self._count :]
+        del self._places[self._count :]
         for places, tensors in self._later.values():
             torch._foreach_copy_(places, tensors)
         self._later.clear()
@@ -120,7 +108,7 @@ class Bucket:
 
     def segments(self) -> tuple[Segment, ...]:
         """What lies where."""
-        return tuple(Segment(*placed) for placed in self._tensors)
+        return tuple(Segment(meta, offset) for meta, offset, _ in self._places)
 
     def digests(self) -> list[int]:
         """Of each tensor as it lies in the buffer now.
@@ -128,10 +116,11 @@ class Bucket:
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
         """
-        spans = [(offset, nbytes) for (_, offset), (_, nbytes) in zip(self._tensors, self._kinds, strict=True)]
-        if (found := digest.look(self._buffer, spans, [dtype for dtype, _ in self._kinds])) is not None:
-            return _of_finite(self._named, *found)
-        return examined(self._named)
+        named = [(meta.name, place) for meta, _, place in self._places]
+        spans = [(offset, place.nbytes) for _, offset, place in self._places]
+        if (found := digest.look(self._buffer, spans, [place.dtype for _, place in named])) is not None:
+            return _of_finite(named, *found)
+        return examined(named)
 
     def keep_only(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
         """Close the gaps that the others leave; returns ``segments`` with their new places."""
@@ -291,13 +280,16 @@ def typed(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
-def contiguous(shape: Sequence[int]) -> tuple[list[int], int]:
-    """Strides, and number, of the elements of a tensor of ``shape`` that lie one after the other."""
-    strides, count = [], 1
+def placed(whole: torch.Tensor, offset: int, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor of ``shape`` that lies ``offset`` bytes into a ``typed`` buffer, as a view.
+
+    By one operator: torch lets go of the interpreter in each, and an engine that generates takes it.
+    """
+    strides, step = [], 1
     for size in reversed(shape):
-        strides.append(max(count, 1))
-        count *= size
-    return strides[::-1], count
+        strides.append(max(step, 1))
+        step *= size
+    return whole.as_strided(shape, strides[::-1], whole.storage_offset() + offset // whole.itemsize)
 
 
 def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -316,10 +308,7 @@ def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[
             whole = wholes[meta.dtype] = typed(buffer, dtype)
         if min(meta.shape, default=0) < 0:
             raise ValueError(f"{meta.name} has a negative size")
-        strides, count = contiguous(meta.shape)
-        end = segment.offset + count * whole.itemsize
+        end = segment.offset + math.prod(meta.shape) * whole.itemsize
         if segment.offset < 0 or segment.offset % _ALIGNMENT or end > buffer.numel():
             raise ValueError(f"{meta.name} does not lie inside its bucket")
-        # One operator for each: torch lets go of the interpreter in it, and an engine that generates takes it.
-        place = whole.storage_offset() + segment.offset // whole.itemsize
-        yield meta.name, whole.as_strided(meta.shape, strides, place)
+        yield meta.name, placed(whole, segment.offset, meta.shape)

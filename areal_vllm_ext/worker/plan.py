@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import digest
-from ..transport.buckets import aligned, contiguous, typed
+from ..transport.buckets import aligned, placed, typed
 from .packing import ATTRIBUTE, Packing, Weight, packed
 
 aten = torch.ops.aten
@@ -432,6 +432,8 @@ class Plan:
             for copy in packing.copies:
                 self.parts_nbytes += aligned(copy.part.numel * staged[copy.source].itemsize)
                 self._packed.setdefault(copy.source, []).append((packing, copy))
+        # Whether much of what comes is for other ranks.
+        self.of_a_shard = self.parts_nbytes < _SHARD * sum(tensor.nbytes for tensor in staged.values())
 
     def parts(self, tensors: Mapping[str, torch.Tensor]) -> Parts | None:
         """What is copied of staged tensors; contiguous. None where they are not those of the plan."""
@@ -449,13 +451,6 @@ class Plan:
             for packing, copy in self._packed.get(name, ()):
                 to_pack.setdefault(packing, []).append((copy, tensor))
         return Parts(self, frozenset(tensors), batches, to_pack)
-
-    @property
-    def of_a_shard(self) -> bool:
-        """Whether much of what comes is for other ranks."""
-        return self.parts_nbytes < _SHARD * sum(
-            math.prod(shape) * dtype.itemsize for dtype, shape in self.sources.values()
-        )
 
     def fits(self, model: torch.nn.Module) -> bool:
         """Whether the tensors of ``model`` are those that it was recorded on, where they were."""
@@ -490,8 +485,7 @@ class Parts(NamedTuple):
         for (to_dtype, dtype, _), (targets, parts) in self.batches.items():
             whole, copies = typed(buffer, dtype), []
             for target, part in zip(targets, parts, strict=True):
-                strides, _ = contiguous(part.shape)
-                copies.append(whole.as_strided(part.shape, strides, whole.storage_offset() + end // dtype.itemsize))
+                copies.append(placed(whole, end, part.shape))
                 end += aligned(part.nbytes)
                 all_targets, all_copies = batches.setdefault((to_dtype, dtype, target.is_contiguous()), ([], []))
                 all_targets.append(target)
@@ -511,7 +505,8 @@ class BoundPlan:
         # What layers compute with from the switch on, and what they did until then.
         self._linears: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
         self._replaced: list[Any] = []
-        self._fits = True
+        # Whether nothing has come that the plan does not know.
+        self.fits = True
         # Whether the staged tensors are not all that a load needs: others stay as they are, or parts of them only are staged.
         self.part = False
         # Several senders have a thread each.
@@ -520,8 +515,8 @@ class BoundPlan:
     def add(self, parts: Parts | None) -> None:
         """Take in what the plan has made of staged tensors, None where it does not know them."""
         with self._lock:
-            self._fits = self._fits and parts is not None and parts.names <= self._missing
-            if not self._fits or parts is None:
+            self.fits = self.fits and parts is not None and parts.names <= self._missing
+            if not self.fits or parts is None:
                 return
             self._missing -= parts.names
             for kind, (targets, sources) in parts.batches.items():
@@ -538,25 +533,20 @@ class BoundPlan:
         """Leave what these became as it is: they do not come."""
         with self._lock:
             self.part = bool(names) or self.part
-            self._fits = self._fits and self._missing.issuperset(names)
+            self.fits = self.fits and self._missing.issuperset(names)
             self._missing.difference_update(names)
-
-    @property
-    def fits(self) -> bool:
-        """Whether nothing has come that the plan does not know."""
-        return self._fits
 
     @property
     def complete(self) -> bool:
         """Whether exactly the tensors of the plan have come, or stay."""
-        return self._fits and not self._missing and len(self._linears) == len(self._weights)
+        return self.fits and not self._missing and len(self._linears) == len(self._weights)
 
     def copy(self) -> None:
         """Switch the live model to the staged tensors; the device may not have finished on return."""
         for targets, sources in self._batches.values():
             torch._foreach_copy_(targets, sources, non_blocking=True)
         for layer, linear in self._linears.items():
-            self._replaced.append(getattr(layer, ATTRIBUTE))  # freed with this plan, not in the pause
+            self._replaced.append(getattr(layer, ATTRIBUTE))  # freed with this plan
             setattr(layer, ATTRIBUTE, linear)
 
 

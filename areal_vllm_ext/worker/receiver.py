@@ -288,7 +288,10 @@ class Intake:
                     self._base_manifest, self._base = self._receiver.served.base()
                 self._shard = self.bound.plan.of_a_shard and not self._receiver.served.can_be_proven()
             nbytes, of_shard = self._nbytes(sources)
-            self._place = staging.choose(self.begin.staging, nbytes, of_shard, self._receiver.device)
+            device = self._receiver.device
+            self._place = staging.choose(self.begin.staging, nbytes, of_shard, device)
+            # What is staged in host memory for a GPU stays whole.
+            self._shard = self._shard and (self._place == "device" or device.type == "cpu")
             return True
 
     def _nbytes(self, sources: Sequence[Source]) -> tuple[int, int]:
@@ -370,7 +373,7 @@ class Intake:
                 whole = self._take(
                     piece, {one[0].name: one for one in told}, unchecked=source.unchecked, lent=received is None
                 )
-            if whole and received is piece.memory and self.begin.staging.keep and not self.in_place:
+            if whole and received is piece.memory and self.begin.staging.keep:
                 self.pieces[order.sender, order.index] = piece
         lane.received += 1
         self._report(lane.step)
@@ -411,8 +414,7 @@ class Intake:
         if piece.parts is None or piece.parts.plan is not bound.plan:
             piece.parts = bound.plan.parts(piece.tensors)
         parts: Parts | None = piece.parts
-        on_device = all(tensor.device == self._receiver.device for tensor in piece.tensors.values())
-        if self._shard and not lent and on_device and bound.fits and parts is not None:
+        if self._shard and not lent and bound.fits and parts is not None:
             bound.part = True
             bound.add(parts.apart(self._receiver.pool.empty))
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +14,13 @@ import pytest
 import torch
 from peers import join
 from simulated_engine import HOST
+from torch.multiprocessing.reductions import StorageWeakRef
 from waiting import eventually, in_thread
 
-from areal_vllm_ext.protocol import Bucket
+from areal_vllm_ext.protocol import Bucket, TensorMeta
 from areal_vllm_ext.transport import Cancelled, broadcast
 from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
+from areal_vllm_ext.transport.buckets import filled_buckets
 
 TIMEOUT = 0.7
 NEVER_CANCELLED = threading.Event()
@@ -132,6 +135,22 @@ def test_a_connection_serves_the_next_update_too(pair: Group) -> None:
     pair.sink.meet(opened())
     (received,) = pair.broadcast(torch.full((10,), 7, dtype=torch.uint8))
     assert received.eq(7).all()
+
+
+def filled(sink: BroadcastSink) -> StorageWeakRef:
+    """A bucket, which is kept to be filled again; returns its memory."""
+    weights = [(TensorMeta("t", "float32", (8,)), torch.ones(8))]
+    (_,) = filled_buckets(weights, 1024, lambda nbytes: sink.buffer(0, nbytes)[1], frozenset(), sink.filled)
+    return StorageWeakRef(sink.buffer(0, 1024)[1].untyped_storage())
+
+
+def test_a_slot_that_grows_leaves_no_smaller_buffer_behind(pair: Group) -> None:
+    smaller = filled(pair.sink)
+    gc.collect()
+    assert not smaller.expired()
+    pair.sink.buffer(pair.sink.slots, 4096)
+    gc.collect()
+    assert smaller.expired()
 
 
 def test_ranks_are_assigned_by_the_client_each_once() -> None:

@@ -154,7 +154,7 @@ def test_a_tensor_that_comes_as_it_came_finds_its_place_ready() -> None:
 
     def places(pairs: list[Named]) -> list[torch.Tensor]:
         (bucket,) = filled_buckets(iter(pairs), 1 << 12, lambda _: slot, frozenset(), kept)
-        return [place for _, place in bucket._named]
+        return [place for _, _, place in bucket._places]
 
     before = places(weights)
     assert all(one is other for one, other in zip(before, places(weights), strict=True))
@@ -244,3 +244,8 @@ def test_host_memory_is_zero_on_a_page_and_nobody_elses(nbytes: int) -> None:
     assert one.data_ptr() % 4096 == 0
     one.fill_(7)
     assert not other.any()
+
+
+def test_host_memory_that_is_not_there_is_said() -> None:
+    with pytest.raises(RuntimeError, match="host memory has no room for 1073741824 MiB more"):
+        host_memory.zeros(1 << 50)

@@ -51,8 +51,8 @@ def assert_works(ranks: Ranks, served: Served, seed: int, work: str = "rows", bu
 
 
 @pytest.mark.parametrize("bucket", [300, 1 << 20], ids=["many rounds", "one round"])
-@pytest.mark.parametrize("work", ["fsdp", "rows", "columns", "one_by_one", "in_double"])
-def test_sharded_weights_are_gathered_and_every_rank_has_the_result(
+@pytest.mark.parametrize("work", ["fsdp", "rows", "columns", "one_by_one", "in_double", "whole"])
+def test_weights_are_gathered_where_they_are_sharded_and_every_rank_has_the_result(
     ranks: Ranks, served: Served, work: str, bucket: int
 ) -> None:
     if work == "fsdp":

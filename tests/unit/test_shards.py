@@ -10,21 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from real_receivers import (
-    SHAPES,
-    WORKERS,
-    awaiting_workers,
-    checkpoint,  # noqa: F401 - a fixture
-    connected,
-    send,
-    vllm_config,
-    weights,
-)
+from real_receivers import SHAPES, WORKERS, checkpoint, connected, send, weights  # noqa: F401 - a fixture
 from test_unchanged import Engines, Worker
 
 from areal_vllm_ext import EngineGroup, UpdateAborted, security
 from areal_vllm_ext.protocol import Staging
-from areal_vllm_ext.worker import proof, staging
+from areal_vllm_ext.worker import staging
 
 HALVED = ("embed", "norm")
 
@@ -49,15 +40,10 @@ class Half(torch.nn.Module):
 class Rank(Worker):
     def __init__(self, rank: int, folder: Path, key_file: Path) -> None:
         super().__init__(rank, folder, key_file)
-        self.half = Half(rank)
-        self.vllm_config = vllm_config(folder, key_file, parallel_config=self.vllm_config.parallel_config)
-
-    def get_model(self) -> torch.nn.Module:
-        return self.half
+        self.model = Half(rank)
 
     def reload_weights(self, weights_iterator: Any) -> None:
-        for name, tensor in weights_iterator:
-            self.half.part(name).copy_(self.half.own(name, tensor))
+        super().reload_weights((name, self.model.own(name, tensor)) for name, tensor in weights_iterator)
 
     @property
     def receiver(self) -> Any:
@@ -65,11 +51,7 @@ class Rank(Worker):
 
 
 class Shards(Engines):
-    """What the workers staged is noted in ``staged``, by the switch."""
-
-    def workers_of(self, number: int, checkpoint: Path, key_file: Path) -> list[Any]:  # noqa: F811
-        self.workers[number] = [Rank(rank, checkpoint, key_file) for rank in range(WORKERS)]
-        return self.workers[number]
+    worker = Rank
 
     @property
     def ranks(self) -> list[Rank]:
@@ -77,7 +59,7 @@ class Shards(Engines):
 
     def serve(self, expected: dict[str, torch.Tensor]) -> bool:
         return all(
-            torch.equal(one.half.part(name), one.half.own(name, tensor))
+            torch.equal(one.model.part(name), one.model.own(name, tensor))
             for one in self.ranks
             for name, tensor in expected.items()
         )
@@ -85,9 +67,8 @@ class Shards(Engines):
 
 @pytest.fixture(scope="module")
 def shards(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Shards]:  # noqa: F811
-    with pytest.MonkeyPatch.context() as patch, awaiting_workers(key, checkpoint) as deployment:
-        patch.setattr(proof, "prove", lambda *_: "")  # there is no vLLM to build a second model
-        yield Shards(deployment, checkpoint, key_file)
+    with Shards.started(key, checkpoint, key_file) as started:
+        yield started
 
 
 @pytest.fixture
@@ -152,6 +133,14 @@ def test_other_tensors_are_a_no_where_parts_only_were_kept_and_the_next_update_b
     assert shards.serve(weights(1))
     assert staged_at_commit(shards, group, 8)[1] == set(SHAPES)
     assert staged_at_commit(shards, group, 9)[1] == set()
+
+
+def test_other_tensors_from_the_first_on_are_loaded_layer_by_layer(shards: Shards, group: EngineGroup) -> None:
+    for one in shards.ranks:
+        sources = one.receiver.loader._plan.sources
+        first = next(iter(sources))
+        sources[first] = (torch.float64, sources[first][1])
+    assert staged_at_commit(shards, group, 11, bucket_mib=0) == [set(SHAPES)] * len(shards.ranks)
 
 
 def test_room_is_asked_for_parts_and_buckets_on_the_way(

@@ -4,13 +4,14 @@ stand-ins for vLLM's workers whose models are a few parameters.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -82,6 +83,8 @@ class Worker:
 class Engines(Served):
     """Engines that commit as real ones do."""
 
+    worker = Worker
+
     def __init__(self, deployment: Deployment, folder: Path, key_file: Path) -> None:
         self.workers: dict[int, list[Worker]] = {}
         super().__init__(deployment, folder, key_file)
@@ -90,8 +93,15 @@ class Engines(Served):
                 one._areal_receiver = receiver
 
     def workers_of(self, number: int, checkpoint: Path, key_file: Path) -> list[Any]:  # noqa: F811
-        self.workers[number] = [Worker(rank, checkpoint, key_file) for rank in range(WORKERS)]
+        self.workers[number] = [self.worker(rank, checkpoint, key_file) for rank in range(WORKERS)]
         return self.workers[number]
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, key: security.ClusterKey, checkpoint: Path, key_file: Path) -> Iterator[Self]:  # noqa: F811
+        with pytest.MonkeyPatch.context() as patch, awaiting_workers(key, checkpoint) as deployment:
+            patch.setattr(proof, "prove", lambda *_: "")  # there is no vLLM to build a second model
+            yield cls(deployment, checkpoint, key_file)
 
     def switch(self, number: int, engine: Any) -> Any:
         def commit(update: str) -> None:
@@ -120,9 +130,8 @@ class Engines(Served):
 
 @pytest.fixture(scope="module")
 def engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Engines]:  # noqa: F811
-    with pytest.MonkeyPatch.context() as patch, awaiting_workers(key, checkpoint) as deployment:
-        patch.setattr(proof, "prove", lambda *_: "")  # there is no vLLM to build a second model
-        yield Engines(deployment, checkpoint, key_file)
+    with Engines.started(key, checkpoint, key_file) as started:
+        yield started
 
 
 @pytest.fixture
