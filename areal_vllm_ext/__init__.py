@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__
 
 if TYPE_CHECKING:
     from .client.blocking import EngineGroup
@@ -35,6 +35,7 @@ __all__ = [
     "UpdateResult",
     "Verification",
     "WeightsTainted",
+    "__version__",
 ]
 
 

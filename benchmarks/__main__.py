@@ -8,7 +8,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from .network import missing
+from harness.network import missing
+
 from .plot import RESULTS
 
 _WIRE = ["--transport", "shared_memory" if missing() else "broadcast"]

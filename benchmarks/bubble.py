@@ -17,9 +17,10 @@ import sys
 import time
 from typing import Any
 
+from harness.report import finish, percentile, table
+
 from .load import Load, load
 from .models import TrainerModel
-from .report import finish, percentile, table
 from .serving import Server, serving
 from .update import connected, parsed, ways_of
 from .ways import Native, Way, Weights, join

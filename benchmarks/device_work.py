@@ -19,9 +19,9 @@ from collections.abc import Callable
 
 import torch
 
-from areal_vllm_ext import digest
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.transport.buckets import examined, not_finite
-from areal_vllm_ext.worker.plan import BoundPlan, Copy, Part, Plan, Target, Tree, _Storage
+from areal_vllm_ext.worker.load.plan import BoundPlan, Copy, Part, Plan, Target, Tree, _Storage
 from areal_vllm_ext.worker.staging import Pool
 
 _PIECE_BYTES = 1 << 30

@@ -27,9 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from areal_vllm_ext import AsyncEngineGroup, UpdateAborted, security
-
-from .report import finish, spread, table
+from areal_vllm_ext import AsyncEngineGroup, UpdateAborted
+from areal_vllm_ext.protocol import security
+from harness.report import finish, spread, table
 
 ENGINES = Path(__file__).parent.parent / "tests" / "unit" / "simulated_engine.py"
 COUNTS = (1, 4, 16, 64, 256, 1024)

@@ -28,10 +28,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from areal_vllm_ext import EngineGroup, UpdateResult
 from areal_vllm_ext.demo.deployment import free_ports
+from harness.report import finish, table
 
 from .models import SIZES, TrainerModel
 from .ranks import RANKS, device_of, joined
-from .report import finish, table
 from .serving import Place, Server, serving
 
 WARM_UP = 2

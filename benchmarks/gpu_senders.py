@@ -28,10 +28,10 @@ from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.client.weights import named_parts
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node, free_ports
+from harness.report import finish, table
 
 from .gpu_smoke import expected_tokens, first_difference, make_model, served_tokens
 from .ranks import RANKS, device_of, joined
-from .report import finish, table
 
 UPDATES = 3
 SECONDS = 400

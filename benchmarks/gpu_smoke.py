@@ -36,9 +36,9 @@ from transformers import (
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node
+from harness.report import finish
 
 from .killed_trainer import POINTS
-from .report import finish
 
 PROMPTS = [[10, 20, 30], list(range(500, 540)), [7] * 5, [1000 + 3 * i for i in range(100)]]
 TOKENS = 24

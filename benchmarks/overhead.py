@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from areal_vllm_ext.demo.deployment import WORKER_EXTENSION
+from harness.report import finish, table
 
 from .load import load
 from .models import SIZES, TrainerModel
-from .report import finish, table
 from .serving import Place, Server, serving
 
 FIGURES = ("tokens_per_s", "cpu_ms_per_token")

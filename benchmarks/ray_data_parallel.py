@@ -20,12 +20,13 @@ from typing import Any
 
 import ray
 
-from areal_vllm_ext import EngineGroup, security
+from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import make_model
-from areal_vllm_ext.supervisor import SHARED_MEMORY, remove
+from areal_vllm_ext.process.supervisor import SHARED_MEMORY, remove
+from areal_vllm_ext.protocol import security
+from harness.ray_cluster import RayCluster, ray_cluster
 
-from .ray_cluster import RayCluster, ray_cluster
 from .ray_deferred import token_exact, train
 
 SECONDS = 300

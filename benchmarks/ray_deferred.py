@@ -21,9 +21,8 @@ import torch
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from areal_vllm_ext.launcher import Placement, launch
-
-from .leftovers import Footprint
-from .ray_cluster import ray_cluster
+from harness.leftovers import Footprint
+from harness.ray_cluster import ray_cluster
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from areal_vllm_ext import EngineGroup
+from harness.report import finish, save, table
 
 from .link import Link
 from .load import load
 from .models import SIZES, TrainerModel
-from .report import finish, save, table
 from .serving import Place, Server, serving
 from .ways import Native, Ours, PerTensor, Timing, Way, Weights, join, raw_broadcast, raw_copy
 

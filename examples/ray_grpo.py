@@ -112,7 +112,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         if options.namespaces:
             sys.path.insert(0, str(ROOT))
-            from benchmarks.ray_cluster import ray_cluster
+            from harness.ray_cluster import ray_cluster
 
             config["replica"]["model"] = stack.enter_context(tempfile.TemporaryDirectory())
             make_model(config["replica"]["model"])

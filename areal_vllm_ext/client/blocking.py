@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from ..integrity.verify import Verification
     from ..protocol import EngineInfo, KVPolicy, PauseMode, Version
-    from ..security import ClusterKey
+    from ..protocol.security import ClusterKey
     from .group import EngineState
     from .update import AsyncUpdate, UpdateResult
-    from .verify import Verification
 
 T = TypeVar("T")
 Senders = Literal["first", "parts", "colocated"]

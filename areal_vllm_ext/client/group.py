@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .. import protocol, security
-from ..checkpoint import contents
+from .. import protocol
 from ..config import Settings, split_address
-from ..directory import BEAT_SECONDS
+from ..control import recovery
+from ..control.connection import Connection
+from ..control.directory import BEAT_SECONDS
 from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
-from . import recovery
-from .connection import Connection
+from ..integrity.checkpoint import contents
+from ..integrity.verify import Difference, Verification, compare
+from ..protocol import security
 from .update import AsyncUpdate, UpdateOptions, UpdateResult
-from .verify import Difference, Verification, compare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..digest import Contents
+    from ..control.connection import Heard, Round
+    from ..integrity.digest import Contents
     from ..protocol import (
         Answer,
         EngineInfo,
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
         Version,
     )
     from ..transport import Sink
-    from .connection import Heard, Round
 
 __all__ = ["AsyncEngineGroup", "Difference", "EngineState", "UpdateResult", "Verification"]
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from .. import digest
 from ..errors import InvalidWeights, UpdateAborted
+from ..integrity import digest
 from ..protocol import EngineInfo, Sender, TensorMeta
 from ..transport.buckets import tensor_bytes, total_bytes
 from ..transport.ipc import device_id

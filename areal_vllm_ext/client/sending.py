@@ -16,15 +16,15 @@ import msgspec
 import torch
 
 from ..errors import ArealError, UpdateAborted
+from ..observability.spans import OFF, Spans
 from ..protocol import Bucket, EngineInfo, Segment, TensorMeta, Version
-from ..spans import OFF, Spans
 from ..transport import Cancelled
 from ..transport.buckets import Bucket as FilledBucket
 from ..transport.buckets import filled_buckets, nbytes_of
 from ..transport.ipc import CudaIpcSink, device_id
 
 if TYPE_CHECKING:
-    from ..digest import Contents
+    from ..integrity.digest import Contents
     from ..transport import Sink, UnderWay
     from .group import AsyncEngineGroup
 

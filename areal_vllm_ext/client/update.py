@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import msgspec
 import torch
 
-from .. import digest, interpreter, protocol
+from .. import protocol
 from ..errors import (
     ArealError,
     EngineUnreachable,
@@ -30,6 +30,10 @@ from ..errors import (
     WeightsTainted,
     join,
 )
+from ..integrity import digest
+from ..observability import trace
+from ..observability.spans import Spans
+from ..process import interpreter
 from ..protocol import (
     Answer,
     EngineInfo,
@@ -42,11 +46,9 @@ from ..protocol import (
     TensorMeta,
     Version,
 )
-from ..spans import Spans
 from ..transport import Cancelled
 from ..transport.buckets import default_bucket_bytes, tensor_bytes, total_bytes
 from ..transport.ipc import LENT_BYTES, CudaIpcSink
-from . import trace
 from .coordinator import Coordinator, Member
 from .sending import Sending, choose_transport
 from .weights import Checker, Named, gathered, storages, warn_unchecked
@@ -54,10 +56,10 @@ from .weights import Checker, Named, gathered, storages, warn_unchecked
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from ..digest import Contents
+    from ..control.connection import Round
+    from ..integrity.digest import Contents
     from ..protocol import Transfer
     from ..transport import Sink
-    from .connection import Round
     from .group import AsyncEngineGroup
 
     Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import checkpoint
 from ..errors import InvalidWeights
+from ..integrity import checkpoint
 from ..protocol import TensorMeta
 
 Named = tuple[str, torch.Tensor]

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArealError
-from ..serving import answers, data_parallel_arguments
-from ..supervised import Supervised
+from ..process.serving import answers, data_parallel_arguments
+from ..process.supervised import Supervised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

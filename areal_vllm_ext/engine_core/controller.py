@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.interface import PauseState
 from vllm.version import __version__ as vllm_version
 
-from .. import __version__, security
+from .._version import __version__
 from ..config import DEFAULT_DIRECTORY_PORT, Settings, split_address
-from ..directory import SETTLE_SECONDS, DirectoryServer, new_incarnation
+from ..control.directory import SETTLE_SECONDS, DirectoryServer, new_incarnation
 from ..errors import SettingsError
-from ..protocol import EngineInfo, PauseMode, Version
+from ..protocol import EngineInfo, PauseMode, Version, security
 from . import hooks
 from .endpoint import Endpoint, Identity
 

@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import zmq
 
-from .. import __version__, checkpoint, interpreter, protocol, security, wire
-from ..directory import BEAT_SECONDS, wrong_protocol
+from .. import protocol
+from .._version import __version__
+from ..control.directory import BEAT_SECONDS, wrong_protocol
+from ..integrity import checkpoint
+from ..process import interpreter
 from ..protocol import (
     Attach,
     DescribeWeights,
@@ -40,18 +43,10 @@ from ..protocol import (
     WorkerDone,
     WorkerTrace,
     WorkerWeights,
+    security,
+    wire,
 )
-from .participant import (
-    CallCancelPause,
-    CallCommit,
-    CallLoad,
-    CallPause,
-    CallResume,
-    Effect,
-    Order,
-    Participant,
-    Reply,
-)
+from .participant import CallCancelPause, CallCommit, CallLoad, CallPause, CallResume, Effect, Order, Participant, Reply
 from .tracing import Tracing
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ from ..protocol import (
 )
 
 if TYPE_CHECKING:
-    from ..wire import Caller
+    from ..protocol.wire import Caller
 
 Phase = Literal["idle", "receiving", "prepared", "committing"]
 Flow = Literal["running", "pausing", "paused", "resuming"]

@@ -9,12 +9,12 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from .. import protocol
+from ..observability.spans import Spans, clock_offset, shifted
 from ..protocol import Begin, Bucket, GetTrace, Trace, WorkerTrace
-from ..spans import Spans, clock_offset, shifted
 from .participant import Order, Reply
 
 if TYPE_CHECKING:
-    from ..wire import Caller
+    from ..protocol.wire import Caller
     from .participant import Effect, Participant, ParticipantRequest
 
 # However long its caller would wait.

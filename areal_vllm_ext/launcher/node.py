@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from .. import lifeline, security
 from ..errors import LaunchError
-from ..serving import HeldPorts, answers, interface_of
-from ..supervised import Supervised
+from ..process import lifeline
+from ..process.serving import HeldPorts, answers, interface_of
+from ..process.supervised import Supervised
+from ..protocol import security
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -12,10 +12,10 @@ import ray
 import zmq
 from ray.util.placement_group import remove_placement_group
 
-from .. import security
-from ..directory import SETTLE_SECONDS, DirectoryServer
+from ..control.directory import SETTLE_SECONDS, DirectoryServer
 from ..errors import ArealError, LaunchError
-from ..lifeline import Lifelines
+from ..process.lifeline import Lifelines
+from ..protocol import security
 from .node import NodeFacts, NodeLauncher, NodeState
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from ray.util.placement_group import get_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from .. import security
 from ..client.blocking import EngineGroup
 from ..config import Settings
 from ..errors import LaunchError, SettingsError
+from ..protocol import security
 from .owner import ReplicaOwner, ReplicaState
 from .placement import Placement
 from .spec import ReplicaSpec

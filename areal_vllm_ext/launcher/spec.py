@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from ..errors import SettingsError
-from ..serving import data_parallel_arguments
+from ..process.serving import data_parallel_arguments
 from .placement import Placement
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from .. import host_memory
 from ..protocol import Broadcast, Bucket
-from . import nccl, watch
+from . import host_memory, nccl, watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

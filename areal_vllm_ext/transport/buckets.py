@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import torch
 
-from .. import digest
 from ..errors import InvalidWeights
+from ..integrity import digest
 from ..protocol import Segment, TensorMeta
 
 # Tensors start at multiples of this inside a bucket, so that any dtype can be viewed in place, and digests find their rows.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import checkpoint
+from ..integrity import checkpoint
 from .buckets import total_bytes
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import digest
+from ..integrity import digest
 from ..protocol import Allocation, Bucket, CudaIpc, Segment, TensorMeta
 from . import watch
 from .buckets import Piece, aligned, examining, nbytes_of, unpack

@@ -23,9 +23,12 @@ import msgspec
 import torch
 import zmq
 
-from .. import checkpoint, digest, errors, host_memory, interpreter, protocol, security, wire
+from .. import errors, protocol
 from ..config import Settings
-from ..digest import Contents
+from ..integrity import checkpoint, digest
+from ..integrity.digest import Contents
+from ..observability.spans import OFF, Spans
+from ..process import interpreter
 from ..protocol import (
     Abort,
     Attach,
@@ -41,19 +44,20 @@ from ..protocol import (
     WorkerDone,
     WorkerInfo,
     WorkerTrace,
+    security,
+    wire,
 )
-from ..spans import OFF, Spans
-from ..transport import Cancelled, Source, UnderWay, open_source
+from ..transport import Cancelled, Source, UnderWay, host_memory, open_source
 from ..transport.buckets import Piece, damaged, differing, not_finite, packed, unpack
 from ..transport.ipc import CudaIpcSource, device_id
 from . import staging
-from .loader import Loader
+from .load.loader import Loader
 from .served import LOOK, Served, WeightsChanged, beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from .plan import BoundPlan, Parts
+    from .load.plan import BoundPlan, Parts
     from .staging import Place
 
 _T = TypeVar("_T")

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import checkpoint, digest
-from ..digest import Contents
+from ..integrity import checkpoint, digest
+from ..integrity.digest import Contents
 from ..protocol import WorkerWeights
-from . import proof
+from .load import proof
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
-from .. import host_memory
 from ..protocol import Staging
+from ..transport import host_memory
 from .memory import free_bytes
 
 Place = Literal["device", "host", "none"]

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from areal_vllm_ext import EngineGroup, security
+from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import WORKER_EXTENSION, Deployment, Node
 from areal_vllm_ext.demo.model import make_model
-from benchmarks.network import Namespaces, missing
+from areal_vllm_ext.protocol import security
+from harness.network import Namespaces, missing
 
 Pending = Future[dict[str, Any]]
 

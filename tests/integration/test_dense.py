@@ -25,7 +25,7 @@ from areal_vllm_ext import (
     UpdateAborted,
 )
 from areal_vllm_ext.client.weights import named_weights
-from benchmarks.network import missing
+from harness.network import missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

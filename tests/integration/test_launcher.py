@@ -18,9 +18,9 @@ import ray
 from areal_vllm_ext import LaunchError
 from areal_vllm_ext.errors import SettingsError
 from areal_vllm_ext.launcher import HTTPServerLauncher, Placement, Replica, launch, launch_async
-from benchmarks.leftovers import Footprint, processes
-from benchmarks.network import missing
-from benchmarks.ray_cluster import RayCluster, ray_cluster
+from harness.leftovers import Footprint, processes
+from harness.network import missing
+from harness.ray_cluster import RayCluster, ray_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
 
-STUBBORN = (sys.executable, str(Path(__file__).parents[2] / "benchmarks" / "stubborn_server.py"))
+STUBBORN = (sys.executable, str(Path(__file__).parents[2] / "chaos" / "stubborn_server.py"))
 TWO_NODES = Placement.deferred(nodes=2, devices_per_node=1, resource="CPU")
 
 

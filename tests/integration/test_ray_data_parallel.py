@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.network import missing
+from harness.network import missing
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ import pytest
 from raw_client import RawClient
 from simulated_engine import HOST, Deployment, deployed
 
-from areal_vllm_ext import security
+from areal_vllm_ext.protocol import security
 
 # Busy machines stall for seconds, and what hypothesis has found once belongs into a test of its own.
 hypothesis.settings.register_profile(

@@ -18,7 +18,8 @@ import msgspec
 import zmq
 from engine_infos import engine_info
 
-from areal_vllm_ext import protocol, security, wire
+from areal_vllm_ext import protocol
+from areal_vllm_ext.protocol import security, wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,8 @@ import time
 
 import zmq
 
-from areal_vllm_ext import protocol, security, wire
+from areal_vllm_ext import protocol
+from areal_vllm_ext.protocol import security, wire
 
 
 class RawClient:

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from simulated_engine import Deployment, Shape, SimulatedEngine, deployed
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, security
+from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.protocol import security
 from areal_vllm_ext.worker.receiver import Receiver
 
 WORKERS = 2

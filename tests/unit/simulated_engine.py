@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from areal_vllm_ext import __version__, digest, protocol, security, wire
+from areal_vllm_ext import __version__, protocol
 from areal_vllm_ext.config import Settings
-from areal_vllm_ext.directory import DirectoryServer, new_incarnation
+from areal_vllm_ext.control.directory import DirectoryServer, new_incarnation
 from areal_vllm_ext.engine_core.endpoint import Endpoint, Identity
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import (
     Attach,
     Begin,
@@ -39,6 +40,8 @@ from areal_vllm_ext.protocol import (
     Version,
     WorkerDone,
     WorkerInfo,
+    security,
+    wire,
 )
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from areal_vllm_ext import checkpoint
-from benchmarks import bubble, load, models, overhead, plot, report, serving, update
+from areal_vllm_ext.integrity import checkpoint
+from benchmarks import bubble, load, models, overhead, plot, serving, update
+from harness import report
 
 ROOT = Path(__file__).parent.parent.parent
 

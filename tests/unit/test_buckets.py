@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_vllm_ext import digest, host_memory
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Segment, TensorMeta
+from areal_vllm_ext.transport import host_memory
 from areal_vllm_ext.transport.buckets import Bucket, default_bucket_bytes, filled_buckets, unpack
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from areal_vllm_ext import security
 from areal_vllm_ext.cli import main
+from areal_vllm_ext.protocol import security
 
 if TYPE_CHECKING:
     from pathlib import Path

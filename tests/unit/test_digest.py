@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_vllm_ext import digest
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import TensorMeta
 from areal_vllm_ext.transport.buckets import damaged, filled_buckets
 
@@ -167,11 +167,11 @@ def test_cuda_gives_what_the_cpu_gives(count: int) -> None:
 
 
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from areal_vllm_ext import digest_cpu
+    from areal_vllm_ext.integrity import digest_numba
 
-    check, right = digest._is_right.__wrapped__, digest_cpu.digest
+    check, right = digest._is_right.__wrapped__, digest_numba.digest
     assert check(torch.device("cpu"))
-    monkeypatch.setattr(digest_cpu, "digest", lambda data, *more: right(data, *more) ^ 1)
+    monkeypatch.setattr(digest_numba, "digest", lambda data, *more: right(data, *more) ^ 1)
     assert not check(torch.device("cpu"))
-    monkeypatch.setattr(digest_cpu, "digest", lambda *_: 1 / 0)
+    monkeypatch.setattr(digest_numba, "digest", lambda *_: 1 / 0)
     assert not check(torch.device("cpu"))

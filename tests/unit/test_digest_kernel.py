@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import torch
-from areal_vllm_ext import digest
+from areal_vllm_ext.integrity import digest
 
 torch.manual_seed(0)
 device = torch.device("cpu")
@@ -31,8 +31,8 @@ for place in (0, 5, 131070):
 # In each dtype: the largest values are finite; NaN and the infinities are seen wherever they are, in a row that is cut too.
 VALUES = """
 import torch
-from areal_vllm_ext import digest
-from areal_vllm_ext.digest_kernel import LANES
+from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.integrity.digest_triton import LANES
 
 device = torch.device("cpu")
 looked_at = [dtype for dtype in LANES if dtype.is_floating_point]

@@ -12,9 +12,9 @@ from engine_infos import engine_info
 from raw_client import RawClient
 from waiting import eventually
 
-from areal_vllm_ext import directory as directory_module
 from areal_vllm_ext import protocol
-from areal_vllm_ext.directory import FORGOTTEN_AFTER, LOST_AFTER, Directory, new_incarnation
+from areal_vllm_ext.control import directory as directory_module
+from areal_vllm_ext.control.directory import FORGOTTEN_AFTER, LOST_AFTER, Directory, new_incarnation
 from areal_vllm_ext.protocol import (
     Ack,
     AcquireLease,

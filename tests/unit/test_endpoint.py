@@ -12,8 +12,20 @@ from safetensors.torch import save_file
 from simulated_engine import Deployment, Shape, deployed
 from waiting import eventually
 
-from areal_vllm_ext import protocol, security, wire
-from areal_vllm_ext.protocol import Ack, DescribeWeights, Error, Fence, GetStatus, Pause, Status, TensorMeta, Weights
+from areal_vllm_ext import protocol
+from areal_vllm_ext.protocol import (
+    Ack,
+    DescribeWeights,
+    Error,
+    Fence,
+    GetStatus,
+    Pause,
+    Status,
+    TensorMeta,
+    Weights,
+    security,
+    wire,
+)
 
 Raw = Callable[..., RawClient]
 

@@ -16,7 +16,8 @@ import pytest
 from raw_client import RawClient
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, protocol, security
+from areal_vllm_ext import EngineGroup, protocol
+from areal_vllm_ext.protocol import security
 
 HERE = Path(__file__).parent
 FRAMES = 100_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 20_000

@@ -29,10 +29,21 @@ from areal_vllm_ext import (
     InvalidWeights,
     PauseFailed,
     UpdateAborted,
-    security,
 )
 from areal_vllm_ext.errors import RequestError
-from areal_vllm_ext.protocol import Ack, AcquireLease, Begin, Commit, Disk, Fence, Lease, Pause, Prepare, Sender
+from areal_vllm_ext.protocol import (
+    Ack,
+    AcquireLease,
+    Begin,
+    Commit,
+    Disk,
+    Fence,
+    Lease,
+    Pause,
+    Prepare,
+    Sender,
+    security,
+)
 
 if TYPE_CHECKING:
     from raw_client import RawClient

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, UpdateAborted, interpreter
+from areal_vllm_ext import EngineGroup, UpdateAborted
+from areal_vllm_ext.process import interpreter
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ import pytest
 import torch
 from waiting import eventually
 
-from areal_vllm_ext import digest
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Bucket, CudaIpc, TensorMeta
 from areal_vllm_ext.transport import ipc
 from areal_vllm_ext.transport.buckets import packed, unpack

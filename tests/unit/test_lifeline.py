@@ -10,11 +10,11 @@ import sys
 
 import pytest
 
-from areal_vllm_ext import lifeline
+from areal_vllm_ext.process import lifeline
 
 PEER = """
 import asyncio, sys
-from areal_vllm_ext import lifeline
+from areal_vllm_ext.process import lifeline
 async def main():
     address = lifeline.LifelineAddress(sys.argv[1], int(sys.argv[2]), sys.argv[3])
     task = await lifeline.connect(address, sys.argv[4], lambda: print("ended", flush=True))
@@ -25,7 +25,7 @@ asyncio.run(main())
 
 OWNER = """
 import asyncio
-from areal_vllm_ext import lifeline
+from areal_vllm_ext.process import lifeline
 async def main():
     address = await lifeline.Lifelines(lambda _: None).listen("127.0.0.1")
     print(address.port, address.token, flush=True)

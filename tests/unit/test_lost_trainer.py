@@ -11,7 +11,7 @@ from raw_client import RawClient
 from simulated_engine import NEVER, Deployment, Shape, deployed
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, PauseFailed, UpdateAborted, UpdateInDoubt, security
+from areal_vllm_ext import EngineGroup, PauseFailed, UpdateAborted, UpdateInDoubt
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.protocol import (
     Abort,
@@ -28,6 +28,7 @@ from areal_vllm_ext.protocol import (
     Prepare,
     Resume,
     Sender,
+    security,
 )
 
 Raw = Callable[..., RawClient]

@@ -23,16 +23,17 @@ from real_receivers import (
 from safetensors.torch import save_file
 from simulated_engine import Deployment, Shape, deployed
 
-from areal_vllm_ext import EngineGroup, UpdateAborted, digest
-from areal_vllm_ext import checkpoint as checkpoints
+from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.client.coordinator import Coordinator, Member
 from areal_vllm_ext.engine_core.participant import Participant, Reply
+from areal_vllm_ext.integrity import checkpoint as checkpoints
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Ack, Begin, Disk, Error, Prepare, Sender, WorkerDone
+from areal_vllm_ext.protocol.wire import Caller
 from areal_vllm_ext.transport import Arrived
 from areal_vllm_ext.transport.broadcast import GlooBroadcast
 from areal_vllm_ext.transport.disk import DiskSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySource
-from areal_vllm_ext.wire import Caller
 
 if TYPE_CHECKING:
     import torch

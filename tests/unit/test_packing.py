@@ -30,10 +30,10 @@ from test_plan import (
 )
 from vllm.model_executor.layers import utils
 
-from areal_vllm_ext.worker import packing
-from areal_vllm_ext.worker.loader import Loader
-from areal_vllm_ext.worker.plan import BoundPlan, NotPlanned, Plan, Recorder
-from areal_vllm_ext.worker.proof import readable
+from areal_vllm_ext.worker.load import packing
+from areal_vllm_ext.worker.load.loader import Loader
+from areal_vllm_ext.worker.load.plan import BoundPlan, NotPlanned, Plan, Recorder
+from areal_vllm_ext.worker.load.proof import readable
 
 SHAPES = {
     "embed": (VOCABULARY, HIDDEN),
@@ -142,7 +142,7 @@ def test_the_loader_packs_beside_generation_and_reloads_once() -> None:
     real = packing.packed
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "areal_vllm_ext.worker.plan.packed",
+            "areal_vllm_ext.worker.load.plan.packed",
             lambda weight: (packed_by.append(threading.current_thread().name), real(weight))[1],
         )
         for seed in range(1, 4):

@@ -40,7 +40,7 @@ from areal_vllm_ext.protocol import (
     WeightsDamaged,
     WorkerDone,
 )
-from areal_vllm_ext.wire import Caller
+from areal_vllm_ext.protocol.wire import Caller
 
 OLD, NEW = "old", "new"
 MINUTE = 60.0

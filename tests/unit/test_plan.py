@@ -16,9 +16,9 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
-from areal_vllm_ext.worker.loader import Loader
-from areal_vllm_ext.worker.plan import BoundPlan, NotPlanned, Plan, Recorder
-from areal_vllm_ext.worker.proof import readable
+from areal_vllm_ext.worker.load.loader import Loader
+from areal_vllm_ext.worker.load.plan import BoundPlan, NotPlanned, Plan, Recorder
+from areal_vllm_ext.worker.load.proof import readable
 
 Weights = dict[str, torch.Tensor]
 TP_SIZE, TP_RANK = 2, 1

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from areal_vllm_ext import protocol
-from areal_vllm_ext.directory import Directory
+from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.protocol import Error, Hello, Message, Welcome
 
 if typing.TYPE_CHECKING:

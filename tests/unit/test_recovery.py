@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from engine_infos import engine_info
 
-from areal_vllm_ext.client import recovery
+from areal_vllm_ext.control import recovery
 from areal_vllm_ext.protocol import Abort, Agree, Commit, Resume, Status
 
 ENGINE = engine_info()

@@ -15,9 +15,9 @@ import pytest
 import zmq
 from raw_client import RawClient
 
-from areal_vllm_ext import EngineGroup, EngineUnreachable, protocol, security
+from areal_vllm_ext import EngineGroup, EngineUnreachable, protocol
 from areal_vllm_ext.errors import SettingsError
-from areal_vllm_ext.protocol import GetStatus, Status
+from areal_vllm_ext.protocol import GetStatus, Status, security
 
 if TYPE_CHECKING:
     from simulated_engine import Deployment

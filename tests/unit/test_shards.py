@@ -13,8 +13,8 @@ import torch
 from real_receivers import SHAPES, WORKERS, checkpoint, connected, send, weights  # noqa: F401 - a fixture
 from test_unchanged import Engines, Worker
 
-from areal_vllm_ext import EngineGroup, UpdateAborted, security
-from areal_vllm_ext.protocol import Staging
+from areal_vllm_ext import EngineGroup, UpdateAborted
+from areal_vllm_ext.protocol import Staging, security
 from areal_vllm_ext.worker import staging
 
 HALVED = ("embed", "norm")

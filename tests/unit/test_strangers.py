@@ -15,9 +15,11 @@ from raw_client import RawClient
 from simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 from waiting import eventually
 
-from areal_vllm_ext import checkpoint, directory, protocol, security, wire
-from areal_vllm_ext.directory import Directory
+from areal_vllm_ext import protocol
+from areal_vllm_ext.control import directory
+from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.engine_core.participant import Participant
+from areal_vllm_ext.integrity import checkpoint
 from areal_vllm_ext.protocol import (
     EPOCH_JUMP,
     Ack,
@@ -40,6 +42,8 @@ from areal_vllm_ext.protocol import (
     Weights,
     WorkerDone,
     WorkerInfo,
+    security,
+    wire,
 )
 
 Raw = Callable[..., RawClient]

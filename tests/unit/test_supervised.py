@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_vllm_ext.supervised import Supervised
+from areal_vllm_ext.process.supervised import Supervised
 
 # A server at its worst: it ignores SIGTERM, and its grandchild, in a session of its own, does too.
 STUBBORN = """
@@ -28,7 +28,7 @@ time.sleep(600)
 OWNER = """
 import sys, time
 from pathlib import Path
-from areal_vllm_ext.supervised import Supervised
+from areal_vllm_ext.process.supervised import Supervised
 process = Supervised([sys.executable, *sys.argv[2:]], log=Path(sys.argv[1]), grace=0.5)
 print(process.pid, flush=True)
 time.sleep(600)

@@ -17,10 +17,10 @@ import torch
 from real_receivers import WORKERS, awaiting_workers, connected, save, vllm_config
 from simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
 
-from areal_vllm_ext import EngineGroup, UpdateAborted, security
-from areal_vllm_ext.client import trace
-from areal_vllm_ext.protocol import EngineInfo, GetTrace, Span
-from areal_vllm_ext.spans import Spans, clock_offset
+from areal_vllm_ext import EngineGroup, UpdateAborted
+from areal_vllm_ext.observability import trace
+from areal_vllm_ext.observability.spans import Spans, clock_offset
+from areal_vllm_ext.protocol import EngineInfo, GetTrace, Span, security
 from areal_vllm_ext.worker import receiver as receivers
 from areal_vllm_ext.worker.extension import WorkerExtension
 from areal_vllm_ext.worker.receiver import Receiver

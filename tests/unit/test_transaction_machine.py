@@ -18,8 +18,8 @@ from hypothesis import Phase, event, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from areal_vllm_ext.client import recovery
 from areal_vllm_ext.client.coordinator import Coordinator, Member
+from areal_vllm_ext.control import recovery
 from areal_vllm_ext.protocol import (
     Ack,
     Answer,
@@ -34,8 +34,8 @@ from areal_vllm_ext.protocol import (
     Status,
     Version,
 )
-from areal_vllm_ext.wire import Caller
-from benchmarks.simulation import Engine, brief
+from areal_vllm_ext.protocol.wire import Caller
+from chaos.simulation import Engine, brief
 
 NAMES = ("a", "b", "c")
 DEADLINE = 60.0

@@ -29,9 +29,11 @@ from real_receivers import (
 )
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, UpdateAborted, interpreter, security
-from areal_vllm_ext.worker import proof
+from areal_vllm_ext import EngineGroup, UpdateAborted
+from areal_vllm_ext.process import interpreter
+from areal_vllm_ext.protocol import security
 from areal_vllm_ext.worker.extension import WorkerExtension
+from areal_vllm_ext.worker.load import proof
 
 FROZEN = ("embed", "layer.0")
 

@@ -15,12 +15,14 @@ import torch
 from simulated_engine import NEVER, Shape, deployed
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, digest
-from areal_vllm_ext.checkpoint import NotACheckpoint
-from areal_vllm_ext.client.verify import Verification, compare
+from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.errors import RequestError
+from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.integrity.checkpoint import NotACheckpoint
+from areal_vllm_ext.integrity.verify import Verification, compare
 from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, WorkerWeights
-from areal_vllm_ext.worker import proof, served
+from areal_vllm_ext.worker import served
+from areal_vllm_ext.worker.load import proof
 from areal_vllm_ext.worker.served import Served, WeightsChanged
 
 LIVE = {"embed": 1, "norm": 2}

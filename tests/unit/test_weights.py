@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from areal_vllm_ext import InvalidWeights, checkpoint
+from areal_vllm_ext import InvalidWeights
 from areal_vllm_ext.client.weights import Checker, named_weights
+from areal_vllm_ext.integrity import checkpoint
 from areal_vllm_ext.protocol import TensorMeta
 from areal_vllm_ext.transport.buckets import Bucket
 

@@ -17,11 +17,11 @@ from simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 from waiting import eventually
 from zmq.utils.monitor import recv_monitor_message
 
-from areal_vllm_ext import protocol, security, wire
+from areal_vllm_ext import protocol
 from areal_vllm_ext.config import Settings
-from areal_vllm_ext.directory import DirectoryServer
+from areal_vllm_ext.control.directory import DirectoryServer
 from areal_vllm_ext.errors import SettingsError
-from areal_vllm_ext.protocol import Ack, Error, GetStatus, Pause, Status
+from areal_vllm_ext.protocol import Ack, Error, GetStatus, Pause, Status, security, wire
 
 Raw = Callable[..., RawClient]
 MAX_MESSAGE = 1 << 20

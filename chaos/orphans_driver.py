@@ -10,9 +10,9 @@ import time
 import ray
 
 from areal_vllm_ext.launcher import Placement, launch
+from benchmarks.ray_deferred import CPU_ARGS, CPU_ENV
 
 from .orphans import STUBBORN
-from .ray_deferred import CPU_ARGS, CPU_ENV
 
 
 def main() -> None:

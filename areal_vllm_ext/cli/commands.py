@@ -14,8 +14,9 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
-from . import __version__, cli_launch
-from .errors import ArealError, LaunchError
+from .._version import __version__
+from ..errors import ArealError, LaunchError
+from . import launch_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--key-file", metavar="FILE", help="the cluster's key (default: AREAL_VLLM_KEY_FILE)")
     command.set_defaults(run=_directory)
 
-    cli_launch.add_to(commands)
+    launch_file.add_to(commands)
 
     command = commands.add_parser("demo", help="train a tiny model with two vLLM engines on this machine")
     command.add_argument("--moe", action="store_true", help="a mixture-of-experts model on a lockstep DP group")
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from . import EngineGroup
+    from .. import EngineGroup
 
     with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
         if options.engines:
@@ -129,7 +130,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _pause(options: argparse.Namespace) -> int:
-    from . import EngineGroup
+    from .. import EngineGroup
 
     with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
         group.pause(options.mode, deadline=options.timeout, lease=None)
@@ -137,7 +138,7 @@ def _pause(options: argparse.Namespace) -> int:
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from . import EngineGroup
+    from .. import EngineGroup
 
     with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
         group.resume(deadline=options.timeout)
@@ -145,7 +146,7 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _update(options: argparse.Namespace) -> int:
-    from . import EngineGroup
+    from .. import EngineGroup
 
     with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
         with group.update(options.to_version, deadline=options.timeout) as update:
@@ -163,7 +164,7 @@ def _update(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from . import EngineGroup
+    from .. import EngineGroup
 
     with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
         found = group.verify(options.against, deadline=options.timeout)
@@ -180,7 +181,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _keygen(options: argparse.Namespace) -> int:
-    from . import security
+    from ..protocol import security
 
     key = security.write_key(options.file)
     print(f"wrote {options.file} ({key.fingerprint}...): copy it to every node and set AREAL_VLLM_KEY_FILE to its path")
@@ -190,9 +191,9 @@ def _keygen(options: argparse.Namespace) -> int:
 def _directory(options: argparse.Namespace) -> int:
     import zmq
 
-    from . import security
-    from .config import Settings, split_address
-    from .directory import SETTLE_SECONDS, DirectoryServer
+    from ..config import Settings, split_address
+    from ..control.directory import SETTLE_SECONDS, DirectoryServer
+    from ..protocol import security
 
     host, port = split_address(options.address)
     settings = Settings.load()
@@ -211,7 +212,7 @@ def _directory(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from . import demo
+    from .. import demo
 
     return demo.run(moe=options.moe, steps=options.steps, seed=options.seed, keep_logs=options.keep_logs)
 
@@ -227,7 +228,3 @@ def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[place]) for line in (heads, *rows)) for place in shown]
     for line in (heads, *rows):
         print("  ".join(line[place].ljust(width) for place, width in zip(shown, widths, strict=True)).rstrip())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Every way to die, and whether anything of a replica outlives it: a real two-node Ray cluster, a head and a headless node.
 
-    python -m benchmarks.orphans [--rounds 10] [--real 1] [--ways NAME ...] [--resume]        # as root
+    python -m chaos.orphans [--rounds 10] [--real 1] [--ways NAME ...] [--resume]        # as root
 
 Of the rounds of each way, ``--real`` launch real vLLM, two dense engines. In the others vLLM is replaced by a process tree that
 is harder to end, and affordable: it ignores SIGTERM and has a grandchild in a session of its own (stubborn_server.py).
@@ -29,16 +29,15 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from areal_vllm_ext.demo.model import make_model
-
-from .leftovers import Footprint
-from .ray_cluster import ray_cluster
+from harness.leftovers import Footprint
+from harness.ray_cluster import ray_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .ray_cluster import RayCluster
+    from harness.ray_cluster import RayCluster
 
-RESULTS = Path(__file__).parent / "results" / "orphans.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "orphans.json"
 LIMIT_SECONDS = 15.0
 GIVE_UP_SECONDS = 60.0
 STUBBORN = Path(__file__).with_name("stubborn_server.py")
@@ -58,7 +57,7 @@ class Round:
             *cluster.namespaces.prefix("a"),
             sys.executable,
             "-m",
-            "benchmarks.orphans_driver",
+            "chaos.orphans_driver",
             cluster.address,
             model,
         ]

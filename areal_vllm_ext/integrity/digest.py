@@ -6,7 +6,7 @@ with fixed random keys, modulo 2^64 (two different rows collide with a probabili
 is mixed with the row's number, so that its place counts, and their sum with the number of bytes. Dtype and shape are not
 in it: compare them beside it, or use ``manifest``.
 
-On GPUs one Triton kernel reads any number of tensors where they lie (``digest_kernel.py``), on CPUs a loop that Numba compiles
+On GPUs one Triton kernel reads any number of tensors where they lie (``digest_triton.py``), on CPUs a loop that Numba compiles
 (``digest_cpu.py``). Where there is neither it is torch's operators: all tensors of a bucket cost as many launches as one of
 its size; temporary memory: two pieces of ``_PIECE_BYTES``, and a quarter of the buffer for the hashes of its rows and their
 places. Measured: 2.7 TB/s on an H200 (with operators 0.09), 5.9 GB/s on a core of a Xeon of 2.5 GHz (0.9).
@@ -25,7 +25,7 @@ from concurrent.futures import Future
 
 import torch
 
-from .protocol import TensorMeta, encoder
+from ..protocol import TensorMeta, encoder
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -133,7 +133,7 @@ def _looks(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
     """Whether the kernel looks at values there."""
     if device.type == "cpu" or not has_kernel(device):
         return False
-    from .digest_kernel import LANES
+    from .digest_triton import LANES
 
     return all(dtype in LANES for dtype in set(dtypes))
 
@@ -199,7 +199,7 @@ def _by_kernel(tensors: Iterable[torch.Tensor], device: torch.device) -> list[in
 
 
 def _on_cpu(tensors: Iterable[torch.Tensor]) -> list[int]:
-    from . import digest_cpu
+    from . import digest_numba
 
     cpu = torch.device("cpu")
     keys, constants = _keys(cpu).numpy(), _constants(cpu).numpy().view("uint64")
@@ -208,7 +208,7 @@ def _on_cpu(tensors: Iterable[torch.Tensor]) -> list[int]:
         flat = as_bytes(tensor.detach())
         if flat.data_ptr() % 4:
             flat = flat.clone()
-        result.append(int(digest_cpu.digest(flat.numpy(), keys, constants)))
+        result.append(int(digest_numba.digest(flat.numpy(), keys, constants)))
     return result
 
 
@@ -216,7 +216,7 @@ def _on_gpu(
     tensors: Iterable[torch.Tensor], device: torch.device, *, look: bool = False
 ) -> tuple[list[int], list[bool]]:
     """Digests; with ``look`` also whether all values of each are finite."""
-    from . import digest_kernel
+    from . import digest_triton
 
     result: list[int] = []
     finite: list[bool] = []
@@ -235,7 +235,7 @@ def _on_gpu(
 
     for tensor in tensors:
         readable = tensor
-        if not tensor.is_contiguous() or tensor.data_ptr() % digest_kernel.ALIGNMENT:
+        if not tensor.is_contiguous() or tensor.data_ptr() % digest_triton.ALIGNMENT:
             readable = tensor.detach().clone(memory_format=torch.contiguous_format)
             copied += readable.nbytes
         batch.append(readable)
@@ -259,9 +259,9 @@ def _launched(
     spans: tuple[tuple[int, int], ...], device: torch.device, dtypes: tuple[torch.dtype, ...] | None
 ) -> torch.Tensor:
     """The kernel's sums, on the device, which may not be there yet."""
-    from . import digest_kernel
+    from . import digest_triton
 
-    return digest_kernel.row_sums(spans, _keys(device), _constants(device), dtypes)
+    return digest_triton.row_sums(spans, _keys(device), _constants(device), dtypes)
 
 
 def _finished(sums: torch.Tensor, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:

@@ -17,13 +17,13 @@ import msgspec
 
 from .. import protocol
 from ..errors import EngineUnreachable, RequestError
-from ..spans import clock_offset, shifted
+from .spans import clock_offset, shifted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from ..client.group import AsyncEngineGroup
     from ..protocol import EngineInfo, Span
-    from .group import AsyncEngineGroup
 
 # Of each kind so many spans in a process; of all workers' together so many, as long as each has a few.
 LONGEST = 512

@@ -6,13 +6,13 @@ import collections
 import dataclasses
 from typing import TYPE_CHECKING
 
-from .. import digest
+from . import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ..digest import Contents
     from ..protocol import Status, TensorMeta, WeightDigests, WorkerWeights
+    from .digest import Contents
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import digest
-from .memory import free_bytes
+from ...integrity import digest
+from ..memory import free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

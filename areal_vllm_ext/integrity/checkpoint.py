@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .protocol import TensorMeta
+from ..protocol import TensorMeta
 
 if TYPE_CHECKING:
     import os

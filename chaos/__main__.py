@@ -1,7 +1,7 @@
 """Faults in the middle of updates: what breaks?
 
-    python -m benchmarks.faults --simulated --rounds 10000 [--engines 3] [--seed 0]   # in memory: simulated_faults.py
-    python -m benchmarks.faults --rounds 60 [--moe] [--only "kill trainer"]            # a real vLLM: real_faults.py
+    python -m chaos --simulated --rounds 10000 [--engines 3] [--seed 0]   # in memory: simulated_faults.py
+    python -m chaos --rounds 60 [--moe] [--only "kill trainer"]            # a real vLLM: real_faults.py
 
 The last line is JSON. Exits with 1 where a promise was broken.
 """
@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from .report import described
+from harness.report import described
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Can the simulation fail? Removes one guard after the other from a copy of the package, and plays rounds until it is red.
 
-    python -m benchmarks.mutants [--rounds 6000] [--ignore overrun]
+    python -m chaos.mutants [--rounds 6000] [--ignore overrun]
 
 Exits with 1 where a mutant survives.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PARTICIPANT, COORDINATOR = "engine_core/participant.py", "client/coordinator.py"
-RECOVERY, GROUP, DIRECTORY = "client/recovery.py", "client/group.py", "directory.py"
+RECOVERY, GROUP, DIRECTORY = "control/recovery.py", "client/group.py", "control/directory.py"
 
 FIRST_PAUSE = (
     COORDINATOR,
@@ -122,14 +122,14 @@ def main() -> int:
     chosen = {name: edits for name, edits in MUTANTS.items() if options.only in name}
     for name, edits in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
-            for package in ("areal_vllm_ext", "benchmarks"):
+            for package in ("areal_vllm_ext", "chaos", "harness"):
                 shutil.copytree(ROOT / package, Path(folder, package), ignore=shutil.ignore_patterns("__pycache__"))
             for file, guard, without in edits:
                 source = Path(folder, "areal_vllm_ext", file)
                 text = source.read_text()
                 assert text.count(guard) == 1, f"{file} has {guard!r} {text.count(guard)} times"
                 source.write_text(text.replace(guard, without))
-            command = [sys.executable, "-m", "benchmarks.faults", "--simulated", "--first", "--rounds", options.rounds]
+            command = [sys.executable, "-m", "chaos", "--simulated", "--first", "--rounds", options.rounds]
             command += ["--only", ONLY.get(name, "")]
             for kind in options.ignore:
                 command += ["--ignore", kind]

@@ -28,8 +28,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import digest
-from ..transport.buckets import aligned, placed, typed
+from ...integrity import digest
+from ...transport.buckets import aligned, placed, typed
 from .packing import ATTRIBUTE, Packing, Weight, packed
 
 aten = torch.ops.aten

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 
 import zmq
 
-from . import __version__, protocol, security, wire
-from .protocol import (
+from .. import protocol
+from .._version import __version__
+from ..protocol import (
     EPOCH_JUMP,
     Ack,
     AcquireLease,
@@ -36,6 +37,8 @@ from .protocol import (
     RenewLease,
     Unregister,
     Welcome,
+    security,
+    wire,
 )
 
 if TYPE_CHECKING:
@@ -289,7 +292,7 @@ class DirectoryServer:
 
     def _recover(self) -> None:
         """Do what the next client would do first."""
-        from .client.group import AsyncEngineGroup
+        from ..client.group import AsyncEngineGroup
 
         async def recover() -> None:
             async with AsyncEngineGroup((self.address,), lambda _: self._key, 1 << 20) as group:

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 if __package__:
-    from .network import Namespaces
+    from harness.network import Namespaces
 else:  # the process in the middle, which needs the standard library only
     Namespaces = object
 

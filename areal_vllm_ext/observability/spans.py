@@ -8,7 +8,7 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
-from .protocol import Span
+from ..protocol import Span
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator

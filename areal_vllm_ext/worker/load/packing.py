@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import digest, host_memory
+from ...integrity import digest
+from ...transport import host_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

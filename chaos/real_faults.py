@@ -26,19 +26,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from areal_vllm_ext import AsyncEngineGroup, EngineUnreachable, protocol, security
+from areal_vllm_ext import AsyncEngineGroup, EngineUnreachable, protocol
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from areal_vllm_ext.errors import ArealError
-from areal_vllm_ext.protocol import EngineInfo, Status
+from areal_vllm_ext.protocol import EngineInfo, Status, security
+from harness.report import described
 
+from .bad_wire import BadNamespaces
 from .fault_trainer import Weights
-from .report import described
-from .wire import BadNamespaces
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "faults.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faults.json"
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
 TOKENS = 16
 PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
@@ -92,7 +92,7 @@ class TrainerProcess:
 
     def __init__(self, prefix: list[str], directory: str, key_file: str, model_dir: Path) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "benchmarks.fault_trainer", directory, key_file, str(model_dir)],
+            [*prefix, sys.executable, "-m", "chaos.fault_trainer", directory, key_file, str(model_dir)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

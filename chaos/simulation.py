@@ -26,7 +26,7 @@ from areal_vllm_ext.client import sending as client_sending
 from areal_vllm_ext.client import update as client_update
 from areal_vllm_ext.client.group import AsyncEngineGroup
 from areal_vllm_ext.client.sending import Sending
-from areal_vllm_ext.directory import BEAT_SECONDS, SETTLE_SECONDS, Directory
+from areal_vllm_ext.control.directory import BEAT_SECONDS, SETTLE_SECONDS, Directory
 from areal_vllm_ext.engine_core.participant import (
     CallCancelPause,
     CallCommit,
@@ -59,7 +59,7 @@ from areal_vllm_ext.protocol import (
     Version,
     WorkerDone,
 )
-from areal_vllm_ext.wire import Caller
+from areal_vllm_ext.protocol.wire import Caller
 
 FIRST_VERSION = "v0"
 DIRECTORY = "tcp://directory:29700"

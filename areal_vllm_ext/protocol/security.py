@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import zmq
 from zmq.utils import z85
 
-from .errors import SettingsError
+from ..errors import SettingsError
 
 _HEADER = "areal-vllm-ext cluster key 1"
 

@@ -390,4 +390,4 @@ def simulate(options: argparse.Namespace) -> dict[str, object]:
 def replay(options: argparse.Namespace, seed: int) -> str:
     """The command that plays one round again, and tells what happens in it."""
     only = f" --only {options.only!r}" if options.only else ""
-    return f"python -m benchmarks.faults --simulated --rounds 1 --seed {seed} --engines {options.engines}{only} --trace"
+    return f"python -m chaos --simulated --rounds 1 --seed {seed} --engines {options.engines}{only} --trace"

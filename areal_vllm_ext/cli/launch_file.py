@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import LaunchError, SettingsError
+from ..errors import LaunchError, SettingsError
 
 
 def add_to(commands: Any) -> None:
@@ -42,7 +42,8 @@ def add_to(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> int:
     import msgspec
 
-    from . import launcher, security
+    from .. import launcher
+    from ..protocol import security
 
     given: dict[str, Any] = {}
     if options.config:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from .. import protocol, security, wire
+from .. import protocol
 from ..errors import EngineUnreachable
+from ..protocol import security, wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -10,9 +10,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import zmq
 
-from . import security
-from .errors import SettingsError
-from .protocol import REQUEST_ID_BYTES, UNREADABLE, Answer, Error, Message, encoder
+from ..errors import SettingsError
+from . import REQUEST_ID_BYTES, UNREADABLE, Answer, Error, Message, encoder, security
 
 T = TypeVar("T")
 

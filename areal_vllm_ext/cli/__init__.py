@@ -1,0 +1,5 @@
+"""The command ``areal-vllm``."""
+
+from .commands import main
+
+__all__ = ["main"]

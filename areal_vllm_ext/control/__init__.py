@@ -1,0 +1,1 @@
+"""Who may command the engines: the directory, the lease, connections and recovery. Nothing here imports torch."""

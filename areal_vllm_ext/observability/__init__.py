@@ -1,0 +1,1 @@
+"""What was done, when, and for how long."""

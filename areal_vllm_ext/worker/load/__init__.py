@@ -1,0 +1,1 @@
+"""How staged tensors become the live model."""
