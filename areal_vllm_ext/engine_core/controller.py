@@ -25,8 +25,8 @@ from ..config import DEFAULT_DIRECTORY_PORT, Settings, split_address
 from ..control.directory import SETTLE_SECONDS, DirectoryServer, new_incarnation
 from ..errors import SettingsError
 from ..protocol import EngineInfo, PauseMode, Version, security
-from . import hooks
 from .endpoint import Endpoint, Identity
+from .launch_facts import launch_facts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -252,7 +252,7 @@ def error_of(error: BaseException | None) -> str:
 def describe_engine(config: VllmConfig, settings: Settings, host: str) -> EngineInfo:
     """Who this engine is; its address and workers are added when they are known."""
     parallel, model = config.parallel_config, config.model_config
-    launch = hooks.launch_facts()
+    launch = launch_facts()
     dp_size = max(parallel.data_parallel_size, launch.data_parallel_size)
     head = f"{parallel.data_parallel_master_ip}:{parallel.data_parallel_rpc_port}"
     return EngineInfo(

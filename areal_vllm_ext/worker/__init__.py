@@ -12,8 +12,8 @@ __all__ = ["WorkerExtension"]
 
 def __getattr__(name: str) -> Any:
     if name == "WorkerExtension":
-        # Whoever asks for the extension wants the hook too: without it, nobody could command the engine.
-        from ..engine_core import hooks
+        # Without the hook no client could command the engine, so refuse to load the extension without it.
+        from . import hooks
 
         hooks.require()
         from .extension import WorkerExtension

@@ -21,7 +21,7 @@ EXPERTS = "model.layers.0.mlp.experts.routed_experts.w13_weight"
 BROKEN = {
     "none": "",
     "experts": """
-from areal_vllm_ext.engine_core import hooks
+from areal_vllm_ext.worker import hooks
 hooks.WORKER_PATCHES = tuple(one for one in hooks.WORKER_PATCHES if one is not hooks.repack_cpu_experts_on_reload)
 """,
     "tied": """

@@ -2,7 +2,7 @@
 
 - **layerwise**, vLLM's reload (``Worker.reload_weights``): each layer is rebuilt as a fresh load would build it, processed
   (quantised, prepacked) and copied into the tensors that kernels and CUDA graphs hold. Always available. Where vLLM's own
-  reload is wrong, ``engine_core/hooks.py`` corrects it.
+  reload is wrong, ``worker/hooks.py`` corrects it.
 - **planned**, where ``plan.py`` could prove that a layerwise load is nothing but copies: a few batched ones.
 
 The first load is layerwise, and recorded; so is one of other tensors than the plan knows.

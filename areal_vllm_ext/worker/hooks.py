@@ -1,0 +1,92 @@
+"""The permanent patches of vLLM's workers, one function each, applied before a worker with our extension loads its model.
+
+Each docstring gives the bug, its trigger, and the vLLM versions that the patch was checked on.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from .. import vllm_patching
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def repack_cpu_experts_on_reload() -> None:
+    """Make a reload of unquantised MoE weights right on CPU.
+
+    Bug: on a second load ``UnquantizedFusedMoEMethod._setup_kernel`` skips the experts' own
+    ``process_weights_after_loading``, where the CPU experts are prepacked (and padded), so that plain weights land in
+    packed storage: silently other tokens. Trigger: any reload on CPU, ``reload_weights`` included.
+    Cure: on CPU, run that step on a reload too.
+    Checked on: 0.32.0.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+    from vllm.platforms import current_platform
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def _setup_kernel(self: Any, layer: Any, *args: Any, **kwargs: Any) -> None:
+            reload = self.moe_kernel is not None
+            original(self, layer, *args, **kwargs)
+            if reload and current_platform.is_cpu():
+                self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+        return _setup_kernel
+
+    vllm_patching.patch_once(UnquantizedFusedMoEMethod, "_setup_kernel", make)
+
+
+def gather_variable_sizes_on_cpu() -> None:
+    """Let MoE models run on several DP ranks on CPU.
+
+    Bug: ``CpuCommunicator`` lacks ``all_gatherv`` and ``reduce_scatterv``, which the MoE layers of a DP group call, so the
+    base class's ``NotImplementedError`` ends the engine. Cure: both over the collectives that gloo has, padded.
+    Checked on: 0.32.0 (without expert parallelism).
+    """
+    import torch
+    import torch.distributed as dist
+    from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    def all_gatherv(
+        self: Any, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        if not isinstance(input_, torch.Tensor):
+            return [all_gatherv(self, one, dim, sizes) for one in input_]  # type: ignore[misc]
+        assert dim == 0
+        counts = sizes or [input_.shape[0]] * self.world_size
+        padded = input_.new_zeros((max(counts), *input_.shape[1:]))
+        padded[: input_.shape[0]] = input_
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.device_group)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def reduce_scatterv(self: Any, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None) -> torch.Tensor:
+        assert dim in (0, -input_.dim())
+        counts = sizes or [input_.shape[0] // self.world_size] * self.world_size
+        total = input_.clone()
+        dist.all_reduce(total, group=self.device_group)
+        start = sum(counts[: self.rank_in_group])
+        return total[start : start + counts[self.rank_in_group]].clone()
+
+    for name, function in (("all_gatherv", all_gatherv), ("reduce_scatterv", reduce_scatterv)):
+        if getattr(CpuCommunicator, name, None) is getattr(DeviceCommunicatorBase, name, None):
+            setattr(CpuCommunicator, name, function)
+
+
+WORKER_PATCHES: tuple[Callable[[], None], ...] = (
+    repack_cpu_experts_on_reload,
+    gather_variable_sizes_on_cpu,
+)
+
+
+def require() -> None:
+    """Apply these patches, and refuse to go on unless the patches of the engine are in place too.
+
+    Raises:
+        HookError: with the vLLM version, the patch and what to do.
+    """
+    vllm_patching.require(WORKER_PATCHES)
