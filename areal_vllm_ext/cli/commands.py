@@ -199,7 +199,7 @@ def _directory(options: argparse.Namespace) -> int:
     settings = Settings.load()
     key = security.key_for(host, options.key_file or settings.key_file)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    gatekeeper = security.Gatekeeper(context, key)
+    authenticator = security.ZapAuthenticator(context, key)
     server = DirectoryServer(
         context, host, port, key, settle_seconds=SETTLE_SECONDS, resume_orphans=settings.resume_orphans
     )
@@ -207,7 +207,7 @@ def _directory(options: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: context.term())
     server.thread.join()
-    gatekeeper.thread.join()
+    authenticator.thread.join()
     return 0
 
 

@@ -33,7 +33,7 @@ from ..errors import (
 from ..integrity import digest
 from ..observability import trace
 from ..observability.spans import Spans
-from ..process import interpreter
+from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
     Answer,
     EngineInfo,
@@ -200,10 +200,8 @@ class AsyncUpdate:
         self._started = time.monotonic()
         self.ends = self._started + self._options.deadline
         self.spans.enter("update", "lease")
-        # The event loop has its turn beside what is done for each tensor.
-        holder = uuid.uuid4().hex
-        interpreter.hurry(holder, True)
-        self._command.callback(interpreter.hurry, holder, False)
+        # The event loop needs the interpreter while another thread handles tensor after tensor.
+        self._command.enter_context(ShortSwitchInterval())
         command = self._group.command(self._options.deadline, without_lost=self._options.drop_lost)
         try:
             targets = await self._command.enter_async_context(command)

@@ -24,7 +24,7 @@ from .. import protocol
 from .._version import __version__
 from ..control.directory import BEAT_SECONDS, wrong_protocol
 from ..integrity import checkpoint
-from ..process import interpreter
+from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
     Attach,
     DescribeWeights,
@@ -111,7 +111,7 @@ class Endpoint:
             SettingsError: where the address cannot be bound.
         """
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._gatekeeper = security.Gatekeeper(self._context, key)
+        self._authenticator = security.ZapAuthenticator(self._context, key)
         self._server = wire.Server(
             self._context, host, settings.port, key, protocol.engine_decoder, settings.max_message_mib << 20
         )
@@ -135,7 +135,7 @@ class Endpoint:
         self._all_attached = threading.Event()
         self._registered = threading.Event()
         self._directory_complaint = ""
-        self._hurried = False
+        self._switch_interval = ShortSwitchInterval()
         self._stopping = False
         self._farewell = True
         self._thread = threading.Thread(target=self._run, name="areal-endpoint", daemon=True)
@@ -177,7 +177,7 @@ class Endpoint:
             self._thread.join(timeout=5)
         else:
             self._server.socket.close()
-        # The threads of the gatekeeper and the directory close their sockets when the context ends, and only then
+        # The threads of the authenticator and the directory close their sockets when the context ends, and only then
         # does ``term`` return: never let an engine's exit hang on that.
         closing = threading.Thread(target=self._context.term, name="areal-close", daemon=True)
         closing.start()
@@ -219,7 +219,7 @@ class Endpoint:
                 self._carry_out(self._participant.tick(now))
                 self._expire_digests(now)
                 self._carry_out(self.tracing.tick(now))
-                self._hurry()
+                self._adapt_switch_interval()
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + BEAT_SECONDS
                     self._tell(directory, self._participant.beat(self.info))
@@ -233,16 +233,16 @@ class Endpoint:
             logger.critical("the control endpoint of this engine failed; ending the engine", exc_info=True)
             os._exit(70)
         finally:
-            interpreter.hurry(self.address, False)
+            self._switch_interval.end()
             directory.close()
             self._server.socket.close()
 
-    def _hurry(self) -> None:
-        """While an update or a pause is under way, the trainer waits for this thread, and it for the engine's."""
-        wanted = self._participant.update is not None or self._participant.flow != "running"
-        if wanted != self._hurried:
-            self._hurried = wanted
-            interpreter.hurry(self.address, wanted)
+    def _adapt_switch_interval(self) -> None:
+        """Shorten the interval during an update or a pause: the trainer waits for this thread then."""
+        if self._participant.update is not None or self._participant.flow != "running":
+            self._switch_interval.begin()
+        else:
+            self._switch_interval.end()
 
     def _milliseconds_to_tick(self, next_beat: float) -> int:
         """How long it may wait for a message: where nothing can run out of time, until the next beat."""

@@ -69,7 +69,7 @@ class ReplicaOwner:
         self._lifeline = await self._lifelines.listen(own)
         if home is None:
             key, context = key or security.new_key(), zmq.Context()
-            security.Gatekeeper(context, key)
+            security.ZapAuthenticator(context, key)
             server = DirectoryServer(context, own, 0, key, settle_seconds=SETTLE_SECONDS)
             home = Home(server.address, key)
         self._home = home

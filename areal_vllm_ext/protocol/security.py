@@ -136,7 +136,7 @@ def own_address_toward(host: str) -> str:
 
 
 def serve_curve(socket_: zmq.Socket[bytes], key: ClusterKey) -> None:
-    """Let only holders of ``key`` connect to this socket (before ``bind``; needs ``Gatekeeper`` on its context)."""
+    """Let only holders of ``key`` connect to this socket (before ``bind``; needs ``ZapAuthenticator`` on its context)."""
     socket_.curve_server = True
     socket_.curve_publickey = key.public
     socket_.curve_secretkey = key.secret
@@ -150,7 +150,7 @@ def join_curve(socket_: zmq.Socket[Any], key: ClusterKey) -> None:
     socket_.curve_secretkey = key.secret
 
 
-class Gatekeeper:
+class ZapAuthenticator:
     """Answers ZeroMQ's authentication requests (ZAP, RFC 27) of one context: our key, or no entry."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], key: ClusterKey) -> None:
@@ -158,7 +158,7 @@ class Gatekeeper:
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0
         self._socket.bind("inproc://zeromq.zap.01")
-        self.thread = threading.Thread(target=self._run, name="areal-gatekeeper", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="areal-zap", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:

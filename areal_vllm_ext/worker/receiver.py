@@ -28,7 +28,7 @@ from ..config import Settings
 from ..integrity import checkpoint, digest
 from ..integrity.digest import Contents
 from ..observability.spans import OFF, Spans
-from ..process import interpreter
+from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
     Abort,
     Attach,
@@ -154,7 +154,8 @@ class Intake:
         # Without staging: what waits to be loaded; at most one bucket, and None after the last.
         self._arrived: queue.Queue[dict[str, torch.Tensor] | None] = queue.Queue(maxsize=1)
         self._name = f"areal-intake-{begin.update[:8]}"
-        interpreter.hurry(self._name, True)
+        self._switch_interval = ShortSwitchInterval()
+        self._switch_interval.begin()
         for number, lane in self._lanes.items():
             threading.Thread(target=self._run, args=(lane,), name=f"{self._name}-{number}", daemon=True).start()
         if not self._lanes:
@@ -175,7 +176,7 @@ class Intake:
 
     def finish(self) -> None:
         """End the thread, and free the staging; the connection to the sender stays for the next update."""
-        interpreter.hurry(self._name, False)
+        self._switch_interval.end()
         for lane in self._lanes.values():
             lane.orders.put(None)
         self._free()

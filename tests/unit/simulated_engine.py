@@ -375,7 +375,7 @@ class Deployment:
     def start_directory(self, port: int = 0) -> str:
         """Start the directory; its clock is ``clock_skew`` ahead. Returns its address."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        security.Gatekeeper(context, self.key)
+        security.ZapAuthenticator(context, self.key)
         self._directory_context = context
         server = DirectoryServer(
             context,

@@ -201,7 +201,7 @@ def test_a_server_that_does_not_hold_the_key_is_told_nothing(key: security.Clust
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     client = None
     try:
-        impostor = context.socket(zmq.ROUTER)  # without a gatekeeper: it lets everybody in
+        impostor = context.socket(zmq.ROUTER)  # without a authenticator: it lets everybody in
         impostor.curve_server, impostor.curve_publickey, impostor.curve_secretkey = True, public, secret
         impostor.bind(f"tcp://127.0.0.1:{free_port}")
         client = RawClient(f"tcp://127.0.0.1:{free_port}", key)

@@ -200,7 +200,7 @@ def test_the_directory_remembers_so_many_that_lost_their_place(monkeypatch: pyte
 def server(key: security.ClusterKey) -> Iterator[wire.Server[protocol.DirectoryRequest]]:
     """A server that the test itself reads."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    security.Gatekeeper(context, key)
+    security.ZapAuthenticator(context, key)
     made = wire.Server(context, HOST, 0, key, protocol.directory_decoder, 1 << 16)
     yield made
     made.socket.close()

@@ -30,7 +30,7 @@ from real_receivers import (
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
-from areal_vllm_ext.process import interpreter
+from areal_vllm_ext.process import switch_interval
 from areal_vllm_ext.protocol import security
 from areal_vllm_ext.worker.extension import WorkerExtension
 from areal_vllm_ext.worker.load import proof
@@ -256,9 +256,9 @@ def test_memory_that_was_lent_and_taken_back_before_it_was_loaded_taints_the_eng
     assert {state.phase for state in group.status()} == {"idle"}
 
 
-def test_threads_are_hurried_for_as_long_as_an_update_lasts(engines: Engines, group: EngineGroup) -> None:
+def test_the_switch_interval_is_short_only_during_an_update(engines: Engines, group: EngineGroup) -> None:
     update(group, weights(2), 2)
-    eventually(lambda: not interpreter._holders)
+    eventually(lambda: not switch_interval._active)
 
 
 def test_without_staging_all_is_sent(engines: Engines, group: EngineGroup) -> None:

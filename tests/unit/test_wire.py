@@ -146,7 +146,7 @@ def mutations() -> st.SearchStrategy[bytes]:
 def bare_server(key: security.ClusterKey) -> Iterator[tuple[wire.Server[protocol.DirectoryRequest], RawClient]]:
     """A server that the test itself reads, so that what it cannot take is seen, and a client of it."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    security.Gatekeeper(context, key)
+    security.ZapAuthenticator(context, key)
     server = wire.Server(context, HOST, 0, key, protocol.directory_decoder, MAX_MESSAGE)
     client = RawClient(server.address, key)
     yield server, client

@@ -1,4 +1,4 @@
-"""Threads of an update get the interpreter's lock soon, and the engine its own way of things back."""
+"""The switch interval is short during an update, and the usual one afterwards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
-from areal_vllm_ext.process import interpreter
+from areal_vllm_ext.process.switch_interval import ShortSwitchInterval
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,17 +22,26 @@ def usual() -> float:
     return sys.getswitchinterval()
 
 
-def test_the_last_who_wants_it_ends_it(usual: float) -> None:
-    interpreter.hurry("one", True)
-    interpreter.hurry("two", True)
-    interpreter.hurry("one", False)
-    assert sys.getswitchinterval() < usual / 10
-    interpreter.hurry("two", False)
-    interpreter.hurry("two", False)
+def test_the_last_block_restores_the_interval(usual: float) -> None:
+    with ShortSwitchInterval():
+        with pytest.raises(ValueError, match="inner"), ShortSwitchInterval():
+            raise ValueError("inner")
+        assert sys.getswitchinterval() < usual / 10
     assert sys.getswitchinterval() == usual
 
 
-def test_an_update_hurries_until_it_is_over(deployment: Deployment, key_file: Path, usual: float) -> None:
+def test_a_second_end_takes_nothing_from_others(usual: float) -> None:
+    once = ShortSwitchInterval()
+    with ShortSwitchInterval():
+        once.begin()
+        once.begin()
+        once.end()
+        once.end()
+        assert sys.getswitchinterval() < usual / 10
+    assert sys.getswitchinterval() == usual
+
+
+def test_the_interval_is_short_until_an_update_is_over(deployment: Deployment, key_file: Path, usual: float) -> None:
     seen: dict[str, float] = {}
     with EngineGroup.connect(deployment.directory, key_file=key_file) as group:
         group.wait_ready(len(deployment.engines), timeout=20)
