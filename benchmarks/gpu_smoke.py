@@ -231,7 +231,7 @@ def run(
                         trial.update(group, transport, number)
 
                 trial.attempt(transport, updates)
-            for number, staging in enumerate(("device", "host", "none"), UPDATES + 1):
+            for number, staging in enumerate(("device", "host"), UPDATES + 1):
                 work = functools.partial(trial.update, group, transports[0], number, staging)
                 trial.attempt(f"staging {staging}", work)
             for transport in (one for one in transports if one in ("broadcast", "ipc")):

@@ -806,7 +806,6 @@ class Call:
 
     version: str
     deadline: float
-    staging: str
     started: float
     outcome: object = None
     seconds: float = 0.0
@@ -825,8 +824,7 @@ class Trainer(Asking):
 
     def update(self, version: str, deadline: float, on_phase: Callable[[str], None] = nothing) -> Call:
         """Start an update. ``on_phase`` hears the group's phases, and ``receiving`` in the middle of the bytes."""
-        staging = self.world.dice.choice(["auto", "auto", "auto", "none"])
-        call = Call(version, deadline, staging, started=self.world.now)
+        call = Call(version, deadline, started=self.world.now)
         self.calls.append(call)
         self.run(lambda: self.create_task(self._update(call, on_phase)))
         return call
@@ -848,14 +846,13 @@ class Trainer(Asking):
 
         started = self.time()
         try:
-            options = {"deadline": call.deadline, "staging": call.staging, "on_phase": announce}
+            options = {"deadline": call.deadline, "on_phase": announce}
             async with self.engines.update(call.version, **options) as update:
                 # What ``send`` does on its thread.
                 await update._begin({name: {0: Sender(transfer=Disk(path="/"))} for name in update.engines})
                 loop = asyncio.get_running_loop()
-                sending = update._sending = Sending(self.engines, loop, update.engines, call.version, update.ends)
+                sending = Sending(self.engines, loop, update.engines, call.version, update.ends)
                 for index in range(BUCKETS):
-                    sending.begun = True
                     await sending.announce(
                         Bucket(epoch=0, update=update._coordinator.update, index=index, nbytes=0, segments=())
                     )

@@ -4,8 +4,6 @@
       │                   │               │ one no, or silence  │                    (an engine lost here is dropped)
       └───────────────────┴───────────────┴────────────────────┴──▶ ABORT ──all answered──▶ DONE
 
-An update without staging (``in_place``) pauses before SEND instead.
-
 Answers and time-outs go in; the requests to send come out. Commit is sent only after every engine has acknowledged the
 pause: until then every engine can still be told to keep its old weights, and is.
 """
@@ -66,8 +64,6 @@ class Coordinator:
         members: Mapping[str, Member],
         mode: PauseMode = "keep",
         kv: KVPolicy = "recompute",
-        *,
-        in_place: bool = False,
     ) -> None:
         self.update = update
         self.version = version
@@ -80,7 +76,6 @@ class Coordinator:
         self.committed: list[str] = []
         self.lost: dict[str, str] = {}
         self._awaited: set[str] = set()
-        self._in_place = in_place
         self._bases: set[str] = set()
         self._pause_sent = False
         # What every engine must hold, and who says so: the trainer, or, from disk, the first engine that votes.
@@ -191,19 +186,14 @@ class Coordinator:
     def _advance(self, timeout: float) -> dict[str, EngineRequest]:
         """Every awaited engine has answered."""
         match self.phase:
-            case "begin" if self._in_place:
-                return self._pause(timeout)
             case "begin":
                 self.phase = "send"
                 return {}
-            case "prepare" if not self._in_place:
+            case "prepare":
                 return self._pause(timeout)
-            case "pause" | "prepare" if timeout <= 0:
+            case "pause" if timeout <= 0:
                 return self.give_up("its time was over when all was ready")
-            case "pause" if self._in_place:
-                self.phase = "send"
-                return {}
-            case "pause" | "prepare":
+            case "pause":
                 self.phase, self._awaited = "commit", set(self.members)
                 return {name: Commit(epoch=member.epoch, update=self.update) for name, member in self.members.items()}
             case "commit":

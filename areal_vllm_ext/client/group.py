@@ -336,8 +336,7 @@ class AsyncEngineGroup:
             staging: where workers keep the new weights until the switch: on their ``device``, in ``host`` memory, or
                 (``auto``) on the device if there is room, else in host memory. It costs one copy of what each worker
                 receives, or of its part where it needs a part; where there is no room the update is refused, with the
-                numbers. ``none`` costs nothing: the engines pause first and load as the bytes come, and if that fails
-                their weights are lost (WeightsTainted).
+                numbers.
             keep_buffers: whether workers keep that memory for the next update, which is faster then, and the trainer its
                 buckets; else it is given back once the update is over.
             drop_lost: go on without engines that are lost already, instead of EnginesMissing. One that comes back is stale:

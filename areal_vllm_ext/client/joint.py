@@ -23,7 +23,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from ..errors import ArealError, UpdateAborted, UpdateInDoubt, WeightsTainted
+from ..errors import ArealError, UpdateAborted, UpdateInDoubt
 from .agreement import GRACE_SECONDS, Agreement
 from .blocking import EngineGroup, Senders, Update
 from .senders import RankSends
@@ -43,20 +43,17 @@ class _Outcome(msgspec.Struct):
     """What rank 0 tells the others when it is over."""
 
     error: str = ""
-    kind: Literal["UpdateAborted", "UpdateInDoubt", "WeightsTainted"] = "UpdateAborted"
+    kind: Literal["UpdateAborted", "UpdateInDoubt"] = "UpdateAborted"
     result: UpdateResult | None = None
 
     @classmethod
     def of(cls, error: BaseException) -> _Outcome:
         """An error of rank 0: for the others the update was given up, if it leaves no doubt."""
         said = f"rank 0 of the trainer: {str(error) or type(error).__name__}"
-        if isinstance(error, UpdateInDoubt):
-            return cls(said, "UpdateInDoubt")
-        return cls(said, "WeightsTainted" if isinstance(error, WeightsTainted) else "UpdateAborted")
+        return cls(said, "UpdateInDoubt" if isinstance(error, UpdateInDoubt) else "UpdateAborted")
 
     def exception(self) -> ArealError:
-        kinds = {"UpdateInDoubt": UpdateInDoubt, "WeightsTainted": WeightsTainted}
-        return kinds.get(self.kind, UpdateAborted)(self.error)
+        return UpdateInDoubt(self.error) if self.kind == "UpdateInDoubt" else UpdateAborted(self.error)
 
 
 def _plan(parts: list[Named]) -> str:

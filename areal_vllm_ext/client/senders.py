@@ -225,7 +225,6 @@ class RankSends:
         served = {name: with_workers(info, serves[name]) for name, (info, _) in engines.items()}
         self._update.find_lasting(weights, dtype)
         name, sink = self._begin(served, device, known)
-        self._update.others_send()
         sending = Sending(self._group, self._loop, engines, self._update.version, self._ends, rank, self._update.spans)
         if sink is None:
             for _ in full:  # the other ranks' collectives need this one

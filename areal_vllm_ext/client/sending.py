@@ -33,7 +33,6 @@ class Sending:
     """The buckets of one sender.
 
     Attributes:
-        begun: whether an engine may have heard of a bucket.
         buckets, nbytes: how much was sent.
         entries: each tensor with its digest; ``kept`` of them were not sent, because the engines have them.
     """
@@ -61,7 +60,6 @@ class Sending:
         self._group, self._loop, self._engines = group, loop, engines
         self._version, self._ends, self._sender = version, ends, sender
         self._spans = spans
-        self.begun = False
         self.buckets = 0
         self.nbytes = 0
         self.entries: list[tuple[TensorMeta, int]] = []
@@ -234,7 +232,6 @@ class Sending:
         self.nbytes += bucket.nbytes
 
     def _announce(self, bucket: Bucket) -> Future[None]:
-        self.begun = True
         return asyncio.run_coroutine_threadsafe(self.announce(bucket), self._loop)
 
     async def announce(self, bucket: Bucket) -> None:

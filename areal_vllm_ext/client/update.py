@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -27,7 +27,6 @@ from ..errors import (
     RequestError,
     UpdateAborted,
     UpdateInDoubt,
-    WeightsTainted,
     join,
 )
 from ..integrity import digest
@@ -118,8 +117,8 @@ class UpdateOptions:
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "broadcast", "ipc", "shared_memory"):
             raise ValueError(f"transport must be 'auto', 'broadcast', 'ipc' or 'shared_memory', not {self.transport!r}")
-        if self.staging not in get_args(StagingKind):
-            raise ValueError(f"staging must be one of {', '.join(get_args(StagingKind))}, not {self.staging!r}")
+        if self.staging not in ("auto", "device", "host"):
+            raise ValueError(f"staging must be 'auto', 'device' or 'host', not {self.staging!r}")
 
 
 class AsyncUpdate:
@@ -137,9 +136,6 @@ class AsyncUpdate:
         self.ends = 0.0
         self._nbytes = 0
         self._expected_bytes = self._largest_bytes = 0
-        self._sending: Sending | None = None
-        # Whether engines may have loaded some of it, where they do not stage.
-        self._loading = False
         self._kept = 0
         self._buckets: dict[int, int] = {}
         self._entries: list[tuple[TensorMeta, int]] = []
@@ -273,16 +269,10 @@ class AsyncUpdate:
         """The body sends; whatever stops it is an error of this update."""
         try:
             yield
-        except (InvalidWeights, WeightsTainted):
+        except (InvalidWeights, UpdateAborted):
             raise
         except (Cancelled, TimeoutError, concurrent.futures.TimeoutError, RuntimeError) as error:
-            if isinstance(error, UpdateAborted) and not self._old_weights_lost:
-                raise
             raise self._given_up(str(error) or type(error).__name__) from error
-
-    def others_send(self) -> None:
-        """Other ranks of the trainer send from here on."""
-        self._loading = True
 
     @property
     def id(self) -> str:
@@ -315,7 +305,6 @@ class AsyncUpdate:
             elif coordinator.phase == "send" and (changed := self.changed()):
                 await self._drive(coordinator.give_up(changed))
             elif coordinator.phase == "send":
-                self._loading = True
                 # From disk nothing passes through here: then the engines' votes are compared with each other only.
                 self._manifest = digest.manifest(self._entries) if self._entries else ""
                 base = coordinator.base if self._kept else ""
@@ -422,12 +411,7 @@ class AsyncUpdate:
 
     async def _begin(self, senders: dict[str, dict[int, Sender]]) -> None:
         self._coordinator = Coordinator(
-            uuid.uuid4().hex,
-            self._version,
-            self._members,
-            self._options.mode,
-            self._options.kv,
-            in_place=self._options.staging == "none",
+            uuid.uuid4().hex, self._version, self._members, self._options.mode, self._options.kv
         )
         spans = trace.spans_for(self._engines.values()) if self._options.trace else 0
         await self._drive(self._coordinator.begin(senders, self._left(), self._stagings(), spans))
@@ -437,18 +421,8 @@ class AsyncUpdate:
         if coordinator.reason:
             raise self._given_up(coordinator.reason)
 
-    @property
-    def _old_weights_lost(self) -> bool:
-        loading = self._loading or (self._sending is not None and self._sending.begun)
-        return self._options.staging == "none" and loading
-
-    def _given_up(self, reason: str) -> UpdateAborted | WeightsTainted:
-        said = f"update to version {self._version} was given up: {reason}"
-        if self._old_weights_lost:
-            return WeightsTainted(
-                f"{said}; without staging the old weights are lost: the engines stay paused until a full update succeeds"
-            )
-        return UpdateAborted(said)
+    def _given_up(self, reason: str) -> UpdateAborted:
+        return UpdateAborted(f"update to version {self._version} was given up: {reason}")
 
     def _stagings(self) -> dict[str, Staging]:
         """What each engine's workers stage, and with how many of them they share a device and a host."""
@@ -579,7 +553,6 @@ class AsyncUpdate:
         assert self._loop is not None
         first = next(pairs)
         sending = Sending(self._group, self._loop, self.engines, self._version, self.ends, spans=self.spans)
-        self._sending = sending
         given: Iterator[tuple[TensorMeta, torch.Tensor]] = itertools.chain([first], pairs)
 
         def part(sink: Sink) -> None:

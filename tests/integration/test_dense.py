@@ -97,36 +97,6 @@ def test_update_from_disk(cluster: Cluster, group: EngineGroup, tmp_path: Path) 
     cluster.assert_serves_trainers_weights()
 
 
-def test_update_without_staging(cluster: Cluster, group: EngineGroup) -> None:
-    for _ in range(2):
-        version = cluster.train()
-        with group.update(version, deadline=60, staging="none", bucket_mib=0) as update:
-            update.send(cluster.model)
-        assert {(state.version, state.state) for state in group.status()} == {(version, "running")}
-        cluster.assert_serves_trainers_weights()
-
-
-@pytest.mark.parametrize("cure", ["auto", "none"])
-def test_update_without_staging_that_fails_is_cured_by_the_next(
-    cluster: Cluster, group: EngineGroup, cure: str
-) -> None:
-    def half() -> Iterator[tuple[str, torch.Tensor]]:
-        for number, (name, tensor) in enumerate(named_weights(cluster.model)):
-            if number == 9:
-                raise ZeroDivisionError
-            yield name, torch.zeros_like(tensor)
-
-    with pytest.raises(ZeroDivisionError), group.update("never", deadline=60, staging="none", bucket_mib=0) as update:
-        update.send(half())
-    assert {(state.phase, state.state) for state in group.status()} == {("tainted", "paused")}
-    with pytest.raises(PauseFailed, match="tainted"):
-        group.resume(deadline=5)
-    with group.update(cluster.train(), deadline=60, staging=cure) as update:
-        update.send(cluster.model)
-    assert {(state.phase, state.state) for state in group.status()} == {("idle", "running")}
-    cluster.assert_serves_trainers_weights()
-
-
 def test_async_group_does_the_same(cluster: Cluster) -> None:
     async def run() -> None:
         async with AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file) as group:

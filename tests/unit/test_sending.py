@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from simulated_engine import NEVER
 from waiting import eventually, in_thread
 
-from areal_vllm_ext import EngineGroup, InvalidWeights, PauseFailed, UpdateAborted, WeightsTainted
+from areal_vllm_ext import EngineGroup, InvalidWeights, UpdateAborted
 from areal_vllm_ext.client.sending import Sending, choose_transport
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, EngineInfo, Prepare, Sender, SharedMemory
 from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource, GlooBroadcast
@@ -103,11 +103,9 @@ def small_buckets(group: EngineGroup, monkeypatch: pytest.MonkeyPatch, **options
     return opened
 
 
-@pytest.mark.parametrize("staging", ["auto", "none"])
 def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
-    served: Served, group: EngineGroup, staging: str, monkeypatch: pytest.MonkeyPatch
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not without staging: there each bucket costs memory until it is loaded."""
     told: dict[Lane, threading.Event] = collections.defaultdict(threading.Event)
     started: set[tuple[object, int]] = set()
     # Of each intake, when its first bucket was: whether its second was started.
@@ -143,10 +141,10 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
     monkeypatch.setattr(BroadcastSource, "start", noted)
     monkeypatch.setattr(GlooBroadcast, "wait", waited)
     monkeypatch.setattr(receivers, "damaged", checked)
-    with small_buckets(group, monkeypatch, transport="broadcast", staging=staging) as update:
+    with small_buckets(group, monkeypatch, transport="broadcast") as update:
         update.send(weights(5))
     for seen in (on_its_way, checked_first):
-        assert list(seen.values()) == [staging == "auto"] * 4
+        assert list(seen.values()) == [True] * 4
     assert served.serves(weights(5))
 
 
@@ -477,77 +475,6 @@ def test_a_transfer_that_cannot_be_opened_is_told_to_the_engine(
     endpointless.discard("this")
 
 
-# Without staging
-
-
-@pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
-def test_without_staging_engines_pause_first_and_load_as_the_bytes_come(
-    served: Served, group: EngineGroup, transport: str
-) -> None:
-    new = weights(20)
-    opened = group.update(1, deadline=20, transport=transport, staging="none")
-    options = dataclasses.replace(opened._update._options, bucket_bytes=300)
-    opened._update._options = options
-    with opened:
-        opened.send(new)
-        assert not any(engine.running for engine in served.deployment.engines.values())
-    assert served.serves(new)
-    for engine in served.deployment.engines.values():
-        assert engine.calls == ["pause keep clear", "load 1", "resume"]
-    assert [(state.phase, state.state, state.version) for state in group.status()] == [("idle", "running", 1)] * 2
-    assert served.staging_is_free()
-
-
-def test_without_staging_from_disk(served: Served, group: EngineGroup, tmp_path: Path) -> None:
-    new = weights(21)
-    save_file(new, tmp_path / "model.safetensors")
-    with group.update(1, deadline=20, staging="none") as update:
-        update.send(tmp_path)
-    assert served.serves(new)
-    assert {state.state for state in group.status()} == {"running"}
-
-
-def test_without_staging_a_failure_leaves_tainted_engines_until_a_full_update(
-    served: Served, group: EngineGroup
-) -> None:
-    def half() -> Iterator[tuple[str, torch.Tensor]]:
-        yield from list(weights(22).items())[:2]
-        raise ZeroDivisionError
-
-    opened = group.update(1, deadline=20, staging="none")
-    opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=300)
-    with pytest.raises(ZeroDivisionError), opened:
-        opened.send(half())
-    states = group.status()
-    assert {(state.phase, state.state) for state in states} == {("tainted", "paused")}
-    assert "was loaded in part, without staging" in states[0].error
-    with pytest.raises(PauseFailed, match="tainted"):
-        group.resume(deadline=5)
-    assert not any(engine.running for engine in served.deployment.engines.values())
-    new = weights(23)
-    send(group, new, version=2)
-    assert served.serves(new)
-    assert {(state.phase, state.state) for state in group.status()} == {("idle", "running")}
-
-
-def test_without_staging_a_load_that_fails_is_told(served: Served, group: EngineGroup) -> None:
-    served.deployment.engines[1].errors["load"] = "out of memory"
-    with pytest.raises(WeightsTainted, match="out of memory"):
-        send(group, weights(24), staging="none")
-    served.deployment.engines[1].errors.clear()
-    assert {state.phase for state in group.status()} == {"tainted"}
-    send(group, weights(25), version=2, staging="none")
-    assert served.serves(weights(25))
-
-
-def test_without_staging_nothing_is_lost_before_the_first_byte(
-    served: Served, group: EngineGroup, tmp_path: Path
-) -> None:
-    with pytest.raises(UpdateAborted, match="holds no"), group.update(1, deadline=20, staging="none") as update:
-        update.send(tmp_path)
-    assert {(state.phase, state.state) for state in group.status()} == {("idle", "running")}
-
-
 @pytest.mark.parametrize("kind", ["auto", "device", "host"])
 def test_staging_without_room_is_refused_with_the_numbers(
     served: Served, group: EngineGroup, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -556,13 +483,12 @@ def test_staging_without_room_is_refused_with_the_numbers(
     with pytest.raises(UpdateAborted, match=r"0\.00 GiB of host memory \(4 workers of this host\), 0\.00 GiB are free"):
         send(group, weights(26), staging=kind)
     assert not served.weights
-    send(group, weights(26), staging="none")
-    assert served.serves(weights(26))
 
 
-def test_an_unknown_staging_is_refused(group: EngineGroup) -> None:
-    with pytest.raises(ValueError, match="staging must be one of auto, device, host, none, not 'attic'"):
-        group.update(1, staging="attic")
+@pytest.mark.parametrize("staging", ["attic", "none"])
+def test_an_unknown_staging_is_refused(group: EngineGroup, staging: str) -> None:
+    with pytest.raises(ValueError, match="staging must be 'auto', 'device' or 'host', not"):
+        group.update(1, staging=staging)
 
 
 def test_auto_is_ipc_where_a_worker_runs_on_the_trainers_own_gpu(
@@ -672,15 +598,3 @@ def test_the_connection_that_was_used_least_recently_is_closed_first(served: Ser
         kept = [source for _, source in receiver._sources]
         send(groups[0], weights(0), version=9, transport="broadcast")
         assert [source for _, source in receiver._sources] == [*kept[:2], kept[3], kept[2]]
-
-
-def test_without_staging_an_error_while_sending_says_that_the_weights_are_lost(
-    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("areal_vllm_ext.worker.receiver.damaged", lambda segments, _, _told: segments[0].tensor.name)
-    with pytest.raises(WeightsTainted, match=r"arrived with other bytes .*stay paused until a full update"):
-        send(group, weights(40), staging="none")
-    assert {state.phase for state in group.status()} == {"tainted"}
-    monkeypatch.undo()
-    send(group, weights(41), version=2)
-    assert served.serves(weights(41))

@@ -177,18 +177,6 @@ def test_every_engine_and_every_worker_is_in_the_trace(
             assert lies_in(switch["load"], requests["commit"])
 
 
-def test_without_staging_the_load_is_seen_while_the_bytes_come(
-    engines: Deployment, group: EngineGroup, tmp_path: Path
-) -> None:
-    update(group, tmp_path / "trace.json", staging="none")
-    found = File(tmp_path / "trace.json")
-    found.assert_nested()
-    phases = found.spans("trainer", "update")
-    assert list(phases) == ["lease", "begin", "pause", "send", "prepare", "commit", "resume"]
-    for engine in engines.engines.values():
-        assert found.spans(engine.name, "worker 1")["load"][1] <= phases["commit"][0]
-
-
 def test_nothing_is_recorded_unless_it_is_asked_for(engines: Deployment, group: EngineGroup, tmp_path: Path) -> None:
     update(group, tmp_path / "trace.json")
     update(group, None, seed=2)

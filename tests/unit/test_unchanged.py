@@ -261,11 +261,6 @@ def test_the_switch_interval_is_short_only_during_an_update(engines: Engines, gr
     eventually(lambda: not switch_interval._active)
 
 
-def test_without_staging_all_is_sent(engines: Engines, group: EngineGroup) -> None:
-    assert update(group, trained(1, 2), 2, staging="none").kept == 0
-    assert engines.serve(trained(1, 2))
-
-
 def test_the_look_at_what_was_committed_waits_for_an_update_that_is_on_its_way(
     engines: Engines, group: EngineGroup
 ) -> None:
