@@ -30,7 +30,7 @@ from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from areal_vllm_ext.launcher import Placement, launch
-from areal_vllm_ext.transport.ipc import own_device_id
+from areal_vllm_ext.transport.device import own_device_id
 from harness.leftovers import Footprint, processes
 from harness.ray_cluster import ray_cluster
 from harness.report import finish

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         TensorMeta,
         Version,
     )
-    from ..transport import Sink
+    from ..transport.base import Sink
 
 __all__ = ["AsyncEngineGroup", "Difference", "EngineState", "UpdateResult", "Verification"]
 

@@ -23,12 +23,12 @@ from ..errors import InvalidWeights, UpdateAborted
 from ..integrity import digest
 from ..protocol import EngineInfo, Sender, TensorMeta
 from ..transport.buckets import tensor_bytes, total_bytes
-from ..transport.ipc import device_id
+from ..transport.device import device_id
 from .sending import Sending, choose_transport
 from .weights import Checker, Named, WeightSource, gathered, is_sharded, named_parts
 
 if TYPE_CHECKING:
-    from ..transport import Sink
+    from ..transport.base import Sink
     from .agreement import Agreement
     from .blocking import EngineGroup, Senders
     from .update import AsyncUpdate

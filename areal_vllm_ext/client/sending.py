@@ -18,14 +18,15 @@ import torch
 from ..errors import ArealError, UpdateAborted
 from ..observability.spans import OFF, Spans
 from ..protocol import Bucket, EngineInfo, Segment, TensorMeta, Version
-from ..transport import Cancelled
+from ..transport.base import Cancelled
 from ..transport.buckets import Bucket as FilledBucket
 from ..transport.buckets import filled_buckets, nbytes_of
-from ..transport.ipc import CudaIpcSink, device_id
+from ..transport.device import device_id
+from ..transport.ipc import CudaIpcSink
 
 if TYPE_CHECKING:
     from ..integrity.digest import Contents
-    from ..transport import Sink, UnderWay
+    from ..transport.base import Sink, Work
     from .group import AsyncEngineGroup
 
 
@@ -70,7 +71,7 @@ class Sending:
         self._lasting: frozenset[int] = frozenset()
         # Of each bucket: the engines' answers, and its bytes.
         self._announced: list[Future[None]] = []
-        self._under_way: list[UnderWay] = []
+        self._under_way: list[Work] = []
         self._location = 0
 
     def part(
@@ -136,7 +137,7 @@ class Sending:
                     announced.result(timeout=max(self._left(), 0))
         except BaseException as error:
             for under_way in self._under_way[-sink.slots :]:
-                under_way.abandon()
+                under_way.cancel()
             if isinstance(error, Cancelled) and (refusal := self._refusal()) is not None:
                 raise refusal from None
             raise

@@ -45,7 +45,7 @@ from ..protocol import (
     TensorMeta,
     Version,
 )
-from ..transport import Cancelled
+from ..transport.base import Cancelled
 from ..transport.buckets import default_bucket_bytes, tensor_bytes, total_bytes
 from ..transport.ipc import LENT_BYTES, CudaIpcSink
 from .coordinator import Coordinator, Member
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from ..control.connection import Round
     from ..integrity.digest import Contents
     from ..protocol import Transfer
-    from ..transport import Sink
+    from ..transport.base import Sink
     from .group import AsyncEngineGroup
 
     Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]

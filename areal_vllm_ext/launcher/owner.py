@@ -230,6 +230,6 @@ class ReplicaOwner:
 
 def _device() -> tuple[str, str]:
     """Node and device of the bundle in which this runs."""
-    from ..transport.ipc import own_device_id
+    from ..transport.device import own_device_id
 
     return ray.util.get_node_ip_address(), own_device_id()

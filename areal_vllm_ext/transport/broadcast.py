@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 
 from ..protocol import Broadcast, Bucket
-from . import host_memory, nccl, watch
+from . import host_memory, nccl
+from .base import watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from ..worker.receiver import Receiver
-    from . import UnderWay, buckets
+    from . import buckets
+    from .base import Work, WorkerSite
 
 
 class Communicator(Protocol):
@@ -35,7 +36,7 @@ class Communicator(Protocol):
 
     device: torch.device
 
-    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         """Send (rank 0) or receive ``buffer``, after what was started before.
 
         Raises:
@@ -74,7 +75,7 @@ class GlooCommunicator:
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
         self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore(communicator, store), rank, size, options)
 
-    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         options = dist.BroadcastOptions()
         options.rootRank = 0
         options.timeout = timedelta(seconds=max(timeout, 0.01) + 1)  # later than ours, which says more
@@ -94,12 +95,12 @@ class GlooBroadcast:
         try:
             watch(self._work.is_completed, timeout, cancelled)
         except BaseException:
-            self.abandon()
+            self.cancel()
             raise
         self._work.wait()
         return self._buffer
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         if not self._work.is_completed():
             with _abandoned_lock:
                 _abandoned.append((self._group, self._work, self._buffer))
@@ -132,7 +133,7 @@ class NcclCommunicator:
                 self._comm.abort()
                 raise
 
-    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
             buffer.record_stream(self._stream)  # freed after an abort, it is not used again before its kernel has ended
@@ -165,7 +166,7 @@ class NcclBroadcast:
             raise
         return self._buffer
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         self._comm.abort()
 
 
@@ -193,13 +194,13 @@ class BroadcastSource:
     shared = False
     nbytes = 0
 
-    def __init__(self, transfer: Broadcast, receiver: Receiver, timeout: float, cancelled: threading.Event) -> None:
+    def __init__(self, transfer: Broadcast, site: WorkerSite, timeout: float, cancelled: threading.Event) -> None:
         """Join the trainer's communicator; blocks for ``timeout`` seconds at most."""
-        rank = transfer.ranks[receiver.rank]
+        rank = transfer.ranks[site.rank]
         self._communicator: Communicator
         if transfer.backend == "nccl":
             self._communicator = NcclCommunicator(
-                transfer.rendezvous, rank, transfer.world_size, receiver.device, timeout, cancelled.is_set
+                transfer.rendezvous, rank, transfer.world_size, site.device, timeout, cancelled.is_set
             )
         else:
             host, _, port = transfer.rendezvous.rpartition(":")
@@ -210,14 +211,14 @@ class BroadcastSource:
                 raise RuntimeError(f"the trainer cannot be met at {transfer.rendezvous}: {error}") from None
             store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
             self._communicator = GlooCommunicator(
-                store, transfer.communicator, rank, transfer.world_size, receiver.own_host, timeout
+                store, transfer.communicator, rank, transfer.world_size, site.own_host, timeout
             )
 
     @property
     def device(self) -> torch.device:
         return self._communicator.device
 
-    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         return self._communicator.start(buffer, timeout, cancelled)
 
     def load_all(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -342,7 +343,7 @@ class BroadcastSink:
             )
         return 0, self._buffers[slot][:nbytes]
 
-    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         assert self._communicator is not None
         return self._communicator.start(buffer, timeout, cancelled)
 

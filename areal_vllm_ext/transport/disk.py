@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ..protocol import Bucket, Disk
-    from . import UnderWay
+    from .base import Work
 
 
 class DiskSource:
@@ -34,7 +34,7 @@ class DiskSource:
         tensors = [tensor for file in self._files for tensor in checkpoint.read_header(file)]
         self.nbytes = total_bytes(tensors)
 
-    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         raise ValueError("an update from disk has no buckets")
 
     def load_all(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,7 +16,6 @@ import ctypes
 import functools
 import secrets
 import threading
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +23,16 @@ import torch
 
 from ..integrity import digest
 from ..protocol import Allocation, Bucket, CudaIpc, Segment, TensorMeta
-from . import watch
+from .base import watch
 from .buckets import Piece, aligned, examining, nbytes_of, unpack
+from .device import device_id, host_id
 from .slots import SlotsSink, check_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
-    from ..worker.receiver import Receiver
-    from . import UnderWay
+    from .base import Work, WorkerSite
 
 _HANDLE_BYTES = 64
 _ENABLE_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess
@@ -45,24 +44,6 @@ _KEEP_OPEN_SECONDS = 30.0
 _LENT_TOGETHER, LENT_BYTES = 4096, 2 << 30
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 _COPY_KIND = 4  # cudaMemcpyDefault: from device to device, wherever each is
-
-
-def device_id(device: torch.device) -> str:
-    """A name of the device that trainer and worker agree on: the GPU's UUID, or ``cpu``.
-
-    Never its index: ``CUDA_VISIBLE_DEVICES`` gives one GPU another index in each process.
-    """
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
-
-
-def own_device_id() -> str:
-    """``device_id`` of the device that this process would use."""
-    return device_id(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
-
-
-def host_id() -> str:
-    """A name of this host that all containers on it agree on: its kernel's boot id."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class _Handle(ctypes.Structure):
@@ -199,7 +180,7 @@ class Copying:
         watch(self._done.query, timeout, cancelled)
         return self._buffer
 
-    def abandon(self) -> None: ...
+    def cancel(self) -> None: ...
 
 
 class CudaIpcSource:
@@ -209,13 +190,13 @@ class CudaIpcSource:
     unchecked = False
     nbytes = 0
 
-    def __init__(self, transfer: CudaIpc, receiver: Receiver) -> None:
+    def __init__(self, transfer: CudaIpc, site: WorkerSite) -> None:
         """Open the trainer's slots.
 
         Raises:
             RuntimeError: this worker cannot reach them.
         """
-        self.device = receiver.device
+        self.device = site.device
         if self.device.type != "cuda":
             raise RuntimeError(
                 f"transport 'ipc' brings weights to GPUs, and this worker runs on {self.device}: use transport='broadcast'"
@@ -277,7 +258,7 @@ class CudaIpcSource:
         """Close what nobody uses: new ones, since whoever uses an opened memory has it by now."""
         self._opened, self._views, self._viewed = {}, {}, {}
 
-    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         memory, _ = self._open(self._transfer.handle, self._transfer.nbytes)
         check_inside(bucket, memory.nbytes, "the trainer's memory")
         return self._copy([(memory, bucket.location, bucket.nbytes)], buffer)
@@ -298,7 +279,7 @@ class CudaIpcSource:
         self._viewed[bucket.index] = piece
         return piece
 
-    def start_lent(self, bucket: Bucket, buffer: torch.Tensor) -> UnderWay:
+    def start_lent(self, bucket: Bucket, buffer: torch.Tensor) -> Work:
         """Tensors that lie in the trainer's own memory on another GPU: copies in ``buffer``, as ``packed`` has them.
 
         Raises as ``views`` does.
@@ -328,7 +309,7 @@ class CudaIpcSource:
         _, whole = self._open(self._transfer.handle, self._transfer.nbytes)
         return whole[-8:].view(torch.int64)
 
-    def _copy(self, places: Sequence[tuple[Memory, int, int]], buffer: torch.Tensor) -> UnderWay:
+    def _copy(self, places: Sequence[tuple[Memory, int, int]], buffer: torch.Tensor) -> Work:
         """Begin to copy the bytes at (memory, offset, bytes), one after the other, into ``buffer``."""
         with torch.cuda.device(self.device):
             buffer.record_stream(self._stream)  # an update that is given up frees it while the copy runs

@@ -13,21 +13,20 @@ import mmap
 import os
 import re
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..protocol import Bucket, SharedMemory
-from . import Arrived
+from .base import CompletedWork
 from .slots import SlotsSink, check_inside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from concurrent.futures import Future
 
-    from . import UnderWay
-
-from pathlib import Path
+    from .base import Work
 
 _FOLDER = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 _NAME = re.compile(r"areal-[0-9a-f]{32}")
@@ -73,10 +72,10 @@ class SharedMemorySource:
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
         self.device = device
 
-    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         check_inside(bucket, self._memory.numel(), "the shared memory")
         slot = self._memory[bucket.location : bucket.location + bucket.nbytes]
-        return Arrived(buffer.copy_(slot))
+        return CompletedWork(buffer.copy_(slot))
 
     def load_all(self) -> Iterable[tuple[str, torch.Tensor]]:
         return ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import Arrived
+from .base import CompletedWork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..protocol import Bucket
-    from . import UnderWay, buckets
+    from . import buckets
+    from .base import Work
 
 
 class SlotsSink:
@@ -40,9 +41,9 @@ class SlotsSink:
         start = (index % self.slots) * self._slot_bytes
         return start, self._memory[start : start + nbytes]
 
-    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> UnderWay:
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         """Nothing to do: announced is sent."""
-        return Arrived(buffer)
+        return CompletedWork(buffer)
 
 
 def check_inside(bucket: Bucket, nbytes: int, memory: str) -> None:

@@ -19,7 +19,6 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import msgspec
 import torch
 import zmq
 
@@ -47,16 +46,20 @@ from ..protocol import (
     security,
     wire,
 )
-from ..transport import Cancelled, Source, UnderWay, host_memory, open_source
+from ..transport import host_memory
+from ..transport.base import Cancelled, WorkerSite
 from ..transport.buckets import Piece, damaged, differing, not_finite, packed, unpack
-from ..transport.ipc import CudaIpcSource, device_id
+from ..transport.device import device_id
+from ..transport.ipc import CudaIpcSource
 from . import staging
 from .load.loader import Loader
 from .served import LOOK, Served, WeightsChanged, beside
+from .sources import Sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from ..transport.base import Source, Work
     from .load.plan import BoundPlan, Parts
     from .staging import Place
 
@@ -65,8 +68,6 @@ _T = TypeVar("_T")
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
 
-# Trainers that take turns each keep their connection, so many at most; a trainer of more senders keeps all of its own.
-_KEPT_SOURCES = 4
 _LOOK_SECONDS = 0.05
 _BATCH_BYTES, _BATCH_TENSORS = 64 << 20, 256
 # So many buckets are on their way at once.
@@ -84,7 +85,7 @@ class Coming(NamedTuple):
     order: Bucket
     segments: tuple[Segment, ...]
     piece: Piece | None
-    bytes: UnderWay | None
+    bytes: Work | None
 
 
 class Lane:
@@ -218,16 +219,16 @@ class Intake:
         try:
             with self.spans.during(lane.track, "open"):
                 left, senders = self._ends - monotonic(), len(self._lanes)
-                source = self._receiver.source(lane.transfer, left, self._cancelled, senders)
+                source = self._receiver.sources.open(lane.transfer, left, self._cancelled, senders)
                 ready = self._opened(lane, source)
             if ready:
                 self._report(lane.step, manifest=self._base_manifest)
             self._follow(lane, source)
         except Cancelled:
-            self._receiver.drop(source)
+            self._receiver.sources.drop(source)
         except Exception as error:
             logger.warning("areal_vllm_ext: update %s failed in step %s", self.begin.update, lane.step, exc_info=True)
-            self._receiver.drop(source)
+            self._receiver.sources.drop(source)
             if not self._cancelled.is_set():
                 self._report(lane.step, f"{lane.step}: {type(error).__name__}: {error}")
         finally:
@@ -251,7 +252,7 @@ class Intake:
         finally:
             for one in lane.coming:
                 if one.bytes is not None:
-                    one.bytes.abandon()
+                    one.bytes.cancel()
 
     def _next(self, lane: Lane) -> Bucket | Prepare | object | None:
         """The next order, or ``_NOTHING`` where there is something else to do; None where there will be none."""
@@ -527,6 +528,7 @@ class Receiver:
         self.device: torch.device = torch.device(worker.device)
         self.dtype = str(config.model_config.dtype).removeprefix("torch.")
         self.own_host = settings.host or security.own_address_toward(host)
+        self.sources = Sources(WorkerSite(self.rank, self.device, self.own_host))
         self.loader = Loader(worker)
         self.served = Served(worker, (config.model_config.model, config.model_config.revision))
         self.served.damaged, self.served.busy = self._damaged, lambda: self._intake is not None
@@ -534,8 +536,6 @@ class Receiver:
         self._max_message_bytes = settings.max_message_mib << 20
         self._model = (config.model_config.model, config.model_config.revision)
         self._expected: dict[str, TensorMeta] | None = None
-        self._sources: list[tuple[protocol.Transfer, Source]] = []
-        self._sources_lock = threading.Lock()
         self._intake: Intake | None = None
         self.pool = staging.Pool(self.device)
         # Staging of the last update, where it was to be kept.
@@ -606,39 +606,6 @@ class Receiver:
             intake.finish()
 
     # Called from intakes
-
-    def source(self, transfer: protocol.Transfer, timeout: float, cancelled: threading.Event, senders: int) -> Source:
-        """The worker's end of ``transfer``, one of ``senders``. Kept for the next update where the transport allows it."""
-        if isinstance(transfer, protocol.Broadcast):
-            met, transfer = transfer.met, msgspec.structs.replace(transfer, met=False)
-        else:
-            met = False
-        with self._sources_lock:
-            for place, (known, source) in enumerate(self._sources):
-                if known == transfer:
-                    self._sources.append(self._sources.pop(place))  # the least recently used is closed first
-                    return source
-        if met:
-            raise RuntimeError("this worker no longer has its end of the trainer's connection")
-        source = open_source(transfer, self, timeout, cancelled)
-        if cancelled.is_set():
-            source.close()
-            raise Cancelled
-        if source.reusable:
-            with self._sources_lock:
-                self._sources.append((transfer, source))
-                kept = max(_KEPT_SOURCES, senders)
-                outdated, self._sources = self._sources[:-kept], self._sources[-kept:]
-            for _, old in outdated:
-                old.close()
-        return source
-
-    def drop(self, source: Source | None) -> None:
-        """Close a source that failed: the next update opens a new one."""
-        with self._sources_lock:
-            self._sources = [entry for entry in self._sources if entry[1] is not source]
-        if source is not None:
-            source.close()
 
     def give_back(self) -> None:
         """Have the device's memory that was staging go back to it, beside the running engine."""

@@ -7,12 +7,13 @@ import signal
 import threading
 import time
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.protocol import Broadcast, Bucket, SharedMemory
+from areal_vllm_ext.transport.base import WorkerSite
 from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink
 
@@ -48,8 +49,7 @@ def end(process: BaseProcess, connection: Connection) -> None:
 
 def join(transfer: Broadcast, rank: int, timeout: float) -> BroadcastSource:
     """The worker's end of a broadcast."""
-    receiver: Any = type("Receiver", (), {"rank": rank, "device": CPU, "own_host": HOST})
-    return BroadcastSource(transfer, receiver, timeout, threading.Event())
+    return BroadcastSource(transfer, WorkerSite(rank, CPU, HOST), timeout, threading.Event())
 
 
 # What they do

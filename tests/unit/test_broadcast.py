@@ -18,7 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from waiting import eventually, in_thread
 
 from areal_vllm_ext.protocol import Bucket, TensorMeta
-from areal_vllm_ext.transport import Cancelled, broadcast
+from areal_vllm_ext.transport import broadcast
+from areal_vllm_ext.transport.base import Cancelled
 from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
 from areal_vllm_ext.transport.buckets import filled_buckets
 

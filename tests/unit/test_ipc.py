@@ -23,6 +23,7 @@ from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Bucket, CudaIpc, TensorMeta
 from areal_vllm_ext.transport import ipc
 from areal_vllm_ext.transport.buckets import packed, unpack
+from areal_vllm_ext.transport.device import host_id
 from areal_vllm_ext.transport.ipc import CudaIpcSink, CudaIpcSource, CudaRuntime
 
 compiler = shutil.which("cc") or shutil.which("gcc")
@@ -92,7 +93,7 @@ def test_a_runtime_that_is_not_there_is_said() -> None:
 
 # Who is told to use another transport
 
-TRANSFER = CudaIpc(host=ipc.host_id(), device_id="GPU-1", handle=bytes(64), nbytes=8)
+TRANSFER = CudaIpc(host=host_id(), device_id="GPU-1", handle=bytes(64), nbytes=8)
 
 
 def receiver(device: str) -> Any:

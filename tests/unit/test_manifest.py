@@ -30,7 +30,7 @@ from areal_vllm_ext.integrity import checkpoint as checkpoints
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Ack, Begin, Disk, Error, Prepare, Sender, WorkerDone
 from areal_vllm_ext.protocol.wire import Caller
-from areal_vllm_ext.transport import Arrived
+from areal_vllm_ext.transport.base import CompletedWork
 from areal_vllm_ext.transport.broadcast import GlooBroadcast
 from areal_vllm_ext.transport.disk import DiskSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySource
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 __all__ = ["checkpoint", "group", "served", "shared_engines"]
 
 
-def flipped(start: Callable[..., Arrived]) -> Callable[..., Arrived]:
+def flipped(start: Callable[..., CompletedWork]) -> Callable[..., CompletedWork]:
     """As ``start``, with a bit of the third tensor flipped, on every second call: one worker of each engine."""
     calls = itertools.count()
 
-    def damaged(*arguments: Any) -> Arrived:
+    def damaged(*arguments: Any) -> CompletedWork:
         arrived = start(*arguments)
         if next(calls) % 2:
             _, bucket, buffer, *_ = arguments

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from areal_vllm_ext.transport import Cancelled, watch
+from areal_vllm_ext.transport.base import Cancelled, watch
 from areal_vllm_ext.transport.nccl import Nccl
 
 compiler = shutil.which("cc") or shutil.which("gcc")

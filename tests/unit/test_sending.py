@@ -38,6 +38,7 @@ from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource, G
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
 from areal_vllm_ext.worker import receiver as receivers
 from areal_vllm_ext.worker.receiver import Lane, Receiver
+from areal_vllm_ext.worker.sources import Sources
 
 __all__ = ["checkpoint", "group", "served", "shared_engines"]  # the fixtures
 
@@ -151,8 +152,8 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
 def test_buckets_that_are_on_their_way_are_given_up_with_their_update(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait, abandon = GlooBroadcast.wait, GlooBroadcast.abandon
-    abandoned: list[GlooBroadcast] = []
+    wait, cancel = GlooBroadcast.wait, GlooBroadcast.cancel
+    cancelled: list[GlooBroadcast] = []
 
     def stalls(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
         if threading.current_thread() is threading.main_thread():
@@ -160,31 +161,31 @@ def test_buckets_that_are_on_their_way_are_given_up_with_their_update(
         return wait(self, *arguments)
 
     def noted(self: GlooBroadcast) -> None:
-        abandoned.append(self)
-        abandon(self)
+        cancelled.append(self)
+        cancel(self)
 
     monkeypatch.setattr(GlooBroadcast, "wait", stalls)
-    monkeypatch.setattr(GlooBroadcast, "abandon", noted)
+    monkeypatch.setattr(GlooBroadcast, "cancel", noted)
     with (
         pytest.raises(UpdateAborted, match="the wire is dead"),
         small_buckets(group, monkeypatch, transport="broadcast") as up,
     ):
         up.send(weights(5))
-    assert len(set(abandoned)) >= BroadcastSink.slots - 1
+    assert len(set(cancelled)) >= BroadcastSink.slots - 1
     assert_untouched(served)
 
 
 def test_an_error_while_workers_get_ready_ends_an_update_in_order(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Receiver.source
+    open_source = Sources.open
 
-    def late(self: Receiver, *arguments: Any) -> Any:
+    def late(self: Sources, *arguments: Any) -> Any:
         time.sleep(0.3)
-        return source(self, *arguments)
+        return open_source(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Receiver, "source", late)
+        patched.setattr(Sources, "open", late)
         patched.setattr(Sending, "part", lambda *_: 1 / 0)
         phases: list[tuple[str, float]] = []
         opened = group.update(
@@ -575,7 +576,7 @@ def test_a_source_that_serves_one_update_is_closed_with_it(
 
 
 def lose_connections(receiver: Receiver) -> None:
-    for _, source in list(receiver._sources):
+    for _, source in list(receiver.sources._kept):
         receiver.drop(source)
 
 
@@ -595,6 +596,6 @@ def test_the_connection_that_was_used_least_recently_is_closed_first(served: Ser
         receiver = served.receivers[0][0]
         for number in (0, 1, 2, 3, 0, 4):
             send(groups[number], weights(number), version=number, transport="broadcast")
-        kept = [source for _, source in receiver._sources]
+        kept = [source for _, source in receiver.sources._kept]
         send(groups[0], weights(0), version=9, transport="broadcast")
-        assert [source for _, source in receiver._sources] == [*kept[:2], kept[3], kept[2]]
+        assert [source for _, source in receiver.sources._kept] == [*kept[:2], kept[3], kept[2]]

@@ -1,0 +1,170 @@
+"""What every transport has: a source at the worker, a sink at the trainer, and work that is in flight between them.
+
+A worker opens a ``Source`` for an update's ``Transfer``; a trainer opens a ``Sink``. Both are kept for the next update while
+they work. Both are closed after their first failure, so the next update opens new ones.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from concurrent.futures import Future
+
+    import torch
+
+    from ..protocol import Bucket, Transfer
+    from . import buckets
+
+
+class Cancelled(Exception):
+    """The update was given up while its bytes were in flight."""
+
+
+class WorkerSite(NamedTuple):
+    """Where a worker is, as far as transports need to know.
+
+    Attributes:
+        rank: its rank inside the engine.
+        device: where its model is.
+        own_host: the address at which other ranks reach it.
+    """
+
+    rank: int
+    device: torch.device
+    own_host: str
+
+
+def watch(done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool]) -> None:
+    """Poll until ``done()``.
+
+    Raises:
+        Cancelled: ``cancelled()`` became true.
+        TimeoutError: it took longer than ``timeout`` seconds.
+    """
+    ends = time.monotonic() + timeout
+    pause = 2e-5
+    while not done():
+        if cancelled():
+            raise Cancelled
+        if time.monotonic() > ends:
+            raise TimeoutError(f"the other side was silent for {timeout:.1f} s")
+        time.sleep(pause)
+        # Back off by 10 % per poll: completion is seen at most 10 % late, and each poll costs the generating engine time.
+        pause = min(pause * 1.1, 1e-3)
+
+
+class Work(Protocol):
+    """A bucket whose bytes are in flight."""
+
+    def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
+        """Return the buffer once all of its bytes have arrived (at the trainer: have left).
+
+        Raises:
+            Cancelled: ``cancelled()`` became true.
+            TimeoutError: it took longer than ``timeout`` seconds.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Give the transfer up. Whatever still writes into the buffer does no harm."""
+        ...
+
+
+class CompletedWork:
+    """A bucket whose bytes had arrived when the transfer was started."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+
+    def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
+        return self._buffer
+
+    def cancel(self) -> None: ...
+
+
+class Source(Protocol):
+    """The worker's end.
+
+    Attributes:
+        reusable: whether it can serve another update.
+        unchecked: whether the trainer could not check the values for NaN and infinity, so that the worker must.
+        shared: whether the tensors stay in the trainer's memory until the commit.
+        nbytes: size of all weights if this end knows it, else 0.
+    """
+
+    reusable: bool
+    unchecked: bool
+    shared: bool
+    nbytes: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where buckets arrive."""
+        ...
+
+    def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
+        """Start to receive a bucket into ``buffer``: ``bucket.nbytes`` of ``uint8`` on ``device``.
+
+        Several can be in flight at once. They arrive in the order in which they were started.
+
+        Raises:
+            Cancelled: ``cancelled()`` became true.
+            TimeoutError: the sender was silent for ``timeout`` seconds.
+        """
+        ...
+
+    def load_all(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Read what this transport brings without buckets."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sink(Protocol):
+    """The trainer's end.
+
+    Attributes:
+        transfers: what each engine has to know to open its end, in the order of the engines.
+        bucket_bytes: size of a bucket; a larger tensor gets a bucket of its own.
+        slots: how many buckets can be in flight at once.
+        announced_is_sent: whether workers read a bucket as soon as it is announced, so that it must be complete by then.
+        filled: buckets of the last update whose buffers were not released, by number.
+    """
+
+    bucket_bytes: int
+    slots: int
+    announced_is_sent: bool
+    filled: dict[int, buckets.Bucket]
+
+    @property
+    def transfers(self) -> Sequence[Transfer]: ...
+
+    def meet(self, opening: Future[None]) -> None:
+        """Connect to the workers.
+
+        Args:
+            opening: done when all workers have connected, or has the error of one that could not.
+        """
+        ...
+
+    def buffer(self, index: int, nbytes: int) -> tuple[int, torch.Tensor]:
+        """Return location (see ``protocol.Bucket``) and memory (``nbytes`` of ``uint8``) for bucket ``index``."""
+        ...
+
+    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
+        """Start to send a filled ``buffer``, which was announced to the engines.
+
+        Raises:
+            Cancelled: ``cancelled()`` became true.
+            TimeoutError: it took longer than ``timeout`` seconds.
+        """
+        ...
+
+    def release(self) -> None:
+        """Free the buffers after all is sent. Keep the connections."""
+        ...
+
+    def close(self) -> None: ...
