@@ -577,7 +577,7 @@ def test_a_source_that_serves_one_update_is_closed_with_it(
 
 def lose_connections(receiver: Receiver) -> None:
     for _, source in list(receiver.sources._kept):
-        receiver.drop(source)
+        receiver.sources.drop(source)
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
