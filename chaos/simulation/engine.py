@@ -1,0 +1,257 @@
+"""One engine without time: the real participant. Queues stand for its loop and its workers."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable
+
+from areal_vllm_ext.engine_core.participant import (
+    CallCancelPause,
+    CallCommit,
+    CallLoad,
+    CallPause,
+    CallResume,
+    Effect,
+    Order,
+    Participant,
+    Reply,
+)
+from areal_vllm_ext.protocol import (
+    Abort,
+    Answer,
+    Begin,
+    Bucket,
+    EngineInfo,
+    EngineRequest,
+    Fence,
+    GetStatus,
+    Prepare,
+    Status,
+    Version,
+    WorkerDone,
+)
+from areal_vllm_ext.protocol.wire import Caller
+
+from .base import FIRST_VERSION, EngineCall, Violation, nothing, require
+
+
+class Engine:
+    """One engine: the real participant; its loop and workers are queues that somebody else moves on.
+
+    Attributes:
+        version: the weights that it really holds; ``participant.version`` is what it says.
+        running: whether it generates.
+        replies: answers that are not on the wire yet.
+    """
+
+    def __init__(
+        self,
+        version: Version = FIRST_VERSION,
+        info: EngineInfo | None = None,
+        workers: int = 2,
+        log: Callable[[str], None] = nothing,
+    ) -> None:
+        self.info = info or engine_info(0, 1, 0)
+        self.version: Version = version
+        self.running = True
+        self.participant = Participant(version, frozenset(range(workers)))
+        self.highest_epoch = 0
+        self.calls: collections.deque[EngineCall] = collections.deque()
+        self.outcomes: collections.deque[Callable[[], list[Effect]]] = collections.deque()
+        self.pausing: int | None = None
+        self.orders: list[collections.deque[object]] = [collections.deque() for _ in range(workers)]
+        self.words: collections.deque[WorkerDone] = collections.deque()
+        self.staged: list[str] = [""] * workers
+        self.whole: set[tuple[int, str]] = set()  # what the workers voted for
+        self.answers: dict[Caller, Answer | None] = {}
+        self.tainted = False
+        self.loading: CallLoad | None = None  # without staging: it holds parts of two versions
+        self.replies: list[tuple[Caller, Answer]] = []
+        self.log = log
+
+    # The endpoint
+
+    def receive(self, caller: Caller, message: EngineRequest, now: float) -> None:
+        """As ``wire.Server`` and ``Endpoint`` do: a repeated request gets the first answer again."""
+        if caller in self.answers:
+            if (answer := self.answers[caller]) is not None:
+                self.replies.append((caller, answer))
+            return
+        self.answers[caller] = None
+        if isinstance(message, GetStatus):
+            self.carry_out([Reply(caller, self.status())])
+            return
+        before = self.state
+        if isinstance(message, Fence):
+            refusal = self.participant.fence(message.epoch)
+            self.carry_out([Reply(caller, refusal or self.status())])
+        else:
+            self.carry_out(self.participant.handle(caller, message, now))
+        if message.epoch < self.highest_epoch and self.state != before:
+            raise Violation("rule", f"{message} of a lower epoch than {self.highest_epoch} changed {before}")
+        self.highest_epoch = max(self.highest_epoch, message.epoch)
+
+    def status(self) -> Status:
+        return self.participant.status(self.info)
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        p = self.participant
+        return (p.version, p.phase, p.flow, p.epoch, p.update and p.update.begin.update, p.last_update, len(self.calls))
+
+    def carry_out(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Reply():
+                    require(self.answers.get(effect.caller) is None, "rule", "a request was answered twice")
+                    self.answers[effect.caller] = effect.answer
+                    self.replies.append((effect.caller, effect.answer))
+                case Order():
+                    for orders in self.orders:
+                        orders.append(effect.message)
+                case _:
+                    self.calls.append(effect)
+
+    # The engine's loop
+
+    def step(self, fails: bool = False) -> None:
+        """Carry out the next call."""
+        participant, call = self.participant, self.calls.popleft()
+        self.log(f"{call}{' fails' if fails else ''}")
+        match call:
+            case CallPause():
+                if fails:
+                    self.outcomes.append(lambda: participant.pause_done(call.call, "no consent"))
+                else:
+                    self.pausing = call.call
+            case CallResume():
+                if not fails:
+                    require(not self.tainted, "wrong tokens", "a tainted engine was resumed")
+                    self.pausing, self.running = None, True
+                self.outcomes.append(lambda: participant.resume_done(call.call, "stuck" if fails else ""))
+            case CallCancelPause():
+                pending, self.pausing = self.pausing is not None, None
+                self.running = self.running or pending
+                self.outcomes.append(lambda: participant.cancel_done(call.call, pending))
+            case CallCommit():
+                require(not self.running, "wrong tokens", "a commit was applied on an engine that runs")
+                require(
+                    self.holds(call.update),
+                    "wrong tokens",
+                    f"{call} was applied to {self.whole}, which is not all of it",
+                )
+                self.tainted = fails
+                if not fails:
+                    self.version = call.version
+                self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
+            case CallLoad():
+                require(not self.running, "wrong tokens", "an engine that runs was loaded in place")
+                self.tainted, self.loading = True, call
+                if fails:
+                    self.end_load()
+
+    def end_load(self) -> None:
+        """Without staging: the last byte is loaded, or the update was given up."""
+        call, self.loading = self.loading, None
+        assert call is not None
+        participant, error = self.participant, "" if self.holds(call.update) else "given up"
+        if not error:
+            self.tainted, self.version = False, call.version
+        self.outcomes.append(lambda: participant.load_done(call.update, error))
+
+    def holds(self, update: str) -> bool:
+        """Whether every worker has all of ``update``."""
+        return self.whole == {(rank, update) for rank in range(len(self.orders))}
+
+    def become_idle(self) -> None:
+        """The pause that was asked for completes."""
+        call, self.pausing = self.pausing, None
+        assert call is not None
+        self.running = False
+        participant = self.participant
+        self.outcomes.append(lambda: participant.pause_done(call, ""))
+
+    def report(self) -> None:
+        self.carry_out(self.outcomes.popleft()())
+
+    # The workers
+
+    def work(self, rank: int, fails: bool = False) -> None:
+        match order := self.orders[rank].popleft():
+            case Begin():
+                self.staged[rank] = order.update
+                self.whole = {entry for entry in self.whole if entry[0] != rank}
+                step = "begin"
+            case Bucket():
+                step = order.step
+            case Prepare():
+                step = "prepare"
+            case _:
+                assert isinstance(order, Abort)
+                if self.staged[rank] == order.update:
+                    self.staged[rank] = ""
+                    self.whole.discard((rank, order.update))
+                return
+        if self.staged[rank] == order.update:
+            error = "out of memory" if fails else ""
+            if step == "prepare" and not fails:
+                self.whole.add((rank, order.update))
+            self.words.append(WorkerDone(update=order.update, rank=rank, step=step, error=error))
+
+    def hear_worker(self) -> None:
+        self.carry_out(self.participant.worker_done(self.words.popleft()))
+
+    # Going on
+
+    @property
+    def busy(self) -> bool:
+        waiting = self.calls or self.outcomes or self.words or self.pausing is not None or any(self.orders)
+        return bool(waiting or self.load_ends)
+
+    @property
+    def load_ends(self) -> bool:
+        """Whether a load in place has all its bytes, or will never have them."""
+        if self.loading is None:
+            return False
+        update = self.loading.update
+        return self.holds(update) or any(staged != update for staged in self.staged)
+
+    def parts(self) -> list[Callable[[], None]]:
+        """The parts of this process that have something to do, in the order in which they would if all were quick."""
+        parts: list[Callable[[], None]] = []
+        if self.outcomes:
+            parts.append(self.report)
+        if self.words:
+            parts.append(self.hear_worker)
+        if self.calls:
+            parts.append(self.step)
+        if self.pausing is not None:
+            parts.append(self.become_idle)
+        if self.load_ends:
+            parts.append(self.end_load)
+        parts += [functools.partial(self.work, rank) for rank, orders in enumerate(self.orders) if orders]
+        return parts
+
+    def go_on(self) -> None:
+        """One step of whatever waits in this process."""
+        if parts := self.parts():
+            parts[0]()
+
+
+def engine_info(rank: int, engines: int, incarnation: int) -> EngineInfo:
+    return EngineInfo(
+        replica="r",
+        dp_rank=rank,
+        dp_size=engines,
+        headless=rank > 0,
+        node=f"n{rank}",
+        pid=incarnation,
+        incarnation=f"{incarnation:020d}",
+        address=f"tcp://engine-{rank}:{incarnation + 1}",
+        model="",
+        dtype="float32",
+        device="cpu",
+        vllm_version="",
+        package_version="",
+    )

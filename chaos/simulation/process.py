@@ -1,0 +1,118 @@
+"""Processes of the simulation, each with a clock and an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from areal_vllm_ext.protocol.wire import Caller
+
+from .base import IDS
+
+if TYPE_CHECKING:
+    from .world import World
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """What a process reads where the world's time is ``t``: ``offset + rate * t``."""
+
+    offset: float = 0.0
+    rate: float = 1.0
+
+
+class Process(asyncio.AbstractEventLoop):
+    """A process, and the event loop of what is asynchronous in it. Its time is its clock's."""
+
+    def __init__(self, world: World, name: str, clock: Clock) -> None:
+        self.world = world
+        self.name = name
+        self.clock = clock
+        self.alive = True
+        self.asleep = self.slept = False
+        self.waiting: list[tuple[int, Any]] = []
+        self._ready: collections.deque[asyncio.Handle] = collections.deque()
+
+    def hear(self, caller: Caller, message: Any) -> None:
+        """A message has come."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """As SIGKILL does: nothing that it does from here on reaches anybody."""
+        self.alive = False
+        for task in asyncio.all_tasks(self):
+            task.cancel()
+        self.run(lambda: None)
+
+    def sleep(self) -> None:
+        """As SIGSTOP does: messages and timers wait."""
+        self.asleep = self.slept = True
+
+    def wake(self) -> None:
+        """As SIGCONT does."""
+        self.asleep = False
+        for order, callback in self.waiting:
+            self.world.at(self.world.now, self, callback, order)
+        self.waiting.clear()
+
+    def after(self, seconds: float, callback: Callable[[], object]) -> None:
+        """Call ``callback`` when this process's clock has gone ``seconds`` further."""
+        self.world.at(self.world.now + seconds / self.clock.rate, self, callback)
+
+    def run(self, callback: Callable[[], object]) -> None:
+        """Run one event, and all that becomes ready by it."""
+        asyncio._set_running_loop(self)
+        try:
+            callback()
+            while self._ready:
+                handle = self._ready.popleft()
+                if not handle.cancelled():
+                    handle._run()
+        finally:
+            asyncio._set_running_loop(None)
+
+    # What asyncio asks of a loop
+
+    def time(self) -> float:
+        return self.clock.offset + self.clock.rate * self.world.now
+
+    def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
+        handle = asyncio.Handle(callback, args, self, context)
+        self._ready.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon
+
+    def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+        timer = asyncio.TimerHandle(self.time() + delay, callback, args, self, context)
+        self.world.at(self.world.now + max(delay, 0.0) / self.clock.rate, self, timer)
+        return timer
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
+        return self.call_later(when - self.time(), callback, *args, context=context)
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return asyncio.Future(loop=self)
+
+    def create_task(self, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        return asyncio.Task(coro, loop=self, **options)
+
+    def get_debug(self) -> bool:
+        return False
+
+    def is_running(self) -> bool:
+        return True
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        pass
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        # An exception that nobody retrieved: that of a task which a killed process left behind, say.
+        pass
+
+
+def new_caller(process: Process) -> Caller:
+    return Caller(process.name.encode(), next(IDS).to_bytes(16, "big"))

@@ -1,0 +1,141 @@
+"""The directory and an engine as processes of the simulation."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import TYPE_CHECKING, Any
+
+from areal_vllm_ext.control.directory import BEAT_SECONDS, SETTLE_SECONDS, Directory
+from areal_vllm_ext.engine_core.participant import CallCommit
+from areal_vllm_ext.errors import ArealError
+from areal_vllm_ext.protocol import Answer, DirectoryRequest, EngineInfo, Registered
+from areal_vllm_ext.protocol.wire import Caller
+
+from .base import DIRECTORY, LOOK_SECONDS, RECOVERY_SECONDS, TICK_SECONDS, Violation
+from .client import Asking
+from .engine import Engine
+from .process import Process, new_caller
+
+if TYPE_CHECKING:
+    from .world import World
+
+
+class DirectoryProcess(Asking):
+    """The real directory."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, "directory")
+        self.directory = Directory(self.time(), SETTLE_SECONDS)
+        self.answers: dict[Caller, Answer] = {}
+        self.recovery: asyncio.Task[None] | None = None
+        world.join(self, DIRECTORY)
+        self.after(LOOK_SECONDS, self.look)
+
+    def look(self) -> None:
+        """As ``DirectoryServer``: settle what a client has left."""
+        if (self.recovery is None or self.recovery.done()) and self.directory.recovery_due(self.time()):
+            self.world.log(self.name, "recovers")
+            self.recovery = self.create_task(self.recover())
+        self.after(LOOK_SECONDS, self.look)
+
+    async def recover(self) -> None:
+        try:
+            await self.group().recover(deadline=RECOVERY_SECONDS, resume=True)
+        except ArealError as error:
+            self.world.log(self.name, f"cannot recover: {error}")
+            await asyncio.sleep(BEAT_SECONDS)
+
+    def hear(self, caller: Caller, message: Any) -> None:
+        if not isinstance(message, DirectoryRequest):  # an answer to what it asks, as a client, of engines or of itself
+            super().hear(caller, message)
+            return
+        if caller not in self.answers:
+            self.answers[caller] = self.directory.handle(message, self.time())
+        self.world.send(self, caller.peer, caller, self.answers[caller])
+
+
+class EngineProcess(Process):
+    """An engine, its time, and its beats.
+
+    Attributes:
+        failing: calls or workers' steps that will fail.
+    """
+
+    def __init__(self, world: World, info: EngineInfo, rank: int) -> None:
+        super().__init__(world, f"engine-{rank}.{info.pid}", world.clock())
+        self.rank = rank
+        self.failing = 0
+        self.engine = Engine(info=info, log=functools.partial(world.log, self.name))
+        # It serves once it has heard from the directory what the group has agreed on.
+        self.engine.running = self.joined = False
+        self._stepping = False
+        world.join(self, info.address)
+        self.after(world.dice.uniform(0, TICK_SECONDS), self.tick)
+        self.after(world.dice.uniform(0, BEAT_SECONDS), self.beat)
+
+    def hear(self, caller: Caller, message: Any) -> None:
+        if caller.peer == self.name.encode():
+            if isinstance(message, Registered):
+                self.registered(message)
+            return
+        self.engine.receive(caller, message, self.time())
+        self.flush()
+
+    def tick(self) -> None:
+        participant, now = self.engine.participant, self.time()
+        if effects := participant.tick(now):
+            self.engine.carry_out(effects)
+            self.flush()
+        if participant.update and participant.phase == "receiving" and now > participant.update.ends:
+            raise Violation("leftover", f"{self.name} receives an update whose time is over")
+        self.after(TICK_SECONDS, self.tick)
+
+    def registered(self, message: Registered) -> None:
+        """The directory has answered a beat."""
+        engine = self.engine
+        engine.carry_out(engine.participant.group_at(message.version, message.agreed))
+        if not self.joined:
+            self.joined = True
+            engine.running = engine.participant.flow == "running"
+            self.world.check(self.rank)
+        self.flush()
+
+    def beat(self) -> None:
+        beat = self.engine.participant.beat(self.engine.info)
+        self.world.send(self, DIRECTORY, new_caller(self), beat)
+        self.after(BEAT_SECONDS, self.beat)
+
+    def flush(self) -> None:
+        """Answers go out, and what waits goes on a moment later."""
+        engine = self.engine
+        self.world.switched[engine.participant.version].add(self.rank)
+        for caller, answer in engine.replies:
+            self.world.send(self, caller.peer, caller, answer)
+        engine.replies.clear()
+        if not self._stepping and engine.busy:
+            self._stepping = True
+            self.after(self.world.dice.uniform(0.0001, 0.003), self.step)
+
+    def step(self) -> None:
+        self._stepping = False
+        engine = self.engine
+        part = self.world.dice.choice(engine.parts())
+        if part == engine.step:
+            call = engine.calls[0]
+            fails = self._fails()
+            if isinstance(call, CallCommit):
+                self.world.switching(self.rank, call)
+            engine.step(fails)
+            self.world.check(self.rank)
+        elif isinstance(part, functools.partial):
+            part(fails=self._fails())
+        else:
+            part()
+            if part == engine.become_idle:
+                self.world.check(self.rank)
+        self.flush()
+
+    def _fails(self) -> bool:
+        self.failing -= 1
+        return self.failing >= 0

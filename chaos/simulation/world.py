@@ -1,0 +1,183 @@
+"""Engines, a directory and trainers, and what happens to them."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+from areal_vllm_ext.engine_core.participant import CallCommit
+from areal_vllm_ext.protocol import Message, Version
+from areal_vllm_ext.protocol.wire import Caller
+
+from .base import brief, require
+from .client import Trainer
+from .engine import engine_info
+from .network import Network
+from .process import Clock, Process
+from .servers import DirectoryProcess, EngineProcess
+
+
+class World:
+    """Engines, a directory and trainers, and what happens to them.
+
+    Attributes:
+        now: the true time, in seconds.
+        switched: the engines that ever switched to a version.
+    """
+
+    def __init__(self, engines: int, seed: int, trace: bool = False) -> None:
+        self.dice = random.Random(seed)
+        self.now = 0.0
+        self.events = 0
+        self.lines: list[str] | None = [] if trace else None
+        self._heap: list[tuple[float, int, Process, Any]] = []
+        self._order = itertools.count()
+        self._listening: dict[str, Process] = {}
+        self._processes: dict[bytes, Process] = {}
+        self.network = Network(self.dice)
+        self.switched: dict[Version, set[int]] = collections.defaultdict(set)
+        self._begun: set[str] = set()
+        self._serving: collections.Counter[Version] = collections.Counter()
+        self._counted: dict[int, Version] = {}
+        self._incarnations = itertools.count(1)
+        self.drift = 0.0
+        self.engines: list[EngineProcess] = []
+        self.start_directory()
+        for rank in range(engines):
+            self.engines.append(self._new_engine(rank, engines))
+            self._count(rank)
+        self.trainers: list[Trainer] = []
+
+    # Processes
+
+    def clock(self) -> Clock:
+        return Clock(self.dice.uniform(0, 1e6), 1 + self.dice.uniform(-self.drift, self.drift))
+
+    def join(self, process: Process, address: str = "") -> None:
+        self._processes[process.name.encode()] = process
+        if address:
+            self._listening[address] = process
+
+    def start_directory(self) -> None:
+        self.directory = DirectoryProcess(self)
+
+    def _new_engine(self, rank: int, engines: int) -> EngineProcess:
+        return EngineProcess(self, engine_info(rank, engines, next(self._incarnations)), rank)
+
+    def crash_engine(self, rank: int) -> None:
+        self.engines[rank].kill()
+        self._count(rank)
+        self.log(self.engines[rank].name, "crashes")
+
+    def restart_engine(self, rank: int) -> None:
+        """It comes back with the weights that it was started with, and without a memory."""
+        if not self.engines[rank].alive:
+            self.engines[rank] = self._new_engine(rank, len(self.engines))
+            self.log(self.engines[rank].name, "is back")
+
+    def trainer(self) -> Trainer:
+        self.trainers.append(Trainer(self, f"trainer-{len(self.trainers) + 1}"))
+        return self.trainers[-1]
+
+    # Events
+
+    def at(self, when: float, process: Process, callback: Any, order: int | None = None) -> None:
+        """Call ``callback`` in ``process`` at the true time ``when``. What falls on one moment is in ``order``."""
+        heapq.heappush(self._heap, (when, next(self._order) if order is None else order, process, callback))
+
+    def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
+        """Let everything take its course until the time ``until``, or until ``done``."""
+        heap = self._heap
+        while heap and heap[0][0] <= until and not done():
+            when, order, process, callback = heapq.heappop(heap)
+            if not process.alive:
+                continue
+            if process.asleep:
+                process.waiting.append((order, callback))
+                continue
+            self.now = max(self.now, when)
+            if isinstance(callback, asyncio.TimerHandle):
+                if callback.cancelled():
+                    continue
+                callback = callback._run
+            self.events += 1
+            process.run(callback)
+        if not done():
+            self.now = max(self.now, until)
+
+    def log(self, who: str, what: object) -> None:
+        if self.lines is not None:
+            self.lines.append(f"{self.now:8.4f} {who:10s} {what}")
+
+    # Messages
+
+    def send(self, source: Process, target: str | bytes, caller: Caller, message: Message) -> None:
+        """From ``source`` to an address, or back to the process that asked."""
+        receiver = self._listening.get(target) if isinstance(target, str) else self._processes.get(target)
+        if not source.alive or receiver is None:
+            return
+
+        def arrive() -> None:
+            if self.lines is not None:
+                self.log(receiver.name, f"<- {source.name} {brief(message)}")
+            receiver.hear(caller, message)
+
+        if (source.name in self.network.cut) != (receiver.name in self.network.cut):
+            # The kernel sends again what was under way when a link was cut, once it is joined; or the connection ends.
+            if self.dice.random() < 0.5:
+                self.network.held.append((receiver, arrive))
+            return
+        for delay in self.network.delays(self.now):
+            self.at(self.now + delay, receiver, arrive)
+
+    def reaches(self, source: Process, address: str) -> bool:
+        """Whether a connection from ``source`` to ``address`` would stand."""
+        receiver = self._listening.get(address)
+        cut = self.network.cut
+        return receiver is not None and receiver.alive and (source.name in cut) == (receiver.name in cut)
+
+    def join_links(self) -> None:
+        """Every cut link is whole again."""
+        self.network.cut.clear()
+        for receiver, arrive in self.network.held:
+            self.at(self.now + self.dice.uniform(0, 0.5), receiver, arrive)
+        self.network.held.clear()
+
+    # What must hold at any time
+
+    def check(self, rank: int) -> None:
+        """No two engines that serve are on different versions, whoever died or slept or was late. ``rank`` has changed."""
+        self._count(rank)
+        require(len(self._serving) <= 1, "mixed versions", f"engines serve {sorted(map(str, self._serving))}")
+        engine = self.engines[rank].engine
+        require(not (engine.tainted and engine.running), "wrong tokens", f"engine {rank} serves tainted weights")
+
+    def _count(self, rank: int) -> None:
+        """Keep count of the versions that engines serve."""
+        if before := self._counted.pop(rank, None):
+            self._serving[before] -= 1
+            if not self._serving[before]:
+                del self._serving[before]
+        process = self.engines[rank]
+        if process.alive and process.engine.running:
+            self._counted[rank] = process.engine.version
+            self._serving[process.engine.version] += 1
+
+    def switching(self, rank: int, call: CallCommit) -> None:
+        """An engine is about to switch: is every other paused with the same update prepared, where it is the first?"""
+        if call.update in self._begun:
+            return
+        self._begun.add(call.update)
+        for other, process in enumerate(self.engines):
+            p = process.engine.participant
+            ready = p.update is not None and p.update.begin.update == call.update and p.flow == "paused"
+            require(
+                (ready and p.phase in ("prepared", "committing")) or not (process.alive and process.joined),
+                "rule",
+                f"engine {rank} commits while engine {other} is {p.phase}, {p.flow}",
+            )
