@@ -31,11 +31,10 @@ from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from areal_vllm_ext.launcher import Placement, launch
 from areal_vllm_ext.transport.device import own_device_id
+from harness.cpu_vllm import CPU_ENV, PROMPTS, TOKENS, train
 from harness.leftovers import Footprint, processes
 from harness.ray_cluster import ray_cluster
 from harness.report import finish
-
-from .ray_deferred import CPU_ENV, PROMPTS, TOKENS, train
 
 if TYPE_CHECKING:
     from areal_vllm_ext.launcher.owner import Home

@@ -31,7 +31,7 @@ from areal_vllm_ext import AsyncEngineGroup, UpdateAborted
 from areal_vllm_ext.protocol import security
 from harness.report import finish, spread, table
 
-ENGINES = Path(__file__).parent.parent / "tests" / "unit" / "simulated_engine.py"
+ENGINES = Path(__file__).parent.parent / "harness" / "simulated_engine.py"
 COUNTS = (1, 4, 16, 64, 256, 1024)
 WARM_UP = 3
 DEADLINE = 20.0

@@ -25,9 +25,8 @@ from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import make_model
 from areal_vllm_ext.process.supervisor import SHARED_MEMORY, remove
 from areal_vllm_ext.protocol import security
+from harness.cpu_vllm import token_exact, train
 from harness.ray_cluster import RayCluster, ray_cluster
-
-from .ray_deferred import token_exact, train
 
 SECONDS = 300
 ARGUMENTS = ["--data-parallel-backend", "ray", "--data-parallel-size", "2", "--data-parallel-size-local", "1"]

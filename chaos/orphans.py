@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from harness.ray_cluster import RayCluster
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "orphans.json"
+RESULTS = Path(__file__).parent / "results" / "orphans.json"
 LIMIT_SECONDS = 15.0
 GIVE_UP_SECONDS = 60.0
 STUBBORN = Path(__file__).with_name("stubborn_server.py")

@@ -10,7 +10,7 @@ import time
 import ray
 
 from areal_vllm_ext.launcher import Placement, launch
-from benchmarks.ray_deferred import CPU_ARGS, CPU_ENV
+from harness.cpu_vllm import CPU_ARGS, CPU_ENV
 
 from .orphans import STUBBORN
 

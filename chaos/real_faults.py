@@ -38,7 +38,7 @@ from .bad_wire import BadNamespaces
 from .fault_trainer import Weights
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "faults.json"
+RESULTS = Path(__file__).parent / "results" / "faults.json"
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
 TOKENS = 16
 PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")

@@ -16,7 +16,7 @@ import ray
 from areal_vllm_ext.demo.model import make_model
 from areal_vllm_ext.launcher import Placement, launch
 from areal_vllm_ext.process.serving import answers
-from benchmarks.ray_deferred import CPU_ARGS, CPU_ENV, token_exact, train
+from harness.cpu_vllm import CPU_ARGS, CPU_ENV, token_exact, train
 from harness.leftovers import Footprint
 from harness.network import missing
 from harness.ray_cluster import RayCluster, ray_cluster

@@ -10,9 +10,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 from raw_client import RawClient
-from simulated_engine import HOST, Deployment, deployed
 
 from areal_vllm_ext.protocol import security
+from harness.simulated_engine import HOST, Deployment, deployed
 
 # Busy machines stall for seconds, and what hypothesis has found once belongs into a test of its own.
 hypothesis.settings.register_profile(

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from simulated_engine import Deployment, Shape, SimulatedEngine, deployed
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.protocol import security
 from areal_vllm_ext.worker.receiver import Receiver
+from harness.simulated_engine import Deployment, Shape, SimulatedEngine, deployed
 
 WORKERS = 2
 SHAPES = {"embed": (100, 16), "layer.0": (33, 7), "layer.1": (33, 7), "norm": (16,), "scale": ()}

@@ -13,7 +13,6 @@ import peers
 import pytest
 import torch
 from peers import join
-from simulated_engine import HOST
 from torch.multiprocessing.reductions import StorageWeakRef
 from waiting import eventually, in_thread
 
@@ -22,6 +21,7 @@ from areal_vllm_ext.transport import broadcast
 from areal_vllm_ext.transport.base import Cancelled
 from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
 from areal_vllm_ext.transport.buckets import filled_buckets
+from harness.simulated_engine import HOST
 
 TIMEOUT = 0.7
 NEVER_CANCELLED = threading.Event()

@@ -32,7 +32,7 @@ from areal_vllm_ext.protocol import (
 )
 
 if TYPE_CHECKING:
-    from simulated_engine import Deployment
+    from harness.simulated_engine import Deployment
 
 Raw = Callable[..., RawClient]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from raw_client import RawClient
 from safetensors.torch import save_file
-from simulated_engine import Deployment, Shape, deployed
 from waiting import eventually
 
 from areal_vllm_ext import protocol
@@ -26,6 +25,7 @@ from areal_vllm_ext.protocol import (
     security,
     wire,
 )
+from harness.simulated_engine import Deployment, Shape, deployed
 
 Raw = Callable[..., RawClient]
 

@@ -18,6 +18,7 @@ from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, protocol
 from areal_vllm_ext.protocol import security
+from harness import simulated_engine
 
 HERE = Path(__file__).parent
 FRAMES = 100_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 20_000
@@ -75,7 +76,7 @@ class Honest:
 @pytest.fixture
 def engines(key_file: Path) -> Iterator[tuple[subprocess.Popen[bytes], EngineGroup]]:
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "simulated_engine.py"), "--key-file", str(key_file), "--engines", "2"],
+        [sys.executable, simulated_engine.__file__, "--key-file", str(key_file), "--engines", "2"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import simulated_engine
-from simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 from waiting import eventually, in_thread
 
 from areal_vllm_ext import (
@@ -44,6 +42,8 @@ from areal_vllm_ext.protocol import (
     Sender,
     security,
 )
+from harness import simulated_engine
+from harness.simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 
 if TYPE_CHECKING:
     from raw_client import RawClient

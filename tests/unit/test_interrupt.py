@@ -15,10 +15,10 @@ from pathlib import Path
 import peers
 import pytest
 from raw_client import RawClient
-from simulated_engine import NEVER, Deployment
 from waiting import eventually
 
 from areal_vllm_ext.protocol import AcquireLease, GetStatus, Lease, Status
+from harness.simulated_engine import NEVER, Deployment
 
 Raw = Callable[..., RawClient]
 

@@ -14,7 +14,7 @@ from ranks import Ranks
 from real_receivers import Served, assert_untouched, checkpoint, served, shared_engines, weights
 
 if TYPE_CHECKING:
-    from simulated_engine import Deployment
+    from harness.simulated_engine import Deployment
 
 __all__ = ["checkpoint", "served", "shared_engines"]  # the fixtures
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from raw_client import RawClient
-from simulated_engine import NEVER, Deployment, Shape, deployed
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, PauseFailed, UpdateAborted, UpdateInDoubt
@@ -30,6 +29,7 @@ from areal_vllm_ext.protocol import (
     Sender,
     security,
 )
+from harness.simulated_engine import NEVER, Deployment, Shape, deployed
 
 Raw = Callable[..., RawClient]
 LEASE = 0.5

@@ -21,7 +21,6 @@ from real_receivers import (
     weights,
 )
 from safetensors.torch import save_file
-from simulated_engine import Deployment, Shape, deployed
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.client.coordinator import Coordinator, Member
@@ -34,6 +33,7 @@ from areal_vllm_ext.transport.base import CompletedWork
 from areal_vllm_ext.transport.broadcast import GlooBroadcast
 from areal_vllm_ext.transport.disk import DiskSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySource
+from harness.simulated_engine import Deployment, Shape, deployed
 
 if TYPE_CHECKING:
     import torch

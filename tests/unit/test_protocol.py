@@ -17,7 +17,8 @@ from areal_vllm_ext.protocol import Error, Hello, Message, Welcome
 
 if typing.TYPE_CHECKING:
     from raw_client import RawClient
-    from simulated_engine import Deployment
+
+    from harness.simulated_engine import Deployment
 
 MESSAGES = sorted(Message.__subclasses__(), key=lambda message: message.__name__)
 DECODERS = {

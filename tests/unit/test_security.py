@@ -20,7 +20,7 @@ from areal_vllm_ext.errors import SettingsError
 from areal_vllm_ext.protocol import GetStatus, Status, security
 
 if TYPE_CHECKING:
-    from simulated_engine import Deployment
+    from harness.simulated_engine import Deployment
 
 # Key files
 

@@ -28,7 +28,6 @@ from real_receivers import (
     weights,
 )
 from safetensors.torch import save_file
-from simulated_engine import NEVER
 from waiting import eventually, in_thread
 
 from areal_vllm_ext import EngineGroup, InvalidWeights, UpdateAborted
@@ -39,6 +38,7 @@ from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemor
 from areal_vllm_ext.worker import receiver as receivers
 from areal_vllm_ext.worker.receiver import Lane, Receiver
 from areal_vllm_ext.worker.sources import Sources
+from harness.simulated_engine import NEVER
 
 __all__ = ["checkpoint", "group", "served", "shared_engines"]  # the fixtures
 

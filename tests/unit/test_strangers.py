@@ -12,7 +12,6 @@ import pytest
 import zmq
 from engine_infos import engine_info
 from raw_client import RawClient
-from simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 from waiting import eventually
 
 from areal_vllm_ext import protocol
@@ -45,6 +44,7 @@ from areal_vllm_ext.protocol import (
     security,
     wire,
 )
+from harness.simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 
 Raw = Callable[..., RawClient]
 

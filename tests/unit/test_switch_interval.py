@@ -14,7 +14,7 @@ from areal_vllm_ext.process.switch_interval import ShortSwitchInterval
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from simulated_engine import Deployment
+    from harness.simulated_engine import Deployment
 
 
 @pytest.fixture

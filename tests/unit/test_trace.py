@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from real_receivers import WORKERS, awaiting_workers, connected, save, vllm_config
-from simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.observability import trace
@@ -24,6 +23,7 @@ from areal_vllm_ext.protocol import EngineInfo, GetTrace, Span, security
 from areal_vllm_ext.worker import receiver as receivers
 from areal_vllm_ext.worker.extension import WorkerExtension
 from areal_vllm_ext.worker.receiver import Receiver
+from harness.simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
 
 NANOSECOND = 1e-3  # in a trace's microseconds
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from simulated_engine import NEVER, Shape, deployed
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
@@ -24,6 +23,7 @@ from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, Wo
 from areal_vllm_ext.worker import served
 from areal_vllm_ext.worker.load import proof
 from areal_vllm_ext.worker.served import Served, WeightsChanged
+from harness.simulated_engine import NEVER, Shape, deployed
 
 LIVE = {"embed": 1, "norm": 2}
 CHECKPOINT = {"embed": (TensorMeta("embed", "float32", (4, 2)), 11), "norm": (TensorMeta("norm", "float32", (2,)), 12)}

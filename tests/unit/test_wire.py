@@ -13,7 +13,6 @@ from engine_infos import engine_info
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from raw_client import RawClient
-from simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 from waiting import eventually
 from zmq.utils.monitor import recv_monitor_message
 
@@ -22,6 +21,7 @@ from areal_vllm_ext.config import Settings
 from areal_vllm_ext.control.directory import DirectoryServer
 from areal_vllm_ext.errors import SettingsError
 from areal_vllm_ext.protocol import Ack, Error, GetStatus, Pause, Status, security, wire
+from harness.simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 
 Raw = Callable[..., RawClient]
 MAX_MESSAGE = 1 << 20

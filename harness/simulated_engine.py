@@ -1,6 +1,6 @@
 """Engines without a model: the real endpoint, directory and wire, over an engine loop and workers that are simulated.
 
-``Deployment`` runs any number of them in this process; ``python simulated_engine.py`` runs them in a process of its own,
+``Deployment`` runs any number of them in this process. ``python harness/simulated_engine.py`` runs them in its own process,
 which can be killed or stopped (or in several: a thousand engines need some 25 file descriptors and 4 threads each).
 """
 
@@ -475,7 +475,7 @@ def main() -> None:
     for engine in deployment.engines.values():
         engine.seconds["pause"] = arguments.pause_seconds
     deployment.wait_attached(60)
-    print(deployment.directory, flush=True)  # noqa: T201 - for whoever started this process
+    print(deployment.directory, flush=True)
     sys.stdin.read()
     deployment.stop()
 
