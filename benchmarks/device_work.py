@@ -21,7 +21,9 @@ import torch
 
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.transport.buckets import examined, not_finite
-from areal_vllm_ext.worker.load.plan import BoundPlan, Copy, Part, Plan, Target, Tree, _Storage
+from areal_vllm_ext.worker.load.plan import LoadPlan, ModelFingerprint, PlanRun
+from areal_vllm_ext.worker.load.strides import Copy, StridedSlice
+from areal_vllm_ext.worker.load.targets import LiveTarget, RecordedStorage
 from areal_vllm_ext.worker.staging import Pool
 
 _PIECE_BYTES = 1 << 30
@@ -56,17 +58,17 @@ def staged(found: dict[str, tuple[int, ...]], device: torch.device, bucket_bytes
     return tensors
 
 
-def plan_of(tensors: dict[str, torch.Tensor]) -> tuple[Plan, list[torch.Tensor]]:
+def plan_of(tensors: dict[str, torch.Tensor]) -> tuple[LoadPlan, list[torch.Tensor]]:
     """A plan that copies each tensor to memory of its own, and that memory."""
     targets, live = [], []
     for name, tensor in tensors.items():
         flat = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
-        storage = _Storage(names=(name,))
-        run = Part(0, (tensor.numel(),), (1,))
+        storage = RecordedStorage(names=(name,))
+        run = StridedSlice(0, (tensor.numel(),), (1,))
         storage.copies.append(Copy(run, name, run))
-        targets.append(Target(flat, storage))
+        targets.append(LiveTarget(flat, storage))
         live.append(flat)
-    return Plan(targets, tensors, Tree(torch.nn.Module())), live
+    return LoadPlan(targets, tensors, ModelFingerprint(torch.nn.Module())), live
 
 
 def measured(work: Callable[[], object], device: torch.device, repeat: int) -> float:
@@ -111,8 +113,8 @@ def main() -> int:
     halves = halves[:, :0].clone()
 
     plan, live = plan_of(tensors)
-    bound = BoundPlan(plan)
-    bound.add(plan.parts(tensors))
+    bound = PlanRun(plan)
+    bound.add(plan.copies_of(tensors))
 
     def singly() -> None:
         for to, tensor in zip(live, tensors.values(), strict=True):
@@ -128,7 +130,7 @@ def main() -> int:
         row(name, work)
         if wrong():
             failures.append(f"{name}: wrong bytes")
-    row("plan: bind (beside generation)", lambda: BoundPlan(plan).add(plan.parts(tensors)))
+    row("plan: bind (beside generation)", lambda: PlanRun(plan).add(plan.copies_of(tensors)))
     digest.compiled().result()
     row("digests", lambda: digest.digests_of(tensors.values()))
     right = digest._by_operators(list(tensors.values())[:5])  # noqa: SLF001

@@ -35,7 +35,7 @@ class WorkerExtension:
                 with spans.during(track, "load"):
                     receiver.served.copied = receiver.loader.load(weights, bound)
                 with spans.during(track, "prove"):
-                    part = bound is not None and bound.part
+                    part = bound is not None and bound.partial
                     unproven: str = receiver.served.prove(weights, part=part)
                 receiver.confirm(update)
             return unproven

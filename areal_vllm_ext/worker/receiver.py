@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from ..transport.base import Source, Work
-    from .load.plan import BoundPlan, Parts
+    from .load.plan import CopyBatch, PlanRun
     from .staging import Place
 
 _T = TypeVar("_T")
@@ -134,7 +134,7 @@ class Intake:
         # Of each tensor what it is, and the digest of its bytes.
         self.manifest: dict[str, tuple[TensorMeta, int]] = {}
         # Of staged tensors, where there is a load plan.
-        self.bound: BoundPlan | None = None
+        self.bound: PlanRun | None = None
         # What the worker has, if it could do with what has changed since; and the manifest of that.
         self._base: Contents = {}
         self._base_manifest = ""
@@ -288,7 +288,7 @@ class Intake:
             sources = [one.source for one in self._lanes.values() if one.source]
             if len(sources) < len(self._lanes):
                 return False
-            self.bound = None if self.in_place else self._receiver.loader.bind()
+            self.bound = None if self.in_place else self._receiver.loader.begin_run()
             if self.bound:
                 if not self.bound.plan.packings:  # nobody can look whether these are still what they were
                     self._base_manifest, self._base = self._receiver.served.base()
@@ -308,7 +308,7 @@ class Intake:
         nbytes = of_shard = asked.nbytes or max(source.nbytes for source in sources)
         if self._shard and self.bound and asked.bucket:
             # Those on the way, and one that is checked.
-            of_shard = min(nbytes, self.bound.plan.parts_nbytes + len(sources) * (_AT_ONCE + 1) * asked.bucket)
+            of_shard = min(nbytes, self.bound.plan.slices_nbytes + len(sources) * (_AT_ONCE + 1) * asked.bucket)
         kept = sum(piece.memory.numel() for piece in self._kept.values())
         return max(nbytes - kept, 0), max(of_shard - kept, 0)
 
@@ -418,11 +418,11 @@ class Intake:
             self.tensors.update(piece.tensors)
             return True
         if piece.parts is None or piece.parts.plan is not bound.plan:
-            piece.parts = bound.plan.parts(piece.tensors)
-        parts: Parts | None = piece.parts
+            piece.parts = bound.plan.copies_of(piece.tensors)
+        parts: CopyBatch | None = piece.parts
         if self._shard and not lent and bound.fits and parts is not None:
-            bound.part = True
-            bound.add(parts.apart(self._receiver.pool.empty))
+            bound.partial = True
+            bound.add(parts.compacted(self._receiver.pool.empty))
             return False
         self.tensors.update(piece.tensors)
         bound.add(parts)
@@ -445,7 +445,7 @@ class Intake:
                 raise RuntimeError(f"{sent} buckets were sent, {lane.received} arrived")
         if order.base:
             self._keep(order.base)
-        elif (bound := self.bound) and bound.part:
+        elif (bound := self.bound) and bound.partial:
             self._check_parts(bound)
         expected = self._receiver.expected()
         if expected is not None and (problem := checkpoint.missing(self.manifest, expected)):
@@ -464,7 +464,7 @@ class Intake:
             raise RuntimeError(f"what was to stay was changed by somebody else: {errors.SEND_AGAIN}")
         self.manifest |= kept
 
-    def _check_parts(self, bound: BoundPlan) -> None:
+    def _check_parts(self, bound: PlanRun) -> None:
         """Whether the plan can be carried out, where nothing else can be."""
         if not bound.complete:
             self._receiver.loader.forget()  # all of the next update is staged
@@ -577,7 +577,7 @@ class Receiver:
             raise RuntimeError(f"worker {self.rank} has no staged weights of update {update}")
         return intake.stream() if intake.in_place else list(intake.tensors.items())
 
-    def bound(self, update: str) -> BoundPlan | None:
+    def bound(self, update: str) -> PlanRun | None:
         """What was staged for ``update``, added to the load plan; None without one."""
         intake = self._intake
         return intake.bound if intake is not None and intake.begin.update == update else None

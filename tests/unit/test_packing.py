@@ -30,10 +30,12 @@ from test_plan import (
 )
 from vllm.model_executor.layers import utils
 
-from areal_vllm_ext.worker.load import packing
+from areal_vllm_ext.worker.load import cpu_packing
 from areal_vllm_ext.worker.load.loader import Loader
-from areal_vllm_ext.worker.load.plan import BoundPlan, NotPlanned, Plan, Recorder
+from areal_vllm_ext.worker.load.plan import LoadPlan, PlanRun
 from areal_vllm_ext.worker.load.proof import readable
+from areal_vllm_ext.worker.load.recorder import Recorder, observe_packing
+from areal_vllm_ext.worker.load.targets import NotPlanned
 
 SHAPES = {
     "embed": (VOCABULARY, HIDDEN),
@@ -89,9 +91,9 @@ def equal(model: torch.nn.Module, weights: Weights) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def recorded(model: torch.nn.Module, weights: Weights) -> Plan:
+def recorded(model: torch.nn.Module, weights: Weights) -> LoadPlan:
     recorder = Recorder(model, readable(model), weights)
-    with recorder, packing.noted(recorder):
+    with recorder, observe_packing(recorder):
         load(model, weights)
     return recorder.plan()
 
@@ -106,10 +108,10 @@ def test_packed_weights_are_planned_and_give_what_a_fresh_load_gives() -> None:
     for seed in (2, 3):
         weights = staged(SHAPES, seed)
         before = answers(model)
-        bound = BoundPlan(plan)
+        bound = PlanRun(plan)
         for name, tensor in weights.items():  # a bucket each
             assert not bound.complete
-            bound.add(plan.parts({name: tensor}))
+            bound.add(plan.copies_of({name: tensor}))
             if name not in ("embed", "norm"):
                 tensor.fill_(7)  # nothing is needed of it any more
         assert bound.complete
@@ -123,33 +125,33 @@ def test_only_parts_of_a_shard_are_kept_of_what_is_packed() -> None:
     model = started()
     plan = recorded(model, staged(SHAPES, 1))
     weights = staged(SHAPES, 2)
-    bound = BoundPlan(plan)
+    bound = PlanRun(plan)
     taken: list[int] = []
     for name, tensor in weights.items():
-        parts = plan.parts({name: tensor})
+        parts = plan.copies_of({name: tensor})
         assert parts
-        bound.add(parts.apart(lambda nbytes: (taken.append(nbytes), torch.empty(nbytes, dtype=torch.uint8))[1]))
+        bound.add(parts.compacted(lambda nbytes: (taken.append(nbytes), torch.empty(nbytes, dtype=torch.uint8))[1]))
         tensor.fill_(7)
     bound.copy()
     assert equal(model, staged(SHAPES, 2))
-    assert sum(taken) < plan.parts_nbytes, "packed weights are not staged beside"
+    assert sum(taken) < plan.slices_nbytes, "packed weights are not staged beside"
 
 
 def test_the_loader_packs_beside_generation_and_reloads_once() -> None:
     worker = Worker(started())
     loader = Loader(worker)
     packed_by: list[str] = []
-    real = packing.packed
+    real = cpu_packing.pack
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "areal_vllm_ext.worker.load.plan.packed",
+            "areal_vllm_ext.worker.load.plan.pack",
             lambda weight: (packed_by.append(threading.current_thread().name), real(weight))[1],
         )
         for seed in range(1, 4):
             weights = staged(SHAPES, seed)
-            bound = loader.bind()
+            bound = loader.begin_run()
             if bound:
-                intake = threading.Thread(target=lambda: bound.add(bound.plan.parts(weights)), name="intake")  # noqa: B023
+                intake = threading.Thread(target=lambda: bound.add(bound.plan.copies_of(weights)), name="intake")  # noqa: B023
                 intake.start()
                 intake.join()
             packed_by.clear() if seed == 1 else None
@@ -227,13 +229,13 @@ def test_a_weight_that_is_not_packed_is_no_plan_and_no_update(monkeypatch: pytes
     before = answers(model)
     with monkeypatch.context() as patch:
         patch.setattr(utils.ops, "create_onednn_mm", fails)
-        bound = BoundPlan(plan)
-        with pytest.raises(RuntimeError, match=r"vLLM does not pack a weight of .* any more"):
-            bound.add(plan.parts(staged(SHAPES, 2)))
+        bound = PlanRun(plan)
+        with pytest.raises(RuntimeError, match=r"vLLM did not pack a weight of"):
+            bound.add(plan.copies_of(staged(SHAPES, 2)))
         assert not bound.complete
         assert all(torch.equal(one, before[name]) for name, one in answers(model).items())
     recorder = Recorder(model, readable(model), weights := staged(SHAPES, 3))
-    with recorder, packing.noted(recorder):
+    with recorder, observe_packing(recorder):
         load(model, weights)
     monkeypatch.setattr(utils.ops, "create_onednn_mm", fails)
     with pytest.raises(NotPlanned, match="cannot be packed apart from its layer"):

@@ -17,8 +17,10 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from areal_vllm_ext.worker.load.loader import Loader
-from areal_vllm_ext.worker.load.plan import BoundPlan, NotPlanned, Plan, Recorder
+from areal_vllm_ext.worker.load.plan import LoadPlan, PlanRun
 from areal_vllm_ext.worker.load.proof import readable
+from areal_vllm_ext.worker.load.recorder import Recorder
+from areal_vllm_ext.worker.load.targets import NotPlanned
 
 Weights = dict[str, torch.Tensor]
 TP_SIZE, TP_RANK = 2, 1
@@ -148,15 +150,15 @@ def fresh(build: Callable[[], torch.nn.Module], weights: Weights) -> torch.nn.Mo
     return model
 
 
-def recorded(model: torch.nn.Module, weights: Weights) -> Plan:
+def recorded(model: torch.nn.Module, weights: Weights) -> LoadPlan:
     with Recorder(model, readable(model), weights) as recorder:
         load(model, weights)
     return recorder.plan()
 
 
-def copied(plan: Plan, weights: Weights) -> None:
-    bound = BoundPlan(plan)
-    bound.add(plan.parts(weights))
+def copied(plan: LoadPlan, weights: Weights) -> None:
+    bound = PlanRun(plan)
+    bound.add(plan.copies_of(weights))
     assert bound.complete
     bound.copy()
 
@@ -197,22 +199,22 @@ def test_parts_are_kept_without_the_tensors_that_they_are_of() -> None:
         taken.append(torch.empty(nbytes, dtype=torch.uint8))
         return taken[-1]
 
-    bound = BoundPlan(plan)
+    bound = PlanRun(plan)
     for names in (
         ("q", "k", "v"),
         ("expert2.gate", "expert3.up"),
         tuple(weights.keys() - {"q", "k", "v", "expert2.gate", "expert3.up"}),
     ):
-        together = plan.parts({name: weights[name] for name in names})
+        together = plan.copies_of({name: weights[name] for name in names})
         assert together
-        bound.add(together.apart(memory))
+        bound.add(together.compacted(memory))
         for name in names:
             weights[name].fill_(7)  # its memory has another use by now
     assert bound.complete
     bound.copy()
     assert same(model, twin)
     assert taken[1].numel() == 0, "another rank's experts"
-    assert sum(one.numel() for one in taken) == plan.parts_nbytes
+    assert sum(one.numel() for one in taken) == plan.slices_nbytes
     all_of_it = made(lambda: of(layer=Layer(4, 4, loaders={"w": whole})))
     assert not recorded(all_of_it, staged({"w": (4, 4)}, 1)).of_a_shard
 
@@ -221,18 +223,18 @@ def test_a_plan_is_for_the_tensors_that_it_was_recorded_on() -> None:
     model = made(Model)
     plan = recorded(model, staged(SHAPES, 1))
     weights = staged(SHAPES, 2)
-    bound = BoundPlan(plan)
+    bound = PlanRun(plan)
     for name, tensor in weights.items():
         assert not bound.complete
-        bound.add(plan.parts({name: tensor}))
+        bound.add(plan.copies_of({name: tensor}))
     assert bound.complete
     for wrong in ({"new": weights["norm"]}, {"norm": weights["norm"].double()}, {"norm": weights["norm"][:-1]}):
-        bound = BoundPlan(plan)
-        bound.add(plan.parts(weights | wrong))
+        bound = PlanRun(plan)
+        bound.add(plan.copies_of(weights | wrong))
         assert not bound.complete
-    bound = BoundPlan(plan)
+    bound = PlanRun(plan)
     for _ in range(2):
-        bound.add(plan.parts(weights))
+        bound.add(plan.copies_of(weights))
     assert not bound.complete, "they came twice"
     assert not plan.fits(made(Model))
     moved = model.norm.weight.data
@@ -419,7 +421,7 @@ def derived(layer: Any) -> None:
         (quantised, r"aten\.round\.default computes with w"),
         (swapped, r"aten\.flip\.default computes with w"),
         (packed_unseen, "layer.handle is made anew with each load"),
-        (packed_away, "w is loaded into what no live tensor shows"),
+        (packed_away, "w is loaded into memory that no live tensor shows"),
         (derived, "w is loaded by way of another layout"),
     ],
 )
@@ -463,9 +465,9 @@ class Worker:
 
 
 def updated(loader: Loader, weights: Weights) -> None:
-    bound = loader.bind()
+    bound = loader.begin_run()
     if bound:
-        bound.add(bound.plan.parts(weights))
+        bound.add(bound.plan.copies_of(weights))
     loader.load(list(weights.items()), bound)
 
 
@@ -498,7 +500,7 @@ def test_a_model_that_cannot_be_planned_is_tried_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(loader, "_load_and_record", lambda weights: (recordings.append(1), record(weights)))
     for seed in range(3):
         updated(loader, staged({"w": (4, 4)}, seed))
-        assert loader.bind() is None
+        assert loader.begin_run() is None
     assert recordings == [1]
     assert worker.reloads == 3
     assert torch.equal(worker.model.layer.weight, staged({"w": (4, 4)}, 2)["w"] + 1)
@@ -507,4 +509,4 @@ def test_a_model_that_cannot_be_planned_is_tried_once(monkeypatch: pytest.Monkey
 def test_experts_that_move_are_never_planned() -> None:
     loader = Loader(Worker(made(Model), eplb=True))
     updated(loader, staged(SHAPES, 1))
-    assert loader.bind() is None
+    assert loader.begin_run() is None

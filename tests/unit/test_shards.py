@@ -154,8 +154,8 @@ def test_room_is_asked_for_parts_and_buckets_on_the_way(
     staged_at_commit(shards, group, 10, bucket_mib=0)
     plan = shards.ranks[0].receiver.loader._plan
     whole = sum(-(-tensor.nbytes // 256) * 256 for tensor in weights(10).values())
-    assert asked == [(whole, plan.parts_nbytes + 3)] * len(shards.ranks)
-    assert plan.parts_nbytes < whole
+    assert asked == [(whole, plan.slices_nbytes + 3)] * len(shards.ranks)
+    assert plan.slices_nbytes < whole
 
 
 MIB = 1 << 20

@@ -1,11 +1,11 @@
-"""Puts staged checkpoint tensors into the live model, in one of two ways:
+"""Loads staged checkpoint tensors into the live model, in one of two ways:
 
-- **layerwise**, vLLM's reload (``Worker.reload_weights``): each layer is rebuilt as a fresh load would build it, processed
-  (quantised, prepacked) and copied into the tensors that kernels and CUDA graphs hold. Always available. Where vLLM's own
-  reload is wrong, ``worker/hooks.py`` corrects it.
-- **planned**, where ``plan.py`` could prove that a layerwise load is nothing but copies: a few batched ones.
+- **layerwise**, by vLLM's reload (``Worker.reload_weights``). It rebuilds each layer as a fresh load would, processes it
+  (quantised, prepacked) and copies it into the tensors that kernels and CUDA graphs hold. It is always available. Where
+  vLLM's own reload is wrong, ``worker/hooks.py`` and the functions below correct it.
+- **planned**, by a few batched copies, if ``recorder.py`` could prove that a layerwise load is nothing but copies.
 
-The first load is layerwise, and recorded; so is one of other tensors than the plan knows.
+The first load is layerwise, and recorded. So is a load of other tensors than the plan knows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .packing import noted as packings_noted
-from .plan import BoundPlan, NotPlanned, Plan, Recorder
+from .plan import LoadPlan, PlanRun
 from .proof import readable
+from .recorder import Recorder, observe_packing
+from .targets import NotPlanned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -31,43 +32,43 @@ class Loader:
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
-        self._plan: Plan | None = None
-        # Names, dtypes and shapes on which a plan was tried last: the same ones would give the same plan, or none.
+        self._plan: LoadPlan | None = None
+        # Names, dtypes and shapes of the last attempt at a plan. The same ones would give the same plan, or none again.
         self._tried: dict[str, tuple[torch.dtype, torch.Size]] = {}
 
-    def bind(self) -> BoundPlan | None:
-        """For an update that begins: what its tensors are added to as they come. None where there is no plan."""
+    def begin_run(self) -> PlanRun | None:
+        """Return a run of the load plan for an update that begins; None without a plan that fits the live model."""
         plan = self._plan
         if plan is not None and not plan.fits(self._worker.get_model()):
-            logger.warning("areal_vllm_ext: the live weights have moved: their load plan is made anew")
+            logger.warning("areal_vllm_ext: the live weights have moved: the next load makes a new load plan")
             plan = None
             self.forget()
-        return BoundPlan(plan) if plan else None
+        return PlanRun(plan) if plan else None
 
     def forget(self) -> None:
-        """Make the plan anew with the next load."""
+        """Drop the plan, so that the next load records a new one."""
         self._plan, self._tried = None, {}
 
-    def load(
-        self, weights: Iterable[tuple[str, torch.Tensor]], bound: BoundPlan | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Load a complete set of checkpoint tensors. On the worker's own thread, while its engine is paused.
+    def load(self, weights: Sequence[tuple[str, torch.Tensor]], run: PlanRun | None = None) -> dict[str, torch.Tensor]:
+        """Load a complete set of checkpoint tensors. Runs on the worker's own thread while its engine is paused.
 
         Args:
-            weights: (name, tensor) in checkpoint format, on any device; a list where they are staged.
-            bound: a plan that they were added to, if any.
+            weights: (name, tensor) in checkpoint format, on any device.
+            run: the plan's run to which they were added, if any.
 
         Returns:
-            where a plan copied an incoming tensor whole into one run of live memory: that run, which must have its digest.
+            by incoming tensor that a plan copied whole to one run of live memory: that memory, which must have its digest.
         """
         copied: dict[str, torch.Tensor] = {}
-        if bound is not None and bound.complete and bound.plan is self._plan:
-            bound.copy()
-            self._forget_old_weights()
-            copied = bound.plan.whole
-        elif bound is not None and bound.part:
-            raise RuntimeError("not all weights were staged, and the load plan that does with these is gone")
-        elif isinstance(weights, list) and self._worth_a_plan(dict(weights)):
+        if run is not None and run.complete and run.plan is self._plan:
+            run.copy()
+            self._reset_caches()
+            copied = run.plan.whole
+        elif run is not None and run.partial:
+            raise RuntimeError(
+                "only a part of the weights was staged, and the load plan for it is gone: send all weights again"
+            )
+        elif self._worth_a_plan(weights):
             self._load_and_record(weights)
         else:
             self._load_layerwise(weights)
@@ -75,16 +76,16 @@ class Loader:
             torch.accelerator.synchronize()
         return copied
 
-    def _worth_a_plan(self, staged: dict[str, torch.Tensor]) -> bool:
-        tried, self._tried = self._tried, {name: (tensor.dtype, tensor.shape) for name, tensor in staged.items()}
-        # Experts that move between the ranks (EPLB) are not where they were recorded.
+    def _worth_a_plan(self, weights: Sequence[tuple[str, torch.Tensor]]) -> bool:
+        tried, self._tried = self._tried, {name: (tensor.dtype, tensor.shape) for name, tensor in weights}
+        # EPLB moves experts between ranks, so a recorded place would be wrong.
         return tried != self._tried and not self._worker.vllm_config.parallel_config.enable_eplb
 
-    def _load_and_record(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+    def _load_and_record(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
         self._plan = None
         model = self._worker.get_model()
         recorder = Recorder(model, readable(model), dict(weights))
-        packing = packings_noted(recorder) if self._worker.device.type == "cpu" else contextlib.nullcontext()
+        packing = observe_packing(recorder) if self._worker.device.type == "cpu" else contextlib.nullcontext()
         with recorder, packing:
             self._load_layerwise(weights)
         try:
@@ -96,7 +97,7 @@ class Loader:
         else:
             logger.info("areal_vllm_ext: further updates are copied as planned, %d MiB", self._plan.nbytes >> 20)
 
-    def _load_layerwise(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _load_layerwise(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
         try:
             self._worker.reload_weights(weights_iterator=iter(weights))
         except BaseException:
@@ -105,8 +106,8 @@ class Loader:
         if self._worker.device.type == "cpu":
             repack_tied_layers(self._worker.get_model())
 
-    def _forget_old_weights(self) -> None:
-        """What vLLM's reload does beside loading: drop what was computed with the old weights."""
+    def _reset_caches(self) -> None:
+        """Drop what was computed with the old weights, as vLLM's reload does after its loading."""
         runner = self._worker.model_runner
         for name in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
             if reset := getattr(runner, name, None):
@@ -114,10 +115,10 @@ class Loader:
 
 
 def leave_reload(model: torch.nn.Module) -> None:
-    """Bring a model out of a reload that failed midway, so that the next one can succeed. Its weights are mixed then.
+    """Bring a model out of a reload that failed midway, so that the next reload can succeed. Its weights are mixed then.
 
-    Bug: vLLM's reload leaves the layers that it had not finished on the meta device, with their weight loaders wrapped;
-    every later reload fails, and the engine can only be restarted. Checked on: vLLM 0.32.0.
+    Bug: vLLM's reload leaves the layers that it had not finished on the meta device, with their weight loaders wrapped.
+    Every later reload then fails, and only a restart helps. Checked on: vLLM 0.32.0.
     """
     from vllm.model_executor.model_loader.reload import layerwise
 
@@ -132,11 +133,11 @@ def leave_reload(model: torch.nn.Module) -> None:
 
 
 def repack_tied_layers(model: torch.nn.Module) -> None:
-    """Process again the layers that share their weight with one loaded before them.
+    """Process again the layers that share a parameter with a layer loaded before them.
 
-    Bug: on CPU a layer's weight is prepacked when it is processed. A tied ``lm_head`` gets no weights of its own in a
-    reload, so vLLM's reload leaves it alone, and it goes on computing with the packed old embedding: silently other
-    tokens. Checked on: vLLM 0.32.0.
+    Bug: on a CPU, vLLM prepacks a layer's weight when it processes the layer. A tied ``lm_head`` gets no weights of its own
+    in a reload, so vLLM's reload skips it. It then computes with the packed old embedding: silently other tokens.
+    Checked on: vLLM 0.32.0.
     """
     owners: set[int] = set()
     for layer in model.modules():

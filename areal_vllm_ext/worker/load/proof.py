@@ -1,8 +1,8 @@
-"""Proves that a reload gave what a fresh load gives: a second model is built as vLLM's loader builds one, from the same
+"""Proves that a reload gave what a fresh load gives. A second model is built as vLLM's loader builds one, from the same
 staged tensors, and every parameter and buffer of the live model must have its bytes.
 
-A backend may keep a weight where nobody can read it (on CPU, oneDNN's packed copy, behind an emptied parameter): such a
-layer must give the same answers, bit for bit, as its fresh twin.
+A backend may keep a weight where nothing can read it (oneDNN's packed copy on a CPU, behind an emptied parameter). Such a
+layer must give the same answers, bit for bit, as its twin in the fresh model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
-# A fresh model, and what its loading needs for a moment, in sizes of the model.
-_ROOM = 1.3
-# Inputs that a packed layer answers at once.
+# Room for a fresh model and for the temporary memory of its loading, as a multiple of the model's size.
+_ROOM_FACTOR = 1.3
+# Unit vectors that a packed layer is given at once.
 _PROBES = 128
 
 
@@ -33,15 +33,15 @@ class ProofFailed(RuntimeError):
 
 
 def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mapping[str, int]) -> str:
-    """Compare the live model with a fresh load of ``weights``, which were loaded into it just now.
+    """Compare the live model with a fresh load of ``weights``, which were just loaded into it.
 
     Args:
         worker: vLLM's worker; its engine is paused.
         weights: (name, tensor) in checkpoint format.
-        live: ``readable`` digests of the live model.
+        live: digests of the live model, by ``digests_of_model``.
 
     Returns:
-        why it could not be proven (no room, vLLM cannot build a second model); empty where it is.
+        why it could not be proven (no room, vLLM cannot build a second model); empty if it is proven.
 
     Raises:
         ProofFailed: naming the parameters and layers that are wrong.
@@ -52,7 +52,7 @@ def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mappin
     try:
         fresh = fresh_model(worker, weights)
         wrong = different(live, digests_of_model(fresh))
-        wrong += different(packed(worker.get_model()), packed(fresh))
+        wrong += different(packed_digests(worker.get_model()), packed_digests(fresh))
     except Exception as error:
         logger.warning("areal_vllm_ext: the weights cannot be compared with a fresh load", exc_info=True)
         return f"a fresh load for comparison failed ({type(error).__name__}: {error})"
@@ -71,10 +71,10 @@ def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mappin
 
 
 def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
-    """Why ``prove`` need not be tried now; empty where it can be."""
+    """Return why ``prove`` cannot be tried now; empty if it can."""
     if worker.vllm_config.parallel_config.enable_eplb:
         return "experts move between the ranks (EPLB), so a fresh load has others"
-    needed = int(_ROOM * max(_size(worker.get_model()), _size_of(weights) if worker.device.type == "cpu" else 0))
+    needed = int(_ROOM_FACTOR * max(_size(worker.get_model()), _size_of(weights) if worker.device.type == "cpu" else 0))
     free = free_bytes(worker.device)
     if needed > free:
         return f"no room on {worker.device} for a second model: {needed >> 20} MiB needed, {free >> 20} MiB free"
@@ -82,12 +82,12 @@ def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
 
 
 def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> torch.nn.Module:
-    """A second model from ``weights``, apart from the live one."""
+    """Build a second model from ``weights``, apart from the live one."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     class StagedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM's modules are not followed
-        """vLLM's own way to a model, but for where the tensors come from."""
+        """vLLM's own loader, with the staged tensors in place of files."""
 
         def download_model(self, model_config: Any) -> None:
             pass
@@ -96,7 +96,7 @@ def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> tor
             model.load_weights(iter(weights))
 
     config = worker.vllm_config
-    with set_current_vllm_config(config), layers_registered_elsewhere(config.compilation_config):
+    with set_current_vllm_config(config), separate_layer_registers(config.compilation_config):
         fresh: torch.nn.Module = StagedLoader(config.load_config).load_model(
             vllm_config=config, model_config=config.model_config
         )
@@ -104,8 +104,8 @@ def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> tor
 
 
 @contextlib.contextmanager
-def layers_registered_elsewhere(compilation_config: Any) -> Iterator[None]:
-    """Attention and MoE layers enter themselves into registers by name, which refuse a name twice."""
+def separate_layer_registers(compilation_config: Any) -> Iterator[None]:
+    """Give the body empty registers of layers: attention and MoE layers register by name, and a name only once."""
     registers = ("static_forward_context", "static_all_moe_layers")
     kept = {name: getattr(compilation_config, name) for name in registers if hasattr(compilation_config, name)}
     try:
@@ -118,7 +118,7 @@ def layers_registered_elsewhere(compilation_config: Any) -> Iterator[None]:
 
 
 def readable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by name, tied ones under each of their names; named as without LoRA."""
+    """Return every parameter and buffer by name, tied ones under each of their names; names are those without LoRA."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {
         name.replace(".base_layer.", "."): tensor
@@ -128,16 +128,16 @@ def readable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def digests_of_model(model: torch.nn.Module) -> dict[str, int]:
-    """The digest of each ``readable`` tensor."""
+    """Return the digest of each ``readable`` tensor."""
     tensors = readable(model)
     return dict(zip(tensors, digest.digests_of(tensors.values()), strict=True))
 
 
-def packed(model: torch.nn.Module) -> dict[str, int]:
-    """Digests of what layers compute whose weights lie packed, where no parameter shows them.
+def packed_digests(model: torch.nn.Module) -> dict[str, int]:
+    """Return digests of what layers compute whose weights lie packed, where no parameter shows them.
 
-    Each is asked for every one of its columns: an input of ones and zeros is answered by the weights themselves, without
-    rounding, so the digest is the same on every machine. Not beside a running model: oneDNN's handles are not for two threads.
+    Each layer gets the unit vectors, which it answers with its own weights, without rounding. So the digest is the same on
+    every machine. Never call it beside a running model, because two threads must not use one oneDNN handle.
     """
     answers: dict[str, int] = {}
     for name, layer in model.named_modules():
@@ -158,7 +158,7 @@ def packed(model: torch.nn.Module) -> dict[str, int]:
 
 
 def different(live: Mapping[str, int], fresh: Mapping[str, int]) -> list[str]:
-    """The names under which ``live`` has not what ``fresh`` has."""
+    """Return the names in ``fresh`` whose digest ``live`` lacks or has otherwise."""
     return [name for name, value in fresh.items() if live.get(name) != value]
 
 
