@@ -1,9 +1,11 @@
 # Each target does the set-up that it needs (tools/set-up); when that stands already, it starts at once.
 SHELL := bash
+# Processes that run tests side by side; 0: one process, which shows what tests print.
+JOBS := 2
 BIN := .venv/bin
 # Many images set it; each engine would then compile all of vLLM's modules again at its start, 25 seconds.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help set-up demo test test-deep lint bench clean
+.PHONY: help set-up demo test test-unit test-deep lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -16,11 +18,14 @@ set-up: ## Make .venv: vLLM for CPU, the tools, this package (minutes, once)
 demo: set-up ## Train a model while a head and a headless engine generate (ARGS=--moe: a MoE model)
 	@exec $(BIN)/areal-vllm demo $(ARGS)
 
-test: set-up ## Run the tests (ARGS="-k pause": some of them)
-	@exec $(BIN)/pytest -q $(ARGS)
+test: set-up ## Run all tests, some on real vLLM engines (ARGS="-k pause": some of them)
+	@exec $(BIN)/pytest -q -n $(JOBS) $(ARGS)
+
+test-unit: set-up ## Run the tests that start no vLLM: a first answer within 2 minutes
+	@exec $(BIN)/pytest -q -n $(JOBS) tests/unit $(ARGS)
 
 test-deep: set-up ## Run the tests with many more hypothesis examples
-	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q --timeout 7200 $(ARGS)
+	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q -n $(JOBS) --timeout 7200 $(ARGS)
 
 lint: set-up ## Check style (ruff) and types (mypy)
 	$(BIN)/ruff check

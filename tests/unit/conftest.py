@@ -21,14 +21,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("nightly", max_examples=20_000, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Whole groups of simulated engines with kills, stops and sub-second deadlines: for `make test-deep`, until they have proven
-# steady on busy machines.
-collect_ignore = (
-    []
-    if os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-    else ["test_group.py", "test_sending.py", "test_joint.py", "test_endpoint.py"]
-)
-
 
 @pytest.fixture(autouse=True)
 def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -1,0 +1,125 @@
+"""How the tests are spread over the workers of pytest-xdist, and what a run says that it left out."""
+
+from __future__ import annotations
+
+import collections
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+CI = os.environ.get("CI") == "true"
+
+# Tests that list /dev/shm run one after another: a segment that another file's test makes meanwhile is not theirs.
+LIST_SHARED_MEMORY = frozenset(
+    f"tests/unit/test_{name}.py" for name in ("manifest", "senders", "sending", "shared_memory", "trace", "unchanged")
+)
+
+_deselected: collections.Counter[str] = collections.Counter()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker one file at a time; all tests with real engines go to one worker, after the others."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileScheduling(LoadScopeScheduling):  # type: ignore[misc, no-any-unimported]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            if file in LIST_SHARED_MEMORY:
+                return "shared memory"
+            return "real engines" if file.startswith("tests/integration/") else file
+
+    config.option.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
+    return FileScheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest scope, and end with the tests that start real engines: they need both cores."""
+
+    def order(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return 2 if file.startswith("tests/integration/") else file not in LIST_SHARED_MEMORY
+
+    items.sort(key=order)
+
+
+# What a run leaves out
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that is skipped in CI, unless it needs a GPU."""
+    report = yield
+    if CI and report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("gpu"):
+        _fail(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    """Fail a file that is skipped as a whole in CI."""
+    report = yield
+    if CI and report.skipped:
+        _fail(report)
+    return report
+
+
+def _fail(report: pytest.TestReport | pytest.CollectReport) -> None:
+    report.outcome = "failed"
+    report.longrepr = f"skipped in CI, where only tests that need a GPU may be: {_reason(report)}"
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        _deselected[item.nodeid.partition("::")[0]] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["deselected"] = dict(_deselected)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist left out; each of them collects all tests."""
+    for file, count in getattr(node, "workeroutput", {}).get("deselected", {}).items():
+        _deselected[file] = max(count, _deselected[file])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say in the last lines how many tests did not run, and why."""
+    reasons = collections.Counter(_reason(report) for report in terminalreporter.stats.get("skipped", ()))
+    left_out = [f"{_tests(count)}: {reason}" for reason, count in reasons.most_common()]
+    if deselected := sum(_deselected.values()):
+        options = {"-m": config.option.markexpr, "-k": config.option.keyword, "--deselect": config.option.deselect}
+        given = ", ".join(f"{name} {value}" for name, value in options.items() if value)
+        left_out.append(f"{_tests(deselected)}: not selected by {given or 'the command line'}")
+    left_out += [f"all of {folder}: not named on the command line" for folder in _not_named(config)]
+    terminalreporter.section("left out")
+    for line in left_out or ["nothing"]:
+        terminalreporter.write_line(f"left out: {line}")
+
+
+def _not_named(config: pytest.Config) -> list[str]:
+    """The folders of tests of which nothing was asked for."""
+    named = [(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args]
+    folders = {name: config.rootpath / name for name in config.getini("testpaths")}
+    return [
+        name
+        for name, folder in folders.items()
+        if not any(asked in (folder, *folder.parents) or folder in asked.parents for asked in named)
+    ]
+
+
+def _tests(count: int) -> str:
+    return "1 test" if count == 1 else f"{count} tests"
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")
