@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 
 from areal_vllm_ext.integrity import digest
-from areal_vllm_ext.transport.buckets import examined, not_finite
+from areal_vllm_ext.transport.buckets import digest_and_check_finite, first_non_finite
 from areal_vllm_ext.worker.load.plan import LoadPlan, ModelFingerprint, PlanRun
 from areal_vllm_ext.worker.load.strides import Copy, StridedSlice
 from areal_vllm_ext.worker.load.targets import LiveTarget, RecordedStorage
@@ -131,7 +131,7 @@ def main() -> int:
         if wrong():
             failures.append(f"{name}: wrong bytes")
     row("plan: bind (beside generation)", lambda: PlanRun(plan).add(plan.copies_of(tensors)))
-    digest.compiled().result()
+    digest.compile_cpu_kernel().result()
     row("digests", lambda: digest.digests_of(tensors.values()))
     right = digest._by_operators(list(tensors.values())[:5])  # noqa: SLF001
     if digest.digests_of(list(tensors.values())[:5]) != right:
@@ -145,8 +145,8 @@ def main() -> int:
         "finite? largest of each",
         lambda: torch.isfinite(torch.stack(torch._foreach_norm(list(tensors.values()), math.inf))).all(),
     )
-    row("finite? as it is done where there is no kernel", lambda: not_finite(tensors.items()))
-    row("digests and finite?", lambda: examined(list(tensors.items())))
+    row("finite? as it is done where there is no kernel", lambda: first_non_finite(tensors.items()))
+    row("digests and finite?", lambda: digest_and_check_finite(list(tensors.items())))
     pool, pieces = Pool(device), -(-nbytes // _PIECE_BYTES)
 
     def take(*, give_back: bool) -> None:

@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from ..errors import ArealError, UpdateAborted
-from ..observability.spans import OFF, Spans
+from ..observability.spans import DISABLED, SpanRecorder
 from ..protocol import Bucket, EngineInfo, Segment, TensorMeta, Version
 from ..transport.base import Cancelled
 from ..transport.buckets import Bucket as FilledBucket
@@ -46,7 +46,7 @@ class Sending:
         version: Version,
         ends: float,
         sender: int = 0,
-        spans: Spans = OFF,
+        spans: SpanRecorder = DISABLED,
     ) -> None:
         """
         Args:
@@ -128,9 +128,9 @@ class Sending:
                 if (bucket := self._described(update, sink, filled)) is not None:
                     self._start(sink, bucket, filled.filled, turn)
             if self._lent and isinstance(sink, CudaIpcSink):
-                with self._spans.during("sending", "lend"):
+                with self._spans.span("sending", "lend"):
                     self._lend(update, sink)
-            with self._spans.during("sending", "wait until all is held"):
+            with self._spans.span("sending", "wait until all is held"):
                 for under_way in self._under_way[-sink.slots :]:
                     under_way.wait(max(self._left(), 0), self._failed)
                 for announced in self._announced:
@@ -147,7 +147,7 @@ class Sending:
     def _memory(self, sink: Sink, nbytes: int) -> torch.Tensor:
         """For the next bucket. A slot is free when what lay in it has gone; where workers read it, when they have copied it."""
         if self.buckets >= sink.slots:
-            with self._spans.during("sending", "wait for a slot"):
+            with self._spans.span("sending", "wait for a slot"):
                 if sink.announced_is_sent:
                     self._announced[-sink.slots].result(timeout=max(self._left(), 0))
                 else:
@@ -159,7 +159,7 @@ class Sending:
         """The announcement of a bucket, whose bytes are there when this returns; None where the engines have all of it."""
         if sink.announced_is_sent and filled.filled.device.type != "cpu":
             torch.accelerator.synchronize(filled.filled.device)
-        with self._spans.during("sending", f"digest {self.buckets}"):
+        with self._spans.span("sending", f"digest {self.buckets}"):
             whole = filled.segments()
             segments, digests = self._changed(whole, filled.digests())
         if not segments:
@@ -189,7 +189,7 @@ class Sending:
         with turn() if turn else contextlib.nullcontext():
             self._announced.append(self._announce(bucket))
             if not sink.announced_is_sent:
-                with self._spans.during("sending", f"start {bucket.index}"):
+                with self._spans.span("sending", f"start {bucket.index}"):
                     self._under_way.append(sink.start(filled, self._left(), self._failed))
                 if turn:
                     self._under_way[-1].wait(self._left(), self._failed)
@@ -248,7 +248,7 @@ class Sending:
             for epoch in {epoch for _, epoch in self._engines.values()}
         }
         requests = {name: (engine.address, own[epoch]) for name, (engine, epoch) in self._engines.items()}
-        with self._spans.during("announced", f"announce {bucket.index}"):
+        with self._spans.span("announced", f"announce {bucket.index}"):
             outcomes = await self._group.request_all(requests, max(self._left(), 0.05), until_error=True)
         for name, outcome in outcomes.items():
             if isinstance(outcome, ArealError):

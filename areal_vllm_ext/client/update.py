@@ -31,7 +31,7 @@ from ..errors import (
 )
 from ..integrity import digest
 from ..observability import trace
-from ..observability.spans import Spans
+from ..observability.spans import SpanRecorder
 from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
     Answer,
@@ -147,7 +147,7 @@ class AsyncUpdate:
         self._commit_seconds = 0.0
         self._result: UpdateResult | None = None
         # What is done here, for the trace.
-        self.spans = Spans(trace.LONGEST if options.trace else 0)
+        self.spans = SpanRecorder(trace.MAX_SPANS_PER_KIND if options.trace else 0)
 
     @property
     def deadline(self) -> float:
@@ -195,7 +195,7 @@ class AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self.ends = self._started + self._options.deadline
-        self.spans.enter("update", "lease")
+        self.spans.set_state("update", "lease")
         # The event loop needs the interpreter while another thread handles tensor after tensor.
         self._command.enter_context(ShortSwitchInterval())
         command = self._group.command(self._options.deadline, without_lost=self._options.drop_lost)
@@ -206,7 +206,7 @@ class AsyncUpdate:
             raise
         self._engines = {name: target.engine for name, target in targets.items()}
         self._members = {name: Member(target.epoch, target.resumes) for name, target in targets.items()}
-        self.spans.enter("update", "")
+        self.spans.set_state("update", "")
         return self
 
     async def send(self, weights: Any, *, dtype: str | None = None) -> None:
@@ -353,7 +353,7 @@ class AsyncUpdate:
                 about |= {"update": coordinator.update, "given_up": coordinator.reason, "lost": coordinator.lost}
                 timeout = min(_TRACE_SECONDS, max(self._left(), _LATE_TRACE_SECONDS))
                 engines, problems = await trace.collect(self._group, self._engines, coordinator.update, timeout)
-            spans = self.spans.taken()
+            spans = self.spans.snapshot()
             await asyncio.to_thread(trace.write, path, spans, engines, self._started, about)
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
@@ -480,7 +480,7 @@ class AsyncUpdate:
                     break
         finally:
             asked.cancel()
-        self.spans.enter("update", "" if coordinator.phase == "done" else coordinator.phase)
+        self.spans.set_state("update", "" if coordinator.phase == "done" else coordinator.phase)
         if cancelled:
             raise cancelled
 
@@ -488,7 +488,7 @@ class AsyncUpdate:
         """Send the requests of the coordinator's phase, all at once; the queue gets the outcome of each."""
         assert self._coordinator is not None
         phase = self._coordinator.phase
-        self.spans.enter("update", phase)
+        self.spans.set_state("update", phase)
         if self._options.on_phase:
             self._options.on_phase(phase)
         if phase == "pause":

@@ -112,7 +112,7 @@ class Checker:
             dtype = self._cast if self._cast is not None and tensor.is_floating_point() else tensor.dtype
             meta = TensorMeta(name, _name(dtype), tuple(tensor.shape))
             asked = self._expected and self._expected.get(name) != meta  # of few: most are as they are expected
-            if asked and (problem := checkpoint.misfit(meta, self._expected, self._dtypes)):
+            if asked and (problem := checkpoint.mismatch_reason(meta, self._expected, self._dtypes)):
                 hint = "" if name in self._expected else "; if it is tied to one that is, leave it out of an iterable"
                 raise InvalidWeights(problem + hint)
             sent.add(name)
@@ -124,7 +124,7 @@ class Checker:
         """Raises InvalidWeights where ``names`` are not all that the engines need."""
         if not names:
             raise InvalidWeights("there was no tensor to send")
-        if self._expected and (problem := checkpoint.missing(names, self._expected)):
+        if self._expected and (problem := checkpoint.missing_reason(names, self._expected)):
             raise InvalidWeights(problem)
 
     def check_source(

@@ -233,7 +233,7 @@ class Controller:
         def run() -> None:
             spans.end(number)
             try:
-                with spans.during("engine's loop", name):
+                with spans.span("engine's loop", name):
                     on_loop()
             except Exception as error:
                 logger.exception("a call of the control endpoint failed")

@@ -9,7 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from .. import protocol
-from ..observability.spans import Spans, clock_offset, shifted
+from ..observability.spans import SpanRecorder, clock_offset, shifted
 from ..protocol import Begin, Bucket, GetTrace, Trace, WorkerTrace
 from .participant import Order, Reply
 
@@ -39,7 +39,7 @@ class Tracing:
     """
 
     def __init__(self, workers: int) -> None:
-        self.spans = Spans()
+        self.spans = SpanRecorder()
         self._workers = workers
         self._update = ""
         self._asking: list[_Asking] = []
@@ -52,7 +52,7 @@ class Tracing:
     def asked(self, caller: Caller, message: ParticipantRequest, participant: Participant) -> None:
         """``participant`` has taken a request."""
         if isinstance(message, Begin) and participant.update is not None and participant.update.begin is message:
-            self.spans, self._update = Spans(message.spans), message.update
+            self.spans, self._update = SpanRecorder(message.spans), message.update
         if self.spans.limit:
             name = message.step if isinstance(message, Bucket) else type(message).__name__.lower()
             self.spans.start(caller, "requests", name)
@@ -60,8 +60,8 @@ class Tracing:
     def states(self, participant: Participant) -> None:
         """``participant`` may have changed its states."""
         if self.spans.limit:
-            self.spans.enter("update", participant.phase if participant.phase != "idle" else "")
-            self.spans.enter("generation", participant.flow if participant.flow != "running" else "")
+            self.spans.set_state("update", participant.phase if participant.phase != "idle" else "")
+            self.spans.set_state("generation", participant.flow if participant.flow != "running" else "")
 
     def answered(self, caller: Caller) -> None:
         """A request was answered."""
@@ -93,4 +93,4 @@ class Tracing:
     def _trace(self, asking: _Asking, now: float) -> Trace:
         told = [span for _, spans in sorted(asking.told.items()) for span in spans]
         silent = tuple(sorted(set(range(self._workers)) - set(asking.told)))
-        return Trace(received=asking.received, answered=now, spans=(*self.spans.taken(), *told), silent=silent)
+        return Trace(received=asking.received, answered=now, spans=(*self.spans.snapshot(), *told), silent=silent)

@@ -141,7 +141,7 @@ def contents(directory: str | os.PathLike[str]) -> dict[str, tuple[TensorMeta, i
     return known
 
 
-def misfit(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtypes: Iterable[str]) -> str:
+def mismatch_reason(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtypes: Iterable[str]) -> str | None:
     """Why ``tensor`` cannot be loaded by engines whose checkpoint is ``expected``; empty where it can.
 
     Args:
@@ -157,13 +157,13 @@ def misfit(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtypes: Itera
         return f"{tensor.name} has shape {list(tensor.shape)}, the engines' checkpoint {list(known.shape)}"
     if tensor.dtype not in {known.dtype, *dtypes}:
         return f"{tensor.name} has dtype {tensor.dtype}, the engines' checkpoint {known.dtype}: send with dtype={known.dtype!r}"
-    return ""
+    return None
 
 
-def missing(sent: Iterable[str], expected: Mapping[str, TensorMeta]) -> str:
+def missing_reason(sent: Iterable[str], expected: Mapping[str, TensorMeta]) -> str | None:
     """Which of the ``expected`` tensors were not sent, as a message; empty where none is missing."""
     absent = sorted(set(expected) - set(sent))
     if not absent:
-        return ""
+        return None
     more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
     return f"{len(absent)} of {len(expected)} tensors are missing: {', '.join(absent[:3])}{more}"

@@ -113,23 +113,23 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
     return result
 
 
-def looks(tensors: Sequence[torch.Tensor]) -> bool:
+def supports_finite_check(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether ``digests_and_finite`` can be asked about these."""
     devices = {tensor.device for tensor in tensors}
-    return len(devices) == 1 and _looks(devices.pop(), (tensor.dtype for tensor in tensors))
+    return len(devices) == 1 and _can_check_values(devices.pop(), (tensor.dtype for tensor in tensors))
 
 
-def look(
+def digests_and_finite_in(
     buffer: torch.Tensor, spans: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype]
 ) -> tuple[list[int], list[bool]] | None:
     """``digests_and_finite`` of tensors in one buffer, as ``digests`` takes it; None where that cannot be asked."""
     start = buffer.data_ptr()
-    if start % ROW_BYTES or not _looks(buffer.device, dtypes):
+    if start % ROW_BYTES or not _can_check_values(buffer.device, dtypes):
         return None
     return _at([(start + offset, nbytes) for offset, nbytes in spans], buffer.device, dtypes)
 
 
-def _looks(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
+def _can_check_values(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
     """Whether the kernel looks at values there."""
     if device.type == "cpu" or not has_kernel(device):
         return False
@@ -139,11 +139,11 @@ def _looks(device: torch.device, dtypes: Iterable[torch.dtype]) -> bool:
 
 
 def digests_and_finite(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[bool]]:
-    """``digests_of``, and whether all values of each are finite, in one read. For those that ``looks`` is true of."""
+    """``digests_of``, and whether all values of each are finite, in one read, where ``supports_finite_check``."""
     return _on_gpu(tensors, tensors[0].device, look=True)
 
 
-def begin(tensors: Sequence[torch.Tensor]) -> Callable[[], tuple[list[int], list[bool]]]:
+def digests_and_finite_async(tensors: Sequence[torch.Tensor]) -> Callable[[], tuple[list[int], list[bool]]]:
     """Have the device begin with what ``digests_and_finite`` gives, which the result waits for: of tensors that lie where the
     kernel can read them, and stay as they are until then.
     """
@@ -168,12 +168,12 @@ def has_kernel(device: torch.device) -> bool:
     On a CPU not before it is compiled, for which the first call starts a thread: Numba takes seconds, and no deadline has them.
     """
     if device.type == "cpu":
-        return compiled().done() and compiled().result()
+        return compile_cpu_kernel().done() and compile_cpu_kernel().result()
     return _is_right(device)
 
 
 @functools.cache
-def compiled() -> Future[bool]:
+def compile_cpu_kernel() -> Future[bool]:
     """Whether there is a kernel for CPUs, when that is known."""
     found: Future[bool] = Future()
     threading.Thread(target=lambda: found.set_result(_is_right(torch.device("cpu"))), name="areal-compile").start()

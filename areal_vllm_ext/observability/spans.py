@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
-class Spans:
+class SpanRecorder:
     """The spans of one process, by its monotonic clock. From any thread.
 
     Of each kind (a name's first word) the first ``limit`` are kept; those after them become one, from the first's start to the
@@ -59,7 +59,7 @@ class Spans:
                 self.add(*started, monotonic())
 
     @contextlib.contextmanager
-    def during(self, track: str, name: str) -> Iterator[None]:
+    def span(self, track: str, name: str) -> Iterator[None]:
         """The body is ``name``."""
         key = object()
         self.start(key, track, name)
@@ -80,7 +80,7 @@ class Spans:
             self.add(track, f"{name} {number}", started, monotonic())
             yield item
 
-    def enter(self, track: str, state: str) -> None:
+    def set_state(self, track: str, state: str) -> None:
         """``track`` is in ``state`` from now on; empty: in none that is worth a span."""
         current = self._open.get(track)
         if state != (current[1] if current else ""):
@@ -88,7 +88,7 @@ class Spans:
             if state:
                 self.start(track, track, state)
 
-    def taken(self) -> tuple[Span, ...]:
+    def snapshot(self) -> tuple[Span, ...]:
         """All spans so far. What is not over yet says so, and ends now."""
         now = monotonic()
         with self._lock:
@@ -100,7 +100,7 @@ class Spans:
 
 
 # For who records nothing.
-OFF = Spans()
+DISABLED = SpanRecorder()
 
 
 def clock_offset(sent: float, received: float, answered: float, back: float) -> float:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..protocol import EngineInfo, Span
 
 # Of each kind so many spans in a process; of all workers' together so many, as long as each has a few.
-LONGEST = 512
+MAX_SPANS_PER_KIND = 512
 _OF_ALL_WORKERS, _FEWEST = 50_000, 16
 # Workers get this share of the time to tell their engine.
 _WORKERS_SHARE = 0.7
@@ -35,7 +35,7 @@ _WORKERS_SHARE = 0.7
 def spans_for(engines: Iterable[EngineInfo]) -> int:
     """How many spans of each kind a worker keeps, so that the trace of very many can be read."""
     workers = sum(len(engine.workers) for engine in engines)
-    return max(min(LONGEST, _OF_ALL_WORKERS // max(workers, 1)), _FEWEST)
+    return max(min(MAX_SPANS_PER_KIND, _OF_ALL_WORKERS // max(workers, 1)), _FEWEST)
 
 
 async def collect(

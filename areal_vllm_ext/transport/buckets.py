@@ -64,7 +64,7 @@ class Bucket:
         self._count = 0
         self._later: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
 
-    def lies_in(self, buffer: torch.Tensor) -> bool:
+    def uses(self, buffer: torch.Tensor) -> bool:
         """Whether ``buffer`` is the memory that this fills."""
         own = self._buffer
         return (own.data_ptr(), own.numel(), own.device) == (buffer.data_ptr(), buffer.numel(), buffer.device)
@@ -83,8 +83,8 @@ class Bucket:
         if number == len(self._places) or self._places[number][:2] != (meta, self.nbytes):
             del self._places[number:]  # another filling's
             if (whole := self._typed.get(tensor.dtype)) is None:
-                whole = self._typed[tensor.dtype] = typed(self._buffer, tensor.dtype)
-            self._places.append((meta, self.nbytes, placed(whole, self.nbytes, meta.shape)))
+                whole = self._typed[tensor.dtype] = view_as(self._buffer, tensor.dtype)
+            self._places.append((meta, self.nbytes, tensor_at(whole, self.nbytes, meta.shape)))
         place = self._places[number][2]
         if lasts:
             places, tensors = self._later.setdefault(tensor.dtype, ([], []))
@@ -118,9 +118,11 @@ class Bucket:
         """
         named = [(meta.name, place) for meta, _, place in self._places]
         spans = [(offset, place.nbytes) for _, offset, place in self._places]
-        if (found := digest.look(self._buffer, spans, [place.dtype for _, place in named])) is not None:
+        if (
+            found := digest.digests_and_finite_in(self._buffer, spans, [place.dtype for _, place in named])
+        ) is not None:
             return _of_finite(named, *found)
-        return examined(named)
+        return digest_and_check_finite(named)
 
     def keep_only(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
         """Close the gaps that the others leave; returns ``segments`` with their new places."""
@@ -136,26 +138,26 @@ class Bucket:
         return tuple(kept)
 
 
-def examined(named: Sequence[tuple[str, torch.Tensor]]) -> list[int]:
+def digest_and_check_finite(named: Sequence[tuple[str, torch.Tensor]]) -> list[int]:
     """The digests of tensors. On a GPU one read gives them, and whether all values are finite.
 
     Raises:
         InvalidWeights: a tensor holds NaN or infinite values.
     """
     tensors = [tensor for _, tensor in named]
-    if digest.looks(tensors):
+    if digest.supports_finite_check(tensors):
         return _of_finite(named, *digest.digests_and_finite(tensors))
-    if bad := not_finite(named):
+    if bad := first_non_finite(named):
         raise InvalidWeights(f"{bad} holds NaN or infinite values")
     return digest.digests_of(tensors)
 
 
-def examining(named: Sequence[tuple[str, torch.Tensor]]) -> Callable[[], list[int]]:
-    """``examined``, begun: a GPU reads the tensors while others are told of. They are contiguous, and aligned for digests."""
+def digest_and_check_finite_async(named: Sequence[tuple[str, torch.Tensor]]) -> Callable[[], list[int]]:
+    """Start ``digest_and_check_finite`` of contiguous tensors that are aligned for digests; call the result to wait."""
     tensors = [tensor for _, tensor in named]
-    if not digest.looks(tensors):
-        return functools.partial(examined, named)
-    found = digest.begin(tensors)
+    if not digest.supports_finite_check(tensors):
+        return functools.partial(digest_and_check_finite, named)
+    found = digest.digests_and_finite_async(tensors)
     return lambda: _of_finite(named, *found())
 
 
@@ -165,11 +167,11 @@ def _of_finite(named: Iterable[tuple[str, torch.Tensor]], values: list[int], fin
     return values
 
 
-def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+def first_non_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The name of a tensor with NaN or infinite values, or an empty string. One look at the device for all of a dtype."""
     named = list(named)
     if all(tensor.device.type == "cpu" for _, tensor in named):
-        return next((name for name, tensor in named if not _all_finite(tensor)), "")
+        return next((name for name, tensor in named if not _all_finite(tensor)), None)
     by_dtype: dict[torch.dtype, list[tuple[str, torch.Tensor]]] = {}
     for name, tensor in named:
         if tensor.is_floating_point() and tensor.numel():
@@ -181,7 +183,7 @@ def not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str:
         finite = torch.isfinite(torch.stack(torch._foreach_norm([tensor for _, tensor in together], math.inf))).tolist()
         if not all(finite):
             return next(name for (name, _), one in zip(together, finite, strict=True) if not one)
-    return ""
+    return None
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
@@ -220,7 +222,7 @@ def filled_buckets(
         if bucket is None:
             buffer = memory(max(aligned(bucket_bytes), aligned(tensor.nbytes)))
             bucket = kept.get(number)
-            if bucket is None or not bucket.lies_in(buffer):
+            if bucket is None or not bucket.uses(buffer):
                 bucket = kept[number] = Bucket(buffer)
             bucket.empty()
         bucket.add(meta, tensor, lasts=tensor.untyped_storage().data_ptr() in lasting)
@@ -235,7 +237,7 @@ def nbytes_of(meta: TensorMeta) -> int:
     return math.prod(meta.shape) * dtype.itemsize
 
 
-def packed(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int]:
+def packed_layout(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int]:
     """``segments`` one after the other, in one buffer of so many bytes."""
     moved, end = [], 0
     for segment in segments:
@@ -244,44 +246,44 @@ def packed(segments: Sequence[Segment]) -> tuple[tuple[Segment, ...], int]:
     return tuple(moved), end
 
 
-def damaged(segments: Sequence[Segment], told: Sequence[int], buffer: torch.Tensor) -> str:
+def first_corrupt(segments: Sequence[Segment], told: Sequence[int], buffer: torch.Tensor) -> str | None:
     """The name of a tensor in ``buffer`` whose digest is not the one that was ``told``; empty where all are.
 
     ``segments`` were unpacked before, so each lies inside the buffer.
     """
     values = digest.digests(buffer, [(segment.offset, nbytes_of(segment.tensor)) for segment in segments])
-    return differing(segments, told, values)
+    return first_different(segments, told, values)
 
 
-def differing(segments: Sequence[Segment], told: Sequence[int], values: Sequence[int]) -> str:
+def first_different(segments: Sequence[Segment], told: Sequence[int], values: Sequence[int]) -> str | None:
     """The name of the first tensor whose digest is not the one that was ``told``; empty where all are."""
     if values == list(told):
-        return ""
+        return None
     return next(one.tensor.name for one, told_of, value in zip(segments, told, values, strict=True) if told_of != value)
 
 
-class Piece:
+class UnpackedBucket:
     """A bucket's tensors where they lie, made once for as long as they lie there.
 
     Attributes:
         segments: what lies where.
         memory: what they lie in.
         tensors: by name; contiguous.
-        parts: what a load plan has made of them (``worker/plan.py``).
+        copies: what a load plan has made of them (``worker/plan.py``).
     """
 
     def __init__(self, segments: tuple[Segment, ...], memory: Any, tensors: dict[str, torch.Tensor]) -> None:
         self.segments, self.memory, self.tensors = segments, memory, tensors
-        self.parts: Any = None
+        self.copies: Any = None
 
 
-def typed(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def view_as(buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As much of a buffer of bytes as elements of ``dtype`` fill."""
     return buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
-def placed(whole: torch.Tensor, offset: int, shape: Sequence[int]) -> torch.Tensor:
-    """The tensor of ``shape`` that lies ``offset`` bytes into a ``typed`` buffer, as a view.
+def tensor_at(whole: torch.Tensor, offset: int, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor of ``shape`` that lies ``offset`` bytes into a ``view_as`` buffer, as a view.
 
     By one operator: torch lets go of the interpreter in each, and an engine that generates takes it.
     """
@@ -305,10 +307,10 @@ def unpack(segments: Sequence[Segment], buffer: torch.Tensor) -> Iterator[tuple[
             dtype = getattr(torch, meta.dtype, None)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{meta.name} has unknown dtype {meta.dtype!r}")
-            whole = wholes[meta.dtype] = typed(buffer, dtype)
+            whole = wholes[meta.dtype] = view_as(buffer, dtype)
         if min(meta.shape, default=0) < 0:
             raise ValueError(f"{meta.name} has a negative size")
         end = segment.offset + math.prod(meta.shape) * whole.itemsize
         if segment.offset < 0 or segment.offset % _ALIGNMENT or end > buffer.numel():
             raise ValueError(f"{meta.name} does not lie inside its bucket")
-        yield meta.name, placed(whole, segment.offset, meta.shape)
+        yield meta.name, tensor_at(whole, segment.offset, meta.shape)

@@ -24,7 +24,7 @@ import torch
 from ..integrity import digest
 from ..protocol import Allocation, Bucket, CudaIpc, Segment, TensorMeta
 from .base import watch
-from .buckets import Piece, aligned, examining, nbytes_of, unpack
+from .buckets import UnpackedBucket, aligned, digest_and_check_finite_async, nbytes_of, unpack
 from .device import device_id, host_id
 from .slots import SlotsSink, check_inside
 
@@ -214,8 +214,8 @@ class CudaIpcSource:
         self._lender = 0
         self._lent: set[bytes] = set()
         # Of the last update and of this one: what was lent, by the bucket's index.
-        self._views: dict[int, Piece] = {}
-        self._viewed: dict[int, Piece] = {}
+        self._views: dict[int, UnpackedBucket] = {}
+        self._viewed: dict[int, UnpackedBucket] = {}
         self._used = 0.0
         self._closing: threading.Timer | None = None
         with torch.cuda.device(self.device):
@@ -263,7 +263,7 @@ class CudaIpcSource:
         check_inside(bucket, memory.nbytes, "the trainer's memory")
         return self._copy([(memory, bucket.location, bucket.nbytes)], buffer)
 
-    def views(self, bucket: Bucket) -> Piece:
+    def views(self, bucket: Bucket) -> UnpackedBucket:
         """Tensors that lie in the trainer's own memory, on this GPU: that memory itself.
 
         Raises:
@@ -275,7 +275,7 @@ class CudaIpcSource:
             tensors: dict[str, torch.Tensor] = {}
             for segment in bucket.segments:
                 tensors.update(unpack([segment], opened[segment.allocation][1]))
-            piece = Piece(bucket.segments, bucket.allocations, tensors)
+            piece = UnpackedBucket(bucket.segments, bucket.allocations, tensors)
         self._viewed[bucket.index] = piece
         return piece
 
@@ -453,7 +453,9 @@ class CudaIpcSink(SlotsSink):
 
     def _look(self) -> None:
         together, self._offered, self._offered_bytes = self._offered, [], 0
-        self._looked.append((together, examining([(meta.name, tensor) for meta, tensor in together])))
+        self._looked.append(
+            (together, digest_and_check_finite_async([(meta.name, tensor) for meta, tensor in together]))
+        )
 
     def lend(self) -> Iterator[Bucket]:
         """Announcements of what is lent.

@@ -32,9 +32,9 @@ class WorkerExtension:
         try:
             weights, bound = receiver.staged(update), receiver.bound(update)
             with receiver.served.switching(receiver.contents(update), update):
-                with spans.during(track, "load"):
+                with spans.span(track, "load"):
                     receiver.served.copied = receiver.loader.load(weights, bound)
-                with spans.during(track, "prove"):
+                with spans.span(track, "prove"):
                     part = bound is not None and bound.partial
                     unproven: str = receiver.served.prove(weights, part=part)
                 receiver.confirm(update)

@@ -26,7 +26,7 @@ from .. import errors, protocol
 from ..config import Settings
 from ..integrity import checkpoint, digest
 from ..integrity.digest import Contents
-from ..observability.spans import OFF, Spans
+from ..observability.spans import DISABLED, SpanRecorder
 from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
     Abort,
@@ -48,7 +48,7 @@ from ..protocol import (
 )
 from ..transport import host_memory
 from ..transport.base import Cancelled, WorkerSite
-from ..transport.buckets import Piece, damaged, differing, not_finite, packed, unpack
+from ..transport.buckets import UnpackedBucket, first_corrupt, first_different, first_non_finite, packed_layout, unpack
 from ..transport.device import device_id
 from ..transport.ipc import CudaIpcSource
 from . import staging
@@ -84,7 +84,7 @@ class Coming(NamedTuple):
 
     order: Bucket
     segments: tuple[Segment, ...]
-    piece: Piece | None
+    piece: UnpackedBucket | None
     bytes: Work | None
 
 
@@ -100,7 +100,7 @@ class Lane:
         self.received = 0
         # Buckets on their way, and one that is there and not checked: with its tensors, and what it came into.
         self.coming: collections.deque[Coming] = collections.deque()
-        self.arrived: tuple[Bucket, Piece, torch.Tensor | None] | None = None
+        self.arrived: tuple[Bucket, UnpackedBucket, torch.Tensor | None] | None = None
         # Buckets that were announced before one that lies before them on the wire, and the index of that.
         self._early: dict[int, Bucket] = {}
         self._awaited = 0
@@ -126,10 +126,10 @@ class Intake:
 
     def __init__(self, receiver: Receiver, begin: Begin) -> None:
         self.begin = begin
-        self.spans = Spans(begin.spans)
+        self.spans = SpanRecorder(begin.spans)
         self.tensors: dict[str, torch.Tensor] = {}
         # By sender and bucket: what of this update is to be kept, and what was kept of the last.
-        self.pieces: dict[tuple[int, int], Piece] = {}
+        self.pieces: dict[tuple[int, int], UnpackedBucket] = {}
         self._kept, receiver.kept = receiver.kept, {}
         # Of each tensor what it is, and the digest of its bytes.
         self.manifest: dict[str, tuple[TensorMeta, int]] = {}
@@ -217,7 +217,7 @@ class Intake:
     def _serve(self, lane: Lane) -> None:
         source: Source | None = None
         try:
-            with self.spans.during(lane.track, "open"):
+            with self.spans.span(lane.track, "open"):
                 left, senders = self._ends - monotonic(), len(self._lanes)
                 source = self._receiver.sources.open(lane.transfer, left, self._cancelled, senders)
                 ready = self._opened(lane, source)
@@ -276,7 +276,7 @@ class Intake:
 
     def _vote(self, lane: Lane, order: Prepare) -> None:
         lane.step = "prepare"
-        with self.spans.during(lane.track, lane.step):
+        with self.spans.span(lane.track, lane.step):
             self._check(order)
             manifest = digest.manifest(self.manifest.values())
         self._report(lane.step, manifest=manifest)
@@ -325,13 +325,13 @@ class Intake:
             raise ValueError("memory of the trainer's was announced over another transport")  # noqa: TRY004 - from the wire
         if source.shared:
             return Coming(order, order.segments, source.views(order), None)
-        segments, nbytes = packed(order.segments)
+        segments, nbytes = packed_layout(order.segments)
         kept, buffer = self._memory(source, order, segments, nbytes)
         return Coming(order, segments, kept, source.start_lent(order, buffer))
 
     def _memory(
         self, source: Source, order: Bucket, segments: tuple[Segment, ...], nbytes: int
-    ) -> tuple[Piece | None, torch.Tensor]:
+    ) -> tuple[UnpackedBucket | None, torch.Tensor]:
         """Where a bucket is to arrive: where its like did in the last update, if that was kept."""
         kept = self._kept.pop((order.sender, order.index), None)
         if kept is not None and (kept.segments, kept.memory.numel(), kept.memory.device) == (
@@ -345,36 +345,38 @@ class Intake:
             return None, self._receiver.pool.empty(nbytes)
         return None, host_memory.zeros(nbytes)
 
-    def _arrived_of(self, lane: Lane, coming: Coming) -> tuple[Bucket, Piece, torch.Tensor | None]:
+    def _arrived_of(self, lane: Lane, coming: Coming) -> tuple[Bucket, UnpackedBucket, torch.Tensor | None]:
         """A bucket whose bytes are there, with what they came into; None where they were there before."""
         lane.step = coming.order.step
         if coming.bytes is None:
             assert coming.piece is not None
             return coming.order, coming.piece, None
-        with self.spans.during(lane.track, f"receive {coming.order.index}"):
+        with self.spans.span(lane.track, f"receive {coming.order.index}"):
             received = coming.bytes.wait(self._ends - monotonic(), self._cancelled.is_set)
         piece = coming.piece
         if piece is None:
-            with self.spans.during(lane.track, "stage"):
+            with self.spans.span(lane.track, "stage"):
                 buffer = self._put(received)
-                piece = Piece(coming.segments, buffer, dict(unpack(coming.segments, buffer)))
+                piece = UnpackedBucket(coming.segments, buffer, dict(unpack(coming.segments, buffer)))
         return coming.order, piece, received
 
-    def _finish(self, lane: Lane, source: Source, order: Bucket, piece: Piece, received: torch.Tensor | None) -> None:
+    def _finish(
+        self, lane: Lane, source: Source, order: Bucket, piece: UnpackedBucket, received: torch.Tensor | None
+    ) -> None:
         """Compare a bucket with what the trainer put into it, and take it."""
         track, lane.step = lane.track, order.step
-        with self.spans.during(track, lane.step):
-            with self.spans.during(track, "digest"):
+        with self.spans.span(track, lane.step):
+            with self.spans.span(track, "digest"):
                 if received is None:
                     values = digest.digests_of(piece.tensors.values())
-                    wrong = differing(order.segments, order.digests, values)
+                    wrong = first_different(order.segments, order.digests, values)
                 else:
-                    wrong = damaged(piece.segments, order.digests, piece.memory)
+                    wrong = first_corrupt(piece.segments, order.digests, piece.memory)
             if wrong:
                 raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
             if isinstance(source, CudaIpcSource) and received is None:
                 self._lent[order.stamp] = source.stamp()
-            with self.spans.during(track, "take"):
+            with self.spans.span(track, "take"):
                 told = zip((segment.tensor for segment in order.segments), order.digests, strict=True)
                 whole = self._take(
                     piece, {one[0].name: one for one in told}, unchecked=source.unchecked, lent=received is None
@@ -398,7 +400,7 @@ class Intake:
         assert self._place is not None
         return staging.put(buffer, self._place, self._receiver.device)
 
-    def _take(self, piece: Piece, contents: Contents, *, unchecked: bool, lent: bool = False) -> bool:
+    def _take(self, piece: UnpackedBucket, contents: Contents, *, unchecked: bool, lent: bool = False) -> bool:
         """Check what has come, which is ``contents``, and stage it, or hand it over to be loaded. Returns whether all of it is
         kept. ``lent``: it is the trainer's memory.
         """
@@ -406,9 +408,9 @@ class Intake:
         dtypes = (self._receiver.dtype,)
         if expected is not None:
             for meta, _ in contents.values():
-                if expected.get(meta.name) != meta and (problem := checkpoint.misfit(meta, expected, dtypes)):
+                if expected.get(meta.name) != meta and (problem := checkpoint.mismatch_reason(meta, expected, dtypes)):
                     raise ValueError(problem)
-        if unchecked and (name := not_finite(piece.tensors.items())):
+        if unchecked and (name := first_non_finite(piece.tensors.items())):
             raise ValueError(f"{name} holds NaN or infinite values")
         self.manifest.update(contents)
         if self.in_place:
@@ -417,9 +419,9 @@ class Intake:
         if (bound := self.bound) is None:
             self.tensors.update(piece.tensors)
             return True
-        if piece.parts is None or piece.parts.plan is not bound.plan:
-            piece.parts = bound.plan.copies_of(piece.tensors)
-        parts: CopyBatch | None = piece.parts
+        if piece.copies is None or piece.copies.plan is not bound.plan:
+            piece.copies = bound.plan.copies_of(piece.tensors)
+        parts: CopyBatch | None = piece.copies
         if self._shard and not lent and bound.fits and parts is not None:
             bound.partial = True
             bound.add(parts.compacted(self._receiver.pool.empty))
@@ -440,7 +442,7 @@ class Intake:
                 metas = (meta_of(name, tensor) for name, tensor in staged.items())
                 values = digest.digests_of(staged.values())
                 contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}
-                self._take(Piece((), None, staged), contents, unchecked=lane.source.unchecked)
+                self._take(UnpackedBucket((), None, staged), contents, unchecked=lane.source.unchecked)
             if lane.received != (sent := order.buckets.get(number, 0)):
                 raise RuntimeError(f"{sent} buckets were sent, {lane.received} arrived")
         if order.base:
@@ -448,7 +450,7 @@ class Intake:
         elif (bound := self.bound) and bound.partial:
             self._check_parts(bound)
         expected = self._receiver.expected()
-        if expected is not None and (problem := checkpoint.missing(self.manifest, expected)):
+        if expected is not None and (problem := checkpoint.missing_reason(self.manifest, expected)):
             raise ValueError(problem)
         if self.in_place:
             self._hand_over(None)
@@ -539,12 +541,12 @@ class Receiver:
         self._intake: Intake | None = None
         self.pool = staging.Pool(self.device)
         # Staging of the last update, where it was to be kept.
-        self.kept: dict[tuple[int, int], Piece] = {}
+        self.kept: dict[tuple[int, int], UnpackedBucket] = {}
         # Whether the last update asked that its memory is kept.
         self._keeps = False
-        self._traced = ("", OFF)
+        self._traced = ("", DISABLED)
         self._reports: queue.SimpleQueue[WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace] = queue.SimpleQueue()
-        digest.compiled()  # begins now, not with the first update
+        digest.compile_cpu_kernel()  # begins now, not with the first update
         self._wake_read, self._wake_write = socket.socketpair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = wire.connect(
@@ -593,9 +595,9 @@ class Receiver:
         intake = self._intake
         return intake.manifest if intake is not None and intake.begin.update == update else {}
 
-    def spans(self, update: str) -> Spans:
+    def spans(self, update: str) -> SpanRecorder:
         """Where to record what is done in ``update``; also when it is over."""
-        return self._traced[1] if self._traced[0] == update else OFF
+        return self._traced[1] if self._traced[0] == update else DISABLED
 
     def discard(self, update: str) -> None:
         """Free the staging of ``update``."""
@@ -678,7 +680,7 @@ class Receiver:
                 # Reading all weights takes a while: not on this thread.
                 threading.Thread(target=self._digest, args=(message,), name=LOOK, daemon=True).start()
             case GetTrace():
-                spans = self.spans(message.update).taken()
+                spans = self.spans(message.update).snapshot()
                 self._send(WorkerTrace(update=message.update, rank=self.rank, now=monotonic(), spans=spans))
             case Abort():
                 if intake and intake.begin.update == message.update:

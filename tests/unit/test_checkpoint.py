@@ -171,7 +171,7 @@ EXPECTED = metas(TENSORS)
 
 
 def test_what_fits_has_no_misfit() -> None:
-    assert [checkpoint.misfit(tensor, EXPECTED, ()) for tensor in EXPECTED.values()] == [""] * len(EXPECTED)
+    assert [checkpoint.mismatch_reason(tensor, EXPECTED, ()) for tensor in EXPECTED.values()] == [None] * len(EXPECTED)
 
 
 @pytest.mark.parametrize(
@@ -186,18 +186,18 @@ def test_what_fits_has_no_misfit() -> None:
 )
 def test_a_misfit_says_what_and_the_way_out(tensor: TensorMeta, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        raise ValueError(checkpoint.misfit(tensor, EXPECTED, ("float16",)))
+        raise ValueError(checkpoint.mismatch_reason(tensor, EXPECTED, ("float16",)))
 
 
 def test_the_dtype_that_engines_compute_in_is_welcome() -> None:
-    assert checkpoint.misfit(TensorMeta("embed.weight", "float32", (8, 4)), EXPECTED, ("float32",)) == ""
+    assert checkpoint.mismatch_reason(TensorMeta("embed.weight", "float32", (8, 4)), EXPECTED, ("float32",)) is None
 
 
 def test_missing_tensors_are_counted_and_some_named() -> None:
-    assert checkpoint.missing(EXPECTED, EXPECTED) == ""
-    assert checkpoint.missing(["embed.weight", "unknown", *list(EXPECTED)[2:]], EXPECTED) == (
+    assert checkpoint.missing_reason(EXPECTED, EXPECTED) is None
+    assert checkpoint.missing_reason(["embed.weight", "unknown", *list(EXPECTED)[2:]], EXPECTED) == (
         "1 of 8 tensors are missing: norm.weight"
     )
-    assert checkpoint.missing(["ids", "mask"], EXPECTED) == (
+    assert checkpoint.missing_reason(["ids", "mask"], EXPECTED) == (
         "6 of 8 tensors are missing: embed.weight, empty, half and 3 more"
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import TensorMeta
-from areal_vllm_ext.transport.buckets import damaged, filled_buckets
+from areal_vllm_ext.transport.buckets import filled_buckets, first_corrupt
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
 
@@ -23,7 +23,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param == "operators":
             patch.setattr(digest, "has_kernel", lambda _device: False)
         else:
-            assert digest.compiled().result(timeout=100)
+            assert digest.compile_cpu_kernel().result(timeout=100)
             assert digest.has_kernel(torch.device("cpu"))
         yield
 
@@ -101,7 +101,7 @@ def test_a_bucket_gives_what_each_tensor_gives(shapes: list[tuple[torch.dtype, i
     for bucket in filled_buckets(weights, bucket_bytes, lambda nbytes: random_bytes(nbytes, 7)):
         for segment, value in zip(bucket.segments(), bucket.digests(), strict=True):
             assert value == one(tensors[segment.tensor.name])
-        assert damaged(bucket.segments(), bucket.digests(), bucket.filled) == ""
+        assert first_corrupt(bucket.segments(), bucket.digests(), bucket.filled) is None
 
 
 def test_many_pieces_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +132,10 @@ def test_one_damaged_tensor_of_a_bucket_is_named() -> None:
     (bucket,) = filled_buckets(weights, 1 << 20, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     segments, told = bucket.segments(), bucket.digests()
     bucket.filled[37 * 512 + 399] ^= 128
-    assert damaged(segments, told, bucket.filled) == "t37"
+    assert first_corrupt(segments, told, bucket.filled) == "t37"
     bucket.filled[37 * 512 + 399] ^= 128
     bucket.filled[37 * 512 + 400] ^= 128  # between two tensors
-    assert damaged(segments, told, bucket.filled) == ""
+    assert first_corrupt(segments, told, bucket.filled) is None
 
 
 def test_a_manifest_is_of_names_dtypes_shapes_and_digests_in_any_order() -> None:

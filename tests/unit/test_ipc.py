@@ -22,7 +22,7 @@ from waiting import eventually
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Bucket, CudaIpc, TensorMeta
 from areal_vllm_ext.transport import ipc
-from areal_vllm_ext.transport.buckets import packed, unpack
+from areal_vllm_ext.transport.buckets import packed_layout, unpack
 from areal_vllm_ext.transport.device import host_id
 from areal_vllm_ext.transport.ipc import CudaIpcSink, CudaIpcSource, CudaRuntime
 
@@ -198,7 +198,7 @@ def source_of(sink: CudaIpcSink, device_id: str) -> CudaIpcSource:
 def lent(source: CudaIpcSource, bucket: Bucket) -> dict[str, torch.Tensor]:
     if source.shared:
         return source.views(bucket).tensors
-    segments, nbytes = packed(bucket.segments)
+    segments, nbytes = packed_layout(bucket.segments)
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     return dict(unpack(segments, source.start_lent(bucket, buffer).wait(5.0, lambda: False)))
 

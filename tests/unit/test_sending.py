@@ -112,7 +112,7 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
     # Of each intake, when its first bucket was: whether its second was started.
     on_its_way: dict[object, bool] = {}
     checked_first: dict[object, bool] = {}
-    put, start, wait, damaged = Lane.put, BroadcastSource.start, GlooBroadcast.wait, receivers.damaged
+    put, start, wait, first_corrupt = Lane.put, BroadcastSource.start, GlooBroadcast.wait, receivers.first_corrupt
 
     def note(seen: dict[object, bool]) -> None:
         thread = threading.current_thread()
@@ -136,12 +136,12 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
 
     def checked(segments: Any, *arguments: Any) -> str:
         note(checked_first)
-        return damaged(segments, *arguments)
+        return first_corrupt(segments, *arguments)
 
     monkeypatch.setattr(Lane, "put", tells)
     monkeypatch.setattr(BroadcastSource, "start", noted)
     monkeypatch.setattr(GlooBroadcast, "wait", waited)
-    monkeypatch.setattr(receivers, "damaged", checked)
+    monkeypatch.setattr(receivers, "first_corrupt", checked)
     with small_buckets(group, monkeypatch, transport="broadcast") as update:
         update.send(weights(5))
     for seen in (on_its_way, checked_first):

@@ -18,7 +18,7 @@ from real_receivers import WORKERS, awaiting_workers, connected, save, vllm_conf
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.observability import trace
-from areal_vllm_ext.observability.spans import Spans, clock_offset
+from areal_vllm_ext.observability.spans import SpanRecorder, clock_offset
 from areal_vllm_ext.protocol import EngineInfo, GetTrace, Span, security
 from areal_vllm_ext.worker import receiver as receivers
 from areal_vllm_ext.worker.extension import WorkerExtension
@@ -182,7 +182,7 @@ def test_nothing_is_recorded_unless_it_is_asked_for(engines: Deployment, group: 
     update(group, None, seed=2)
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
     for engine in engines.engines.values():
-        assert engine.endpoint.tracing.spans.taken() == ()
+        assert engine.endpoint.tracing.spans.snapshot() == ()
 
 
 def test_an_aborted_update_has_a_trace_of_what_there_was(
@@ -212,7 +212,7 @@ def test_a_worker_that_hangs_is_seen_where_it_hangs(
     group: EngineGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed = threading.Event()
-    monkeypatch.setattr(receivers, "damaged", lambda *_: freed.wait(20) and "")
+    monkeypatch.setattr(receivers, "first_corrupt", lambda *_: freed.wait(20) and None)
     try:
         with pytest.raises(UpdateAborted):
             update(group, tmp_path / "trace.json", deadline=1.0)
@@ -266,29 +266,29 @@ def test_only_the_last_update_is_told_of(engines: Deployment, group: EngineGroup
 
 
 def test_spans_are_bounded_and_tell_of_those_that_were_left_out() -> None:
-    spans = Spans(4)
+    spans = SpanRecorder(4)
     for number in range(20_000):
         spans.add("intake", f"bucket {number}", number, number + 1)
     spans.add("intake", "prepare", 20_000, 20_001)
-    taken = spans.taken()
+    taken = spans.snapshot()
     assert len(taken) == 6
     assert Span("intake", "bucket: 19996 more", 4, 20_000) in taken
     assert Span("intake", "prepare", 20_000, 20_001) in taken
 
 
 def test_spans_that_are_off_keep_nothing() -> None:
-    spans = Spans()
-    with spans.during("track", "name"):
-        spans.enter("track", "state")
+    spans = SpanRecorder()
+    with spans.span("track", "name"):
+        spans.set_state("track", "state")
     assert list(spans.each("track", "item", [1, 2])) == [1, 2]
-    assert spans.taken() == ()
+    assert spans.snapshot() == ()
 
 
 def test_a_state_lasts_until_the_next() -> None:
-    spans = Spans(8)
+    spans = SpanRecorder(8)
     for state in ("pausing", "pausing", "paused", "", ""):
-        spans.enter("generation", state)
-    pausing, paused = spans.taken()
+        spans.set_state("generation", state)
+    pausing, paused = spans.snapshot()
     assert (pausing.name, paused.name) == ("pausing", "paused")
     assert pausing.end <= paused.start
 
@@ -318,6 +318,6 @@ def test_very_many_workers_keep_few_spans_each() -> None:
     def engines(count: int) -> list[EngineInfo]:
         return [SimpleNamespace(workers=(None,))] * count  # type: ignore[list-item]
 
-    assert trace.spans_for(engines(2)) == trace.LONGEST
+    assert trace.spans_for(engines(2)) == trace.MAX_SPANS_PER_KIND
     assert trace.spans_for(engines(1024)) == 50_000 // 1024
     assert trace.spans_for(engines(10_000)) == 16

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...transport.buckets import aligned, placed, typed
+from ...transport.buckets import aligned, tensor_at, view_as
 from .cpu_packing import ATTRIBUTE, IncomingWeight, Packing, pack
 from .strides import Copy, StridedSlice
 from .targets import LiveTarget
@@ -152,9 +152,9 @@ class CopyBatch(NamedTuple):
         batches: Batches = {}
         end = 0
         for (to_dtype, dtype, _), (targets, slices) in self.batches.items():
-            whole, copies = typed(buffer, dtype), []
+            whole, copies = view_as(buffer, dtype), []
             for target, source in zip(targets, slices, strict=True):
-                copies.append(placed(whole, end, source.shape))
+                copies.append(tensor_at(whole, end, source.shape))
                 end += aligned(source.nbytes)
                 all_targets, all_copies = batches.setdefault((to_dtype, dtype, target.is_contiguous()), ([], []))
                 all_targets.append(target)
