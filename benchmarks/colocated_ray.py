@@ -37,7 +37,7 @@ from harness.ray_cluster import ray_cluster
 from harness.report import finish
 
 if TYPE_CHECKING:
-    from areal_vllm_ext.launcher.owner import Home
+    from areal_vllm_ext.launcher import DirectoryEndpoint
 
 TRAINER_SHARE = WORKER_SHARE = 0.4
 UPDATES = 3
@@ -65,9 +65,9 @@ class Trainer:
         """Meet the other trainers."""
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
 
-    def step(self, version: int, home: Home) -> dict[str, float]:
+    def step(self, version: int, directory: DirectoryEndpoint) -> dict[str, float]:
         """Train, and move every engine to the new weights. All trainers at a time."""
-        self._group = self._group or EngineGroup.connect(home.directory, key=home.key)
+        self._group = self._group or EngineGroup.connect(directory.address, key=directory.key)
         self.model.cpu()  # its random numbers are the CPU's
         train(self.model, version)
         self.model.to(self.device)
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
         ray.get([trainer.join.remote(meeting, rank, options.devices) for rank, trainer in enumerate(trainers)])
         for version in range(UPDATES + 1):
             if version:
-                took.append(ray.get([trainer.step.remote(version, replica.home) for trainer in trainers])[0])
+                took.append(ray.get([trainer.step.remote(version, replica.directory) for trainer in trainers])[0])
             said = completions.greedy(PROMPTS, tokens=TOKENS)
             exact.append(said == ray.get(trainers[0].tokens.remote()))
             print(

@@ -28,7 +28,7 @@ from areal_vllm_ext.demo.task import ANSWER_WORDS, make_prompt, word_rewards
 from areal_vllm_ext.launcher import Placement, ReplicaSpec, launch
 
 if TYPE_CHECKING:
-    from areal_vllm_ext.launcher.owner import Home
+    from areal_vllm_ext.launcher import DirectoryEndpoint
 
 PROMPTS, ANSWERS, LEARNING_RATE = 16, 16, 1e-2
 ROOT = Path(__file__).parent.parent
@@ -37,13 +37,13 @@ ROOT = Path(__file__).parent.parent
 class Trainer:
     """One rank, in a bundle of the shared group."""
 
-    def __init__(self, model: str, url: str, home: Home, engines: int) -> None:
+    def __init__(self, model: str, url: str, directory: DirectoryEndpoint, engines: int) -> None:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
         self.completions, self.engines = Completions(url), engines
-        self.group = EngineGroup.connect(home.directory, key=home.key)
+        self.group = EngineGroup.connect(directory.address, key=directory.key)
         self.random = torch.Generator().manual_seed(0)
 
     def step(self, version: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def train(config: dict[str, Any], steps: int) -> bool:
     with launch(spec) as replica:
         print(f"serving at {replica.url}: {[node.address for node in replica.nodes]}", flush=True)
         make = ray.remote(Trainer).options(**place.options(group, 0))
-        trainer = make.remote(spec.model, replica.url, replica.home, spec.data_parallel_size)
+        trainer = make.remote(spec.model, replica.url, replica.directory, spec.data_parallel_size)
         exact = True
         for version in range(1, steps + 1):
             facts = ray.get(trainer.step.remote(version))

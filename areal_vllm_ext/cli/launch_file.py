@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, end)
     ray.init(options.ray_address, log_to_driver=False, logging_level="WARNING")
     with launcher.launch(spec, key_file=options.key_file) as replica:
-        print(f"serving at {replica.url}; engines are known at {replica.home.directory}", flush=True)
+        print(f"serving at {replica.url}; engines are known at {replica.directory.address}", flush=True)
         while (state := replica.status()).phase != "failed":
             time.sleep(1)
     raise LaunchError(state.error)

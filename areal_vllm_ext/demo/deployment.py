@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArealError
-from ..process.serving import answers, data_parallel_arguments
+from ..process.serving import data_parallel_arguments, responds_ok
 from ..process.supervised import Supervised
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Deployment:
                 raise DeploymentError(f"vLLM does not serve after {timeout:.0f} s\n{self._logs()}")
             if now >= next_report:
                 next_report = now + every
-                doing = "; ".join(f"{process.name}: {process.process.doing()}" for process in self.processes)
+                doing = "; ".join(f"{process.name}: {process.process.stage()}" for process in self.processes)
                 report(f"{now - started:4.0f} s  {doing}")
             time.sleep(0.5)
 
@@ -212,7 +212,7 @@ class Deployment:
         if head.prefix:  # ask from where the head is: its address need not be reachable from here
             command = [*head.prefix, sys.executable, "-I", "-S", "-c", ASK_HEALTH, head.address, str(self._http_port)]
             return subprocess.run(command, check=False, capture_output=True).returncode == 0
-        return answers(head.address, self._http_port, "/health")
+        return responds_ok(head.address, self._http_port, "/health")
 
     def close(self) -> None:
         """End every process of every node, politely, then by force. Can be called again, also when interrupted."""

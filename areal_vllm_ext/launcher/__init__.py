@@ -1,4 +1,4 @@
-"""Places vLLM on a Ray cluster, and sees to it that nothing of it outlives its owner: docs/placement.md."""
+"""Start vLLM on a Ray cluster so that nothing of it outlives its owner: docs/placement.md."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ from ..errors import LaunchError, SettingsError
 try:
     from ray import __version__ as _ray
 except ImportError:
-    raise SettingsError("the launcher needs Ray: pip install 'areal-vllm-ext[ray]'") from None
-if tuple(map(int, _ray.split(".")[:2])) < (2, 53):  # the first with __ray_shutdown__
-    raise SettingsError(f"the launcher needs Ray 2.53 or later, this is {_ray}: pip install -U 'ray>=2.53'")
+    raise SettingsError("launcher: Ray is not installed; run: pip install 'areal-vllm-ext[ray]'") from None
+if tuple(map(int, _ray.split(".")[:2])) < (2, 53):  # the first version that calls __ray_shutdown__
+    raise SettingsError(f"launcher: Ray {_ray} is too old, 2.53 is needed; run: pip install -U 'ray>=2.53'")
 
 from .http_server import HTTPServerLauncher
 from .placement import Placement
 from .replica import Replica, launch, launch_async
 from .spec import ReplicaSpec
+from .state import DirectoryEndpoint, NodeState, ReplicaState
 
-__all__ = ["HTTPServerLauncher", "LaunchError", "Placement", "Replica", "ReplicaSpec", "launch", "launch_async"]
+__all__ = [
+    "DirectoryEndpoint",
+    "HTTPServerLauncher",
+    "LaunchError",
+    "NodeState",
+    "Placement",
+    "Replica",
+    "ReplicaSpec",
+    "ReplicaState",
+    "launch",
+    "launch_async",
+]

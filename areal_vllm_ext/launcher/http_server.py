@@ -1,4 +1,4 @@
-"""``HTTPServerLauncher``: an actor that runs an HTTP server of any kind, such as a trainer's proxy, from a command."""
+"""Run an HTTP server of any kind, such as a trainer's proxy, in an actor."""
 
 from __future__ import annotations
 
@@ -24,17 +24,31 @@ class HTTPServerLauncher(NodeLauncher):
         health: str = "/health",
         timeout: float = 60,
     ) -> str:
-        """Start the server, wait until the path ``health`` answers 200; returns its URL. ``{host}`` and ``{port}`` in the
-        command's arguments stand for where it must listen. ``LaunchError``: it ended, or it takes too long; nothing is left.
+        """Start the server, wait until it is healthy, and return its URL.
+
+        Args:
+            command: ``{host}`` and ``{port}`` in its arguments stand for the address where the server must listen.
+            env: environment variables, in addition to this actor's.
+            health: the path that answers 200 once the server is healthy.
+            timeout: seconds until then.
+
+        Raises:
+            LaunchError: the server ended, or time is up; nothing of it is left.
         """
-        facts = await self.reserve(1)
-        for name, value in (("{host}", facts.address), ("{port}", str(facts.ports[0]))):
+        address = await self.reserve(1)
+        for name, value in (("{host}", address.host), ("{port}", str(address.ports[0]))):
             command = [argument.replace(name, value) for argument in command]
         await self.start(command, env or {})
         ends = time.monotonic() + timeout
         while not (state := await self.poll(health)).healthy:
-            if state.exit_code is not None or time.monotonic() > ends:
+            if state.exit_code is not None:
                 await self.stop()
-                raise LaunchError(f"{self.name} on {facts.address} {state.doing or 'does not answer'}: {state.cause}")
+                raise LaunchError(f"{self.name} on {address.host} {state.stage}: {state.cause}; see {state.log}")
+            if time.monotonic() > ends:
+                await self.stop()
+                raise LaunchError(
+                    f"{self.name} on {address.host}: {health} did not answer 200 within {timeout:g} s; raise timeout=, or "
+                    f"pass the right health=\n{state.last_lines}"
+                )
             await asyncio.sleep(0.1)
-        return f"http://{facts.address}:{facts.ports[0]}"
+        return f"http://{address.host}:{address.ports[0]}"

@@ -1,11 +1,10 @@
-"""``NodeLauncher``: the actor that runs one server's process tree in its bundle, and ends with it."""
+"""The actor that runs one server's process tree in its bundle, and ends with it."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,69 +12,62 @@ import ray
 
 from ..errors import LaunchError
 from ..process import lifeline
-from ..process.serving import HeldPorts, answers, interface_of
+from ..process.serving import ReservedPorts, interface_of, responds_ok
 from ..process.supervised import Supervised
 from ..protocol import security
+from .state import NodeAddress, NodeState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# All is over within 15 s of the owner's end, of which it takes 6 to notice that a machine was cut off.
+# Everything must be gone within 15 s of the owner's end, and noticing a machine that was cut off takes 6 s of them.
 GRACE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class NodeFacts:
-    """Where a launcher is; ``ports`` are kept free for its server."""
-
-    address: str
-    ports: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class NodeState:
-    """How a node is: its actor's ``pid``, its stage; once nothing is left of its server, its ``exit_code`` and the cause."""
-
-    name: str
-    address: str = "?"
-    pid: int = 0
-    doing: str = "waiting for its bundle"
-    exit_code: int | None = None
-    healthy: bool = False
-    log: str = ""
-    last_lines: str = ""
-    cause: str = ""
-
-
 class NodeLauncher:
-    """Runs a command on its node. Seconds after the actor has ended, in whatever way, nothing of that is left."""
+    """Run a command on this actor's node; seconds after the actor's end, however it ends, nothing of it is left."""
 
     def __init__(self, name: str, log_dir: str = "") -> None:
-        """``log_dir``: for the server's log; default: ``areal-vllm-logs`` in the temporary folder."""
+        """Prepare the log.
+
+        Args:
+            name: of the server, and of its log file.
+            log_dir: folder of the log; default: ``areal-vllm-logs`` in the temporary folder.
+        """
         self.name, self.address = name, ray.util.get_node_ip_address()
         folder = Path(log_dir or Path(tempfile.gettempdir()) / "areal-vllm-logs")
         folder.mkdir(parents=True, exist_ok=True)
         self._log, self._keep_log = folder / f"{name}.log", bool(log_dir)
-        self._ports: HeldPorts | None = None
+        self._ports: ReservedPorts | None = None
         self._process: Supervised | None = None
         self._lifeline: asyncio.Task[None] | None = None
 
-    async def live_with(self, owner: lifeline.LifelineAddress) -> None:
-        """From now on, end the server when the owner is no more, even where Ray has not noticed."""
+    async def tie_to_owner(self, owner: lifeline.LifelineAddress) -> None:
+        """End the server when the owner has ended, even if Ray does not notice."""
         if self._lifeline is None:
             self._lifeline = await lifeline.connect(owner, self.name, self._close)
 
-    async def reserve(self, ports: int, path: str = "") -> NodeFacts:
-        """Keep this many ports for the server. ``LaunchError`` where the node lacks ``path``."""
-        if path and not os.path.exists(path):  # noqa: ASYNC240, PTH110 - one look
-            raise LaunchError(f"node {self.address} has no {path}: copy it there, or use a shared folder")
-        self._ports = self._ports or HeldPorts(self.address, ports)
-        return NodeFacts(self.address, self._ports.numbers)
+    async def reserve(self, ports: int, path: str = "") -> NodeAddress:
+        """Reserve this many ports for the server.
+
+        Raises:
+            LaunchError: ``path`` does not exist on this node.
+        """
+        if path and not os.path.exists(path):  # noqa: ASYNC240, PTH110 - one quick look
+            raise LaunchError(f"node {self.address}: there is no {path}; copy it there, or use a shared folder")
+        self._ports = self._ports or ReservedPorts(self.address, ports)
+        return NodeAddress(self.address, self._ports.numbers)
 
     async def start(
         self, command: Sequence[str], env: Mapping[str, str], key: security.ClusterKey | None = None
     ) -> None:
-        """Start the server. ``key`` is in a file that only this user can read, while the server runs."""
+        """Start the server.
+
+        Args:
+            command: what to run, with its arguments.
+            env: environment variables, in addition to this actor's.
+            key: is written to a file that only this user can read, for as long as the server runs.
+        """
         scratch = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
         environment = {**os.environ, "VLLM_RPC_BASE_PATH": str(scratch), **env}
         if key:
@@ -84,31 +76,32 @@ class NodeLauncher:
         try:
             self._process = Supervised(command, log=self._log, env=environment, grace=GRACE_SECONDS, scratch=scratch)
         except OSError as error:
-            raise LaunchError(f"node {self.address}: {error}") from None
+            raise LaunchError(f"node {self.address}: the server did not start: {error}") from None
 
     async def start_vllm(self, command: Sequence[str], env: Mapping[str, str], key: security.ClusterKey) -> None:
-        """``start`` for ``vllm serve``, which is told on which address of the node the others reach it."""
+        """Start ``vllm serve``, with the address at which the other nodes reach this one."""
         own = {"VLLM_HOST_IP": self.address, "AREAL_VLLM_HOST": self.address}
         if interface := interface_of(self.address):
             own["GLOO_SOCKET_IFNAME"] = interface
-        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # Ray's, for actors without GPUs; the Ray executor's have some
+        # Ray sets this for actors without GPUs, but the workers of vLLM's Ray executor have some.
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             del os.environ["CUDA_VISIBLE_DEVICES"]
         await self.start(command, {**own, **env}, key)
 
     async def poll(self, health: str = "") -> NodeState:
-        """How it is. ``health``: a path that the server, on the first port, is asked for."""
+        """Return the state of the node; ``health`` is a path to request from the server, on its first port."""
         if self._process is None:
             return NodeState(self.name, self.address, os.getpid(), "waiting for the other nodes")
-        doing, cause, healthy = self._process.doing(), "", False
+        stage, cause, healthy = self._process.stage(), "", False
         if (code := self._process.poll()) is not None:
-            doing, cause = f"ended with exit code {code}", self._process.cause()
+            stage, cause = f"ended with exit code {code}", self._process.cause()
         elif health and self._ports:
-            healthy = await asyncio.to_thread(answers, self.address, self._ports.numbers[0], health)
+            healthy = await asyncio.to_thread(responds_ok, self.address, self._ports.numbers[0], health)
         lines = self._process.last_lines()
-        return NodeState(self.name, self.address, os.getpid(), doing, code, healthy, str(self._log), lines, cause)
+        return NodeState(self.name, self.address, os.getpid(), stage, code, healthy, str(self._log), lines, cause)
 
     async def stop(self) -> None:
-        """End the server; returns when nothing is left of it, nor of its log, unless that was given a place."""
+        """End the server; returns once nothing is left of it, nor of its log unless ``log_dir`` was given."""
         if self._process:
             asked = self._process.poll() is None
             await asyncio.to_thread(self._process.end)
@@ -120,6 +113,6 @@ class NodeLauncher:
             self._process.close()
 
     def __ray_shutdown__(self) -> None:
-        """Ray ends this actor in order. (Where it does not, the server's supervisor notices.)"""
+        """End the server, when Ray ends this actor in order. (Otherwise the server's supervisor notices.)"""
         if self._process:
             self._process.end()

@@ -1,4 +1,4 @@
-"""Where trainers and vLLM go: strategies in terms of Ray's placement groups."""
+"""Where trainers and vLLM run, in terms of Ray's placement groups."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..errors import LaunchError
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bundles of a placement group. The constructors named after each ``kind`` say what it is for.
+    """Bundles of a placement group. Each ``kind`` has a constructor of the same name that says what it is for.
 
     Attributes:
-        bundles: how many.
-        devices: in each bundle.
+        bundles: number of bundles.
+        devices: number of devices in each bundle.
         resource: Ray's name of a device: ``GPU``, ``NPU``, ``CPU``, or any other that the cluster has.
-        strategy: Ray's, how bundles go onto nodes.
-        worker_share: part of a device that a vLLM worker asks Ray for; below 1 only where it shares it with a trainer.
-        group: an existing placement group to use instead of a new one; never removed.
-        indices: its bundles to use, in the order of ranks; default: its first ones that are large enough.
+        strategy: how Ray spreads the bundles over nodes.
+        worker_share: share of a device that a vLLM worker asks Ray for; below 1 if it shares the device with a trainer.
+        group: an existing placement group to use instead of a new one; the launcher never removes it.
+        indices: bundles of ``group`` to use, in the order of ranks; default: the first ones that are large enough.
     """
 
     kind: Literal["shared", "separate", "deferred", "colocated"] = "separate"
@@ -38,38 +38,42 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def shared(cls, devices: int, **options: Any) -> Placement:
-        """Trainer ranks: one group of one-device bundles. (One bundle of all devices may fit on no node, and hang.)"""
+        """Place trainer ranks in one-device bundles. (One bundle of all devices waits for ever if no node has that many.)"""
         return cls("shared", devices, **options)
 
     @classmethod
     def separate(cls, devices: int = 1, **options: Any) -> Placement:
-        """A replica on one node, in a group of its own."""
+        """Place a replica on one node, in a group of its own."""
         return cls("separate", 1, devices, **options)
 
     @classmethod
     def deferred(cls, nodes: int, devices_per_node: int, **options: Any) -> Placement:
-        """A replica that spans nodes: a bundle for each, the first is the head's."""
+        """Place a replica on several nodes, one bundle each; the first is the head's."""
         return cls("deferred", nodes, devices_per_node, **{"strategy": "STRICT_SPREAD", **options})
 
     @classmethod
     def colocated(cls, devices: int, worker_share: float = 0.4, **options: Any) -> Placement:
-        """Trainer ranks and vLLM workers on the same devices, by fractions; vLLM's Ray executor starts the workers."""
+        """Place trainer ranks and vLLM workers on the same devices; vLLM's Ray executor starts the workers."""
         return cls("colocated", devices, worker_share=worker_share, **options)
 
     def within(self, group: PlacementGroup, indices: Sequence[int] = ()) -> Placement:
-        """The same, in bundles of an existing group."""
+        """Return the same placement in bundles of an existing group."""
         return msgspec.structs.replace(self, group=group, indices=tuple(indices))
 
     def reserve(self, timeout: float = 60.0, name: str = "") -> PlacementGroup:
-        """The group, once its bundles are there. A new one, called ``name``, ends with the driver, unless it is removed before.
+        """Return the group once its bundles are reserved; a new one ends with the driver unless it is removed before.
+
+        Args:
+            timeout: seconds until the bundles are reserved.
+            name: of a new group.
 
         Raises:
-            LaunchError: the nodes of this cluster could never hold it, or cannot in time; nothing is left reserved.
+            LaunchError: the cluster is too small, or time is up; nothing stays reserved.
         """
         fits = [int(node["Resources"].get(self.resource, 0) // self.devices) for node in ray.nodes() if node["Alive"]]
         room = {"STRICT_SPREAD": sum(fit > 0 for fit in fits), "STRICT_PACK": max(fits, default=0)}
         if self.group is None and room.get(self.strategy, sum(fits)) < self.bundles:
-            raise LaunchError(f"the cluster is too small: {self._asked()}")
+            raise LaunchError(f"placement group: the cluster is too small: {self._asked()}; ask for less, or add nodes")
         bundles = [{self.resource: self.devices}] * self.bundles
         group = self.group or placement_group(bundles, strategy=self.strategy, name=name)
         ends = time.monotonic() + timeout
@@ -77,21 +81,30 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if time.monotonic() > ends:
                 if self.group is None:
                     remove_placement_group(group)
-                raise LaunchError(f"the placement group is {state} after {timeout:.0f} s: {self._asked()}")
+                raise LaunchError(
+                    f"placement group: still {state} after {timeout:.0f} s: {self._asked()}; "
+                    "wait until others free their devices, or ask for less"
+                )
             time.sleep(0.1)
         return group
 
     def choose(self, group: PlacementGroup) -> list[int]:
-        """The bundles to use, by rank; those of a node follow each other. ``LaunchError`` where too few are large enough."""
+        """Return the bundles to use, in the order of ranks; bundles of one node follow each other.
+
+        Raises:
+            LaunchError: too few bundles are large enough.
+        """
         specs, nodes = group.bundle_specs, placement_group_table(group)["bundles_to_node_id"]
         large = [i for i in range(len(specs)) if specs[i].get(self.resource, 0) >= self.devices]
         chosen = list(self.indices) or sorted(large, key=lambda i: [nodes[j] for j in large].index(nodes[i]))
         if not set(chosen) <= set(large) or len(set(chosen[: self.bundles])) < self.bundles:
-            raise LaunchError(f"the placement group has bundles {specs}, and not what is needed: {self._asked()}")
+            raise LaunchError(
+                f"placement group: its bundles {specs} are too few or too small: {self._asked()}; make a larger group"
+            )
         return chosen[: self.bundles]
 
     def options(self, group: PlacementGroup, index: int, share: float = 1.0) -> dict[str, Any]:
-        """``Actor.options(**...)`` that puts an actor into bundle ``index``, with this share of its devices (0: none)."""
+        """Return the arguments of ``Actor.options`` that put an actor into bundle ``index``, with this share of its devices."""
         amount = self.devices * share
         own: dict[str, Any] = {"resources": {self.resource: amount}}
         if self.resource in ("CPU", "GPU"):

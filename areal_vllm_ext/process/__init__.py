@@ -1,1 +1,1 @@
-"""How processes are started, watched and ended, so that nothing outlives its owner."""
+"""How processes are started, watched and ended, so that no process outlives its owner."""

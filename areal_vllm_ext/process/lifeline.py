@@ -1,7 +1,7 @@
-"""A connection that tells two processes on different nodes of each other's end, in seconds.
+"""A TCP connection by which two processes on different nodes notice each other's end within seconds.
 
-Ray takes longer: 15 s for a lost node, a minute for a lost head. The kernel closes a dead process's connection at once,
-and keepalive ends that of a dead machine, or one that was cut off, after ``LOST_AFTER`` seconds.
+Ray takes longer: 15 s for a lost node, a minute for a lost head. The kernel closes the connection of a dead process at
+once. TCP keepalive closes the connection of a machine that is dead or cut off, after ``LOST_AFTER`` seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOST_AFTER = 6
 
 @dataclass(frozen=True)
 class LifelineAddress:
-    """Where an owner listens, and what it wants to hear."""
+    """Where an owner listens, and the token that a peer must send."""
 
     host: str
     port: int
@@ -30,7 +30,7 @@ class LifelineAddress:
 
 
 class Lifelines:
-    """The owner's end: ``lost`` is called with the name of whoever was connected, and is no more."""
+    """The owner's end; ``lost`` is called with the name of a peer whose connection has ended."""
 
     def __init__(self, lost: Callable[[str], None]) -> None:
         self._lost = lost
@@ -38,7 +38,7 @@ class Lifelines:
         self._server: asyncio.Server | None = None
 
     async def listen(self, host: str) -> LifelineAddress:
-        """Begin, on own address ``host``."""
+        """Listen on ``host``, one of this node's addresses."""
         self._server = await asyncio.start_server(self._connected, host, 0)
         return LifelineAddress(host, self._server.sockets[0].getsockname()[1], self._token)
 
@@ -53,10 +53,13 @@ class Lifelines:
 
 
 async def connect(address: LifelineAddress, name: str, ended: Callable[[], None]) -> asyncio.Task[None]:
-    """The other end, as ``name``; ``ended`` is called when the owner is no more. The task must be kept.
+    """Connect to an owner as ``name``; ``ended`` is called when the owner has ended.
+
+    Returns:
+        The task that watches; keep a reference, because the event loop holds none.
 
     Raises:
-        OSError: the owner cannot be reached in the first place.
+        OSError: the owner cannot be reached.
     """
     opening = asyncio.open_connection(address.host, address.port)
     reader, writer = await asyncio.wait_for(opening, LOST_AFTER)

@@ -1,4 +1,4 @@
-"""A command whose whole process tree ends with this process: the owner's side of ``supervisor.py``."""
+"""Start a command whose whole process tree ends with this process: the owner's side of ``supervisor.py``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ GRACE_SECONDS = 8.0
 _ERROR = re.compile(r"^(\(.*?\) )?(ERROR .*?\] )?([\w. ]+: error|[\w.]*(Error|Exception)): ")
 _MARK = "AREAL_VLLM_SUPERVISED"
 
-# What a starting `vllm serve` is doing, by which of these it logged last. A vLLM that words one otherwise shows the one before.
+# Stages of a starting `vllm serve`, by the line that it logs at the beginning of each. If a vLLM words a line differently,
+# the stage before is shown instead.
 VLLM_STAGES = {
     "Resolved architecture": "starting the engine",
     "Initializing a V1 LLM engine": "starting the worker",
@@ -34,12 +35,12 @@ VLLM_STAGES = {
 
 
 class Supervised:
-    """Starts ``command`` on construction; nothing of it is left once ``poll`` gives an exit code.
+    """Start ``command`` on construction; once ``poll`` returns an exit code, no process of its tree is left.
 
     Attributes:
-        pid: of the command itself, the leader of a process group of its own.
-        supervisor_pid: of the process that ends it.
-        log: the file that has what it printed.
+        pid: of the command itself, which leads a session of its own.
+        supervisor_pid: of the process that ends the tree.
+        log: file with the command's output.
     """
 
     def __init__(
@@ -51,16 +52,17 @@ class Supervised:
         grace: float = GRACE_SECONDS,
         scratch: Path | None = None,
     ) -> None:
-        """
+        """Start the command.
+
         Args:
             command: what to run, with its arguments.
-            log: is written anew.
-            env: the whole environment; default: this process's.
+            log: file for the output; an existing one is overwritten.
+            env: the whole environment; default: that of this process.
             grace: seconds between SIGTERM and SIGKILL.
-            scratch: a folder that is removed once everything has ended.
+            scratch: a folder to remove once the whole tree has ended.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: the command cannot be started.
         """
         self.log = log
         self._grace = grace
@@ -89,33 +91,33 @@ class Supervised:
         self.supervisor_pid, self.pid = (int(pid) for pid in pids)
 
     def poll(self) -> int | None:
-        """The command's exit code once nothing is left of it, as a shell gives it; None before."""
+        """Return the exit code, as a shell gives it, once no process of the tree is left; None before."""
         if self._code is None and select.select([self._answers], [], [], 0)[0]:
             answer = self._answers.read()
-            if not answer:  # the supervisor was killed before it was done
+            if not answer:  # the supervisor was killed before it had finished
                 self._kill_all()
             self._code = int(answer or 128 + signal.SIGKILL)
             self._answers.close()
         return self._code
 
     def close(self) -> None:
-        """Ask for the end of everything; returns at once. May be called again."""
+        """Ask the supervisor to end the tree; returns at once. Idempotent."""
         with contextlib.suppress(BrokenPipeError):
             self._life.close()
 
     def end(self) -> int:
-        """Wait for the end of everything, by force if need be; returns the exit code."""
+        """End the tree, by force if necessary, and return the exit code."""
         self.close()
         ends = time.monotonic() + self._grace + 10
         while (code := self.poll()) is None:
-            if time.monotonic() > ends:  # it is stopped, say
+            if time.monotonic() > ends:  # the supervisor hangs, for example because it is stopped
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.supervisor_pid, signal.SIGKILL)
             time.sleep(0.02)
         return code
 
     def _kill_all(self) -> None:
-        """Do the supervisor's work: every process of the tree has the mark in its environment."""
+        """Do the supervisor's work; every process of the tree has the mark in its environment."""
         ends = time.monotonic() + 5
         while time.monotonic() < ends and (alive := _processes_with(self._mark)):
             for pid in alive:
@@ -126,27 +128,27 @@ class Supervised:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def last_lines(self, count: int = 15) -> str:
-        """The end of the log."""
+        """Return the last lines of the log."""
         with contextlib.suppress(FileNotFoundError):
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-count:])
         return ""
 
     def cause(self) -> str:
-        """The line of the log that most probably says why it ended: the first that names an error, else the last."""
+        """Return the line that most probably says why the command ended: the first with an error, else the last."""
         lines = [line for line in self.last_lines(400).splitlines() if line.strip()]
         return next((line for line in lines if _ERROR.match(line)), lines[-1] if lines else "")
 
-    def doing(self) -> str:
-        """How far the start of a ``vllm serve`` is, in a few words."""
+    def stage(self) -> str:
+        """Return how far the start of a ``vllm serve`` is, in a few words."""
         log = self.log.read_text(errors="replace")
         return next((stage for mark, stage in reversed(VLLM_STAGES.items()) if mark in log), "importing vLLM")
 
 
 def _processes_with(variable: str) -> list[int]:
-    """Processes that have ``NAME=value`` in their environment; it stays with whatever they start, in any session."""
+    """Return the processes with ``NAME=value`` in their environment, which children inherit in any session."""
     found = []
     for environ in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+        with contextlib.suppress(OSError):  # another user's, or already gone
             if variable.encode() in environ.read_bytes().split(b"\0"):
                 found.append(int(environ.parent.name))
     return found

@@ -1,17 +1,21 @@
-"""Runs one command and sees to it that nothing of it is left when its owner is gone.
+"""Run one command, and end its whole process tree when its owner is gone.
 
     python supervisor.py GRACE SCRATCH COMMAND...
 
-The owner, whose child this is, holds the other end of stdin and never writes to it. When that end closes or the owner is
-gone (even by SIGKILL), and on SIGTERM, SIGINT or SIGHUP, the command gets SIGTERM. What is alive GRACE seconds later, or
-outlives the command, gets SIGKILL: children of children too, in whatever session they put themselves, because as a
-subreaper this process inherits every orphan of its tree. Then the folder SCRATCH is removed, unless it is empty text, and
-shared memory of Python's that the tree had open, once nobody has it open: vLLM's Ray workers, which are no children of
-vLLM's, make some, and Ray kills them and what would remove it.
-Own process id and the command's are written to stdout, at the end the command's exit code; what it prints goes to stderr.
+The owner is this process's parent. It holds the other end of stdin and never writes to it. The command gets SIGTERM when
+that end closes, when the owner is gone (even by SIGKILL), and on SIGTERM, SIGINT or SIGHUP. Processes that are alive GRACE
+seconds later, or that outlive the command, get SIGKILL. That includes children of children in any session, because as a
+subreaper this process inherits every orphan of its tree.
 
-It leaves its owner's children at once: a Ray worker that exits kills them, and the supervisor with them, before it could
-do its work. A script of its own, run with ``python -I -S``: standard library only, so that it starts in milliseconds.
+Then the folder SCRATCH is removed (unless the argument is empty), and Python's shared memory that the tree had open, as soon
+as no process has it open. vLLM's Ray workers make such memory. Ray kills them together with the resource tracker that
+would remove it.
+
+The process ids of the supervisor and of the command are written to stdout, and at the end the command's exit code. The
+command's output goes to stderr.
+
+The supervisor leaves its owner's process tree at once, because a Ray worker that exits first kills its children. It is a
+script of its own that runs with ``python -I -S`` and the standard library only, so it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -40,10 +44,10 @@ def prctl(option: int, value: int) -> None:
 
 
 def descendants() -> list[int]:
-    """All processes below this one, as far as /proc tells."""
+    """Return all processes below this one."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # already gone
             parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
     found: list[int] = []
@@ -56,7 +60,7 @@ def descendants() -> list[int]:
 
 
 def is_resource_tracker(pid: int) -> bool:
-    """Whether it is one of Python's helpers that remove the shared memory of processes that were killed, then end."""
+    """Return whether the process is Python's resource tracker, which removes shared memory of killed processes and ends."""
     try:
         return b"resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -64,17 +68,17 @@ def is_resource_tracker(pid: int) -> bool:
 
 
 def shared_memory(pids: list[int] | None = None) -> set[str]:
-    """The files of Python's shared memory that these processes have open; default: all."""
+    """Return the files of Python's shared memory that these processes have open; default: all processes."""
     found: set[str] = set()
     for maps in (Path(f"/proc/{pid}/maps") for pid in pids) if pids is not None else Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+        with contextlib.suppress(OSError):  # already gone, or another user's
             lines = maps.read_text(errors="replace").splitlines()
             found.update(line[line.index(SHARED_MEMORY) :] for line in lines if SHARED_MEMORY in line)
     return found
 
 
 def remove(shared: set[str]) -> None:
-    """Remove each of these files as soon as nobody has it open; those that somebody keeps open stay."""
+    """Remove each of these files once no process has it open; files that stay open for 4 s are kept."""
     ends = time.monotonic() + SHARED_MEMORY_GRACE
     while (shared := {path for path in shared if Path(path).exists()}) and time.monotonic() < ends:
         for path in shared - shared_memory():
@@ -83,7 +87,7 @@ def remove(shared: set[str]) -> None:
 
 
 def reap() -> dict[int, int]:
-    """Exit statuses of the children, and inherited orphans, that have ended since the last call."""
+    """Return the exit statuses of children and inherited orphans that have ended since the last call."""
     ended: dict[int, int] = {}
     with contextlib.suppress(ChildProcessError):
         while (entry := os.waitpid(-1, os.WNOHANG))[0]:
@@ -92,17 +96,17 @@ def reap() -> dict[int, int]:
 
 
 def send(pid: int, number: int) -> None:
-    """Send a signal to a process that may be gone."""
+    """Send a signal to a process that may be gone already."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def wait(pid: int, owner: int, wake: int) -> int | None:
-    """Wait until the command has ended, then return its status, or until it should end."""
+    """Wait until the command has ended and return its status, or None when it should be ended."""
     while True:
         if (status := reap().get(pid)) is not None:
             return status
-        # A process forked from the owner may hold the pipe open after it: look at the owner too.
+        # Watch the owner too, because a process forked from the owner may hold the pipe open after the owner's end.
         ready, _, _ = select.select([0, owner, wake], [], [])
         if owner in ready or (0 in ready and not os.read(0, 1)):
             return None
@@ -118,7 +122,7 @@ def main() -> int:
         os._exit(0)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
-    # Signals are read from a pipe, by their numbers: select() waits for them as for everything else.
+    # Read signals from a pipe, so that select() can wait for them together with everything else.
     wake, signalled = os.pipe()
     os.set_blocking(signalled, False)
     signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
@@ -131,7 +135,7 @@ def main() -> int:
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
             start_new_session=True,
-            # Should this process itself be killed, the command is at least told to end. (This process has one thread.)
+            # If this process is killed, the kernel sends SIGTERM to the command. (Safe, because there is only one thread.)
             preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
         )
     except OSError as error:

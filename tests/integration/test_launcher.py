@@ -74,7 +74,7 @@ def test_nodes_ranks_and_the_end(cluster: RayCluster) -> None:
         assert "--headless" in headless.last_lines
         assert "--data-parallel-start-rank 1" in headless.last_lines
         for line in (head.last_lines, headless.last_lines):
-            assert replica.home.key.secret.decode() not in line
+            assert replica.directory.key.secret.decode() not in line
         footprint = Footprint.of(replica.name)
         assert len(footprint.processes) >= 4
     assert footprint.left(cluster.namespaces) == []
@@ -129,8 +129,8 @@ def test_killed_node_is_named_and_the_others_end(cluster: RayCluster) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
-        ({"data_parallel_size": 3}, SettingsError, "DP 3 x TP 1 x PP 1 are 3 devices, and the placement has 2 x 1"),
-        ({"vllm_args": ("--port=8000",)}, SettingsError, "leave --port=8000 out"),
+        ({"data_parallel_size": 3}, SettingsError, "DP 3 x TP 1 x PP 1 are 3 devices, but it has 2 x 1"),
+        ({"vllm_args": ("--port=8000",)}, SettingsError, "vLLM argument --port=8000: .*leave it out"),
         ({"restart": "node"}, SettingsError, "vLLM takes no lost node back"),
         ({"placement": Placement.shared(2, resource="CPU")}, SettingsError, "'shared' is for trainer ranks"),
         (
@@ -138,7 +138,7 @@ def test_killed_node_is_named_and_the_others_end(cluster: RayCluster) -> None:
             LaunchError,
             "the cluster is too small: asked for 2 bundle.s. of 4 CPU .STRICT_SPREAD.; 10.77.0.. has 1, 10.77.0.. has 1",
         ),
-        ({"model": "/no/such/model"}, LaunchError, "node 10.77.0.. has no /no/such/model"),
+        ({"model": "/no/such/model"}, LaunchError, "node 10.77.0..: there is no /no/such/model"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(cluster: RayCluster, settings: Any, error: Any, says: str) -> None:
@@ -171,9 +171,9 @@ def test_colocated_shares_bundles_with_trainers(cluster: RayCluster) -> None:
     assert_free(cluster)
 
 
-def test_scale_adds_a_replica_at_the_same_home(cluster: RayCluster) -> None:
+def test_scale_adds_a_replica_to_the_same_directory(cluster: RayCluster) -> None:
     with stubborn(Placement.separate(1, resource="CPU")) as first, first.scale(nodes=1) as second:
-        assert first.home == second.home
+        assert first.directory == second.directory
         assert first.url != second.url
     assert_free(cluster)
 
@@ -189,7 +189,7 @@ def test_dropped_handle(cluster: RayCluster) -> None:
 
 def test_no_room_at_the_deadline(cluster: RayCluster) -> None:
     group = TWO_NODES.reserve()
-    with pytest.raises(LaunchError, match=r"the placement group is PENDING after 3 s: .*free in all: 0"):
+    with pytest.raises(LaunchError, match=r"placement group: still PENDING after 3 s: .*free in all: 0"):
         stubborn(timeout=4)
     ray.util.remove_placement_group(group)
     assert_free(cluster)

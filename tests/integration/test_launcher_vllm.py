@@ -15,7 +15,7 @@ import ray
 
 from areal_vllm_ext.demo.model import make_model
 from areal_vllm_ext.launcher import Placement, launch
-from areal_vllm_ext.process.serving import answers
+from areal_vllm_ext.process.serving import responds_ok
 from harness.cpu_vllm import CPU_ARGS, CPU_ENV, token_exact, train
 from harness.leftovers import Footprint
 from harness.network import missing
@@ -76,7 +76,7 @@ def test_moe_replica_over_two_nodes(cluster: RayCluster, tmp_path: Path) -> None
         with replica.group.update(4, deadline=60) as update:
             update.send(model)
         host, port = replica.url.removeprefix("http://").split(":")
-        while not answers(host, int(port), "/health"):
+        while not responds_ok(host, int(port), "/health"):
             assert time.monotonic() < ends
             time.sleep(0.5)
         assert token_exact(model, replica.url, 2)

@@ -8,9 +8,9 @@ import pytest
 
 from areal_vllm_ext.errors import SettingsError
 from areal_vllm_ext.launcher import Placement, ReplicaSpec
-from areal_vllm_ext.launcher.node import NodeFacts
+from areal_vllm_ext.launcher.state import NodeAddress
 
-FACTS = [NodeFacts("10.0.0.1", (8000, 8001, 8002)), NodeFacts("10.0.0.2", (9000, 9001, 9002))]
+FACTS = [NodeAddress("10.0.0.1", (8000, 8001, 8002)), NodeAddress("10.0.0.2", (9000, 9001, 9002))]
 
 
 def lines(**settings: Any) -> list[str]:
@@ -59,22 +59,22 @@ def test_arguments_of_the_head_come_last() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"data_parallel_size": 2}, "DP 2 x TP 1 x PP 1 are 2 devices, and the placement has 1 x 1"),
+        ({"data_parallel_size": 2}, "DP 2 x TP 1 x PP 1 are 2 devices, but it has 1 x 1; make them equal"),
         ({"data_parallel_size": 0}, "are 0 devices"),
         (
             {"placement": Placement.deferred(4, 3), "tensor_parallel_size": 2, "data_parallel_size": 6},
-            "engines of 2 devices and nodes of 3 do not divide",
+            "neither of 2 devices per engine and 3 per node divides the other",
         ),
         ({"placement": Placement.colocated(2), "data_parallel_size": 2}, "a colocated replica has one engine"),
         (
             {"placement": Placement.deferred(2, 1), "data_parallel_size": 2, "restart": "node"},
-            "restart 'node' needs a replica of one node",
+            "restart 'node': this replica has several nodes",
         ),
-        ({"vllm_args": ["--data_parallel_rank=1"]}, "leave --data_parallel_rank=1 out"),
-        ({"vllm_args": ["-tp", "2"]}, "leave -tp out"),
+        ({"vllm_args": ["--data_parallel_rank=1"]}, "vLLM argument --data_parallel_rank=1: .*leave it out"),
+        ({"vllm_args": ["-tp", "2"]}, "vLLM argument -tp: .*leave it out"),
         ({"placement": Placement.shared(1)}, "'shared' is for trainer ranks"),
     ],
 )
-def test_what_cannot_be(settings: dict[str, Any], says: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         lines(**settings)
