@@ -77,7 +77,7 @@ class Trainer:
 
 
 def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """The flow, on the cluster to which this process is connected."""
+    """The generation, on the cluster to which this process is connected."""
     placement = Placement.colocated(options.devices, WORKER_SHARE, strategy=options.strategy)
     group = placement.reserve()
     trainers = [

@@ -29,7 +29,7 @@ FIRST_VOTE = (
     "return {} if self._awaited else self._advance(timeout)\n\n    def silent",
     'return {} if self._awaited and self.phase != "prepare" else self._advance(timeout)\n\n    def silent',
 )
-COMMIT_ANYWHERE = (PARTICIPANT, 'if self.phase != "prepared" or self.flow != "paused":', "if False:")
+COMMIT_ANYWHERE = (PARTICIPANT, 'if self.update_phase != "prepared" or self.generation != "paused":', "if False:")
 PAUSE_ANYWHERE = (PARTICIPANT, "if message.update and message.update != held:", "if False:")
 RESUME_TAINTED = (PARTICIPANT, "        if self.tainted:\n", "        if False:\n")
 
@@ -43,7 +43,7 @@ MUTANTS = {
     "in doubt, it waits": [
         (
             PARTICIPANT,
-            'or (self.phase == "prepared" and self.flow != "running")\n        if self.update and',
+            'or (self.update_phase == "prepared" and self.generation != "running")\n        if self.update and',
             "\n        if self.update and",
         )
     ],
@@ -72,18 +72,22 @@ MUTANTS = {
     ],
     "what was paused is resumed": [(COORDINATOR, 'case "abort" if self._pause_sent:', 'case "abort" if False:')],
     "one committed, all do": [
-        (RECOVERY, 'if status.phase == "prepared" and status.update in committed:', "if False:"),
+        (RECOVERY, 'if status.update_phase == "prepared" and status.update in committed:', "if False:"),
     ],
     "one is committing, all do": [
         (
             RECOVERY,
-            '    committed |= {status.update for status in statuses.values() if status.phase == "committing"}\n',
+            '    committed |= {status.update for status in statuses.values() if status.update_phase == "committing"}\n',
             "",
         )
     ],
-    "none committed, none does": [(RECOVERY, 'elif status.phase in ("receiving", "prepared"):', "elif False:")],
-    "the successor resumes": [(RECOVERY, 'if name in current and status.flow != "running" and (', "if False and (")],
-    "who is behind is not resumed": [(RECOVERY, 'if name in current and status.flow != "running"', "if status.flow")],
+    "none committed, none does": [(RECOVERY, 'elif status.update_phase in ("receiving", "prepared"):', "elif False:")],
+    "the successor resumes": [
+        (RECOVERY, 'if name in current and status.generation != "running" and (', "if False and (")
+    ],
+    "who is behind is not resumed": [
+        (RECOVERY, 'if name in current and status.generation != "running"', "if status.generation")
+    ],
     "a cured engine resumes": [(GROUP, " or bool(self.status.paused_for)", "")],
     "without the lost, only if all agree": [
         (
@@ -92,9 +96,9 @@ MUTANTS = {
             "                        pass\n                    members",
         )
     ],
-    "who is behind pauses": [(PARTICIPANT, "if agreed > self.agreed:", "if False:")],
+    "who is behind pauses": [(PARTICIPANT, "if committed_epoch > self.committed_epoch:", "if False:")],
     "who joins hears of the last update": [(DIRECTORY, "heard >= told_after or now", "True or now")],
-    "the directory recovers": [(DIRECTORY, "return unsettled and", "return False and")],
+    "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
     "half a load taints": [
         (
             PARTICIPANT,
@@ -103,7 +107,7 @@ MUTANTS = {
         )
     ],
     "a new lease has a new epoch": [
-        (DIRECTORY, "max(self._epoch, message.above) + 1", "max(self._epoch, message.above)"),
+        (DIRECTORY, "self._epoch += 1", "self._epoch += 0"),
     ],
     "beats bring the epoch back": [(DIRECTORY, "self._epoch = max(self._epoch, message.epoch)", "pass")],
 }

@@ -238,7 +238,7 @@ class Ground:
         """Which engine's tokens are not those of the version that it claims; empty where all are right."""
         completions = Completions(self.deployment.url, timeout=30)
         for rank, status in statuses.items():
-            if status is None or status.flow != "running":
+            if status is None or status.generation != "running":
                 continue
             claimed = status.version if isinstance(status.version, int) else 0
             if claimed not in self._expected:
@@ -274,10 +274,10 @@ def problem_of(statuses: dict[int, Status | None]) -> str:
     if silent := [rank for rank, status in statuses.items() if status is None]:
         return f"DP ranks {silent} do not answer"
     answers = [status for status in statuses.values() if status]
-    if len(versions := {status.version for status in answers if status.flow == "running"}) > 1:
+    if len(versions := {status.version for status in answers if status.generation == "running"}) > 1:
         return f"mixed: {versions}"
-    if any(status.flow != "running" for status in answers):
-        return f"not running: {[(status.engine.dp_rank, status.phase, status.flow) for status in answers]}"
+    if any(status.generation != "running" for status in answers):
+        return f"not running: {[(status.engine.dp_rank, status.update_phase, status.generation) for status in answers]}"
     return ""
 
 

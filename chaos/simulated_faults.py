@@ -235,7 +235,7 @@ class Round:
         calls = [call for trainer in world.trainers if trainer.alive for call in trainer.calls]
         world.run(until=world.now + 60.0, done=lambda: all(call.outcome is not None for call in calls))
         states = [process.engine.participant for process in world.engines]
-        paused_by_user = any(state.flow != "running" and not state.paused_for for state in states)
+        paused_by_user = any(state.generation != "running" and not state.paused_for for state in states)
         slowest = min(process.clock.rate for process in (*world.engines, world.directory))
         seconds = (PAUSE_SECONDS if paused_by_user else SERVES_AGAIN_SECONDS) / min(slowest, 1.0)
         world.run(until=world.now + seconds, done=self.serve)
@@ -287,8 +287,8 @@ class Round:
             require(
                 engine.version == p.version, "wrong tokens", f"engine {rank} says {p.version}, has {engine.version}"
             )
-            require(p.update is None, "leftover", f"engine {rank} still has an update, {p.phase}")
-            require(engine.running, "hang", f"engine {rank} is {p.flow} and nobody will resume it")
+            require(p.update is None, "leftover", f"engine {rank} still has an update, {p.update_phase}")
+            require(engine.running, "hang", f"engine {rank} is {p.generation} and nobody will resume it")
             require(not any(engine.orders), "leftover", f"engine {rank}'s workers have orders left")
             unanswered = [caller for caller, answer in engine.answers.items() if answer is None]
             require(not unanswered, "leftover", f"engine {rank} never answered {len(unanswered)} requests")

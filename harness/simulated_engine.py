@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from areal_vllm_ext import __version__, protocol
+from areal_vllm_ext import protocol
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.control.directory import DirectoryServer, new_incarnation
 from areal_vllm_ext.engine_core.endpoint import Endpoint, Identity
@@ -41,8 +41,8 @@ from areal_vllm_ext.protocol import (
     WorkerDone,
     WorkerInfo,
     security,
-    wire,
 )
+from areal_vllm_ext.protocol.server import connect
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -254,7 +254,7 @@ class Workers:
             self._wake_write.send(b"\0")
 
     def _attach(self, engine: SimulatedEngine, rank: int) -> None:
-        worker = wire.connect(self._context, engine.endpoint.address, self._key, os.urandom(16))
+        worker = connect(self._context, engine.endpoint.address, self._key, os.urandom(16))
         self._workers[worker] = (engine, rank)
         self._poller.register(worker, zmq.POLLIN)
         info = WorkerInfo(rank=rank, node=HOST, pid=os.getpid(), device="cpu", device_id="cpu")
@@ -404,11 +404,7 @@ class Deployment:
             pid=os.getpid(),
             incarnation=new_incarnation(time.time()),
             address="",
-            model=self.shape.model,
             dtype=self.shape.dtype,
-            device="cpu",
-            vllm_version="simulated",
-            package_version=__version__,
         )
         engine.endpoint = Endpoint(
             identity=Identity(info, self.shape.model, None),

@@ -197,10 +197,10 @@ class Coordinator:
                 self.phase, self._awaited = "commit", set(self.members)
                 return {name: Commit(epoch=member.epoch, update=self.update) for name, member in self.members.items()}
             case "commit":
-                return self._resume([name for name in self.members if name not in self.lost], "resume", timeout)
+                return self._resume([name for name in self.members if name not in self.lost], "resume")
             case "abort" if self._pause_sent:
                 self._pause_sent = False
-                return self._resume(list(self.members), "abort", timeout)
+                return self._resume(list(self.members), "abort")
             case _:
                 self.phase = "done"
                 return {}
@@ -212,12 +212,10 @@ class Coordinator:
             for name, member in self.members.items()
         }
 
-    def _resume(self, names: list[str], phase: Phase, timeout: float) -> dict[str, EngineRequest]:
+    def _resume(self, names: list[str], phase: Phase) -> dict[str, EngineRequest]:
         """Let those run again that ran before."""
         requests: dict[str, EngineRequest] = {
-            name: Resume(epoch=self.members[name].epoch, timeout=timeout)
-            for name in names
-            if self.members[name].running
+            name: Resume(epoch=self.members[name].epoch) for name in names if self.members[name].running
         }
         self.phase, self._awaited = (phase, set(requests)) if requests else ("done", set())
         return requests

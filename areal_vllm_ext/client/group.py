@@ -17,11 +17,10 @@ from .. import protocol
 from ..config import Settings, split_address
 from ..control import recovery
 from ..control.connection import Connection
-from ..control.directory import BEAT_SECONDS
 from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from ..integrity.checkpoint import contents
 from ..integrity.verify import Difference, Verification, compare
-from ..protocol import security
+from ..protocol import BEAT_SECONDS, security
 from .update import AsyncUpdate, UpdateOptions, UpdateResult
 
 if TYPE_CHECKING:
@@ -91,8 +90,8 @@ class EngineState:
             node=engine.node,
             headless=engine.headless,
             version=status.version if status else None,
-            state=status.flow if status else "unreachable",
-            phase=status.phase if status else "",
+            state=status.generation if status else "unreachable",
+            phase=status.update_phase if status else "",
             requests=status.requests_running + status.requests_waiting if status else 0,
             waiting_for_engine=status.waiting_for_engine if status else 0.0,
             error=status.error if status else error,
@@ -112,7 +111,7 @@ class Target:
     @property
     def resumes(self) -> bool:
         """Whether it is to run after an update: unless a user has paused it."""
-        return self.status.flow == "running" or bool(self.status.paused_for)
+        return self.status.generation == "running" or bool(self.status.paused_for)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +123,9 @@ class Member:
     directory: str
 
 
-def resume_all(targets: Mapping[str, Target], timeout: float) -> dict[str, EngineRequest]:
+def resume_all(targets: Mapping[str, Target]) -> dict[str, EngineRequest]:
     """A resume for every target."""
-    return {name: protocol.Resume(epoch=target.epoch, timeout=timeout) for name, target in targets.items()}
+    return {name: protocol.Resume(epoch=target.epoch) for name, target in targets.items()}
 
 
 class AsyncEngineGroup:
@@ -273,7 +272,7 @@ class AsyncEngineGroup:
 
     async def _take_pause_back(self, targets: Mapping[str, Target]) -> None:
         self._keep_paused([], None)
-        await self._ask_all(targets, resume_all(targets, 1.0), time.monotonic() + _GRACE_SECONDS)
+        await self._ask_all(targets, resume_all(targets), time.monotonic() + _GRACE_SECONDS)
 
     def _keep_paused(self, addresses: list[str], lease: float | None) -> None:
         """Say every now and then that whoever paused these engines is alive; ends what was said so far."""
@@ -300,7 +299,7 @@ class AsyncEngineGroup:
         ends = time.monotonic() + deadline
         async with self.command(deadline) as targets:
             self._keep_paused([], None)
-            if failed := await self._ask_all(targets, resume_all(targets, deadline), ends):
+            if failed := await self._ask_all(targets, resume_all(targets), ends):
                 raise PauseFailed(f"not every engine resumed: {join(failed)}")
 
     # Update
@@ -616,7 +615,6 @@ class AsyncEngineGroup:
             plan = recovery.plan(
                 {name: target.status for name, target in targets.items()},
                 {name: target.epoch for name, target in targets.items()},
-                max(ends - time.monotonic(), 0.1),
                 directories={name: member.directory for name, member in members.items()},
                 all_here=all_here and len(targets) == len(members),
             )
@@ -716,7 +714,7 @@ def describe_missing(
     problems += [
         f"{engine.name} shares its name with another engine: set AREAL_VLLM_REPLICA, another for each replica"
         for answer in answers
-        for engine in answer.usurped
+        for engine in answer.displaced
     ]
     joining = [engine for answer in answers for engine in answer.joining]
     problems += [f"{engine.name} has just started, and joins when no client is at work" for engine in joining]

@@ -252,7 +252,7 @@ class AsyncUpdate:
         self._lender = sink if isinstance(sink, CudaIpcSink) and self.lasting else None
         if self._lender is None:
             return sink.transfers
-        return [msgspec.structs.replace(transfer, shares=True) for transfer in self._lender.transfers]
+        return [msgspec.structs.replace(transfer, shared=True) for transfer in self._lender.transfers]
 
     def changed(self) -> str:
         """Says which of the lent tensors was written to meanwhile; empty where none was."""
@@ -374,8 +374,8 @@ class AsyncUpdate:
                 status = await self._group.request(self._engines[name].address, protocol.GetStatus(), timeout)
                 assert isinstance(status, protocol.Status)
                 if status.last_update == coordinator.update:
-                    coordinator.found_committed(name, running=status.flow == "running")
-                elif status.update != coordinator.update and status.agreed < self._members[name].epoch:
+                    coordinator.found_committed(name, running=status.generation == "running")
+                elif status.update != coordinator.update and status.committed_epoch < self._members[name].epoch:
                     given_up.add(name)
 
         await asyncio.gather(*(ask(name) for name in list(coordinator.lost)))

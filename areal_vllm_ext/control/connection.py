@@ -17,7 +17,8 @@ from zmq.utils.monitor import parse_monitor_message
 
 from .. import protocol
 from ..errors import EngineUnreachable
-from ..protocol import security, wire
+from ..protocol import security
+from ..protocol.server import tune_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -100,7 +101,7 @@ class Connection:
         self._socket.linger = 0
         self._socket.router_mandatory = True
         self._socket.sndhwm = 0
-        wire.tune_client(self._socket)
+        tune_client(self._socket)
         self._peers: dict[str, bytes] = {}
         self._id_prefix = os.urandom(protocol.REQUEST_ID_BYTES - 8)
         self._id_numbers = itertools.count()

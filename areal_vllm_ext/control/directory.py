@@ -20,6 +20,7 @@ import zmq
 from .. import protocol
 from .._version import __version__
 from ..protocol import (
+    BEAT_SECONDS,
     EPOCH_JUMP,
     Ack,
     AcquireLease,
@@ -38,15 +39,14 @@ from ..protocol import (
     Unregister,
     Welcome,
     security,
-    wire,
 )
+from ..protocol.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
-BEAT_SECONDS = 1.0
 _LOOK_MILLISECONDS = 200
 _RECOVERY_SECONDS = 10.0
 # An engine that was not heard for so long is reported as lost, and forgotten after the second time.
@@ -78,7 +78,7 @@ class Directory:
         # Who has heard what the group agreed on. Nobody else serves, or is told to do anything.
         self._joined: set[tuple[str, int]] = set()
         # Processes that were replaced under their name and still beat: two replicas share one name.
-        self._usurped: dict[str, tuple[EngineInfo, float]] = {}
+        self._displaced: dict[str, tuple[EngineInfo, float]] = {}
         self._epoch = 0
         self._holder = ""
         self._lease_ends = 0.0
@@ -88,7 +88,7 @@ class Directory:
             case Hello():
                 if message.protocol != protocol.PROTOCOL_VERSION:
                     return wrong_protocol(message.protocol)
-                return Welcome(protocol=protocol.PROTOCOL_VERSION, package_version=__version__)
+                return Welcome(protocol=protocol.PROTOCOL_VERSION)
             case Register():
                 return self._register(message, now)
             case Unregister():
@@ -112,8 +112,8 @@ class Directory:
             return Error(kind="state", message=problem)
         known = self._engines.get(key)
         if known and known[0].incarnation > message.engine.incarnation and now - known[1] <= LOST_AFTER:
-            if len(self._usurped) < MOST_ENGINES:
-                self._usurped[message.engine.incarnation] = (message.engine, now)
+            if len(self._displaced) < MOST_ENGINES:
+                self._displaced[message.engine.incarnation] = (message.engine, now)
             return Error(
                 kind="state",
                 message=f"{known[0].name} took the place of {message.engine.name}: give each replica a name of its own "
@@ -123,7 +123,7 @@ class Directory:
         if known is None or known[0].incarnation != message.engine.incarnation:
             self._joined.discard(key)
         self._beats[key] = message
-        if self._newest is None or message.agreed >= self._newest.agreed:
+        if self._newest is None or message.committed_epoch >= self._newest.committed_epoch:
             self._newest = message
         # After a restart of the directory the engines remember the epoch for it.
         self._epoch = max(self._epoch, message.epoch)
@@ -132,7 +132,7 @@ class Directory:
                 return Ack()
             self._joined.add(key)
         assert self._newest is not None
-        return Registered(version=self._newest.version, agreed=self._newest.agreed)
+        return Registered(version=self._newest.version, committed_epoch=self._newest.committed_epoch)
 
     def _knows_what_was_agreed(self, now: float) -> bool:
         """Not just after its start, nor while a client may be changing it, nor before everybody has told of the change."""
@@ -163,13 +163,13 @@ class Directory:
         if now < self._lease_ends:
             return False
         # A beat from before the lease ended tells of what its holder has settled since.
-        unsettled = any(
-            self._beats[key].unsettled
+        needs_recovery = any(
+            self._beats[key].needs_recovery
             for key, (_, heard) in self._engines.items()
             if key in self._joined and heard > self._lease_ends and now - heard <= LOST_AFTER
         )
         # What an engine that is not heard yet has done decides what the others must do: it gets the time to be heard.
-        return unsettled and (now - self._started > LOST_AFTER or not self._some_rank_missing())
+        return needs_recovery and (now - self._started > LOST_AFTER or not self._some_rank_missing())
 
     def _some_rank_missing(self) -> bool:
         sizes = {replica: engine.dp_size for (replica, _), (engine, _) in self._engines.items()}
@@ -179,9 +179,9 @@ class Directory:
         """Why ``message`` cannot be an engine's; empty where it can."""
         if message.engine.dp_rank >= message.engine.dp_size:
             return f"{message.engine.name} cannot be one of {message.engine.dp_size}"
-        if max(message.epoch, message.agreed) > self._epoch + EPOCH_JUMP:
+        if max(message.epoch, message.committed_epoch) > self._epoch + EPOCH_JUMP:
             return f"epoch {message.epoch} is no lease's: it is too far above {self._epoch}, the highest that was seen here"
-        if max(len(self._engines), len(self._usurped)) >= MOST_ENGINES:
+        if max(len(self._engines), len(self._displaced)) >= MOST_ENGINES:
             self._prune(now)
         if len(self._engines) >= MOST_ENGINES and key not in self._engines:
             return f"this directory knows {MOST_ENGINES} engines already: use several directories"
@@ -191,7 +191,7 @@ class Directory:
         for key, (_, heard) in list(self._engines.items()):
             if now - heard > FORGOTTEN_AFTER:
                 self._forget(key)
-        self._usurped = {name: entry for name, entry in self._usurped.items() if now - entry[1] <= LOST_AFTER}
+        self._displaced = {name: entry for name, entry in self._displaced.items() if now - entry[1] <= LOST_AFTER}
 
     def _discover(self, now: float) -> Engines:
         self._prune(now)
@@ -201,12 +201,10 @@ class Directory:
             alive=tuple(engine for key, engine in alive if key in self._joined),
             joining=tuple(engine for key, engine in alive if key not in self._joined),
             lost=tuple((engine, now - heard) for _, (engine, heard) in by_rank if now - heard > LOST_AFTER),
-            usurped=tuple(engine for engine, heard in self._usurped.values() if now - heard <= LOST_AFTER),
+            displaced=tuple(engine for engine, heard in self._displaced.values() if now - heard <= LOST_AFTER),
         )
 
     def _acquire(self, message: AcquireLease, now: float) -> Answer:
-        if message.above > self._epoch + EPOCH_JUMP:
-            return Error(kind="fenced", epoch=self._epoch, message=f"epoch {message.above} is no lease's")
         if now < self._lease_ends and message.holder != self._holder:
             left = self._lease_ends - now
             return Error(
@@ -215,7 +213,7 @@ class Directory:
                 epoch=self._epoch,
                 message=f"{self._holder} commands these engines (its lease runs out in {left:.1f} s unless renewed)",
             )
-        self._epoch = max(self._epoch, message.above) + 1
+        self._epoch += 1
         self._holder = message.holder
         self._lease_ends = now + message.seconds
         return Lease(epoch=self._epoch, seconds=message.seconds, engines=self._discover(now))
@@ -268,7 +266,7 @@ class DirectoryServer:
             settle_seconds: see ``Directory``.
             resume_orphans: whether engines run again when whoever paused them is gone.
         """
-        self._server = wire.Server(context, host, port, key, protocol.directory_decoder, max_message_bytes)
+        self._server = Server(context, host, port, key, protocol.directory_decoder, max_message_bytes)
         self._directory = Directory(clock(), settle_seconds)
         self._clock = clock
         self._key = key

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from ..protocol import Abort, Agree, Commit, EngineRequest, Resume, Status
+from ..protocol import Abort, AdoptEpoch, Commit, EngineRequest, Resume, Status
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +31,6 @@ class Recovery:
 def plan(
     statuses: Mapping[str, Status],
     epochs: Mapping[str, int],
-    timeout: float,
     *,
     directories: Mapping[str, str] | None = None,
     all_here: bool = True,
@@ -41,29 +40,30 @@ def plan(
     Args:
         statuses: each engine's status, taken after it was fenced with its epoch.
         epochs: the new epoch of each engine.
-        timeout: seconds that a resume may take.
         directories: which directory each engine belongs to (default: all to one): epochs are a directory's own.
         all_here: whether ``statuses`` are those of all engines. One that is away may have committed: where the others
             abort, they agree on that with the new epoch, and it is stale when it comes back.
     """
     committed = {status.last_update for status in statuses.values()}
-    committed |= {status.update for status in statuses.values() if status.phase == "committing"}
+    committed |= {status.update for status in statuses.values() if status.update_phase == "committing"}
     settle: dict[str, EngineRequest] = {}
     for name, status in statuses.items():
-        if status.phase == "prepared" and status.update in committed:
+        if status.update_phase == "prepared" and status.update in committed:
             settle[name] = Commit(epoch=epochs[name], update=status.update)
-        elif status.phase in ("receiving", "prepared"):
+        elif status.update_phase in ("receiving", "prepared"):
             settle[name] = Abort(epoch=epochs[name], update=status.update, reason="its client is gone")
-    wait = any(status.phase == "committing" for status in statuses.values())
+    wait = any(status.update_phase == "committing" for status in statuses.values())
     current = _current(statuses, settle, directories or {})
     agree: dict[str, EngineRequest] = {}
     if not all_here and not wait and any(isinstance(request, Abort) for request in settle.values()):
-        agree = {name: Agree(epoch=epochs[name]) for name in current}
+        agree = {name: AdoptEpoch(epoch=epochs[name]) for name in current}
     orphaned = {status.engine.replica for status in statuses.values() if status.orphaned}
     resume: dict[str, EngineRequest] = {
-        name: Resume(epoch=epochs[name], timeout=timeout)
+        name: Resume(epoch=epochs[name])
         for name, status in statuses.items()
-        if name in current and status.flow != "running" and (status.paused_for or status.engine.replica in orphaned)
+        if name in current
+        and status.generation != "running"
+        and (status.paused_for or status.engine.replica in orphaned)
     }
     return Recovery(settle, agree, resume, wait)
 
@@ -75,10 +75,10 @@ def _current(
     newest: dict[str, int] = {}
     for name, status in statuses.items():
         directory = directories.get(name, "")
-        newest[directory] = max(newest.get(directory, 0), status.agreed)
+        newest[directory] = max(newest.get(directory, 0), status.committed_epoch)
     return {
         name
         for name, status in statuses.items()
-        if status.phase not in ("tainted", "stale")
-        and (isinstance(settle.get(name), Commit) or status.agreed >= newest[directories.get(name, "")])
+        if status.update_phase not in ("tainted", "stale")
+        and (isinstance(settle.get(name), Commit) or status.committed_epoch >= newest[directories.get(name, "")])
     }

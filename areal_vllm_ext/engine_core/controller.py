@@ -18,9 +18,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
-from vllm.version import __version__ as vllm_version
 
-from .._version import __version__
 from ..config import DEFAULT_DIRECTORY_PORT, Settings, split_address
 from ..control.directory import SETTLE_SECONDS, DirectoryServer, new_incarnation
 from ..errors import SettingsError
@@ -251,7 +249,7 @@ def error_of(error: BaseException | None) -> str:
 
 def describe_engine(config: VllmConfig, settings: Settings, host: str) -> EngineInfo:
     """Who this engine is; its address and workers are added when they are known."""
-    parallel, model = config.parallel_config, config.model_config
+    parallel = config.parallel_config
     launch = launch_facts()
     dp_size = max(parallel.data_parallel_size, launch.data_parallel_size)
     head = f"{parallel.data_parallel_master_ip}:{parallel.data_parallel_rpc_port}"
@@ -265,11 +263,7 @@ def describe_engine(config: VllmConfig, settings: Settings, host: str) -> Engine
         pid=os.getpid(),
         incarnation=new_incarnation(time.time()),
         address="",
-        model=model.served_model_name if isinstance(model.served_model_name, str) else model.model,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(config.device_config.device_type),
-        vllm_version=vllm_version,
-        package_version=__version__,
+        dtype=str(config.model_config.dtype).removeprefix("torch."),
     )
 
 

@@ -21,11 +21,11 @@ import msgspec
 import zmq
 
 from .. import protocol
-from .._version import __version__
-from ..control.directory import BEAT_SECONDS, wrong_protocol
+from ..control.directory import wrong_protocol
 from ..integrity import checkpoint
 from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
+    BEAT_SECONDS,
     Attach,
     DescribeWeights,
     DigestsTaken,
@@ -38,14 +38,14 @@ from ..protocol import (
     Status,
     WeightDigests,
     Weights,
-    WeightsDamaged,
+    WeightsMismatch,
     Welcome,
     WorkerDone,
     WorkerTrace,
     WorkerWeights,
     security,
-    wire,
 )
+from ..protocol.server import ReplyTo, Server, connect
 from .participant import CallCancelPause, CallCommit, CallLoad, CallPause, CallResume, Effect, Order, Participant, Reply
 from .tracing import Tracing
 
@@ -86,7 +86,7 @@ class Identity:
 class _Digesting:
     """Who asked for digests, until when, and which workers have taken theirs."""
 
-    caller: wire.Caller
+    caller: ReplyTo
     ends: float
     taken: dict[int, WorkerWeights] = dataclasses.field(default_factory=dict)
 
@@ -112,7 +112,7 @@ class Endpoint:
         """
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = security.ZapAuthenticator(self._context, key)
-        self._server = wire.Server(
+        self._server = Server(
             self._context, host, settings.port, key, protocol.engine_decoder, settings.max_message_mib << 20
         )
         self._key = key
@@ -128,7 +128,7 @@ class Endpoint:
         self.tracing = Tracing(world_size)
         self._weights: Weights | None = None
         self._digesting: dict[str, _Digesting] = {}
-        self._weights_waiting: list[wire.Caller] = []
+        self._weights_waiting: list[ReplyTo] = []
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -198,7 +198,7 @@ class Endpoint:
             pass  # the buffer is full, so the thread wakes anyway; or it has ended
 
     def _run(self) -> None:
-        directory = wire.connect(self._context, self._directory_address, self._key, self.info.incarnation.encode())
+        directory = connect(self._context, self._directory_address, self._key, self.info.incarnation.encode())
         try:
             poller = zmq.Poller()
             poller.register(self._server.socket, zmq.POLLIN)
@@ -239,7 +239,7 @@ class Endpoint:
 
     def _adapt_switch_interval(self) -> None:
         """Shorten the interval during an update or a pause: the trainer waits for this thread then."""
-        if self._participant.update is not None or self._participant.flow != "running":
+        if self._participant.update is not None or self._participant.generation != "running":
             self._switch_interval.begin()
         else:
             self._switch_interval.end()
@@ -248,7 +248,7 @@ class Endpoint:
         """How long it may wait for a message: where nothing can run out of time, until the next beat."""
         state = self._participant
         asked = self._digesting or self.tracing.waiting
-        if state.update or state.flow != "running" or asked or not self._all_attached.is_set():
+        if state.update or state.generation != "running" or asked or not self._all_attached.is_set():
             return _TICK_MILLISECONDS
         return math.ceil(min(max(next_beat - monotonic(), 0.0), BEAT_SECONDS) * 1e3)
 
@@ -259,7 +259,7 @@ class Endpoint:
             except protocol.UNREADABLE as error:
                 answer = protocol.Error(kind="malformed", message=f"its answer cannot be read: {error}")
             if isinstance(answer, protocol.Registered):
-                self._carry_out(self._participant.group_at(answer.version, answer.agreed))
+                self._carry_out(self._participant.on_group_epoch(answer.version, answer.committed_epoch))
                 self._registered.set()
             if isinstance(answer, protocol.Error) and answer.message != self._directory_complaint:
                 self._directory_complaint = answer.message
@@ -280,7 +280,7 @@ class Endpoint:
         except zmq.Again:
             pass  # the directory is away; the queue holds beats enough
 
-    def _handle(self, caller: wire.Caller, message: protocol.EngineRequest | protocol.WorkerMessage) -> None:
+    def _handle(self, caller: ReplyTo, message: protocol.EngineRequest | protocol.WorkerMessage) -> None:
         match message:
             case Hello():
                 if message.protocol != protocol.PROTOCOL_VERSION:
@@ -288,7 +288,7 @@ class Endpoint:
                 else:
                     self._server.answer(
                         caller,
-                        Welcome(protocol=protocol.PROTOCOL_VERSION, package_version=__version__, engine=self.info),
+                        Welcome(protocol=protocol.PROTOCOL_VERSION, engine=self.info),
                     )
             case GetStatus():
                 self._server.answer(caller, self._status())
@@ -303,28 +303,28 @@ class Endpoint:
                 self._server.answer(caller, refusal or self._status())
             case Attach():
                 self._attach(caller, message)
-            case WorkerDone() | WeightsDamaged() | DigestsTaken() | WorkerTrace():
+            case WorkerDone() | WeightsMismatch() | DigestsTaken() | WorkerTrace():
                 self._hear(caller, message)
             case _:
                 effects = self._participant.handle(caller, message, monotonic())
                 self.tracing.asked(caller, message, self._participant)
                 self._carry_out(effects)
 
-    def _hear(self, worker: wire.Caller, message: WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace) -> None:
+    def _hear(self, worker: ReplyTo, message: WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace) -> None:
         known = self._workers.get(message.rank)
         if known is None or known[0] != worker.peer:
             return
         match message:
             case WorkerDone():
                 self._carry_out(self._participant.worker_done(message))
-            case WeightsDamaged():
-                self._participant.damaged(message)
+            case WeightsMismatch():
+                self._participant.weights_mismatch(message)
             case DigestsTaken():
                 self._digested(message)
             case WorkerTrace():
                 self._carry_out(self.tracing.told(message, monotonic()))
 
-    def _attach(self, caller: wire.Caller, message: Attach) -> None:
+    def _attach(self, caller: ReplyTo, message: Attach) -> None:
         own = secrets.compare_digest(message.token.encode(), self.attach_token.encode())
         if not own or message.worker.rank >= self._world_size:
             problem = f"{self.info.name} was not started with worker {message.worker.rank} on {message.worker.node}"
@@ -337,7 +337,7 @@ class Endpoint:
         if len(self._workers) == self._world_size:
             self._all_attached.set()
 
-    def _describe(self, caller: wire.Caller) -> None:
+    def _describe(self, caller: ReplyTo) -> None:
         if self._weights is not None:
             self._server.answer(caller, self._weights)
             return
@@ -362,8 +362,8 @@ class Endpoint:
 
         threading.Thread(target=read, name="areal-describe", daemon=True).start()
 
-    def _digest(self, caller: wire.Caller, message: DigestWeights) -> None:
-        if self._participant.phase == "committing":
+    def _digest(self, caller: ReplyTo, message: DigestWeights) -> None:
+        if self._participant.update_phase == "committing":
             self._server.answer(caller, protocol.Error(kind="busy", message="the engine is committing an update"))
             return
         self._digesting[message.request] = _Digesting(caller, monotonic() + message.timeout)

@@ -14,7 +14,7 @@ from ..protocol import Begin, Bucket, GetTrace, Trace, WorkerTrace
 from .participant import Order, Reply
 
 if TYPE_CHECKING:
-    from ..protocol.wire import Caller
+    from ..protocol.server import ReplyTo
     from .participant import Effect, Participant, ParticipantRequest
 
 # However long its caller would wait.
@@ -25,7 +25,7 @@ _LONGEST_SECONDS = 10.0
 class _Asking:
     """Who wants a trace, since and until when, and what the workers have told."""
 
-    caller: Caller
+    caller: ReplyTo
     received: float
     ends: float
     told: dict[int, list[protocol.Span]] = dataclasses.field(default_factory=dict)
@@ -49,7 +49,7 @@ class Tracing:
         """Whether somebody waits for a trace."""
         return bool(self._asking)
 
-    def asked(self, caller: Caller, message: ParticipantRequest, participant: Participant) -> None:
+    def asked(self, caller: ReplyTo, message: ParticipantRequest, participant: Participant) -> None:
         """``participant`` has taken a request."""
         if isinstance(message, Begin) and participant.update is not None and participant.update.begin is message:
             self.spans, self._update = SpanRecorder(message.spans), message.update
@@ -60,15 +60,15 @@ class Tracing:
     def states(self, participant: Participant) -> None:
         """``participant`` may have changed its states."""
         if self.spans.limit:
-            self.spans.set_state("update", participant.phase if participant.phase != "idle" else "")
-            self.spans.set_state("generation", participant.flow if participant.flow != "running" else "")
+            self.spans.set_state("update", participant.update_phase if participant.update_phase != "idle" else "")
+            self.spans.set_state("generation", participant.generation if participant.generation != "running" else "")
 
-    def answered(self, caller: Caller) -> None:
+    def answered(self, caller: ReplyTo) -> None:
         """A request was answered."""
         if self.spans.limit:
             self.spans.end(caller)
 
-    def ask(self, caller: Caller, message: GetTrace, now: float) -> list[Effect]:
+    def ask(self, caller: ReplyTo, message: GetTrace, now: float) -> list[Effect]:
         """Somebody wants the trace."""
         if not self.spans.limit or message.update != self._update:
             problem = f"no trace of update {message.update} was recorded here, or another update was begun since"

@@ -63,7 +63,7 @@ def compare(
     differences: list[Difference] = []
     workers = [(name, worker) for name, answer in answers.items() for worker in answer.workers]
     for name, worker in workers:
-        if statuses[name].phase == "tainted":
+        if statuses[name].update_phase == "tainted":
             differences.append(Difference(name, worker.rank, "", f"are nobody's: {statuses[name].error}"))
         differences += [
             Difference(name, worker.rank, tensor, "has changed since it was loaded: its memory was damaged")

@@ -308,7 +308,7 @@ class BroadcastSink:
             joining.add_done_callback(_close_joined)
             raise
         self._door = None  # all have met: nobody else gets in
-        self.transfers = [msgspec.structs.replace(transfer, met=True) for transfer in self.transfers]
+        self.transfers = [msgspec.structs.replace(transfer, established=True) for transfer in self.transfers]
 
     def _join(self, joining: Future[Communicator], given_up: threading.Event) -> None:
         """Meet the workers. gloo cannot be interrupted: where the meeting is given up, its thread ends by its time-out."""

@@ -206,7 +206,7 @@ class CudaIpcSource:
         near = transfer.device_id == device_id(self.device)
         if not near:
             _check_peer(self.device, transfer.device_id)
-        self.shared = transfer.shares and near
+        self.shared = transfer.shared and near
         self._transfer = transfer
         self._runtime = load()
         self._opened: dict[bytes, tuple[Memory, torch.Tensor]] = {}  # and all of it, as one tensor

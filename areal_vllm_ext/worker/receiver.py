@@ -39,13 +39,13 @@ from ..protocol import (
     Prepare,
     Segment,
     TensorMeta,
-    WeightsDamaged,
+    WeightsMismatch,
     WorkerDone,
     WorkerInfo,
     WorkerTrace,
     security,
-    wire,
 )
+from ..protocol.server import connect
 from ..transport import host_memory
 from ..transport.base import Cancelled, WorkerSite
 from ..transport.buckets import UnpackedBucket, first_corrupt, first_different, first_non_finite, packed_layout, unpack
@@ -545,11 +545,13 @@ class Receiver:
         # Whether the last update asked that its memory is kept.
         self._keeps = False
         self._traced = ("", DISABLED)
-        self._reports: queue.SimpleQueue[WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace] = (
+            queue.SimpleQueue()
+        )
         digest.compile_cpu_kernel()  # begins now, not with the first update
         self._wake_read, self._wake_write = socket.socketpair()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = wire.connect(
+        self._socket = connect(
             self._context,
             endpoint,
             security.key_for(host, settings.key_file),
@@ -630,7 +632,7 @@ class Receiver:
                 return None
         return self._expected
 
-    def report(self, message: WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace) -> None:
+    def report(self, message: WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace) -> None:
         self._reports.put(message)
         self._wake_write.send(b"\0")
 
@@ -655,7 +657,7 @@ class Receiver:
                 else:
                     self._handle(message)
 
-    def _send(self, message: Attach | WorkerDone | WeightsDamaged | DigestsTaken | WorkerTrace) -> None:
+    def _send(self, message: Attach | WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace) -> None:
         payload = protocol.encoder.encode(message)
         if isinstance(message, DigestsTaken) and len(payload) > self._max_message_bytes:
             # The endpoint would end this connection.
@@ -690,7 +692,7 @@ class Receiver:
                 logger.error("areal_vllm_ext: the engine refuses worker %d: %s", self.rank, message.message)
 
     def _damaged(self, update: str, reason: str) -> None:
-        self.report(WeightsDamaged(update=update, rank=self.rank, reason=reason))
+        self.report(WeightsMismatch(update=update, rank=self.rank, reason=reason))
 
     def _digest(self, order: DigestWeights) -> None:
         weights, error, busy = None, "", False

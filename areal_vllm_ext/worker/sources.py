@@ -63,7 +63,7 @@ class Sources:
         """
         met = False
         if isinstance(transfer, Broadcast):
-            met, transfer = transfer.met, msgspec.structs.replace(transfer, met=False)
+            met, transfer = transfer.established, msgspec.structs.replace(transfer, established=False)
         with self._lock:
             for place, (known, source) in enumerate(self._kept):
                 if known == transfer:

@@ -42,7 +42,7 @@ def nothing(_: str) -> None:
 def brief(message: Message) -> str:
     """A message, for the trace."""
     if isinstance(message, Status):
-        return f"Status({message.version}, {message.phase}, {message.flow} {message.paused_for}, {message.update})"
+        return f"Status({message.version}, {message.update_phase}, {message.generation} {message.paused_for}, {message.update})"
     if isinstance(message, Register):
         return f"Register({message.engine.dp_rank}, epoch={message.epoch})"
     fields = {name: value for name in message.__struct_fields__ if (value := getattr(message, name)) not in ("", 0, ())}

@@ -17,7 +17,7 @@ from areal_vllm_ext.client.group import AsyncEngineGroup
 from areal_vllm_ext.client.sending import Sending
 from areal_vllm_ext.errors import ArealError, EngineUnreachable
 from areal_vllm_ext.protocol import Answer, Bucket, Disk, Message, Sender
-from areal_vllm_ext.protocol.wire import Caller
+from areal_vllm_ext.protocol.server import ReplyTo
 
 from .base import BUCKETS, DIRECTORY, GONE_SECONDS, REPEAT_SECONDS, nothing
 from .process import Process, new_caller
@@ -30,7 +30,7 @@ class Asked:
     """As ``connection.Round``."""
 
     def __init__(self, process: Asking) -> None:
-        self.callers: list[Caller] = []
+        self.callers: list[ReplyTo] = []
         self._process = process
 
     def cancel(self) -> None:
@@ -43,7 +43,7 @@ class Asking(Process):
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name, world.clock())
-        self.pending: dict[Caller, Callable[[Answer], None]] = {}
+        self.pending: dict[ReplyTo, Callable[[Answer], None]] = {}
         self.gone_since: dict[str, float] = {}
 
     def group(self) -> AsyncEngineGroup:
@@ -53,7 +53,7 @@ class Asking(Process):
         group._connection = self  # type: ignore[assignment]
         return group
 
-    def hear(self, caller: Caller, message: Any) -> None:
+    def hear(self, caller: ReplyTo, message: Any) -> None:
         if settle := self.pending.get(caller):
             settle(message)
 
@@ -74,11 +74,11 @@ class Asking(Process):
             self._say(caller, address, message, timeout, self.time() + timeout)
         return asked
 
-    def _settle(self, caller: Caller, heard: Callable[[Any], None], outcome: Answer | EngineUnreachable) -> None:
+    def _settle(self, caller: ReplyTo, heard: Callable[[Any], None], outcome: Answer | EngineUnreachable) -> None:
         del self.pending[caller]
         heard(outcome)
 
-    def _say(self, caller: Caller, address: str, message: Message, timeout: float, ends: float) -> None:
+    def _say(self, caller: ReplyTo, address: str, message: Message, timeout: float, ends: float) -> None:
         if (settle := self.pending.get(caller)) is None:
             return
         left = ends - self.time()

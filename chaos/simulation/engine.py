@@ -31,7 +31,7 @@ from areal_vllm_ext.protocol import (
     Version,
     WorkerDone,
 )
-from areal_vllm_ext.protocol.wire import Caller
+from areal_vllm_ext.protocol.server import ReplyTo
 
 from .base import FIRST_VERSION, EngineCall, Violation, nothing, require
 
@@ -64,16 +64,16 @@ class Engine:
         self.words: collections.deque[WorkerDone] = collections.deque()
         self.staged: list[str] = [""] * workers
         self.whole: set[tuple[int, str]] = set()  # what the workers voted for
-        self.answers: dict[Caller, Answer | None] = {}
+        self.answers: dict[ReplyTo, Answer | None] = {}
         self.tainted = False
         self.loading: CallLoad | None = None  # without staging: it holds parts of two versions
-        self.replies: list[tuple[Caller, Answer]] = []
+        self.replies: list[tuple[ReplyTo, Answer]] = []
         self.log = log
 
     # The endpoint
 
-    def receive(self, caller: Caller, message: EngineRequest, now: float) -> None:
-        """As ``wire.Server`` and ``Endpoint`` do: a repeated request gets the first answer again."""
+    def receive(self, caller: ReplyTo, message: EngineRequest, now: float) -> None:
+        """As ``protocol.server.Server`` and ``Endpoint`` do: a repeated request gets the first answer again."""
         if caller in self.answers:
             if (answer := self.answers[caller]) is not None:
                 self.replies.append((caller, answer))
@@ -98,7 +98,15 @@ class Engine:
     @property
     def state(self) -> tuple[object, ...]:
         p = self.participant
-        return (p.version, p.phase, p.flow, p.epoch, p.update and p.update.begin.update, p.last_update, len(self.calls))
+        return (
+            p.version,
+            p.update_phase,
+            p.generation,
+            p.epoch,
+            p.update and p.update.begin.update,
+            p.last_update,
+            len(self.calls),
+        )
 
     def carry_out(self, effects: list[Effect]) -> None:
         for effect in effects:
@@ -249,9 +257,5 @@ def engine_info(rank: int, engines: int, incarnation: int) -> EngineInfo:
         pid=incarnation,
         incarnation=f"{incarnation:020d}",
         address=f"tcp://engine-{rank}:{incarnation + 1}",
-        model="",
         dtype="float32",
-        device="cpu",
-        vllm_version="",
-        package_version="",
     )

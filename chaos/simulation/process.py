@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from areal_vllm_ext.protocol.wire import Caller
+from areal_vllm_ext.protocol.server import ReplyTo
 
 from .base import IDS
 
@@ -36,7 +36,7 @@ class Process(asyncio.AbstractEventLoop):
         self.waiting: list[tuple[int, Any]] = []
         self._ready: collections.deque[asyncio.Handle] = collections.deque()
 
-    def hear(self, caller: Caller, message: Any) -> None:
+    def hear(self, caller: ReplyTo, message: Any) -> None:
         """A message has come."""
         raise NotImplementedError
 
@@ -114,5 +114,5 @@ class Process(asyncio.AbstractEventLoop):
         pass
 
 
-def new_caller(process: Process) -> Caller:
-    return Caller(process.name.encode(), next(IDS).to_bytes(16, "big"))
+def new_caller(process: Process) -> ReplyTo:
+    return ReplyTo(process.name.encode(), next(IDS).to_bytes(16, "big"))

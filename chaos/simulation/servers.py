@@ -6,11 +6,11 @@ import asyncio
 import functools
 from typing import TYPE_CHECKING, Any
 
-from areal_vllm_ext.control.directory import BEAT_SECONDS, SETTLE_SECONDS, Directory
+from areal_vllm_ext.control.directory import SETTLE_SECONDS, Directory
 from areal_vllm_ext.engine_core.participant import CallCommit
 from areal_vllm_ext.errors import ArealError
-from areal_vllm_ext.protocol import Answer, DirectoryRequest, EngineInfo, Registered
-from areal_vllm_ext.protocol.wire import Caller
+from areal_vllm_ext.protocol import BEAT_SECONDS, Answer, DirectoryRequest, EngineInfo, Registered
+from areal_vllm_ext.protocol.server import ReplyTo
 
 from .base import DIRECTORY, LOOK_SECONDS, RECOVERY_SECONDS, TICK_SECONDS, Violation
 from .client import Asking
@@ -27,7 +27,7 @@ class DirectoryProcess(Asking):
     def __init__(self, world: World) -> None:
         super().__init__(world, "directory")
         self.directory = Directory(self.time(), SETTLE_SECONDS)
-        self.answers: dict[Caller, Answer] = {}
+        self.answers: dict[ReplyTo, Answer] = {}
         self.recovery: asyncio.Task[None] | None = None
         world.join(self, DIRECTORY)
         self.after(LOOK_SECONDS, self.look)
@@ -46,7 +46,7 @@ class DirectoryProcess(Asking):
             self.world.log(self.name, f"cannot recover: {error}")
             await asyncio.sleep(BEAT_SECONDS)
 
-    def hear(self, caller: Caller, message: Any) -> None:
+    def hear(self, caller: ReplyTo, message: Any) -> None:
         if not isinstance(message, DirectoryRequest):  # an answer to what it asks, as a client, of engines or of itself
             super().hear(caller, message)
             return
@@ -74,7 +74,7 @@ class EngineProcess(Process):
         self.after(world.dice.uniform(0, TICK_SECONDS), self.tick)
         self.after(world.dice.uniform(0, BEAT_SECONDS), self.beat)
 
-    def hear(self, caller: Caller, message: Any) -> None:
+    def hear(self, caller: ReplyTo, message: Any) -> None:
         if caller.peer == self.name.encode():
             if isinstance(message, Registered):
                 self.registered(message)
@@ -87,17 +87,17 @@ class EngineProcess(Process):
         if effects := participant.tick(now):
             self.engine.carry_out(effects)
             self.flush()
-        if participant.update and participant.phase == "receiving" and now > participant.update.ends:
+        if participant.update and participant.update_phase == "receiving" and now > participant.update.ends:
             raise Violation("leftover", f"{self.name} receives an update whose time is over")
         self.after(TICK_SECONDS, self.tick)
 
     def registered(self, message: Registered) -> None:
         """The directory has answered a beat."""
         engine = self.engine
-        engine.carry_out(engine.participant.group_at(message.version, message.agreed))
+        engine.carry_out(engine.participant.on_group_epoch(message.version, message.committed_epoch))
         if not self.joined:
             self.joined = True
-            engine.running = engine.participant.flow == "running"
+            engine.running = engine.participant.generation == "running"
             self.world.check(self.rank)
         self.flush()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from areal_vllm_ext.engine_core.participant import CallCommit
 from areal_vllm_ext.protocol import Message, Version
-from areal_vllm_ext.protocol.wire import Caller
+from areal_vllm_ext.protocol.server import ReplyTo
 
 from .base import brief, require
 from .client import Trainer
@@ -116,7 +116,7 @@ class World:
 
     # Messages
 
-    def send(self, source: Process, target: str | bytes, caller: Caller, message: Message) -> None:
+    def send(self, source: Process, target: str | bytes, caller: ReplyTo, message: Message) -> None:
         """From ``source`` to an address, or back to the process that asked."""
         receiver = self._listening.get(target) if isinstance(target, str) else self._processes.get(target)
         if not source.alive or receiver is None:
@@ -175,9 +175,9 @@ class World:
         self._begun.add(call.update)
         for other, process in enumerate(self.engines):
             p = process.engine.participant
-            ready = p.update is not None and p.update.begin.update == call.update and p.flow == "paused"
+            ready = p.update is not None and p.update.begin.update == call.update and p.generation == "paused"
             require(
-                (ready and p.phase in ("prepared", "committing")) or not (process.alive and process.joined),
+                (ready and p.update_phase in ("prepared", "committing")) or not (process.alive and process.joined),
                 "rule",
-                f"engine {rank} commits while engine {other} is {p.phase}, {p.flow}",
+                f"engine {rank} commits while engine {other} is {p.update_phase}, {p.generation}",
             )

@@ -108,7 +108,7 @@ def test_staggered_arrival(cluster: Cluster, group: EngineGroup) -> None:
         async with one, one.command(30) as targets:
             for make in (
                 lambda epoch: protocol.Pause(epoch=epoch, mode="keep", kv="keep", timeout=20.0),
-                lambda epoch: protocol.Resume(epoch=epoch, timeout=20.0),
+                lambda epoch: protocol.Resume(epoch=epoch),
             ):
                 tasks = []
                 for target in targets.values():

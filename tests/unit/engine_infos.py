@@ -16,10 +16,6 @@ def engine_info(dp_rank: int = 0, dp_size: int = 2, **given: Any) -> EngineInfo:
         "pid": 1,
         "incarnation": str(dp_rank),
         "address": "tcp://127.0.0.1:1",
-        "model": "m",
         "dtype": "float32",
-        "device": "cpu",
-        "vllm_version": "0",
-        "package_version": "0",
     }
     return EngineInfo(dp_rank=dp_rank, dp_size=dp_size, **(fields | given))

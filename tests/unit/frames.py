@@ -19,7 +19,8 @@ import zmq
 from engine_infos import engine_info
 
 from areal_vllm_ext import protocol
-from areal_vllm_ext.protocol import security, wire
+from areal_vllm_ext.protocol import security
+from areal_vllm_ext.protocol.server import connect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ MESSAGES: tuple[protocol.Message, ...] = (
     protocol.GetStatus(),
     protocol.DescribeWeights(),
     protocol.Pause(epoch=0, mode="keep", kv="keep", timeout=1e6),
-    protocol.Resume(epoch=0, timeout=1e6),
+    protocol.Resume(epoch=0),
     *(
         protocol.Begin(epoch=0, update="u", version=1, senders={0: protocol.Sender(transfer=one)}, timeout=1e6)
         for one in _TRANSFERS
@@ -247,7 +248,7 @@ class Attacker:
 
     def _be_a_peer(self, frames: int) -> None:
         identity = self._random.choice((self._random.randbytes(8), b"worker-0", b"x" * 255, b"trainer"))
-        peer = wire.connect(self._context, self._address, self._key, identity)
+        peer = connect(self._context, self._address, self._key, identity)
         peer.sndtimeo = 20_000
         reads = self._random.random() < 0.8
         try:

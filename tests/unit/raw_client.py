@@ -8,7 +8,8 @@ import time
 import zmq
 
 from areal_vllm_ext import protocol
-from areal_vllm_ext.protocol import security, wire
+from areal_vllm_ext.protocol import security
+from areal_vllm_ext.protocol.server import connect
 
 
 class RawClient:
@@ -16,7 +17,7 @@ class RawClient:
 
     def __init__(self, address: str, key: security.ClusterKey, identity: bytes | None = None) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = wire.connect(self._context, address, key, identity or os.urandom(8))
+        self.socket = connect(self._context, address, key, identity or os.urandom(8))
         self.socket.sndtimeo = 5000
 
     def send(self, *frames: bytes) -> None:

@@ -51,13 +51,13 @@ def seen(directory: Directory, now: float) -> Engines:
     return answer
 
 
-def acquire(directory: Directory, holder: str, now: float, seconds: float = 10.0, above: int = 0) -> protocol.Answer:
-    return directory.handle(AcquireLease(holder=holder, seconds=seconds, above=above), now)
+def acquire(directory: Directory, holder: str, now: float, seconds: float = 10.0) -> protocol.Answer:
+    return directory.handle(AcquireLease(holder=holder, seconds=seconds), now)
 
 
-def granted(directory: Directory, holder: str, now: float, seconds: float = 10.0, above: int = 0) -> int:
+def granted(directory: Directory, holder: str, now: float, seconds: float = 10.0) -> int:
     """The epoch of a lease that must be granted."""
-    answer = acquire(directory, holder, now, seconds, above)
+    answer = acquire(directory, holder, now, seconds)
     assert isinstance(answer, Lease), answer
     assert answer.seconds == seconds
     return answer.epoch
@@ -122,8 +122,8 @@ def test_two_replicas_of_one_name_are_reported_with_the_setting() -> None:
     refusal = beat(directory, engine(incarnation="1"), 1.0)
     assert isinstance(refusal, Error)
     assert "AREAL_VLLM_REPLICA" in refusal.message
-    assert seen(directory, 1.0).usurped == (engine(incarnation="1"),)
-    assert seen(directory, 1.0 + LOST_AFTER + 0.1).usurped == (), "its process has ended meanwhile"
+    assert seen(directory, 1.0).displaced == (engine(incarnation="1"),)
+    assert seen(directory, 1.0 + LOST_AFTER + 0.1).displaced == (), "its process has ended meanwhile"
 
 
 def test_a_lost_engine_is_replaced_by_whoever_comes_however_its_clock_goes() -> None:
@@ -197,7 +197,6 @@ def test_the_epoch_exceeds_what_the_engines_have_seen() -> None:
     beat(directory, engine(0), 0.0, epoch=41)
     beat(directory, engine(1), 0.0, epoch=7)
     assert granted(directory, "trainer", 0.0) == 42
-    assert granted(directory, "trainer", 0.0, above=99) == 100
 
 
 def test_a_lease_that_was_granted_before_a_restart_can_be_renewed_after_it() -> None:
@@ -209,7 +208,7 @@ def test_a_lease_that_was_granted_before_a_restart_can_be_renewed_after_it() -> 
 
 def test_no_epoch_is_too_large_for_an_answer() -> None:
     directory = Directory()
-    encoded = protocol.encoder.encode(AcquireLease(holder="h", seconds=1.0, above=2**64 - 1))
+    encoded = protocol.encoder.encode(Register(engine=engine(), epoch=2**64 - 1))
     try:
         request = protocol.directory_decoder.decode(encoded)
     except msgspec.ValidationError:
@@ -286,7 +285,7 @@ def test_an_engine_whose_name_is_taken_says_so_in_its_log(
     usurper = msgspec.structs.replace(deployment.engines[0].endpoint.info, incarnation="9")
     assert isinstance(client.ask(Register(engine=usurper, epoch=0)), Registered)
     eventually(lambda: "took the place of" in caplog.text)
-    eventually(lambda: client.ask(Discover()).usurped)  # type: ignore[union-attr]
+    eventually(lambda: client.ask(Discover()).displaced)  # type: ignore[union-attr]
 
 
 def test_a_directory_answers_hello(deployment: Deployment, raw: Raw) -> None:
@@ -314,14 +313,14 @@ def told(directory: Directory, rank: int, now: float, **beat: object) -> protoco
 
 def test_engines_hear_of_the_newest_update_that_any_of_them_ever_had() -> None:
     directory = Directory()
-    told(directory, 0, 0.0, version="v2", agreed=7)
-    assert told(directory, 1, 0.0, version="v0", agreed=0) == Registered(version="v2", agreed=7)
+    told(directory, 0, 0.0, version="v2", committed_epoch=7)
+    assert told(directory, 1, 0.0, version="v0", committed_epoch=0) == Registered(version="v2", committed_epoch=7)
     restarted = msgspec.structs.replace(engine(0), incarnation="2")
     answer = directory.handle(Register(engine=restarted, epoch=0, version="v0"), 1.0)
-    assert answer == Registered(version="v2", agreed=7), "nobody is left who has it, but it was served"
+    assert answer == Registered(version="v2", committed_epoch=7), "nobody is left who has it, but it was served"
     directory.handle(protocol.Unregister(engine=restarted), 2.0)
-    assert told(directory, 1, 3.0, version="v0", agreed=0) == Registered(version="v2", agreed=7)
-    assert told(directory, 1, 4.0, version="v3", agreed=8) == Registered(version="v3", agreed=8)
+    assert told(directory, 1, 3.0, version="v0", committed_epoch=0) == Registered(version="v2", committed_epoch=7)
+    assert told(directory, 1, 4.0, version="v3", committed_epoch=8) == Registered(version="v3", committed_epoch=8)
 
 
 def test_a_directory_that_has_just_started_first_listens() -> None:
@@ -334,32 +333,32 @@ def test_recovery_is_due_when_no_lease_is_in_force_and_an_engine_says_so_since()
     directory = Directory()
     granted(directory, "trainer", 10.0, seconds=10.0)
     for rank in (0, 1):
-        told(directory, rank, 19.0, unsettled=True)
+        told(directory, rank, 19.0, needs_recovery=True)
     assert not directory.recovery_due(19.9)
     assert not directory.recovery_due(20.5), "what was told while the lease was in force may be settled since"
-    told(directory, 0, 20.6, unsettled=True)
+    told(directory, 0, 20.6, needs_recovery=True)
     assert directory.recovery_due(20.6)
-    told(directory, 0, 21.6, unsettled=False)
+    told(directory, 0, 21.6, needs_recovery=False)
     assert not directory.recovery_due(21.6)
 
 
 def test_an_engine_that_is_lost_asks_for_nothing() -> None:
     directory = Directory()
     for rank in (0, 1):
-        told(directory, rank, 1.0, unsettled=True)
+        told(directory, rank, 1.0, needs_recovery=True)
     assert directory.recovery_due(1.0 + LOST_AFTER)
     assert not directory.recovery_due(1.1 + LOST_AFTER)
 
 
 def test_a_directory_that_has_just_started_waits_for_ranks_that_it_has_not_heard_of() -> None:
     directory = Directory(started=100.0)
-    told(directory, 0, 101.0, unsettled=True)
+    told(directory, 0, 101.0, needs_recovery=True)
     assert not directory.recovery_due(101.0)
-    told(directory, 0, 100.1 + LOST_AFTER, unsettled=True)
+    told(directory, 0, 100.1 + LOST_AFTER, needs_recovery=True)
     assert directory.recovery_due(100.1 + LOST_AFTER)
     fresh = Directory(started=100.0)
     for rank in (0, 1):
-        told(fresh, rank, 101.0, unsettled=True)
+        told(fresh, rank, 101.0, needs_recovery=True)
     assert fresh.recovery_due(101.0)
 
 
@@ -389,10 +388,10 @@ def test_nobody_joins_while_a_client_is_at_work_nor_before_all_have_told_what_it
     told(directory, 0, 3.9)  # before it switched
     directory.handle(ReleaseLease(epoch=1), 4.0)
     assert told(directory, 1, 4.1) == Ack(), "rank 0 has not told what it serves since"
-    told(directory, 0, 4.9, version="v1", agreed=1)  # may have been on its way for long
+    told(directory, 0, 4.9, version="v1", committed_epoch=1)  # may have been on its way for long
     assert told(directory, 1, 5.0) == Ack()
-    told(directory, 0, 5.9, version="v1", agreed=1)
-    assert told(directory, 1, 6.0) == Registered(version="v1", agreed=1)
+    told(directory, 0, 5.9, version="v1", committed_epoch=1)
+    assert told(directory, 1, 6.0) == Registered(version="v1", committed_epoch=1)
     assert joining(directory, 6.0) == []
     granted(directory, "trainer", 7.0)
     assert isinstance(told(directory, 1, 7.5), Registered), "who has joined stays"

@@ -23,8 +23,8 @@ from areal_vllm_ext.protocol import (
     TensorMeta,
     Weights,
     security,
-    wire,
 )
+from areal_vllm_ext.protocol import server as wire
 from harness.simulated_engine import Deployment, Shape, deployed
 
 Raw = Callable[..., RawClient]
@@ -37,7 +37,7 @@ def test_status_tells_the_state_without_asking_the_engine(deployment: Deployment
     status = client.ask(GetStatus())
     assert isinstance(status, Status)
     assert status.engine == engine.endpoint.info
-    assert (status.version, status.phase, status.flow, status.epoch, status.requests_running) == (
+    assert (status.version, status.update_phase, status.generation, status.epoch, status.requests_running) == (
         0,
         "idle",
         "running",

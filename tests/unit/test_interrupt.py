@@ -60,7 +60,7 @@ def state(deployment: Deployment, raw: Raw) -> set[tuple[object, str, str]]:
     answers = [raw(engine.endpoint.address).ask(GetStatus()) for engine in deployment.engines.values()]
     statuses = [answer for answer in answers if isinstance(answer, Status)]
     assert len(statuses) == len(deployment.engines)
-    return {(status.version, status.phase, status.flow) for status in statuses}
+    return {(status.version, status.update_phase, status.generation) for status in statuses}
 
 
 def assert_lease_is_free(deployment: Deployment, raw: Raw) -> None:

@@ -188,7 +188,7 @@ def source_of(sink: CudaIpcSink, device_id: str) -> CudaIpcSource:
     (transfer,) = sink.transfers
     ipc._own.clear()  # as in another process
     shares = CudaIpc(
-        host=transfer.host, device_id=device_id, handle=transfer.handle, nbytes=transfer.nbytes, shares=True
+        host=transfer.host, device_id=device_id, handle=transfer.handle, nbytes=transfer.nbytes, shared=True
     )
     source = CudaIpcSource(shares, SimpleNamespace(device=Gpu()))
     source._device = torch.device("cpu")

@@ -61,7 +61,7 @@ class Trainer:
             "prepare": Prepare(epoch=epoch, update="u", buckets={0: 0}),
             "pause": Pause(epoch=epoch, mode="keep", kv="recompute", timeout=300, update="u"),
             "commit": Commit(epoch=epoch, update="u"),
-            "resume": Resume(epoch=epoch, timeout=300),
+            "resume": Resume(epoch=epoch),
         }
         for name, message in steps.items():
             self.ask(message, engines if name == upto else 2)
@@ -89,7 +89,7 @@ def test_the_directory_settles_what_a_trainer_left_when_its_lease_runs_out(
 
     def settled() -> bool:
         states = [engine.endpoint.participant for engine in both]
-        return all(state.phase == "idle" and state.flow == "running" for state in states)
+        return all(state.update_phase == "idle" and state.generation == "running" for state in states)
 
     eventually(settled, timeout=SETTLED)
     assert [engine.version for engine in both] == [version, version]
@@ -101,7 +101,9 @@ def test_engines_stay_paused_where_they_are_set_so(key: security.ClusterKey, key
     with deployed(key, shape=stay) as two, EngineGroup.connect(two.directory, key_file=key_file) as group:
         group.wait_ready(2, timeout=10)
         Trainer(two, raw).act("pause", 2)
-        eventually(lambda: all(e.endpoint.participant.phase == "idle" for e in two.engines.values()), timeout=SETTLED)
+        eventually(
+            lambda: all(e.endpoint.participant.update_phase == "idle" for e in two.engines.values()), timeout=SETTLED
+        )
         time.sleep(1.5)  # one more beat
         assert {(state.state, state.phase) for state in group.status()} == {("paused", "idle")}
         with group.update(2, deadline=5) as update:
@@ -193,11 +195,11 @@ def test_an_engine_that_was_away_while_the_others_aborted_is_stale(ready: Deploy
     Trainer(ready, raw).act("commit", 1)
     away, other = ready.engines[0], ready.engines[1]
     ready.stop_engine(0)
-    eventually(lambda: other.endpoint.participant.phase == "idle", timeout=SETTLED + 6.0)
+    eventually(lambda: other.endpoint.participant.update_phase == "idle", timeout=SETTLED + 6.0)
     eventually(lambda: other.running, timeout=2.0)
     assert (away.version, other.version) == (1, 0)
     participant = other.endpoint.participant
-    assert participant.agreed > 1, "they did not agree anew"
+    assert participant.committed_epoch > 1, "they did not agree anew"
 
 
 def test_commits_that_nobody_answers_are_an_error_of_their_own(ready: Deployment, key_file: Path) -> None:
@@ -263,7 +265,7 @@ def test_a_trainer_that_slept_through_its_lease_hears_what_became_of_its_update(
                     else Abort(epoch=lease.epoch, update=name, reason="gone")
                 )
                 client.ask(settle)
-            client.ask(Resume(epoch=lease.epoch, timeout=5))
+            client.ask(Resume(epoch=lease.epoch))
 
     with EngineGroup.connect(ready.directory, key_file=key_file) as group:
         opened = group.update(1, deadline=10, on_phase=successor_comes)

@@ -28,7 +28,7 @@ from areal_vllm_ext.engine_core.participant import Participant, Reply
 from areal_vllm_ext.integrity import checkpoint as checkpoints
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Ack, Begin, Disk, Error, Prepare, Sender, WorkerDone
-from areal_vllm_ext.protocol.wire import Caller
+from areal_vllm_ext.protocol.server import ReplyTo
 from areal_vllm_ext.transport.base import CompletedWork
 from areal_vllm_ext.transport.broadcast import GlooBroadcast
 from areal_vllm_ext.transport.disk import DiskSource
@@ -155,7 +155,7 @@ class Sent:
 
 
 def test_workers_of_one_engine_that_hold_different_weights_vote_no() -> None:
-    engine, caller = Participant(0, frozenset({0, 1})), Caller(b"p", b"r")
+    engine, caller = Participant(0, frozenset({0, 1})), ReplyTo(b"p", b"r")
     engine.handle(
         caller, Begin(epoch=1, update="u", version=1, senders={0: Sender(transfer=Disk(path="/"))}, timeout=10), 0.0
     )
@@ -167,4 +167,4 @@ def test_workers_of_one_engine_that_hold_different_weights_vote_no() -> None:
     assert isinstance(reply, Reply)
     assert isinstance(reply.answer, Error)
     assert "worker 1: holds other weights than another worker" in reply.answer.message
-    assert engine.phase == "receiving"
+    assert engine.update_phase == "receiving"

@@ -22,7 +22,7 @@ from areal_vllm_ext.engine_core.participant import (
 from areal_vllm_ext.protocol import (
     Abort,
     Ack,
-    Agree,
+    AdoptEpoch,
     Answer,
     Begin,
     Bucket,
@@ -37,10 +37,10 @@ from areal_vllm_ext.protocol import (
     Resume,
     Sender,
     Staging,
-    WeightsDamaged,
+    WeightsMismatch,
     WorkerDone,
 )
-from areal_vllm_ext.protocol.wire import Caller
+from areal_vllm_ext.protocol.server import ReplyTo
 
 OLD, NEW = "old", "new"
 MINUTE = 60.0
@@ -54,15 +54,15 @@ class Rig:
         self.now = 0.0
         self.calls: list[CallPause | CallResume | CallCancelPause | CallCommit | CallLoad] = []
         self.orders: list[object] = []
-        self.answers: dict[Caller, Answer] = {}
+        self.answers: dict[ReplyTo, Answer] = {}
         self._numbers = itertools.count()
 
     @property
     def state(self) -> tuple[str, str]:
-        return self.participant.phase, self.participant.flow
+        return self.participant.update_phase, self.participant.generation
 
-    def ask(self, message: ParticipantRequest) -> Caller:
-        caller = Caller(b"peer", str(next(self._numbers)).encode())
+    def ask(self, message: ParticipantRequest) -> ReplyTo:
+        caller = ReplyTo(b"peer", str(next(self._numbers)).encode())
         self.take(self.participant.handle(caller, message, self.now))
         return caller
 
@@ -79,17 +79,17 @@ class Rig:
 
     # What is asked
 
-    def begin(self, update: str = "u", epoch: int = 1, timeout: float = MINUTE) -> Caller:
+    def begin(self, update: str = "u", epoch: int = 1, timeout: float = MINUTE) -> ReplyTo:
         return self.ask(
             Begin(
                 epoch=epoch, update=update, version=NEW, senders={0: Sender(transfer=Disk(path="/"))}, timeout=timeout
             )
         )
 
-    def bucket(self, index: int = 0, update: str = "u", epoch: int = 1) -> Caller:
+    def bucket(self, index: int = 0, update: str = "u", epoch: int = 1) -> ReplyTo:
         return self.ask(Bucket(epoch=epoch, update=update, index=index, nbytes=0, segments=()))
 
-    def prepare(self, update: str = "u", epoch: int = 1) -> Caller:
+    def prepare(self, update: str = "u", epoch: int = 1) -> ReplyTo:
         return self.ask(Prepare(epoch=epoch, update=update, buckets={0: 1}))
 
     def pause(
@@ -100,16 +100,16 @@ class Rig:
         epoch: int = 1,
         timeout: float = MINUTE,
         update: str = "",
-    ) -> Caller:
+    ) -> ReplyTo:
         return self.ask(Pause(epoch=epoch, mode=mode, kv=kv, timeout=timeout, update=update))
 
-    def commit(self, update: str = "u", epoch: int = 1) -> Caller:
+    def commit(self, update: str = "u", epoch: int = 1) -> ReplyTo:
         return self.ask(Commit(epoch=epoch, update=update))
 
-    def resume(self, epoch: int = 1) -> Caller:
-        return self.ask(Resume(epoch=epoch, timeout=MINUTE))
+    def resume(self, epoch: int = 1) -> ReplyTo:
+        return self.ask(Resume(epoch=epoch))
 
-    def abort(self, update: str = "u", epoch: int = 1) -> Caller:
+    def abort(self, update: str = "u", epoch: int = 1) -> ReplyTo:
         return self.ask(Abort(epoch=epoch, update=update, reason="the trainer says so"))
 
     # What happens
@@ -138,10 +138,10 @@ class Rig:
 
     # What must have come of it
 
-    def acked(self, caller: Caller) -> bool:
+    def acked(self, caller: ReplyTo) -> bool:
         return isinstance(self.answers.get(caller), Ack)
 
-    def refusal(self, caller: Caller) -> Error:
+    def refusal(self, caller: ReplyTo) -> Error:
         answer = self.answers[caller]
         assert isinstance(answer, Error), answer
         return answer
@@ -150,7 +150,7 @@ class Rig:
         return [type(call).__name__ for call in self.calls]
 
 
-def in_state(phase: str, flow: str, workers: int = 1) -> Rig:
+def in_state(phase: str, generation: str, workers: int = 1) -> Rig:
     """A participant in the given state, with update ``u`` where one is under way."""
     rig = Rig(workers)
     if phase != "idle":
@@ -161,11 +161,11 @@ def in_state(phase: str, flow: str, workers: int = 1) -> Rig:
         rig.prepare()
         for rank in range(workers):
             rig.done("prepare", rank)
-    if flow != "running" or phase in ("committing", "tainted"):
+    if generation != "running" or phase in ("committing", "tainted"):
         rig.pause()
-        if flow != "pausing":
+        if generation != "pausing":
             rig.paused()
-        if flow == "resuming":
+        if generation == "resuming":
             rig.resume()
     if phase in ("committing", "tainted"):
         rig.commit()
@@ -174,14 +174,14 @@ def in_state(phase: str, flow: str, workers: int = 1) -> Rig:
         assert rig.participant.tainted
         assert rig.state == ("idle", "paused")
     else:
-        assert rig.state == (phase, flow)
+        assert rig.state == (phase, generation)
     rig.calls.clear()
     rig.orders.clear()
     return rig
 
 
-FLOWS = ("running", "pausing", "paused", "resuming")
-REACHABLE = [(phase, flow) for phase in ("idle", "receiving", "prepared") for flow in FLOWS] + [
+GENERATIONS = ("running", "pausing", "paused", "resuming")
+REACHABLE = [(phase, generation) for phase in ("idle", "receiving", "prepared") for generation in GENERATIONS] + [
     ("committing", "paused")
 ]
 
@@ -256,7 +256,7 @@ def test_every_worker_must_finish_a_step(step: str) -> None:
     for rank in (2, 0, 2, 0):  # again is not another worker
         rig.done(step, rank)
         assert asked not in rig.answers
-        assert rig.participant.phase == "receiving"
+        assert rig.participant.update_phase == "receiving"
     rig.done(step, 1)
     assert rig.acked(asked)
 
@@ -268,7 +268,7 @@ def test_a_rank_that_is_no_worker_has_no_vote() -> None:
     rig.done("prepare", 0)
     rig.done("prepare", 7)
     assert prepare not in rig.answers
-    assert rig.participant.phase == "receiving"
+    assert rig.participant.update_phase == "receiving"
 
 
 def test_buckets_are_answered_each_by_itself() -> None:
@@ -282,7 +282,7 @@ def test_buckets_are_answered_each_by_itself() -> None:
 
 # Fencing
 
-REQUESTS: dict[str, Callable[[Rig, int], Caller]] = {
+REQUESTS: dict[str, Callable[[Rig, int], ReplyTo]] = {
     "pause": lambda rig, epoch: rig.pause(epoch=epoch),
     "resume": lambda rig, epoch: rig.resume(epoch),
     "begin": lambda rig, epoch: rig.begin("other", epoch),
@@ -328,7 +328,7 @@ def test_a_repeated_begin_starts_nothing_again() -> None:
     assert rig.acked(first)
     assert rig.acked(again)
     assert [type(order) for order in rig.orders] == [Begin, Bucket]
-    assert rig.participant.phase == "receiving"
+    assert rig.participant.update_phase == "receiving"
 
 
 def test_a_step_that_is_asked_twice_is_ordered_once_and_both_are_answered() -> None:
@@ -380,7 +380,7 @@ def test_commit_of_another_update_is_refused() -> None:
 
 
 @pytest.mark.parametrize("ask", [lambda rig: rig.resume(), lambda rig: rig.abort(), lambda rig: rig.begin("other")])
-def test_a_commit_under_way_excludes_resume_abort_and_begin(ask: Callable[[Rig], Caller]) -> None:
+def test_a_commit_under_way_excludes_resume_abort_and_begin(ask: Callable[[Rig], ReplyTo]) -> None:
     rig = in_state("committing", "paused")
     assert rig.refusal(ask(rig)).kind == "busy"
     assert rig.state == ("committing", "paused")
@@ -412,7 +412,7 @@ def test_a_failed_commit_leaves_a_tainted_engine_that_does_not_resume() -> None:
     refusal = rig.refusal(rig.resume())
     assert refusal.kind == "state"
     assert "tainted" in refusal.message
-    assert rig.participant.flow == "paused"
+    assert rig.participant.generation == "paused"
 
 
 def test_another_update_heals_a_tainted_engine() -> None:
@@ -472,23 +472,25 @@ def test_whoever_waits_is_told_of_the_abort() -> None:
 # Begin over another update
 
 
-@pytest.mark.parametrize("state", [("receiving", flow) for flow in FLOWS] + [("prepared", "running")], ids=" ".join)
+@pytest.mark.parametrize(
+    "state", [("receiving", generation) for generation in GENERATIONS] + [("prepared", "running")], ids=" ".join
+)
 def test_a_newer_update_ends_one_that_nobody_can_have_committed(state: tuple[str, str]) -> None:
     rig = in_state(*state)
     rig.begin("newer", epoch=2)
     assert [type(order) for order in rig.orders] == [Abort, Begin]
     assert rig.participant.update is not None
     assert rig.participant.update.begin.update == "newer"
-    assert rig.participant.phase == "receiving"
+    assert rig.participant.update_phase == "receiving"
 
 
-@pytest.mark.parametrize("flow", ["pausing", "paused", "resuming"])
-def test_a_newer_update_does_not_end_one_in_doubt(flow: str) -> None:
-    rig = in_state("prepared", flow)
+@pytest.mark.parametrize("generation", ["pausing", "paused", "resuming"])
+def test_a_newer_update_does_not_end_one_in_doubt(generation: str) -> None:
+    rig = in_state("prepared", generation)
     refusal = rig.refusal(rig.begin("newer", epoch=2))
     assert refusal.kind == "state"
     assert "in doubt" in refusal.message
-    assert rig.state == ("prepared", flow)
+    assert rig.state == ("prepared", generation)
     assert rig.orders == []
 
 
@@ -506,18 +508,18 @@ def test_a_worker_that_fails_is_told_to_whoever_waits_and_to_whoever_asks_later(
         refusal = rig.refusal(caller)
         assert refusal.kind == "failed"
         assert refusal.message == "worker 1: out of memory"
-    assert rig.participant.phase == "receiving"
+    assert rig.participant.update_phase == "receiving"
     assert rig.acked(rig.abort())
-    assert rig.participant.phase == "idle"
+    assert rig.participant.update_phase == "idle"
 
 
-@pytest.mark.parametrize("flow", ["running", "paused"])
-def test_a_worker_that_fails_after_its_vote_takes_the_vote_back(flow: str) -> None:
-    rig = in_state("prepared", flow)
+@pytest.mark.parametrize("generation", ["running", "paused"])
+def test_a_worker_that_fails_after_its_vote_takes_the_vote_back(generation: str) -> None:
+    rig = in_state("prepared", generation)
     rig.done("prepare", error="the staging is gone")
-    assert rig.participant.phase == "receiving"
+    assert rig.participant.update_phase == "receiving"
     rig.pause()
-    if flow == "running":
+    if generation == "running":
         rig.paused()
     assert rig.refusal(rig.commit()).kind == "state"
     assert rig.participant.version == OLD
@@ -530,7 +532,7 @@ def test_a_late_vote_after_a_failure_does_not_count() -> None:
     rig.done("prepare", 0, error="broken")
     rig.done("prepare", 0)
     rig.done("prepare", 1)
-    assert rig.participant.phase == "receiving"
+    assert rig.participant.update_phase == "receiving"
     assert "broken" in rig.refusal(rig.prepare()).message
 
 
@@ -562,12 +564,12 @@ def test_a_pause_of_a_paused_engine_is_done_at_once() -> None:
     assert rig.calls == []
 
 
-@pytest.mark.parametrize("flow", ["pausing", "paused"])
+@pytest.mark.parametrize("generation", ["pausing", "paused"])
 @pytest.mark.parametrize(("mode", "kv"), [("abort", "keep"), ("wait", "keep"), ("keep", "recompute")])
 def test_a_pause_of_another_mode_starts_a_new_round_however_far_this_rank_is(
-    flow: str, mode: PauseMode, kv: KVPolicy
+    generation: str, mode: PauseMode, kv: KVPolicy
 ) -> None:
-    rig = in_state("idle", flow)
+    rig = in_state("idle", generation)
     caller = rig.pause(mode, kv)
     assert [(call.mode, call.clear_cache) for call in rig.calls if isinstance(call, CallPause)] == [
         (mode, kv == "recompute")
@@ -592,7 +594,7 @@ def test_the_outcome_of_an_older_pause_does_not_answer_a_newer_one() -> None:
     newer = rig.pause("abort")
     rig.take(rig.participant.pause_done(1, ""))
     assert newer not in rig.answers
-    assert rig.participant.flow == "pausing"
+    assert rig.participant.generation == "pausing"
 
 
 def test_a_pause_that_fails_says_why_and_the_engine_runs() -> None:
@@ -600,7 +602,7 @@ def test_a_pause_that_fails_says_why_and_the_engine_runs() -> None:
     caller = rig.pause()
     rig.paused("no consent")
     assert rig.refusal(caller).message == "no consent"
-    assert rig.participant.flow == "running"
+    assert rig.participant.generation == "running"
 
 
 def test_resume_is_done_once_a_pause_and_answers_all() -> None:
@@ -619,7 +621,7 @@ def test_resume_takes_back_a_pause_that_has_not_completed() -> None:
     assert rig.kinds() == ["CallPause", "CallResume"]
     assert "taken back" in rig.refusal(pause).message
     rig.take(rig.participant.pause_done(1, ""))  # it completes late
-    assert rig.participant.flow == "resuming"
+    assert rig.participant.generation == "resuming"
     rig.resumed()
     assert rig.acked(resume)
     assert rig.state == ("idle", "running")
@@ -630,7 +632,7 @@ def test_a_resume_that_fails_says_why_and_the_engine_stays_paused() -> None:
     caller = rig.resume()
     rig.resumed("stuck")
     assert rig.refusal(caller).message == "stuck"
-    assert rig.participant.flow == "paused"
+    assert rig.participant.generation == "paused"
 
 
 def test_a_pause_while_resuming_is_refused() -> None:
@@ -674,9 +676,9 @@ def test_a_pause_that_takes_too_long_is_taken_back() -> None:
     rig.pass_time(0.1)
     assert rig.refusal(caller).kind == "timeout"
     assert rig.kinds() == ["CallPause", "CallCancelPause"]
-    assert rig.participant.flow == "resuming"
+    assert rig.participant.generation == "resuming"
     rig.cancelled(True)
-    assert rig.participant.flow == "running"
+    assert rig.participant.generation == "running"
 
 
 def test_a_pause_that_completes_while_it_is_taken_back_stands() -> None:
@@ -685,10 +687,10 @@ def test_a_pause_that_completes_while_it_is_taken_back_stands() -> None:
     rig.pass_time(5.0)
     rig.take(rig.participant.pause_done(1, ""))
     rig.cancelled(False)
-    assert rig.participant.flow == "paused"
+    assert rig.participant.generation == "paused"
     rig.resume()
     rig.resumed()
-    assert rig.participant.flow == "running"
+    assert rig.participant.generation == "running"
 
 
 def test_a_resume_that_comes_while_a_pause_is_taken_back_is_carried_out() -> None:
@@ -700,16 +702,18 @@ def test_a_resume_that_comes_while_a_pause_is_taken_back_is_carried_out() -> Non
     assert rig.kinds()[-1] == "CallResume"
     rig.resumed()
     assert rig.acked(resume)
-    assert rig.participant.flow == "running"
+    assert rig.participant.generation == "running"
 
 
-@pytest.mark.parametrize("state", [("receiving", flow) for flow in FLOWS] + [("prepared", "running")], ids=" ".join)
+@pytest.mark.parametrize(
+    "state", [("receiving", generation) for generation in GENERATIONS] + [("prepared", "running")], ids=" ".join
+)
 def test_an_update_that_nobody_can_have_committed_ends_with_its_time(state: tuple[str, str]) -> None:
     rig = in_state(*state)
     rig.pass_time(MINUTE - 0.1)
-    assert rig.participant.phase == state[0]
+    assert rig.participant.update_phase == state[0]
     rig.pass_time(0.1)
-    assert rig.participant.phase == "idle"
+    assert rig.participant.update_phase == "idle"
     assert rig.participant.version == OLD
     assert Abort in [type(order) for order in rig.orders]
 
@@ -722,11 +726,11 @@ def test_a_prepared_engine_that_was_never_paused_lets_nobody_commit_after_its_ti
     assert rig.refusal(rig.commit()).kind == "state"
 
 
-@pytest.mark.parametrize("flow", ["paused", "resuming"])
-def test_an_update_in_doubt_waits_for_the_coordinator_or_its_successor(flow: str) -> None:
-    rig = in_state("prepared", flow)
+@pytest.mark.parametrize("generation", ["paused", "resuming"])
+def test_an_update_in_doubt_waits_for_the_coordinator_or_its_successor(generation: str) -> None:
+    rig = in_state("prepared", generation)
     rig.pass_time(1000 * MINUTE)
-    assert rig.participant.phase == "prepared"
+    assert rig.participant.update_phase == "prepared"
     assert rig.orders == []
 
 
@@ -772,14 +776,14 @@ def test_a_pause_of_another_mode_that_times_out_does_not_set_doubtful_weights_ru
     rig.pause("abort", timeout=5.0, epoch=2)
     rig.pass_time(5.0)
     assert "CallCancelPause" not in rig.kinds()
-    assert rig.participant.flow != "resuming"
+    assert rig.participant.generation != "resuming"
 
 
 def test_a_paused_engine_stays_paused_where_a_pause_of_another_mode_fails() -> None:
     rig = in_state("idle", "paused")
     rig.pause("abort")
     rig.paused("no consent")
-    assert rig.participant.flow == "paused"
+    assert rig.participant.generation == "paused"
 
 
 # What the directory says, and pauses with a lease
@@ -787,48 +791,48 @@ def test_a_paused_engine_stays_paused_where_a_pause_of_another_mode_fails() -> N
 
 def test_an_engine_that_is_behind_pauses_until_an_update_commits() -> None:
     rig = Rig()
-    rig.take(rig.participant.group_at(NEW, 5))
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
     (call,) = rig.calls
     assert call == CallPause(call.call, "keep", clear_cache=False)  # type: ignore[union-attr]
     assert rig.participant.paused_for == "stale"
     assert "the group is at version new, this engine at old" in rig.participant.stale
-    rig.take(rig.participant.group_at(NEW, 5))
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
     assert len(rig.calls) == 1, "told once a second"
     rig.take(rig.participant.pause_done(call.call, ""))  # type: ignore[union-attr]
-    refusal = rig.answers[rig.ask(Resume(epoch=6, timeout=1))]
+    refusal = rig.answers[rig.ask(Resume(epoch=6))]
     assert isinstance(refusal, Error)
     assert "stale" in refusal.message
-    assert not rig.participant.unsettled, "only an update helps"
+    assert not rig.participant.needs_recovery, "only an update helps"
 
 
 def test_an_engine_that_is_behind_is_not_disturbed_in_an_update() -> None:
     rig = Rig()
     rig.begin(epoch=5)
-    assert rig.participant.group_at(NEW, 5) == []
+    assert rig.participant.on_group_epoch(NEW, 5) == []
     assert rig.participant.stale == ""
 
 
 def test_an_engine_that_has_the_newest_runs() -> None:
     rig = Rig()
-    rig.participant.agreed = 5
-    assert rig.participant.group_at(NEW, 5) == []
-    assert rig.participant.group_at(NEW, 4) == []
+    rig.participant.committed_epoch = 5
+    assert rig.participant.on_group_epoch(NEW, 5) == []
+    assert rig.participant.on_group_epoch(NEW, 4) == []
     assert rig.state == ("idle", "running")
 
 
 def test_when_nobody_is_ahead_any_more_a_stale_engine_runs_again() -> None:
     rig = Rig()
-    rig.take(rig.participant.group_at(NEW, 5))
-    rig.take(rig.participant.group_at(OLD, 0))
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.take(rig.participant.on_group_epoch(OLD, 0))
     assert isinstance(rig.calls[-1], CallResume)
     assert rig.participant.stale == ""
 
 
 def test_a_user_keeps_a_stale_engine_paused() -> None:
     rig = Rig()
-    rig.take(rig.participant.group_at(NEW, 5))
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
     rig.ask(Pause(epoch=6, mode="keep", kv="keep", timeout=9))
-    rig.take(rig.participant.group_at(OLD, 0))
+    rig.take(rig.participant.on_group_epoch(OLD, 0))
     assert not any(isinstance(call, CallResume) for call in rig.calls)
 
 
@@ -849,13 +853,13 @@ def test_an_engine_whose_weights_turn_out_wrong_serves_nothing_until_an_update()
     switched(rig)
     rig.resume()
     rig.resumed()
-    rig.participant.damaged(WeightsDamaged(update="u", rank=0, reason="a was not applied"))
+    rig.participant.weights_mismatch(WeightsMismatch(update="u", rank=0, reason="a was not applied"))
     rig.pass_time(0.1)
     assert isinstance(rig.calls[-1], CallPause)
     rig.paused()
     assert rig.participant.tainted == "worker 0: a was not applied"
     assert "tainted" in str(rig.answers[rig.resume()])
-    assert not rig.participant.unsettled, "only an update helps"
+    assert not rig.participant.needs_recovery, "only an update helps"
     rig.begin(update="v")
     rig.done("begin", update="v")
     rig.prepare(update="v")
@@ -874,7 +878,7 @@ def test_weights_that_turn_out_wrong_before_the_resume_are_not_resumed() -> None
     rig = Rig()
     switched(rig)
     asked = rig.resume()
-    rig.participant.damaged(WeightsDamaged(update="u", rank=0, reason="a was not applied"))
+    rig.participant.weights_mismatch(WeightsMismatch(update="u", rank=0, reason="a was not applied"))
     rig.resumed()
     assert rig.acked(asked)
     rig.pass_time(0.1)
@@ -884,18 +888,18 @@ def test_weights_that_turn_out_wrong_before_the_resume_are_not_resumed() -> None
 def test_damage_of_weights_that_are_gone_is_nobodys_business() -> None:
     rig = Rig()
     switched(rig)
-    rig.participant.damaged(WeightsDamaged(update="before", rank=0, reason="a was not applied"))
+    rig.participant.weights_mismatch(WeightsMismatch(update="before", rank=0, reason="a was not applied"))
     assert rig.participant.tainted == ""
 
 
 def test_agreeing_makes_the_weights_the_groups() -> None:
     rig = Rig()
-    assert rig.answers[rig.ask(Agree(epoch=9))] == Ack()
-    assert rig.participant.agreed == 9
-    assert rig.participant.group_at(NEW, 9) == []
+    assert rig.answers[rig.ask(AdoptEpoch(epoch=9))] == Ack()
+    assert rig.participant.committed_epoch == 9
+    assert rig.participant.on_group_epoch(NEW, 9) == []
     rig.begin(epoch=9)
-    assert isinstance(rig.answers[rig.ask(Agree(epoch=10))], Error), "in the midst of an update"
-    assert rig.participant.agreed == 9
+    assert isinstance(rig.answers[rig.ask(AdoptEpoch(epoch=10))], Error), "in the midst of an update"
+    assert rig.participant.committed_epoch == 9
 
 
 def test_a_pause_is_orphaned_when_its_holder_is_silent() -> None:
@@ -907,22 +911,22 @@ def test_a_pause_is_orphaned_when_its_holder_is_silent() -> None:
     assert rig.answers[rig.ask(KeepPaused(holder="h", lease=3))] == Ack()
     assert isinstance(rig.answers[rig.ask(KeepPaused(holder="other", lease=99))], Error)
     rig.take(rig.participant.tick(4.9))
-    assert not rig.participant.unsettled
+    assert not rig.participant.needs_recovery
     rig.take(rig.participant.tick(5.0))
     assert rig.participant.orphaned
-    assert rig.participant.unsettled
-    rig.ask(Resume(epoch=1, timeout=1))
+    assert rig.participant.needs_recovery
+    rig.ask(Resume(epoch=1))
     rig.take(rig.participant.resume_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
     rig.take(rig.participant.tick(99.0))
-    assert not rig.participant.unsettled
+    assert not rig.participant.needs_recovery
 
 
 def test_orphans_are_left_alone_where_they_are_set_so() -> None:
     participant = Participant(OLD, frozenset({0}), resume_orphans=False)
-    participant.handle(Caller(b"", b""), Pause(epoch=1, mode="keep", kv="keep", timeout=9, holder="h", lease=3), 0.0)
+    participant.handle(ReplyTo(b"", b""), Pause(epoch=1, mode="keep", kv="keep", timeout=9, holder="h", lease=3), 0.0)
     participant.tick(100.0)
     assert participant.orphaned
-    assert not participant.unsettled
+    assert not participant.needs_recovery
 
 
 # Without staging
@@ -971,13 +975,13 @@ def test_without_staging_the_vote_is_that_all_is_loaded() -> None:
     asked = rig.ask(Prepare(epoch=1, update="u", buckets={0: 2}))
     rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="prepare")))
     assert asked not in rig.answers
-    assert rig.participant.phase == "receiving"
+    assert rig.participant.update_phase == "receiving"
     rig.take(rig.participant.load_done("u", ""))
     assert rig.answers[asked] == Ack()
     assert rig.state == ("prepared", "paused")
     assert rig.participant.version == OLD
     assert rig.answers[rig.ask(Commit(epoch=1, update="u"))] == Ack()
-    assert (rig.participant.version, rig.participant.tainted, rig.participant.agreed) == (NEW, "", 1)
+    assert (rig.participant.version, rig.participant.tainted, rig.participant.committed_epoch) == (NEW, "", 1)
     assert not any(isinstance(call, CallCommit) for call in rig.calls)
 
 
@@ -1000,7 +1004,7 @@ def test_without_staging_giving_up_after_the_first_byte_taints(how: str) -> None
         case _:
             rig.begin("w", epoch=2)
     assert rig.participant.tainted
-    assert isinstance(rig.answers[rig.ask(Resume(epoch=2, timeout=1))], Error)
+    assert isinstance(rig.answers[rig.ask(Resume(epoch=2))], Error)
     assert rig.participant.load_done("u", "") == [], "too late"
     assert rig.participant.tainted
 
@@ -1009,7 +1013,7 @@ def test_without_staging_giving_up_before_the_first_byte_loses_nothing() -> None
     rig = paused_in_place()
     rig.ask(Abort(epoch=1, update="u", reason="changed its mind"))
     assert not rig.participant.tainted
-    rig.ask(Resume(epoch=1, timeout=1))
+    rig.ask(Resume(epoch=1))
     assert isinstance(rig.calls[-1], CallResume)
 
 
@@ -1031,8 +1035,8 @@ def test_a_users_pause_of_a_tainted_engine_ends_like_any_other(how: str) -> None
     rig.take(rig.participant.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
     assert rig.participant.paused_for == ""
     if how == "resume":
-        assert isinstance(rig.answers[rig.ask(Resume(epoch=1, timeout=1))], Error)
+        assert isinstance(rig.answers[rig.ask(Resume(epoch=1))], Error)
     else:
         rig.take(rig.participant.tick(3.0))
     assert rig.participant.paused_for == "stale"
-    assert not rig.participant.unsettled, "nobody can help but an update"
+    assert not rig.participant.needs_recovery, "nobody can help but an update"

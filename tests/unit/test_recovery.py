@@ -8,19 +8,18 @@ import msgspec
 from engine_infos import engine_info
 
 from areal_vllm_ext.control import recovery
-from areal_vllm_ext.protocol import Abort, Agree, Commit, Resume, Status
+from areal_vllm_ext.protocol import Abort, AdoptEpoch, Commit, Resume, Status
 
 ENGINE = engine_info()
 IDLE = Status(
     engine=ENGINE,
     version=1,
-    phase="idle",
-    flow="running",
+    update_phase="idle",
+    generation="running",
     pause_mode=None,
     paused_for="",
     epoch=3,
     update="",
-    update_version=None,
     last_update="",
     requests_running=0,
     requests_waiting=0,
@@ -33,7 +32,7 @@ def status(**changes: Any) -> Status:
 
 
 def plan(**statuses: Status) -> recovery.Recovery:
-    return recovery.plan(statuses, dict.fromkeys(statuses, 3), timeout=5.0)
+    return recovery.plan(statuses, dict.fromkeys(statuses, 3))
 
 
 def test_nothing_to_do_for_engines_that_serve() -> None:
@@ -42,37 +41,37 @@ def test_nothing_to_do_for_engines_that_serve() -> None:
 
 
 def test_an_update_that_nobody_committed_is_aborted_everywhere() -> None:
-    prepared = status(phase="prepared", flow="paused", update="u", paused_for="u")
-    found = plan(a=prepared, b=status(phase="receiving", update="u"))
+    prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u")
+    found = plan(a=prepared, b=status(update_phase="receiving", update="u"))
     assert {name: type(request) for name, request in found.settle.items()} == {"a": Abort, "b": Abort}
     assert isinstance(found.resume["a"], Resume)
     assert "b" not in found.resume
 
 
 def test_an_update_that_one_engine_committed_is_committed_everywhere() -> None:
-    prepared = status(phase="prepared", flow="paused", update="u", paused_for="u")
-    committed = status(flow="paused", last_update="u", version=2, paused_for="u")
+    prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u")
+    committed = status(generation="paused", last_update="u", version=2, paused_for="u")
     found = plan(a=prepared, b=committed)
     assert found.settle == {"a": Commit(epoch=3, update="u")}
     assert set(found.resume) == {"a", "b"}
 
 
 def test_a_users_own_pause_stays() -> None:
-    found = plan(a=status(flow="paused"), b=status(flow="paused", paused_for="u"))
+    found = plan(a=status(generation="paused"), b=status(generation="paused", paused_for="u"))
     assert set(found.resume) == {"b"}
 
 
 def test_a_tainted_engine_is_not_resumed() -> None:
-    assert plan(a=status(phase="tainted", flow="paused", paused_for="u")).resume == {}
+    assert plan(a=status(update_phase="tainted", generation="paused", paused_for="u")).resume == {}
 
 
 def test_an_engine_that_is_switching_is_waited_for() -> None:
-    assert plan(a=status(phase="committing", flow="paused", update="u", paused_for="u")).wait
+    assert plan(a=status(update_phase="committing", generation="paused", update="u", paused_for="u")).wait
 
 
 def test_an_update_that_one_engine_is_switching_to_is_not_aborted_elsewhere() -> None:
-    prepared = status(phase="prepared", flow="paused", update="u", paused_for="u")
-    switching = status(phase="committing", flow="paused", update="u", paused_for="u")
+    prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u")
+    switching = status(update_phase="committing", generation="paused", update="u", paused_for="u")
     assert not any(isinstance(request, Abort) for request in plan(a=prepared, b=switching).settle.values())
 
 
@@ -80,36 +79,36 @@ def test_an_update_that_one_engine_is_switching_to_is_not_aborted_elsewhere() ->
 
 
 def test_where_one_is_away_the_others_agree_anew_before_they_resume() -> None:
-    prepared = status(phase="prepared", flow="paused", update="u", paused_for="u", agreed=2)
-    found = recovery.plan({"a": prepared, "b": prepared}, {"a": 3, "b": 4}, 5.0, all_here=False)
-    assert found.agree == {"a": Agree(epoch=3), "b": Agree(epoch=4)}
+    prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u", committed_epoch=2)
+    found = recovery.plan({"a": prepared, "b": prepared}, {"a": 3, "b": 4}, all_here=False)
+    assert found.agree == {"a": AdoptEpoch(epoch=3), "b": AdoptEpoch(epoch=4)}
     assert sorted(found.resume) == ["a", "b"]
     assert plan(a=prepared, b=prepared).agree == {}
-    committed = status(last_update="u", flow="paused", paused_for="u", agreed=3)
-    gone_forward = recovery.plan({"a": prepared, "b": committed}, {"a": 3, "b": 3}, 5.0, all_here=False)
+    committed = status(last_update="u", generation="paused", paused_for="u", committed_epoch=3)
+    gone_forward = recovery.plan({"a": prepared, "b": committed}, {"a": 3, "b": 3}, all_here=False)
     assert gone_forward.agree == {}, "whoever is away has switched, or can"
 
 
 def test_an_engine_that_is_behind_stays_paused() -> None:
-    behind = status(phase="prepared", flow="paused", update="u", paused_for="u", agreed=2)
-    ahead = status(last_update="w", agreed=3)
+    behind = status(update_phase="prepared", generation="paused", update="u", paused_for="u", committed_epoch=2)
+    ahead = status(last_update="w", committed_epoch=3)
     found = plan(a=behind, b=ahead)
     assert isinstance(found.settle["a"], Abort)
     assert found.resume == {}
-    stale = status(phase="stale", flow="paused", paused_for="stale", agreed=2)
+    stale = status(update_phase="stale", generation="paused", paused_for="stale", committed_epoch=2)
     assert plan(a=stale, b=ahead) == recovery.Recovery({}, {}, {}, wait=False)
 
 
 def test_epochs_of_different_directories_are_not_compared() -> None:
-    paused = status(flow="paused", paused_for="u", agreed=2)
-    ahead = status(agreed=9)
-    found = recovery.plan({"a": paused, "b": ahead}, {"a": 3, "b": 10}, 5.0, directories={"a": "x", "b": "y"})
+    paused = status(generation="paused", paused_for="u", committed_epoch=2)
+    ahead = status(committed_epoch=9)
+    found = recovery.plan({"a": paused, "b": ahead}, {"a": 3, "b": 10}, directories={"a": "x", "b": "y"})
     assert list(found.resume) == ["a"]
 
 
 def test_one_orphan_resumes_its_whole_replica() -> None:
-    orphan = status(flow="paused", orphaned=True)
-    paused = status(flow="paused")
-    elsewhere = status(flow="paused", engine=msgspec.structs.replace(ENGINE, replica="other"))
+    orphan = status(generation="paused", orphaned=True)
+    paused = status(generation="paused")
+    elsewhere = status(generation="paused", engine=msgspec.structs.replace(ENGINE, replica="other"))
     assert sorted(plan(a=orphan, b=paused, c=elsewhere).resume) == ["a", "b"]
     assert plan(b=paused, c=elsewhere).resume == {}

@@ -34,7 +34,7 @@ from areal_vllm_ext.protocol import (
     Status,
     Version,
 )
-from areal_vllm_ext.protocol.wire import Caller
+from areal_vllm_ext.protocol.server import ReplyTo
 from chaos.simulation import Engine, brief
 
 NAMES = ("a", "b", "c")
@@ -51,7 +51,7 @@ class Packet:
     """A message on its way, to an engine or back to the trainer."""
 
     engine: str
-    caller: Caller
+    caller: ReplyTo
     message: EngineRequest | Answer
     back: bool
 
@@ -73,7 +73,7 @@ class Client:
         self.epoch = epoch
         self.purpose = purpose
         self.version = version
-        self.waiting: dict[Caller, tuple[str, EngineRequest]] = {}
+        self.waiting: dict[ReplyTo, tuple[str, EngineRequest]] = {}
         self.asleep = False
         self.coordinator: Coordinator | None = None
         self.found: dict[str, Status] = {}
@@ -92,7 +92,7 @@ class Client:
             statuses = {name: answer for name, answer in answers.items() if isinstance(answer, Status)}
             if len(statuses) < len(NAMES):
                 return None
-            plan = recovery.plan(statuses, epochs, DEADLINE)
+            plan = recovery.plan(statuses, epochs)
             if not (plan.settle or plan.resume or plan.wait):
                 return statuses
             event("something was left to settle")
@@ -106,7 +106,7 @@ class Client:
         """A user's own pause or resume."""
         if (yield from self.take_over()) is None:
             return None
-        resume: dict[str, EngineRequest] = {name: Resume(epoch=self.epoch, timeout=DEADLINE) for name in NAMES}
+        resume: dict[str, EngineRequest] = {name: Resume(epoch=self.epoch) for name in NAMES}
         if self.purpose == "resume":
             yield resume
             return None
@@ -119,7 +119,7 @@ class Client:
         assert self.script is not None
         return next(self.script)
 
-    def outcome(self, caller: Caller, answer: Answer | None) -> dict[str, EngineRequest]:
+    def outcome(self, caller: ReplyTo, answer: Answer | None) -> dict[str, EngineRequest]:
         """The answer to a request, or that there was none; returns what to ask next."""
         name, asked = self.waiting.pop(caller)
         if self.coordinator is not None:
@@ -140,7 +140,7 @@ class Client:
     def begin(self, statuses: dict[str, Status]) -> dict[str, EngineRequest]:
         self.found = statuses
         members = {
-            name: Member(self.epoch, running=status.flow == "running" or status.paused_for != "")
+            name: Member(self.epoch, running=status.generation == "running" or status.paused_for != "")
             for name, status in statuses.items()
         }
         self.coordinator = Coordinator(f"u{next(IDS)}", self.version, members)
@@ -194,8 +194,8 @@ class Transaction(RuleBasedStateMachine):
                 engine.replies.clear()
         self.next_client("update", dead=False)
 
-    def caller(self) -> Caller:
-        return Caller(b"client", next(IDS).to_bytes(16, "big"))
+    def caller(self) -> ReplyTo:
+        return ReplyTo(b"client", next(IDS).to_bytes(16, "big"))
 
     # The clients
 
@@ -224,7 +224,7 @@ class Transaction(RuleBasedStateMachine):
             client.waiting[caller] = (name, message)
             self.network.append(Packet(name, caller, message, back=False))
 
-    def outcome(self, client: Client, caller: Caller, answer: Answer | None) -> None:
+    def outcome(self, client: Client, caller: ReplyTo, answer: Answer | None) -> None:
         self.ask(client, client.outcome(caller, answer))
         if client.done:
             self.clients.remove(client)
@@ -240,7 +240,7 @@ class Transaction(RuleBasedStateMachine):
                 expected = client.found[name].version if coordinator.reason else coordinator.version
                 assert engine.version == expected, f"{name} is on {engine.version}, not on {expected}"
 
-    def waiting(self) -> list[tuple[Client, Caller]]:
+    def waiting(self) -> list[tuple[Client, ReplyTo]]:
         return [(client, caller) for client in self.clients for caller in client.waiting]
 
     @rule(data=st.data())
@@ -339,7 +339,7 @@ class Transaction(RuleBasedStateMachine):
             return
         client = self.clients[-1]
         for _ in range(300):
-            phases = [engine.participant.phase for engine in self.engines.values()]
+            phases = [engine.participant.update_phase for engine in self.engines.values()]
             switched = [engine.participant.last_update for engine in self.engines.values()]
             coordinator = client.coordinator
             if (
@@ -449,7 +449,9 @@ class Transaction(RuleBasedStateMachine):
         self.settle()
         for name, engine in self.engines.items():
             assert engine.participant.update is None, f"{name} still has an update that is over"
-            assert engine.running or engine.tainted, f"{name} is {engine.participant.flow} and nobody will resume it"
+            assert engine.running or engine.tainted, (
+                f"{name} is {engine.participant.generation} and nobody will resume it"
+            )
 
     def settle(self) -> None:
         for _ in range(5_000):

@@ -47,7 +47,7 @@ def verified(
         for place, one in enumerate(engines)
     }
     statuses: Any = {
-        name: SimpleNamespace(**{"phase": "idle", "unproven": "", "error": ""} | status) for name in answers
+        name: SimpleNamespace(**{"update_phase": "idle", "unproven": "", "error": ""} | status) for name in answers
     }
     return compare(answers, statuses, checkpoint)
 
@@ -88,7 +88,7 @@ def test_engines_on_different_updates_are_named() -> None:
 
 
 def test_tainted_weights_are_never_equal() -> None:
-    assert found(verified(worker(), phase="tainted", error="the commit failed")) == [
+    assert found(verified(worker(), update_phase="tainted", error="the commit failed")) == [
         "engine 0, worker 0: the weights are nobody's: the commit failed"
     ]
 
@@ -146,10 +146,10 @@ def test_an_engine_that_commits_is_busy(key: Any, key_file: Path, raw: Any) -> N
     with deployed(key, 1) as deployment:
         deployment.wait_attached()
         (engine,) = deployment.engines.values()
-        engine.endpoint.participant.phase = "committing"
+        engine.endpoint.participant.update_phase = "committing"
         answer = raw(engine.endpoint.address).ask(DigestWeights(request="r", timeout=5))
         assert (answer.kind, answer.message) == ("busy", "the engine is committing an update")
-        engine.endpoint.participant.phase = "idle"
+        engine.endpoint.participant.update_phase = "idle"
 
 
 class Model(torch.nn.Module):

@@ -30,14 +30,14 @@ _QUEUE = 64
 _CURVE_OVERHEAD = 33
 
 
-class Caller(msgspec.Struct, frozen=True):
+class ReplyTo(msgspec.Struct, frozen=True):
     """Whom an answer goes to: the peer's routing id and its request's id."""
 
     peer: bytes
     request_id: bytes
 
 
-class Answers:
+class ReplyCache:
     """What callers were answered; None while a request is under way. A noisy peer pushes out its own answers only."""
 
     def __init__(self) -> None:
@@ -47,13 +47,13 @@ class Answers:
         )
         self.nbytes = 0
 
-    def __contains__(self, caller: Caller) -> bool:
+    def __contains__(self, caller: ReplyTo) -> bool:
         return caller.request_id in self._peers.get(caller.peer, ())
 
-    def __getitem__(self, caller: Caller) -> bytes | None:
+    def __getitem__(self, caller: ReplyTo) -> bytes | None:
         return self._peers[caller.peer][caller.request_id]
 
-    def __setitem__(self, caller: Caller, answer: bytes | None) -> None:
+    def __setitem__(self, caller: ReplyTo, answer: bytes | None) -> None:
         del self[caller]
         kept = self._peers.setdefault(caller.peer, collections.OrderedDict())
         self._peers.move_to_end(caller.peer)
@@ -65,7 +65,7 @@ class Answers:
             peer, forgotten = self._peers.popitem(last=False)
             self.nbytes -= sum(_size(peer, one) for one in forgotten.values())
 
-    def __delitem__(self, caller: Caller) -> None:
+    def __delitem__(self, caller: ReplyTo) -> None:
         kept = self._peers.get(caller.peer)
         if kept and caller.request_id in kept:
             self.nbytes -= _size(caller.peer, kept.pop(caller.request_id))
@@ -97,7 +97,7 @@ class Server(Generic[T]):
             SettingsError: where the address is in use or not of this machine.
         """
         self._decoder = decoder
-        self._answers = Answers()
+        self._answers = ReplyCache()
         self.socket = context.socket(zmq.ROUTER)
         self.socket.linger = 0
         self.socket.rcvhwm = self.socket.sndhwm = _QUEUE
@@ -118,16 +118,16 @@ class Server(Generic[T]):
         bound_port = bytes(self.socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rpartition(":")[2].rstrip("\0")
         self.address = f"tcp://{bracketed}:{bound_port}"
 
-    def requests(self) -> Iterator[tuple[Caller, T]]:
+    def requests(self) -> Iterator[tuple[ReplyTo, T]]:
         """The new requests among the messages that wait now. Bad and repeated ones are dealt with here."""
         for _ in range(_ROUND):
             try:
                 frames = self._receive()
             except zmq.Again:
                 return
-            caller = Caller(frames[0], frames[1] if len(frames) == 3 else b"")
+            caller = ReplyTo(frames[0], frames[1] if len(frames) == 3 else b"")
             if len(caller.request_id) != REQUEST_ID_BYTES:
-                self._refuse(Caller(caller.peer, bytes(REQUEST_ID_BYTES)), "frames must be [request id, msgpack]")
+                self._refuse(ReplyTo(caller.peer, bytes(REQUEST_ID_BYTES)), "frames must be [request id, msgpack]")
                 continue
             if caller in self._answers:
                 if (answer := self._answers[caller]) is not None:
@@ -155,10 +155,10 @@ class Server(Generic[T]):
                 frames.append(frame)
         return frames
 
-    def _refuse(self, caller: Caller, problem: str) -> None:
+    def _refuse(self, caller: ReplyTo, problem: str) -> None:
         self._send(caller, encoder.encode(Error(kind="malformed", message=problem)))
 
-    def answer(self, caller: Caller, message: Answer) -> None:
+    def answer(self, caller: ReplyTo, message: Answer) -> None:
         """Send the answer to a request, and keep it for a repetition."""
         encoded = encoder.encode(message)
         if len(encoded) <= _LONGEST_KEPT_ANSWER:
@@ -169,9 +169,9 @@ class Server(Generic[T]):
 
     def tell(self, peer: bytes, message: Message) -> None:
         """Send ``message``, which answers nothing, to a connected peer."""
-        self._send(Caller(peer, bytes(REQUEST_ID_BYTES)), encoder.encode(message))
+        self._send(ReplyTo(peer, bytes(REQUEST_ID_BYTES)), encoder.encode(message))
 
-    def _send(self, caller: Caller, payload: bytes) -> None:
+    def _send(self, caller: ReplyTo, payload: bytes) -> None:
         try:
             self.socket.send_multipart([caller.peer, caller.request_id, payload], zmq.NOBLOCK)
         except zmq.Again:

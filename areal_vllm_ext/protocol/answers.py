@@ -1,0 +1,135 @@
+"""Every answer on the wire, and the encoder and decoders of all messages."""
+
+from __future__ import annotations
+
+import msgspec
+
+from .messages import (
+    DirectoryRequest,
+    EngineRequest,
+    WorkerMessage,
+    WorkerOrder,
+)
+from .types import (
+    EngineInfo,
+    Epoch,
+    ErrorKind,
+    Generation,
+    Message,
+    PauseMode,
+    Span,
+    TensorMeta,
+    UpdatePhase,
+    Version,
+    WorkerWeights,
+)
+
+# Answers
+
+
+class Welcome(Message):
+    protocol: int
+    engine: EngineInfo | None = None
+
+
+class Status(Message):
+    """What an engine says of itself. It answers by itself even while the engine is busy, paused or stuck.
+
+    ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
+    ``unproven`` says why they could not be compared with a fresh load.
+    """
+
+    engine: EngineInfo
+    version: Version
+    update_phase: UpdatePhase
+    generation: Generation
+    pause_mode: PauseMode | None
+    paused_for: str
+    epoch: int
+    update: str
+    last_update: str
+    requests_running: int
+    requests_waiting: int
+    waiting_for_engine: float
+    committed_epoch: int = 0
+    orphaned: bool = False
+    error: str = ""
+    weights: str = ""
+    unproven: str = ""
+
+
+class Weights(Message):
+    """The checkpoint's tensors; empty with ``error`` where they cannot be told (a model loaded with dummy weights)."""
+
+    tensors: tuple[TensorMeta, ...]
+    error: str = ""
+
+
+class WeightDigests(Message):
+    """The answer to ``DigestWeights``, of every worker by rank."""
+
+    workers: tuple[WorkerWeights, ...]
+
+
+class Trace(Message):
+    """The answer to ``GetTrace``, all by the engine's clock: when the question came, when it was answered, and what was done.
+    ``silent`` workers have not told.
+    """
+
+    received: float
+    answered: float
+    spans: tuple[Span, ...]
+    silent: tuple[int, ...] = ()
+
+
+class Ack(Message):
+    """Done. ``manifest``: see ``WorkerDone``."""
+
+    seconds: float = 0.0
+    manifest: str = ""
+
+
+class Engines(Message):
+    """The directory's answer: who is alive; who was, with the seconds since it was last heard; who lives, but lost its place
+    because another replica uses the same name; and who is new and waits to hear what the group has agreed on.
+    """
+
+    alive: tuple[EngineInfo, ...]
+    joining: tuple[EngineInfo, ...] = ()
+    lost: tuple[tuple[EngineInfo, float], ...] = ()
+    displaced: tuple[EngineInfo, ...] = ()
+
+
+class Lease(Message):
+    """The lease is the asker's for so many ``seconds``. ``engines``, where it was acquired: who is there now, and nobody joins
+    while it is held.
+    """
+
+    epoch: int
+    seconds: float
+    engines: Engines | None = None
+
+
+class Registered(Message):
+    """The directory's answer to a beat: the newest version that engines have agreed on, and the epoch of its update."""
+
+    version: Version
+    committed_epoch: Epoch
+
+
+class Error(Message):
+    kind: ErrorKind
+    message: str
+    holder: str = ""
+    epoch: int = 0
+
+
+Answer = Welcome | Status | Weights | WeightDigests | Trace | Ack | Engines | Lease | Registered | Error
+
+encoder = msgspec.msgpack.Encoder()
+engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(
+    EngineRequest | WorkerMessage
+)
+directory_decoder: msgspec.msgpack.Decoder[DirectoryRequest] = msgspec.msgpack.Decoder(DirectoryRequest)
+worker_decoder: msgspec.msgpack.Decoder[WorkerOrder | Answer] = msgspec.msgpack.Decoder(WorkerOrder | Answer)
+answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)

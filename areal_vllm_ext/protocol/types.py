@@ -1,0 +1,208 @@
+"""The types that messages are made of: bounds, names and structs.
+
+Messages are ``msgspec`` structs with a type tag; unknown fields and unknown tags are refused. Durations are relative
+seconds, because the clocks of nodes differ. ``docs/protocol.md`` describes each message.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+PROTOCOL_VERSION = 7
+REQUEST_ID_BYTES = 16
+
+# Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever, no name without end.
+Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+# Epochs are counted up: one so far above all that were seen is no lease's, and would leave no room for later ones.
+EPOCH_JUMP = 2**32
+Rank = Annotated[int, msgspec.Meta(ge=0, le=2**16)]
+Name = Annotated[str, msgspec.Meta(max_length=4096)]
+Version = int | Name
+Seconds = Annotated[float, msgspec.Meta(ge=-1e7, le=1e7)]
+LeaseSeconds = Annotated[float, msgspec.Meta(ge=0, le=300)]
+PauseMode = Literal["abort", "wait", "keep"]
+UpdatePhase = Literal["idle", "receiving", "prepared", "committing", "tainted", "stale"]
+Generation = Literal["running", "pausing", "paused", "resuming"]
+KVPolicy = Literal["keep", "recompute"]
+StagingKind = Literal["auto", "device", "host", "none"]
+ErrorKind = Literal[
+    "malformed",  # the frames or the message could not be read
+    "protocol",  # another protocol number
+    "fenced",  # a higher epoch has been seen
+    "busy",  # something that excludes the request is under way
+    "state",  # the engine's state does not allow the request
+    "timeout",  # the engine gave up at the request's deadline
+    "failed",  # the engine tried and failed
+    "held",  # another holder has the lease
+]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Base of all messages: immutable, tagged with its class name, closed to unknown fields."""
+
+
+class Payload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of what messages carry."""
+
+
+# What a message that cannot be read raises in ``decode``.
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+# What messages carry
+
+
+class WorkerInfo(Payload):
+    """One device process (a TP/PP rank) of an engine."""
+
+    rank: Rank
+    node: Name
+    pid: int
+    device: Name
+    device_id: Name
+
+
+class EngineInfo(Payload):
+    """One EngineCore: a DP rank of a replica. ``incarnation`` is new each time that the process starts."""
+
+    replica: Name
+    dp_rank: Rank
+    dp_size: Rank
+    headless: bool
+    node: Name
+    pid: int
+    incarnation: Name
+    address: Name
+    dtype: Name
+    workers: tuple[WorkerInfo, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How people are told about this engine."""
+        return f"DP rank {self.dp_rank} of replica {self.replica} (node {self.node}, pid {self.pid})"
+
+
+class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
+    """Name, shape and dtype (``torch`` name, such as ``bfloat16``) of one checkpoint tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Segment(msgspec.Struct, frozen=True, array_like=True):
+    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major. In a bucket of
+    ``allocations``, from the start of the one with this number.
+    """
+
+    tensor: TensorMeta
+    offset: int
+    allocation: int = 0
+
+
+class Allocation(msgspec.Struct, frozen=True, array_like=True):
+    """Device memory of the trainer's: ``nbytes`` bytes that a ``cudaIpcMemHandle_t`` (64 bytes) opens."""
+
+    handle: bytes
+    nbytes: int
+
+
+class WorkerWeights(Payload):
+    """What one worker serves.
+
+    ``live`` has the digest of each parameter and buffer of its model; ``changed`` names those that were another after the
+    last commit, so are damaged. Workers of equal ``layout`` must have equal ``live``. ``contents`` are the checkpoint's tensors
+    behind them, ``manifest`` is of those of the last update (empty for the weights it started with).
+    """
+
+    rank: int
+    layout: str
+    manifest: str
+    live: dict[str, int]
+    changed: tuple[str, ...] = ()
+    contents: tuple[tuple[TensorMeta, int], ...] = ()
+
+
+# How the bytes travel: one struct a transport
+
+
+class Broadcast(Payload, tag=True):
+    """Rank 0 of a communicator, the trainer, broadcasts buckets. Ranks are assigned by the client, never computed.
+
+    ``ranks`` maps a worker's rank inside its engine to its rank in the communicator. ``rendezvous`` is a
+    ``host:port`` of the trainer's store (gloo) or a unique id in hexadecimal (NCCL). ``established``: all have met there in an
+    earlier update, and nobody can any more.
+    """
+
+    backend: Literal["gloo", "nccl"]
+    communicator: str
+    world_size: int
+    ranks: dict[int, int]
+    rendezvous: str
+    established: bool = False
+
+
+class SharedMemory(Payload, tag=True):
+    """Buckets lie in ``segment``, ``nbytes`` bytes of POSIX shared memory that trainer and workers of one host share."""
+
+    segment: str
+    nbytes: int
+
+
+class CudaIpc(Payload, tag=True):
+    """Buckets lie in ``nbytes`` bytes of device memory that the trainer shares with the workers of its host.
+
+    ``host`` is the kernel's boot id, ``device_id`` the GPU's UUID, ``handle`` a ``cudaIpcMemHandle_t`` (64 bytes). With
+    ``shared``, most tensors come as buckets of ``allocations``, and a worker on that device stages nothing.
+    """
+
+    host: str
+    device_id: str
+    handle: bytes
+    nbytes: int
+    shared: bool = False
+
+
+class Disk(Payload, tag=True):
+    """A Hugging Face checkpoint directory that every worker can read."""
+
+    path: str
+
+
+Transfer = Broadcast | SharedMemory | CudaIpc | Disk
+
+
+class Sender(Payload):
+    """A rank of the trainer that sends in an update. ``workers``: the ranks, inside the engine, of those of its workers that
+    it sends to; empty for all of them.
+    """
+
+    transfer: Transfer
+    workers: tuple[Rank, ...] = ()
+
+
+class Staging(Payload):
+    """Where a worker keeps an update's bytes until the commit. ``none``: nowhere, they go straight into the live model.
+
+    ``nbytes``: of all weights, ``bucket``: of the largest bucket; 0 where it is not known. ``on_device`` and ``on_host``: how
+    many workers of this update stage on the same device, on the same host. ``keep``: the memory is kept for the next update,
+    else it is given back.
+    """
+
+    kind: StagingKind = "auto"
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+    on_device: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
+    on_host: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
+    keep: bool = False
+    bucket: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """``name`` was done from ``start`` to ``end``, by the clock of whoever tells, in seconds; ``track`` is a row of a trace."""
+
+    track: str
+    name: str
+    start: float
+    end: float
