@@ -8,7 +8,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .client.blocking import EngineGroup
-    from .client.group import AsyncEngineGroup, UpdateResult, Verification
+    from .client.group import AsyncEngineGroup
+    from .client.state import UpdateResult
     from .errors import (
         ArealError,
         EnginesMissing,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         UpdateInDoubt,
         WeightsTainted,
     )
+    from .integrity.verify import Verification
 
 __all__ = [
     "ArealError",
@@ -45,10 +47,18 @@ def __getattr__(name: str) -> Any:
         from .client.blocking import EngineGroup
 
         return EngineGroup
-    if name in ("AsyncEngineGroup", "UpdateResult", "Verification"):
-        from .client import group
+    if name == "AsyncEngineGroup":
+        from .client.group import AsyncEngineGroup
 
-        return getattr(group, name)
+        return AsyncEngineGroup
+    if name == "UpdateResult":
+        from .client.state import UpdateResult
+
+        return UpdateResult
+    if name == "Verification":
+        from .integrity.verify import Verification
+
+        return Verification
     if name in __all__:
         from . import errors
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from areal_vllm_ext import EngineGroup
-from areal_vllm_ext.client.group import AsyncEngineGroup
+from areal_vllm_ext.client import sinks
 
 POINTS = ("meet", "join", "push")
 
@@ -38,10 +38,10 @@ def main() -> None:
         for file in sorted(Path(checkpoint).glob("*.safetensors"))
         for name, tensor in load_file(file, device=device).items()
     }
-    make_sink = AsyncEngineGroup.sink
+    make_sink = sinks.make_sink
 
-    def deadly_sink(group: AsyncEngineGroup, *arguments: Any) -> Any:
-        sink = make_sink(group, *arguments)
+    def deadly_sink(*arguments: Any) -> Any:
+        sink = make_sink(*arguments)
         if point == "meet":
             sink.meet = lambda _opening: die(after=2.0)
         elif point == "join":
@@ -65,7 +65,7 @@ def main() -> None:
             sink.push = push_or_die
         return sink
 
-    AsyncEngineGroup.sink = deadly_sink  # type: ignore[method-assign]
+    sinks.make_sink = deadly_sink
     with EngineGroup.connect(directory) as group:
         group.wait_ready(timeout=60)
         print("begins", flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PARTICIPANT, COORDINATOR = "engine_core/participant.py", "client/coordinator.py"
-RECOVERY, GROUP, DIRECTORY = "control/recovery.py", "client/group.py", "control/directory.py"
+RECOVERY, COMMAND, DIRECTORY = "control/recovery.py", "control/command.py", "control/directory.py"
 
 FIRST_PAUSE = (
     COORDINATOR,
@@ -88,12 +88,12 @@ MUTANTS = {
     "who is behind is not resumed": [
         (RECOVERY, 'if name in current and status.generation != "running"', "if status.generation")
     ],
-    "a cured engine resumes": [(GROUP, " or bool(self.status.paused_for)", "")],
+    "a cured engine resumes": [(COMMAND, " or bool(self.status.paused_for)", "")],
     "without the lost, only if all agree": [
         (
-            GROUP,
-            "                        raise EnginesMissing(missing)\n                    members",
-            "                        pass\n                    members",
+            COMMAND,
+            "                        raise EnginesMissing(missing)\n                    engines",
+            "                        pass\n                    engines",
         )
     ],
     "who is behind pauses": [(PARTICIPANT, "if committed_epoch > self.committed_epoch:", "if False:")],

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from areal_vllm_ext import AsyncEngineGroup, EngineUnreachable, protocol
+from areal_vllm_ext import AsyncEngineGroup, protocol
+from areal_vllm_ext.control.link import Link
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
@@ -210,18 +211,13 @@ class Ground:
         """What each engine says, by DP rank; None where it does not answer."""
 
         async def ask() -> dict[int, Status | None]:
-            async with AsyncEngineGroup.connect(self.deployment.directory, key_file=self.key_file) as group:
-
-                async def one(engine: EngineInfo) -> Status | None:
-                    try:
-                        answer = await group.request(engine.address, protocol.GetStatus(), timeout)
-                    except EngineUnreachable:
-                        return None
-                    assert isinstance(answer, Status)
-                    return answer
-
-                found = await asyncio.gather(*(one(engine) for engine in engines))
-                return {engine.dp_rank: status for engine, status in zip(engines, found, strict=True)}
+            link = Link(lambda host: security.key_for(host, self.key_file), 1 << 20)
+            try:
+                asked = {str(engine.dp_rank): (engine.address, protocol.GetStatus()) for engine in engines}
+                found = await link.request_all(asked, timeout)
+                return {int(rank): answer if isinstance(answer, Status) else None for rank, answer in found.items()}
+            finally:
+                await link.close()
 
         return asyncio.run(ask())
 

@@ -24,7 +24,7 @@ from areal_vllm_ext import AsyncEngineGroup, EngineGroup, UpdateAborted, UpdateR
 def blocking(options: argparse.Namespace) -> None:
     """The plain form: the trainer waits while its weights are sent."""
     model, optimizer = load(options)
-    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+    with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         group.wait_ready(engines=options.engines, timeout=600)
         for step in range(1, options.steps + 1):
             loss = train_one_step(model, optimizer)
@@ -41,7 +41,7 @@ def blocking(options: argparse.Namespace) -> None:
 async def asynchronous(options: argparse.Namespace) -> None:
     """The same on an event loop: other tasks, such as those that collect rollouts, go on while weights are sent."""
     model, optimizer = load(options)
-    async with AsyncEngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+    async with AsyncEngineGroup.connect(options.connect, key_file=options.key_file) as group:
         await group.wait_ready(engines=options.engines, timeout=600)
         for step in range(1, options.steps + 1):
             loss = await asyncio.to_thread(train_one_step, model, optimizer)
@@ -64,7 +64,7 @@ def sharded(options: argparse.Namespace) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate)  # after sharding: of the DTensors
 
     # On every rank; rank 0's commands the engines.
-    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+    with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         if rank == 0:
             group.wait_ready(engines=options.engines, timeout=600)
         for step in range(1, options.steps + 1):
@@ -107,7 +107,7 @@ def report(loss: float, result: UpdateResult) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--connect", action="append", default=[], metavar="ADDRESS", help="tcp://host:port; repeatable")
+    parser.add_argument("--connect", default="", metavar="ADDRESS", help="the directory, tcp://host:port")
     parser.add_argument("--key-file", metavar="FILE", help="default: AREAL_VLLM_KEY_FILE")
     parser.add_argument("--model", required=True, metavar="DIR", help="the engines' checkpoint")
     parser.add_argument("--engines", type=int, metavar="N", help="wait for N engines (default: all ranks seen)")

@@ -27,7 +27,8 @@ import zmq
 
 from areal_vllm_ext import protocol
 from areal_vllm_ext.config import Settings
-from areal_vllm_ext.control.directory import DirectoryServer, new_incarnation
+from areal_vllm_ext.control.directory import new_incarnation
+from areal_vllm_ext.control.directory_server import DirectoryServer
 from areal_vllm_ext.engine_core.endpoint import Endpoint, Identity
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import (

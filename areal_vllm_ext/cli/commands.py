@@ -48,9 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--connect",
         metavar="ADDRESS",
-        action="append",
-        default=[],
-        help="tcp://host:port of the directory; may be repeated (default: AREAL_VLLM_DIRECTORY, or this machine, port 29700)",
+        default="",
+        help="tcp://host:port of the directory (default: AREAL_VLLM_DIRECTORY, or this machine, port 29700)",
     )
     group.add_argument("--key-file", metavar="FILE", help="the cluster's key (default: AREAL_VLLM_KEY_FILE)")
     group.add_argument("--json", action="store_true", help="print JSON for programs")
@@ -101,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 def _status(options: argparse.Namespace) -> int:
     from .. import EngineGroup
 
-    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+    with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         if options.engines:
             group.wait_ready(options.engines, options.timeout)
         states = group.status(min(options.timeout, 5.0))
@@ -132,7 +131,7 @@ def _status(options: argparse.Namespace) -> int:
 def _pause(options: argparse.Namespace) -> int:
     from .. import EngineGroup
 
-    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+    with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         group.pause(options.mode, deadline=options.timeout, lease=None)
         return _report(options, {"paused": len(group.engines())}, "{paused} engines are paused")
 
@@ -140,7 +139,7 @@ def _pause(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     from .. import EngineGroup
 
-    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+    with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         group.resume(deadline=options.timeout)
         return _report(options, {"resumed": len(group.engines())}, "{resumed} engines generate")
 
@@ -148,7 +147,7 @@ def _resume(options: argparse.Namespace) -> int:
 def _update(options: argparse.Namespace) -> int:
     from .. import EngineGroup
 
-    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+    with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         with group.update(options.to_version, deadline=options.timeout) as update:
             update.send(options.source)
         result = update.result
@@ -166,7 +165,7 @@ def _update(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .. import EngineGroup
 
-    with EngineGroup.connect(*options.connect, key_file=options.key_file) as group:
+    with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         found = group.verify(options.against, deadline=options.timeout)
     if options.json:
         print(json.dumps({"equal": found.equal, **dataclasses.asdict(found)}))
@@ -192,8 +191,9 @@ def _directory(options: argparse.Namespace) -> int:
     import zmq
 
     from ..config import Settings, split_address
-    from ..control.directory import SETTLE_SECONDS, DirectoryServer
+    from ..control.directory_server import DirectoryServer
     from ..protocol import security
+    from ..protocol.timing import SETTLE_SECONDS
 
     host, port = split_address(options.address)
     settings = Settings.load()

@@ -25,15 +25,18 @@ import torch.distributed as dist
 
 from ..errors import ArealError, UpdateAborted, UpdateInDoubt
 from .agreement import GRACE_SECONDS, Agreement
-from .blocking import EngineGroup, Senders, Update
+from .blocking_update import Update
+from .options import Senders
 from .senders import RankSends
-from .update import AsyncUpdate, UpdateResult
+from .state import UpdateResult
+from .update import AsyncUpdate
 from .weights import Named, gathered, is_sharded, named_parts
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from ..protocol import Version
+    from .loop_thread import LoopThread
 
 # How often this process has begun an update to a version: all ranks count alike, so that each update has keys of its own.
 _begun: Counter[tuple[str, str]] = Counter()
@@ -69,11 +72,11 @@ class JointUpdate(Update):
     """
 
     def __init__(
-        self, engines: EngineGroup, update: AsyncUpdate, group: dist.ProcessGroup, version: Version, senders: Senders
+        self, thread: LoopThread, update: AsyncUpdate, group: dist.ProcessGroup, version: Version, senders: Senders
     ) -> None:
         """
         Args:
-            engines: this rank's connection.
+            thread: runs this rank's connection.
             update: the transaction; rank 0's is the one that counts.
             group: the trainer's ranks.
             version: names the new weights.
@@ -81,7 +84,7 @@ class JointUpdate(Update):
         """
         if senders not in get_args(Senders):
             raise ValueError(f"senders must be one of {', '.join(get_args(Senders))}, not {senders!r}")
-        super().__init__(engines, update)
+        super().__init__(thread, update)
         self._ranks = group
         self._name = str(version)
         self._senders = senders
@@ -118,7 +121,7 @@ class JointUpdate(Update):
 
         def walk() -> None:
             if self._senders != "first" and not isinstance(weights, (str, os.PathLike)):
-                sends = RankSends(self._senders, self._group, self._update, self._agreement, self._ends)
+                sends = RankSends(self._senders, self._thread.loop, self._update, self._agreement, self._ends)
                 with self._update.sending_fails():
                     sends.send(weights, dtype)
             elif self._leads:
@@ -164,7 +167,7 @@ class JointUpdate(Update):
             finally:
                 self._update.take_back()
                 if self._heard is None:
-                    self._group.asynchronous[0].drop_sink()  # the workers may not have had all that was sent through it
+                    self._update.sinks.drop()  # the workers may not have had all that was sent through it
             return
         outcome = _Outcome.of(error) if error else _Outcome()
         try:

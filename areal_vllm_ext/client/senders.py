@@ -28,9 +28,11 @@ from .sending import Sending, choose_transport
 from .weights import Checker, Named, WeightSource, gathered, is_sharded, named_parts
 
 if TYPE_CHECKING:
+    import asyncio
+
     from ..transport.base import Sink
     from .agreement import Agreement
-    from .blocking import EngineGroup, Senders
+    from .options import Senders
     from .update import AsyncUpdate
 
 _LOOK_SECONDS = 0.01
@@ -180,18 +182,23 @@ class RankSends:
     """One rank's part in it."""
 
     def __init__(
-        self, kind: Senders, engines: EngineGroup, update: AsyncUpdate, agreement: Agreement, ends: float
+        self,
+        kind: Senders,
+        loop: asyncio.AbstractEventLoop,
+        update: AsyncUpdate,
+        agreement: Agreement,
+        ends: float,
     ) -> None:
         """
         Args:
             kind: ``parts`` or ``colocated``.
-            engines: this rank's connection.
+            loop: runs this rank's connection.
             update: the transaction; rank 0's is the one that counts.
             agreement: with the other ranks.
             ends: the deadline, by ``time.monotonic()``.
         """
         self._kind = kind
-        self._group, self._loop = engines.asynchronous
+        self._link, self._loop, self._sinks = update.link, loop, update.sinks
         self._update = update
         self._agreement = agreement
         self._ends = ends
@@ -225,7 +232,7 @@ class RankSends:
         served = {name: with_workers(info, serves[name]) for name, (info, _) in engines.items()}
         self._update.find_lasting(weights, dtype)
         name, sink = self._begin(served, device, known)
-        sending = Sending(self._group, self._loop, engines, self._update.version, self._ends, rank, self._update.spans)
+        sending = Sending(self._link, self._loop, engines, self._update.version, self._ends, rank, self._update.spans)
         if sink is None:
             for _ in full:  # the other ranks' collectives need this one
                 pass
@@ -252,7 +259,7 @@ class RankSends:
         which has met them.
         """
         while True:
-            kept, sink = self._group.has_sink, None
+            kept, sink = self._sinks.sink is not None, None
             if served:
                 sink = self._sink(served, device, known)
             transfers = zip(served, self._update.transfers_of(sink), strict=True) if sink else ()
@@ -266,9 +273,9 @@ class RankSends:
                     sink.meet(opening)  # type: ignore[arg-type]  # only whether it is done counts
                 begun = opening.result(timeout=max(self._ends - time.monotonic(), 0.0))
             except _TryAgain:
-                self._group.drop_sink()
+                self._sinks.drop()
             except BaseException:
-                self._group.drop_sink()
+                self._sinks.drop()
                 raise
             else:
                 return begun.update, sink
@@ -279,7 +286,7 @@ class RankSends:
             asked = "ipc" if device.type == "cuda" else "shared_memory"
         kind = choose_transport(asked, device, served.values())
         left = self._ends - time.monotonic()
-        return self._group.sink(kind, served, device, known.bucket_bytes, known.expected, left)
+        return self._sinks.open(kind, served, device, known.bucket_bytes, known.expected, left)
 
     def _open(self) -> Begun:
         """Rank 0: begin everywhere with the senders that all ranks have offered, and tell them."""

@@ -25,9 +25,9 @@ from ..transport.device import device_id
 from ..transport.ipc import CudaIpcSink
 
 if TYPE_CHECKING:
+    from ..control.link import Link
     from ..integrity.digest import Contents
     from ..transport.base import Sink, Work
-    from .group import AsyncEngineGroup
 
 
 class Sending:
@@ -40,7 +40,7 @@ class Sending:
 
     def __init__(
         self,
-        group: AsyncEngineGroup,
+        link: Link,
         loop: asyncio.AbstractEventLoop,
         engines: Mapping[str, tuple[EngineInfo, int]],
         version: Version,
@@ -50,15 +50,15 @@ class Sending:
     ) -> None:
         """
         Args:
-            group: whose connection is used.
-            loop: the event loop of ``group``; not the calling thread's.
+            link: the connection to the engines.
+            loop: the event loop of ``link``; not the calling thread's.
             engines: those that this sender sends to, by name, with their epochs.
             version: of the weights, for people.
             ends: when, by ``time.monotonic()``, it is given up.
             sender: its number in the update.
             spans: where to record what is done.
         """
-        self._group, self._loop, self._engines = group, loop, engines
+        self._link, self._loop, self._engines = link, loop, engines
         self._version, self._ends, self._sender = version, ends, sender
         self._spans = spans
         self.buckets = 0
@@ -249,7 +249,7 @@ class Sending:
         }
         requests = {name: (engine.address, own[epoch]) for name, (engine, epoch) in self._engines.items()}
         with self._spans.span("announced", f"announce {bucket.index}"):
-            outcomes = await self._group.request_all(requests, max(self._left(), 0.05), until_error=True)
+            outcomes = await self._link.request_all(requests, max(self._left(), 0.05), until_error=True)
         for name, outcome in outcomes.items():
             if isinstance(outcome, ArealError):
                 raise UpdateAborted(f"update to version {self._version}: {name}: {outcome}")

@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +50,18 @@ from ..transport.buckets import default_bucket_bytes, tensor_bytes, total_bytes
 from ..transport.ipc import LENT_BYTES, CudaIpcSink
 from .coordinator import Coordinator, Member
 from .sending import Sending, choose_transport
+from .state import UpdateResult
 from .weights import Checker, Named, gathered, storages, warn_unchecked
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    from ..control.command import Commander
     from ..control.connection import Round
     from ..integrity.digest import Contents
     from ..protocol import Transfer
     from ..transport.base import Sink
-    from .group import AsyncEngineGroup
+    from .sinks import Sinks
 
     Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]
 
@@ -73,30 +75,6 @@ _COMMIT_SECONDS = 120.0
 _ABORT_SECONDS = 5.0
 # For the engines to tell what they did; and where the update's time is over.
 _TRACE_SECONDS, _LATE_TRACE_SECONDS = 2.0, 0.15
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdateResult:
-    """What an update took.
-
-    Attributes:
-        version: the version that every engine in ``engines`` serves now.
-        engines: names of the engines that switched.
-        lost: engines that were lost after the first had switched, with the cause. They are out of the group.
-        nbytes: bytes of the weights that were sent; ``kept``: so many tensors were not, because every engine had them.
-        total_ms: from the first request of the update to the last engine's resume.
-        pause_ms: from the first request to pause to the last engine's resume, as the trainer sees it.
-        commit_ms: the longest switch of an engine, within the pause.
-    """
-
-    version: Version
-    engines: tuple[str, ...]
-    lost: Mapping[str, str]
-    nbytes: int
-    kept: int
-    total_ms: float
-    pause_ms: float
-    commit_ms: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,8 +102,10 @@ class UpdateOptions:
 class AsyncUpdate:
     """An update under way; made by ``AsyncEngineGroup.update``."""
 
-    def __init__(self, group: AsyncEngineGroup, version: Version, options: UpdateOptions) -> None:
-        self._group = group
+    def __init__(self, commander: Commander, sinks: Sinks, version: Version, options: UpdateOptions) -> None:
+        self._commander = commander
+        self.link = commander.link
+        self.sinks = sinks
         self._version = version
         self._options = options
         self._command = contextlib.AsyncExitStack()
@@ -198,7 +178,7 @@ class AsyncUpdate:
         self.spans.set_state("update", "lease")
         # The event loop needs the interpreter while another thread handles tensor after tensor.
         self._command.enter_context(ShortSwitchInterval())
-        command = self._group.command(self._options.deadline, without_lost=self._options.drop_lost)
+        command = self._commander.command(self._options.deadline, without_lost=self._options.drop_lost)
         try:
             targets = await self._command.enter_async_context(command)
         except BaseException:
@@ -320,7 +300,7 @@ class AsyncUpdate:
                     f"every engine was told to switch to version {self._version} and none answered ({join(coordinator.lost)}); "
                     "all will have switched, or none: the directory settles it, and status() tells"
                 )
-            self._group.drop((self._engines[name] for name in coordinator.lost), self._engines.values())
+            self._commander.drop((self._engines[name] for name in coordinator.lost), self._engines.values())
             finished = time.monotonic()
             self._result = UpdateResult(
                 version=self._version,
@@ -335,10 +315,10 @@ class AsyncUpdate:
         finally:
             self.take_back()
             switched = self._result is not None
-            self._group.sent = {meta.name: (meta, value) for meta, value in self._entries} if switched else {}
-            self._group.sent_manifest = self._manifest if switched else ""
+            self.sinks.sent = {meta.name: (meta, value) for meta, value in self._entries} if switched else {}
+            self.sinks.sent_manifest = self._manifest if switched else ""
             if not switched:
-                self._group.drop_sink()
+                self.sinks.drop()
             await self._command.aclose()
             if self._options.trace:
                 await self._write_trace(self._options.trace)
@@ -352,7 +332,7 @@ class AsyncUpdate:
             if coordinator := self._coordinator:
                 about |= {"update": coordinator.update, "given_up": coordinator.reason, "lost": coordinator.lost}
                 timeout = min(_TRACE_SECONDS, max(self._left(), _LATE_TRACE_SECONDS))
-                engines, problems = await trace.collect(self._group, self._engines, coordinator.update, timeout)
+                engines, problems = await trace.collect(self.link.request, self._engines, coordinator.update, timeout)
             spans = self.spans.snapshot()
             await asyncio.to_thread(trace.write, path, spans, engines, self._started, about)
         except Exception as error:
@@ -371,7 +351,7 @@ class AsyncUpdate:
 
         async def ask(name: str) -> None:
             with contextlib.suppress(EngineUnreachable, RequestError):
-                status = await self._group.request(self._engines[name].address, protocol.GetStatus(), timeout)
+                status = await self.link.request(self._engines[name].address, protocol.GetStatus(), timeout)
                 assert isinstance(status, protocol.Status)
                 if status.last_update == coordinator.update:
                     coordinator.found_committed(name, running=status.generation == "running")
@@ -388,16 +368,16 @@ class AsyncUpdate:
 
     async def _expected(self) -> tuple[TensorMeta, ...]:
         name, engine = next(iter(self._engines.items()))
-        if engine.incarnation not in self._group.described:
-            answer = await self._group.request(engine.address, protocol.DescribeWeights(), self._left())
+        if engine.incarnation not in self.sinks.described:
+            answer = await self.link.request(engine.address, protocol.DescribeWeights(), self._left())
             assert isinstance(answer, protocol.Weights), (name, answer)
             if answer.error:
                 warn_unchecked(answer.error)
                 return answer.tensors
             tensors, dtype = answer.tensors, engine.dtype
             largest = max((tensor_bytes(meta, dtype) for meta in tensors), default=0)
-            self._group.described = {engine.incarnation: (tensors, total_bytes(tensors, dtype), largest)}
-        tensors, self._expected_bytes, self._largest_bytes = self._group.described[engine.incarnation]
+            self.sinks.described = {engine.incarnation: (tensors, total_bytes(tensors, dtype), largest)}
+        tensors, self._expected_bytes, self._largest_bytes = self.sinks.described[engine.incarnation]
         return tensors
 
     def open(self, senders: dict[str, dict[int, Sender]]) -> Future[None]:
@@ -499,7 +479,7 @@ class AsyncUpdate:
         def heard(name: str, outcome: Answer | EngineUnreachable) -> None:
             outcomes.put_nowait((name, outcome))
 
-        return self._group.ask(addressed, self._timeout_of(phase), heard), outcomes
+        return self.link.ask(addressed, self._timeout_of(phase), heard), outcomes
 
     def _timeout_of(self, phase: str) -> float:
         if phase in _GRACE_SECONDS:
@@ -514,10 +494,12 @@ class AsyncUpdate:
     ) -> Sink:
         """The sending end, connected to every worker. ``meanwhile`` is called while they get ready, for each that is tried."""
         while True:
-            kept = self._group.has_sink
-            kind = choose_transport(self._options.transport, device, self._engines.values(), apart=self._group.apart)
+            kept = self.sinks.sink is not None
+            kind = choose_transport(
+                self._options.transport, device, self._engines.values(), apart=self.sinks.peer_ipc_failed
+            )
             size = self.bucket_bytes(device, kind)
-            sink = self._group.sink(kind, self._engines, device, size, expected, self._left())
+            sink = self.sinks.open(kind, self._engines, device, size, expected, self._left())
             transfers = zip(self._engines, self.transfers_of(sink), strict=True)
             opening = self.open({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
             try:
@@ -530,14 +512,14 @@ class AsyncUpdate:
                 opening.result()
             except UpdateAborted:
                 # A worker may have lost its end of the last update's connection: then a new one is due, not an error.
-                self._group.drop_sink()
+                self.sinks.drop()
                 if not self.refused:
                     raise
                 # Or its GPU, which looked near, is out of reach by memory (a container of its own): then NCCL does.
                 falls_back = kind == "ipc" and kind != choose_transport(
                     self._options.transport, device, self._engines.values(), apart=True
                 )
-                self._group.apart = self._group.apart or falls_back
+                self.sinks.peer_ipc_failed = self.sinks.peer_ipc_failed or falls_back
                 if not (kept or falls_back):
                     raise
             else:
@@ -547,12 +529,12 @@ class AsyncUpdate:
         """What this group sent last, where that is what every engine says that it has; else nothing."""
         assert self._coordinator is not None
         base = self._coordinator.base
-        return self._group.sent if base and base == self._group.sent_manifest else {}
+        return self.sinks.sent if base and base == self.sinks.sent_manifest else {}
 
     def _send_buckets(self, pairs: Iterator[tuple[TensorMeta, torch.Tensor]], expected: tuple[TensorMeta, ...]) -> None:
         assert self._loop is not None
         first = next(pairs)
-        sending = Sending(self._group, self._loop, self.engines, self._version, self.ends, spans=self.spans)
+        sending = Sending(self.link, self._loop, self.engines, self._version, self.ends, spans=self.spans)
         given: Iterator[tuple[TensorMeta, torch.Tensor]] = itertools.chain([first], pairs)
 
         def part(sink: Sink) -> None:

@@ -1,26 +1,15 @@
-"""The directory: which engines live, what they have agreed on, and who may command them.
+"""The directory: which engines are alive, which weights they agreed on, and who may command them.
 
-``Directory`` has no I/O and no clock: messages and clock readings in, answers out. ``DirectoryServer`` runs it behind a
-socket: in engine 0's process, or on its own (``areal-vllm directory``) for several replicas. When a client's lease has run
-out and engines are left in its update, or paused, it settles them as the next client would.
+``Directory`` has no I/O and no clock: messages and clock readings go in, answers come out. ``directory_server.py`` runs it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import threading
-import time
 import uuid
-from time import monotonic
-from typing import TYPE_CHECKING
-
-import zmq
 
 from .. import protocol
 from .._version import __version__
 from ..protocol import (
-    BEAT_SECONDS,
     EPOCH_JUMP,
     Ack,
     AcquireLease,
@@ -38,25 +27,11 @@ from ..protocol import (
     RenewLease,
     Unregister,
     Welcome,
-    security,
+    timing,
 )
-from ..protocol.server import Server
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-logger = logging.getLogger("vllm.areal_vllm_ext")
-
-_LOOK_MILLISECONDS = 200
-_RECOVERY_SECONDS = 10.0
-# An engine that was not heard for so long is reported as lost, and forgotten after the second time.
-LOST_AFTER = 5.0
-FORGOTTEN_AFTER = 60.0
-# A directory that has just started hears from every engine that lives within this.
-SETTLE_SECONDS = 2.5
-# So many engines at most, and as many that lost their place: whatever registers, memory has an end.
+# Upper bound of registered engines, and of displaced ones, so that whatever registers cannot exhaust memory.
 MOST_ENGINES = 4096
-_MAX_MESSAGE_BYTES = 1 << 20
 
 
 class Directory:
@@ -111,7 +86,7 @@ class Directory:
         if problem := self._absurd(message, key, now):
             return Error(kind="state", message=problem)
         known = self._engines.get(key)
-        if known and known[0].incarnation > message.engine.incarnation and now - known[1] <= LOST_AFTER:
+        if known and known[0].incarnation > message.engine.incarnation and now - known[1] <= timing.LOST_AFTER_SECONDS:
             if len(self._displaced) < MOST_ENGINES:
                 self._displaced[message.engine.incarnation] = (message.engine, now)
             return Error(
@@ -136,12 +111,12 @@ class Directory:
 
     def _knows_what_was_agreed(self, now: float) -> bool:
         """Not just after its start, nor while a client may be changing it, nor before everybody has told of the change."""
-        told_after = self._lease_ends + BEAT_SECONDS if self._lease_ends else 0.0
+        told_after = self._lease_ends + timing.HEARTBEAT_SECONDS if self._lease_ends else 0.0
         return (
             now - self._started >= self._settle_seconds
             and now >= self._lease_ends
             and all(
-                heard >= told_after or now - heard > LOST_AFTER
+                heard >= told_after or now - heard > timing.LOST_AFTER_SECONDS
                 for key, (_, heard) in self._engines.items()
                 if key in self._joined
             )
@@ -166,10 +141,10 @@ class Directory:
         needs_recovery = any(
             self._beats[key].needs_recovery
             for key, (_, heard) in self._engines.items()
-            if key in self._joined and heard > self._lease_ends and now - heard <= LOST_AFTER
+            if key in self._joined and heard > self._lease_ends and now - heard <= timing.LOST_AFTER_SECONDS
         )
         # What an engine that is not heard yet has done decides what the others must do: it gets the time to be heard.
-        return needs_recovery and (now - self._started > LOST_AFTER or not self._some_rank_missing())
+        return needs_recovery and (now - self._started > timing.LOST_AFTER_SECONDS or not self._some_rank_missing())
 
     def _some_rank_missing(self) -> bool:
         sizes = {replica: engine.dp_size for (replica, _), (engine, _) in self._engines.items()}
@@ -189,19 +164,25 @@ class Directory:
 
     def _prune(self, now: float) -> None:
         for key, (_, heard) in list(self._engines.items()):
-            if now - heard > FORGOTTEN_AFTER:
+            if now - heard > timing.FORGOTTEN_AFTER_SECONDS:
                 self._forget(key)
-        self._displaced = {name: entry for name, entry in self._displaced.items() if now - entry[1] <= LOST_AFTER}
+        self._displaced = {
+            name: entry for name, entry in self._displaced.items() if now - entry[1] <= timing.LOST_AFTER_SECONDS
+        }
 
     def _discover(self, now: float) -> Engines:
         self._prune(now)
         by_rank = sorted(self._engines.items())
-        alive = [(key, engine) for key, (engine, heard) in by_rank if now - heard <= LOST_AFTER]
+        alive = [(key, engine) for key, (engine, heard) in by_rank if now - heard <= timing.LOST_AFTER_SECONDS]
         return Engines(
             alive=tuple(engine for key, engine in alive if key in self._joined),
             joining=tuple(engine for key, engine in alive if key not in self._joined),
-            lost=tuple((engine, now - heard) for _, (engine, heard) in by_rank if now - heard > LOST_AFTER),
-            displaced=tuple(engine for engine, heard in self._displaced.values() if now - heard <= LOST_AFTER),
+            lost=tuple(
+                (engine, now - heard) for _, (engine, heard) in by_rank if now - heard > timing.LOST_AFTER_SECONDS
+            ),
+            displaced=tuple(
+                engine for engine, heard in self._displaced.values() if now - heard <= timing.LOST_AFTER_SECONDS
+            ),
         )
 
     def _acquire(self, message: AcquireLease, now: float) -> Answer:
@@ -237,68 +218,3 @@ def wrong_protocol(theirs: int) -> Error:
 def new_incarnation(now: float) -> str:
     """A name for a process that sorts after the names of earlier processes."""
     return f"{round(now * 1e6):020d}-{uuid.uuid4().hex[:8]}"
-
-
-class DirectoryServer:
-    """Runs a ``Directory`` in a thread of its own, and recoveries in another."""
-
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        host: str,
-        port: int,
-        key: security.ClusterKey,
-        max_message_bytes: int = _MAX_MESSAGE_BYTES,
-        clock: Callable[[], float] = monotonic,
-        *,
-        settle_seconds: float = 0.0,
-        resume_orphans: bool = True,
-    ) -> None:
-        """Bind now, so that an address in use is an error here and not in a thread.
-
-        Args:
-            context: its sockets are closed when it ends.
-            host: own address.
-            port: 0 takes a free one.
-            key: the cluster's.
-            max_message_bytes: longest message that is read.
-            clock: for tests.
-            settle_seconds: see ``Directory``.
-            resume_orphans: whether engines run again when whoever paused them is gone.
-        """
-        self._server = Server(context, host, port, key, protocol.directory_decoder, max_message_bytes)
-        self._directory = Directory(clock(), settle_seconds)
-        self._clock = clock
-        self._key = key
-        self._resume_orphans = resume_orphans
-        self._recovery: threading.Thread | None = None
-        self.address = self._server.address
-        self.thread = threading.Thread(target=self._run, name="areal-directory", daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self._server.socket.poll(_LOOK_MILLISECONDS)
-                for caller, message in self._server.requests():
-                    self._server.answer(caller, self._directory.handle(message, self._clock()))
-                if not (self._recovery and self._recovery.is_alive()) and self._directory.recovery_due(self._clock()):
-                    self._recovery = threading.Thread(target=self._recover, name="areal-recovery", daemon=True)
-                    self._recovery.start()
-        except zmq.ContextTerminated:
-            self._server.socket.close()
-
-    def _recover(self) -> None:
-        """Do what the next client would do first."""
-        from ..client.group import AsyncEngineGroup
-
-        async def recover() -> None:
-            async with AsyncEngineGroup((self.address,), lambda _: self._key, 1 << 20) as group:
-                await group.recover(deadline=_RECOVERY_SECONDS, resume=self._resume_orphans)
-
-        try:
-            asyncio.run(recover())
-            logger.warning("areal_vllm_ext: a client was gone; the engines that it left in an update were settled")
-        except Exception as error:
-            logger.warning("areal_vllm_ext: engines that a client left cannot be settled yet: %s", error)
-            time.sleep(BEAT_SECONDS)

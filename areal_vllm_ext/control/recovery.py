@@ -28,19 +28,12 @@ class Recovery:
     wait: bool
 
 
-def plan(
-    statuses: Mapping[str, Status],
-    epochs: Mapping[str, int],
-    *,
-    directories: Mapping[str, str] | None = None,
-    all_here: bool = True,
-) -> Recovery:
+def plan(statuses: Mapping[str, Status], epoch: int, *, all_here: bool = True) -> Recovery:
     """What brings every engine back to serving one version.
 
     Args:
-        statuses: each engine's status, taken after it was fenced with its epoch.
-        epochs: the new epoch of each engine.
-        directories: which directory each engine belongs to (default: all to one): epochs are a directory's own.
+        statuses: each engine's status, taken after it was fenced with ``epoch``.
+        epoch: the new epoch.
         all_here: whether ``statuses`` are those of all engines. One that is away may have committed: where the others
             abort, they agree on that with the new epoch, and it is stale when it comes back.
     """
@@ -49,17 +42,17 @@ def plan(
     settle: dict[str, EngineRequest] = {}
     for name, status in statuses.items():
         if status.update_phase == "prepared" and status.update in committed:
-            settle[name] = Commit(epoch=epochs[name], update=status.update)
+            settle[name] = Commit(epoch=epoch, update=status.update)
         elif status.update_phase in ("receiving", "prepared"):
-            settle[name] = Abort(epoch=epochs[name], update=status.update, reason="its client is gone")
+            settle[name] = Abort(epoch=epoch, update=status.update, reason="its client is gone")
     wait = any(status.update_phase == "committing" for status in statuses.values())
-    current = _current(statuses, settle, directories or {})
+    current = _current(statuses, settle)
     agree: dict[str, EngineRequest] = {}
     if not all_here and not wait and any(isinstance(request, Abort) for request in settle.values()):
-        agree = {name: AdoptEpoch(epoch=epochs[name]) for name in current}
+        agree = {name: AdoptEpoch(epoch=epoch) for name in current}
     orphaned = {status.engine.replica for status in statuses.values() if status.orphaned}
     resume: dict[str, EngineRequest] = {
-        name: Resume(epoch=epochs[name])
+        name: Resume(epoch=epoch)
         for name, status in statuses.items()
         if name in current
         and status.generation != "running"
@@ -68,17 +61,12 @@ def plan(
     return Recovery(settle, agree, resume, wait)
 
 
-def _current(
-    statuses: Mapping[str, Status], settle: Mapping[str, EngineRequest], directories: Mapping[str, str]
-) -> set[str]:
+def _current(statuses: Mapping[str, Status], settle: Mapping[str, EngineRequest]) -> set[str]:
     """The engines that will have the group's weights once ``settle`` is done: neither tainted nor stale."""
-    newest: dict[str, int] = {}
-    for name, status in statuses.items():
-        directory = directories.get(name, "")
-        newest[directory] = max(newest.get(directory, 0), status.committed_epoch)
+    newest = max((status.committed_epoch for status in statuses.values()), default=0)
     return {
         name
         for name, status in statuses.items()
         if status.update_phase not in ("tainted", "stale")
-        and (isinstance(settle.get(name), Commit) or status.committed_epoch >= newest[directories.get(name, "")])
+        and (isinstance(settle.get(name), Commit) or status.committed_epoch >= newest)
     }

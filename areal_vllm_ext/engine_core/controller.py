@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.interface import PauseState
 
 from ..config import DEFAULT_DIRECTORY_PORT, Settings, split_address
-from ..control.directory import SETTLE_SECONDS, DirectoryServer, new_incarnation
+from ..control.directory import new_incarnation
+from ..control.directory_server import DirectoryServer
 from ..errors import SettingsError
-from ..protocol import EngineInfo, PauseMode, Version, security
+from ..protocol import EngineInfo, PauseMode, Version, security, timing
 from .endpoint import Endpoint, Identity
 from .launch_facts import launch_facts
 
@@ -115,7 +116,7 @@ class Controller:
                 self.endpoint.context,
                 *split_address(address),
                 key,
-                settle_seconds=0.0 if alone and not explicit else SETTLE_SECONDS,
+                settle_seconds=0.0 if alone and not explicit else timing.SETTLE_SECONDS,
                 resume_orphans=settings.resume_orphans,
             )
         except SettingsError as error:

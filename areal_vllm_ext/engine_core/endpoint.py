@@ -25,7 +25,6 @@ from ..control.directory import wrong_protocol
 from ..integrity import checkpoint
 from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
-    BEAT_SECONDS,
     Attach,
     DescribeWeights,
     DigestsTaken,
@@ -44,6 +43,7 @@ from ..protocol import (
     WorkerTrace,
     WorkerWeights,
     security,
+    timing,
 )
 from ..protocol.server import ReplyTo, Server, connect
 from .participant import CallCancelPause, CallCommit, CallLoad, CallPause, CallResume, Effect, Order, Participant, Reply
@@ -221,7 +221,7 @@ class Endpoint:
                 self._carry_out(self.tracing.tick(now))
                 self._adapt_switch_interval()
                 if now >= next_beat and self._all_attached.is_set():
-                    next_beat = now + BEAT_SECONDS
+                    next_beat = now + timing.HEARTBEAT_SECONDS
                     self._tell(directory, self._participant.beat(self.info))
             if self._farewell:
                 directory.linger = _LAST_WORD_MILLISECONDS
@@ -250,7 +250,7 @@ class Endpoint:
         asked = self._digesting or self.tracing.waiting
         if state.update or state.generation != "running" or asked or not self._all_attached.is_set():
             return _TICK_MILLISECONDS
-        return math.ceil(min(max(next_beat - monotonic(), 0.0), BEAT_SECONDS) * 1e3)
+        return math.ceil(min(max(next_beat - monotonic(), 0.0), timing.HEARTBEAT_SECONDS) * 1e3)
 
     def _read_directory(self, directory: zmq.Socket[bytes]) -> None:
         while directory.poll(0):

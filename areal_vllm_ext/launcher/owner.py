@@ -15,10 +15,10 @@ import zmq
 from ray.util.placement_group import remove_placement_group
 
 from ..client.group import AsyncEngineGroup
-from ..control.directory import SETTLE_SECONDS, DirectoryServer
+from ..control.directory_server import DirectoryServer
 from ..errors import ArealError, LaunchError
 from ..process.lifeline import Lifelines
-from ..protocol import security
+from ..protocol import security, timing
 from .node import NodeLauncher
 from .state import DirectoryEndpoint, NodeAddress, NodeState, ReplicaState
 
@@ -54,7 +54,7 @@ class ReplicaOwner:
         if directory is None:
             key, context = key or security.new_key(), zmq.Context()
             security.ZapAuthenticator(context, key)
-            server = DirectoryServer(context, own, 0, key, settle_seconds=SETTLE_SECONDS)
+            server = DirectoryServer(context, own, 0, key, settle_seconds=timing.SETTLE_SECONDS)
             directory = DirectoryEndpoint(server.address, key)
         self._directory = directory
         self._running = asyncio.create_task(self._run())

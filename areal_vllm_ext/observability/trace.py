@@ -20,10 +20,11 @@ from ..errors import EngineUnreachable, RequestError
 from .spans import clock_offset, shifted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 
-    from ..client.group import AsyncEngineGroup
-    from ..protocol import EngineInfo, Span
+    from ..protocol import Answer, EngineInfo, Message, Span
+
+    Request = Callable[[str, Message, float], Awaitable[Answer]]
 
 # Of each kind so many spans in a process; of all workers' together so many, as long as each has a few.
 MAX_SPANS_PER_KIND = 512
@@ -39,7 +40,7 @@ def spans_for(engines: Iterable[EngineInfo]) -> int:
 
 
 async def collect(
-    group: AsyncEngineGroup, engines: Mapping[str, EngineInfo], update: str, timeout: float
+    request: Request, engines: Mapping[str, EngineInfo], update: str, timeout: float
 ) -> tuple[dict[str, list[Span]], list[str]]:
     """What the engines did in ``update``, by name and by this process' clock; and what is missing, for people."""
     told: dict[str, list[Span]] = {}
@@ -49,7 +50,7 @@ async def collect(
     async def ask(name: str, engine: EngineInfo) -> None:
         sent = monotonic()
         try:
-            trace = await group.request(engine.address, question, timeout)
+            trace = await request(engine.address, question, timeout)
         except (EngineUnreachable, RequestError) as error:
             problems.append(f"{name}: {error}")
             return

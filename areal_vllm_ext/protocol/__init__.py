@@ -53,9 +53,6 @@ from .messages import (
     WorkerOrder,
     WorkerTrace,
 )
-from .timing import (
-    BEAT_SECONDS,
-)
 from .types import (
     EPOCH_JUMP,
     PROTOCOL_VERSION,
@@ -92,7 +89,6 @@ from .types import (
 )
 
 __all__ = [
-    "BEAT_SECONDS",
     "EPOCH_JUMP",
     "PROTOCOL_VERSION",
     "REQUEST_ID_BYTES",

@@ -1,4 +1,11 @@
-"""The periods that both ends of the wire know, in seconds."""
+"""Timing that both sides of a connection rely on, in seconds."""
 
-# Every engine registers with the directory this often.
-BEAT_SECONDS = 1.0
+from __future__ import annotations
+
+# An engine reports to the directory at this interval.
+HEARTBEAT_SECONDS = 1.0
+# An engine is lost after this time without a heartbeat, and the directory forgets it after the second time.
+LOST_AFTER_SECONDS = 5.0
+FORGOTTEN_AFTER_SECONDS = 60.0
+# A directory that has just started has heard from every engine that is alive once this time is over.
+SETTLE_SECONDS = 2.5

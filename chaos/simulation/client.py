@@ -15,6 +15,8 @@ from areal_vllm_ext.client import sending as client_sending
 from areal_vllm_ext.client import update as client_update
 from areal_vllm_ext.client.group import AsyncEngineGroup
 from areal_vllm_ext.client.sending import Sending
+from areal_vllm_ext.control import command as control_command
+from areal_vllm_ext.control.link import Link
 from areal_vllm_ext.errors import ArealError, EngineUnreachable
 from areal_vllm_ext.protocol import Answer, Bucket, Disk, Message, Sender
 from areal_vllm_ext.protocol.server import ReplyTo
@@ -48,10 +50,13 @@ class Asking(Process):
 
     def group(self) -> AsyncEngineGroup:
         """The real client, on this process's loop."""
-        group = AsyncEngineGroup((DIRECTORY,), None, 16 << 20)
-        group.holder = self.name
-        group._connection = self  # type: ignore[assignment]
-        return group
+        return AsyncEngineGroup(self.link(), DIRECTORY, self.name)
+
+    def link(self) -> Link:
+        """The real requests, over the simulated connection."""
+        link = Link(None, 16 << 20)
+        link._connection = self  # type: ignore[assignment]
+        return link
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
         if settle := self.pending.get(caller):
@@ -156,7 +161,7 @@ class Trainer(Asking):
                 # What ``send`` does on its thread.
                 await update._begin({name: {0: Sender(transfer=Disk(path="/"))} for name in update.engines})
                 loop = asyncio.get_running_loop()
-                sending = Sending(self.engines, loop, update.engines, call.version, update.ends)
+                sending = Sending(update.link, loop, update.engines, call.version, update.ends)
                 for index in range(BUCKETS):
                     await sending.announce(
                         Bucket(epoch=0, update=update._coordinator.update, index=index, nbytes=0, segments=())
@@ -185,6 +190,7 @@ def simulated_time() -> Iterator[None]:
     """The client reads its process's clock meanwhile."""
     with (
         mock.patch.object(client_group, "time", SimulatedTime),
+        mock.patch.object(control_command, "time", SimulatedTime),
         mock.patch.object(client_update, "time", SimulatedTime),
         mock.patch.object(client_sending, "time", SimulatedTime),
     ):

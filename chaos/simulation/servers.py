@@ -6,10 +6,11 @@ import asyncio
 import functools
 from typing import TYPE_CHECKING, Any
 
-from areal_vllm_ext.control.directory import SETTLE_SECONDS, Directory
+from areal_vllm_ext.control.command import Commander
+from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.engine_core.participant import CallCommit
 from areal_vllm_ext.errors import ArealError
-from areal_vllm_ext.protocol import BEAT_SECONDS, Answer, DirectoryRequest, EngineInfo, Registered
+from areal_vllm_ext.protocol import Answer, DirectoryRequest, EngineInfo, Registered, timing
 from areal_vllm_ext.protocol.server import ReplyTo
 
 from .base import DIRECTORY, LOOK_SECONDS, RECOVERY_SECONDS, TICK_SECONDS, Violation
@@ -26,7 +27,7 @@ class DirectoryProcess(Asking):
 
     def __init__(self, world: World) -> None:
         super().__init__(world, "directory")
-        self.directory = Directory(self.time(), SETTLE_SECONDS)
+        self.directory = Directory(self.time(), timing.SETTLE_SECONDS)
         self.answers: dict[ReplyTo, Answer] = {}
         self.recovery: asyncio.Task[None] | None = None
         world.join(self, DIRECTORY)
@@ -41,10 +42,10 @@ class DirectoryProcess(Asking):
 
     async def recover(self) -> None:
         try:
-            await self.group().recover(deadline=RECOVERY_SECONDS, resume=True)
+            await Commander(self.link(), DIRECTORY, self.name).recover(RECOVERY_SECONDS, resume=True)
         except ArealError as error:
             self.world.log(self.name, f"cannot recover: {error}")
-            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.sleep(timing.HEARTBEAT_SECONDS)
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
         if not isinstance(message, DirectoryRequest):  # an answer to what it asks, as a client, of engines or of itself
@@ -72,7 +73,7 @@ class EngineProcess(Process):
         self._stepping = False
         world.join(self, info.address)
         self.after(world.dice.uniform(0, TICK_SECONDS), self.tick)
-        self.after(world.dice.uniform(0, BEAT_SECONDS), self.beat)
+        self.after(world.dice.uniform(0, timing.HEARTBEAT_SECONDS), self.beat)
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
         if caller.peer == self.name.encode():
@@ -104,7 +105,7 @@ class EngineProcess(Process):
     def beat(self) -> None:
         beat = self.engine.participant.beat(self.engine.info)
         self.world.send(self, DIRECTORY, new_caller(self), beat)
-        self.after(BEAT_SECONDS, self.beat)
+        self.after(timing.HEARTBEAT_SECONDS, self.beat)
 
     def flush(self) -> None:
         """Answers go out, and what waits goes on a moment later."""

@@ -84,11 +84,11 @@ def test_pause_that_only_some_ranks_got_is_taken_back(cluster: Cluster, group: E
 
     async def pause_rank_0_alone() -> None:
         one = AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file)
-        async with one, one.command(10) as targets:
+        async with one, one._commander.command(10) as targets:
             target = next(iter(targets.values()))
             message = protocol.Pause(epoch=target.epoch, mode="keep", kv="keep", timeout=1.0)
             with pytest.raises(RequestError, match="taken back"):
-                await one.request(target.engine.address, message, 5.0)
+                await one._link.request(target.engine.address, message, 5.0)
 
     asyncio.run(pause_rank_0_alone())
     cluster.assert_serves_trainers_weights()
@@ -105,14 +105,14 @@ def test_staggered_arrival(cluster: Cluster, group: EngineGroup) -> None:
 
     async def staggered() -> None:
         one = AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file)
-        async with one, one.command(30) as targets:
+        async with one, one._commander.command(30) as targets:
             for make in (
                 lambda epoch: protocol.Pause(epoch=epoch, mode="keep", kv="keep", timeout=20.0),
                 lambda epoch: protocol.Resume(epoch=epoch),
             ):
                 tasks = []
                 for target in targets.values():
-                    request = one.request(target.engine.address, make(target.epoch), 20.0)
+                    request = one._link.request(target.engine.address, make(target.epoch), 20.0)
                     tasks.append(asyncio.create_task(request))
                     await asyncio.sleep(1.0)
                 await asyncio.gather(*tasks)

@@ -13,8 +13,7 @@ from raw_client import RawClient
 from waiting import eventually
 
 from areal_vllm_ext import protocol
-from areal_vllm_ext.control import directory as directory_module
-from areal_vllm_ext.control.directory import FORGOTTEN_AFTER, LOST_AFTER, Directory, new_incarnation
+from areal_vllm_ext.control.directory import Directory, new_incarnation
 from areal_vllm_ext.protocol import (
     Ack,
     AcquireLease,
@@ -30,6 +29,7 @@ from areal_vllm_ext.protocol import (
     RenewLease,
     Welcome,
 )
+from areal_vllm_ext.protocol.timing import FORGOTTEN_AFTER_SECONDS, HEARTBEAT_SECONDS, LOST_AFTER_SECONDS
 
 if TYPE_CHECKING:
     from harness.simulated_engine import Deployment
@@ -76,11 +76,11 @@ def test_engines_are_told_by_replica_and_rank() -> None:
 def test_an_engine_that_is_silent_is_lost_and_says_since_when() -> None:
     directory = Directory()
     beat(directory, engine(), 100.0)
-    assert seen(directory, 100.0 + LOST_AFTER).alive == (engine(),)
-    later = seen(directory, 100.0 + LOST_AFTER + 0.5)
+    assert seen(directory, 100.0 + LOST_AFTER_SECONDS).alive == (engine(),)
+    later = seen(directory, 100.0 + LOST_AFTER_SECONDS + 0.5)
     assert later.alive == ()
-    assert later.lost == ((engine(), LOST_AFTER + 0.5),)
-    assert LOST_AFTER == 5.0
+    assert later.lost == ((engine(), LOST_AFTER_SECONDS + 0.5),)
+    assert LOST_AFTER_SECONDS == 5.0
 
 
 def test_a_lost_engine_that_beats_again_is_alive() -> None:
@@ -94,8 +94,8 @@ def test_a_lost_engine_that_beats_again_is_alive() -> None:
 def test_the_dead_are_forgotten_in_the_end() -> None:
     directory = Directory()
     beat(directory, engine(), 0.0)
-    assert seen(directory, FORGOTTEN_AFTER).lost
-    assert seen(directory, FORGOTTEN_AFTER + 1) == Engines(alive=())
+    assert seen(directory, FORGOTTEN_AFTER_SECONDS).lost
+    assert seen(directory, FORGOTTEN_AFTER_SECONDS + 1) == Engines(alive=())
     assert seen(directory, 1.0) == Engines(alive=()), "it came back by itself"
 
 
@@ -123,13 +123,13 @@ def test_two_replicas_of_one_name_are_reported_with_the_setting() -> None:
     assert isinstance(refusal, Error)
     assert "AREAL_VLLM_REPLICA" in refusal.message
     assert seen(directory, 1.0).displaced == (engine(incarnation="1"),)
-    assert seen(directory, 1.0 + LOST_AFTER + 0.1).displaced == (), "its process has ended meanwhile"
+    assert seen(directory, 1.0 + LOST_AFTER_SECONDS + 0.1).displaced == (), "its process has ended meanwhile"
 
 
 def test_a_lost_engine_is_replaced_by_whoever_comes_however_its_clock_goes() -> None:
     directory = Directory()
     beat(directory, engine(incarnation="2"), 0.0)
-    now = LOST_AFTER + 1.0
+    now = LOST_AFTER_SECONDS + 1.0
     assert isinstance(beat(directory, engine(incarnation="1"), now), Registered)
     assert seen(directory, now).alive == (engine(incarnation="1"),)
 
@@ -301,7 +301,7 @@ def test_a_directory_answers_a_malformed_request_and_goes_on(deployment: Deploym
     assert isinstance(answer, Error)
     assert answer.kind == "malformed"
     assert isinstance(client.ask(Discover()), Engines)
-    assert directory_module.BEAT_SECONDS < LOST_AFTER / 2, "one lost beat must not make an engine lost"
+    assert HEARTBEAT_SECONDS < LOST_AFTER_SECONDS / 2, "one lost beat must not make an engine lost"
 
 
 # What the engines agreed on, and what a client has left
@@ -346,16 +346,16 @@ def test_an_engine_that_is_lost_asks_for_nothing() -> None:
     directory = Directory()
     for rank in (0, 1):
         told(directory, rank, 1.0, needs_recovery=True)
-    assert directory.recovery_due(1.0 + LOST_AFTER)
-    assert not directory.recovery_due(1.1 + LOST_AFTER)
+    assert directory.recovery_due(1.0 + LOST_AFTER_SECONDS)
+    assert not directory.recovery_due(1.1 + LOST_AFTER_SECONDS)
 
 
 def test_a_directory_that_has_just_started_waits_for_ranks_that_it_has_not_heard_of() -> None:
     directory = Directory(started=100.0)
     told(directory, 0, 101.0, needs_recovery=True)
     assert not directory.recovery_due(101.0)
-    told(directory, 0, 100.1 + LOST_AFTER, needs_recovery=True)
-    assert directory.recovery_due(100.1 + LOST_AFTER)
+    told(directory, 0, 100.1 + LOST_AFTER_SECONDS, needs_recovery=True)
+    assert directory.recovery_due(100.1 + LOST_AFTER_SECONDS)
     fresh = Directory(started=100.0)
     for rank in (0, 1):
         told(fresh, rank, 101.0, needs_recovery=True)
@@ -403,7 +403,7 @@ def test_one_that_is_lost_holds_nobody_up() -> None:
     granted(directory, "trainer", 2.0)
     directory.handle(ReleaseLease(epoch=1), 4.0)
     assert told(directory, 1, 5.9) == Ack()
-    assert isinstance(told(directory, 1, 1.1 + LOST_AFTER), Registered)
+    assert isinstance(told(directory, 1, 1.1 + LOST_AFTER_SECONDS), Registered)
 
 
 def test_a_restarted_engine_joins_anew() -> None:

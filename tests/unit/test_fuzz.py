@@ -96,7 +96,7 @@ def test_bad_frames_cost_nobody_anything(
     engines: tuple[subprocess.Popen[bytes], EngineGroup], key_file: Path, key: security.ClusterKey, tmp_path: Path
 ) -> None:
     process, group = engines
-    directory = group._group._addresses[0]
+    directory = group._group._commander.directory
     endpoint = group.engines()[0].address
 
     def update(version: int) -> None:

@@ -116,7 +116,7 @@ def test_ranks_that_are_missing_are_named_with_the_way_out(key: security.Cluster
         message = str(missing.value)
         assert "DP rank 1 of replica simulated never registered" in message
         assert "DP rank 3 of replica simulated never registered" in message
-        assert "there are: 0 on node0, 2 on node2" in message
+        assert "registered: 0 on node0, 2 on node2" in message
         assert "--worker-extension-cls" in message
         with pytest.raises(EnginesMissing, match="DP rank 1"):
             group.pause(deadline=1.0)
@@ -127,16 +127,16 @@ def test_too_few_replicas_are_counted(group: EngineGroup) -> None:
         group.wait_ready(5, timeout=0.5)
 
 
-def test_one_group_spans_several_replicas_behind_one_directory_or_several(
+def test_one_group_spans_the_replicas_that_share_a_directory(
     deployment: Deployment, key: security.ClusterKey, key_file: Path
 ) -> None:
     with (
         deployed(key, 1, shape=Shape(replica="shared"), directory=deployment.directory),
-        deployed(key, 1, shape=Shape(replica="own")) as own,
-        EngineGroup.connect(deployment.directory, own.directory, key_file=key_file) as group,
+        deployed(key, 1, shape=Shape(replica="another"), directory=deployment.directory),
+        EngineGroup.connect(deployment.directory, key_file=key_file) as group,
     ):
         found = group.wait_ready(4, timeout=10)
-        assert sorted({engine.replica for engine in found}) == ["own", "shared", "simulated"]
+        assert sorted({engine.replica for engine in found}) == ["another", "shared", "simulated"]
         group.pause(deadline=5)
         assert states(group) == ["paused"] * 4
         group.resume(deadline=5)
@@ -313,7 +313,7 @@ def test_a_lease_that_another_keeps_is_an_error_that_names_the_holder(
 def test_a_lease_is_renewed_for_as_long_as_a_call_takes(
     deployment: Deployment, key_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("areal_vllm_ext.client.group._LEASE_SECONDS", 0.8)
+    monkeypatch.setattr("areal_vllm_ext.control.command._LEASE_SECONDS", 0.8)
     deployment.engines[0].seconds["pause"] = 2.0
     with (
         EngineGroup.connect(deployment.directory, key_file=key_file) as slow,
@@ -586,10 +586,9 @@ def test_both_clients_have_the_same_methods() -> None:
             if not name.startswith("_")
         }
 
-    own_use = {"request", "request_all", "ask", "sink", "drop_sink", "command", "run", "recover", "drop"}
     plain, asynchronous = methods(EngineGroup), methods(AsyncEngineGroup)
-    assert set(plain) - own_use == set(asynchronous) - own_use
-    for name in set(plain) - own_use - {"update"}:
+    assert set(plain) == set(asynchronous)
+    for name in set(plain) - {"update"}:
         assert plain[name] == asynchronous[name], name
 
 

@@ -247,7 +247,7 @@ def test_a_trainer_that_slept_through_its_lease_hears_what_became_of_its_update(
     def successor_comes(phase: str) -> None:
         if phase != "commit":
             return
-        lease = raw(ready.directory).ask(AcquireLease(holder=group._group.holder, seconds=5))
+        lease = raw(ready.directory).ask(AcquireLease(holder=group._group._commander.holder, seconds=5))
         assert isinstance(lease, Lease)
         for number, engine in enumerate(ready.engines.values()):
             client, update = raw(engine.endpoint.address), engine.endpoint.participant.update

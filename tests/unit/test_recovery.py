@@ -32,7 +32,7 @@ def status(**changes: Any) -> Status:
 
 
 def plan(**statuses: Status) -> recovery.Recovery:
-    return recovery.plan(statuses, dict.fromkeys(statuses, 3))
+    return recovery.plan(statuses, 3)
 
 
 def test_nothing_to_do_for_engines_that_serve() -> None:
@@ -80,12 +80,12 @@ def test_an_update_that_one_engine_is_switching_to_is_not_aborted_elsewhere() ->
 
 def test_where_one_is_away_the_others_agree_anew_before_they_resume() -> None:
     prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u", committed_epoch=2)
-    found = recovery.plan({"a": prepared, "b": prepared}, {"a": 3, "b": 4}, all_here=False)
-    assert found.agree == {"a": AdoptEpoch(epoch=3), "b": AdoptEpoch(epoch=4)}
+    found = recovery.plan({"a": prepared, "b": prepared}, 3, all_here=False)
+    assert found.agree == {"a": AdoptEpoch(epoch=3), "b": AdoptEpoch(epoch=3)}
     assert sorted(found.resume) == ["a", "b"]
     assert plan(a=prepared, b=prepared).agree == {}
     committed = status(last_update="u", generation="paused", paused_for="u", committed_epoch=3)
-    gone_forward = recovery.plan({"a": prepared, "b": committed}, {"a": 3, "b": 3}, all_here=False)
+    gone_forward = recovery.plan({"a": prepared, "b": committed}, 3, all_here=False)
     assert gone_forward.agree == {}, "whoever is away has switched, or can"
 
 
@@ -97,13 +97,6 @@ def test_an_engine_that_is_behind_stays_paused() -> None:
     assert found.resume == {}
     stale = status(update_phase="stale", generation="paused", paused_for="stale", committed_epoch=2)
     assert plan(a=stale, b=ahead) == recovery.Recovery({}, {}, {}, wait=False)
-
-
-def test_epochs_of_different_directories_are_not_compared() -> None:
-    paused = status(generation="paused", paused_for="u", committed_epoch=2)
-    ahead = status(committed_epoch=9)
-    found = recovery.plan({"a": paused, "b": ahead}, {"a": 3, "b": 10}, directories={"a": "x", "b": "y"})
-    assert list(found.resume) == ["a"]
 
 
 def test_one_orphan_resumes_its_whole_replica() -> None:

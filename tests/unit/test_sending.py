@@ -212,7 +212,7 @@ def test_staging_that_is_kept_is_used_by_the_next_update(served: Served, group: 
     places = []
     for seed, keep in enumerate((True, True, False, False), 1):
         send(group, weights(seed), seed, transport=transport, keep_buffers=keep)
-        if isinstance(sink := group._group._sink[1], BroadcastSink):  # type: ignore[index]
+        if isinstance(sink := group._group._sinks.sink, BroadcastSink):
             assert bool(sink._buffers) == keep, "the trainer's buckets"
         assert served.serves(weights(seed))
         places.append(addresses(served))
@@ -546,7 +546,7 @@ def test_where_memory_is_out_of_reach_auto_goes_on_by_broadcast(
     for seed in (1, 2):
         send(group, weights(seed), transport="auto")
         assert served.serves(weights(seed))
-    assert group._group.apart
+    assert group._group._sinks.peer_ipc_failed
 
 
 def test_weights_that_turn_out_wrong_pause_their_engine_until_the_next_update(

@@ -150,7 +150,8 @@ def test_room_is_asked_for_parts_and_buckets_on_the_way(
     choose = staging.choose
     monkeypatch.setattr(staging, "choose", lambda kind, *rest: (asked.append(rest[:2]), choose(kind, *rest))[1])
     # The largest tensor is as large as this model: as if it were of a byte.
-    group._group.described = {name: (tensors, size, 1) for name, (tensors, size, _) in group._group.described.items()}
+    sinks = group._group._sinks
+    sinks.described = {name: (tensors, size, 1) for name, (tensors, size, _) in sinks.described.items()}
     staged_at_commit(shards, group, 10, bucket_mib=0)
     plan = shards.ranks[0].receiver.loader._plan
     whole = sum(-(-tensor.nbytes // 256) * 256 for tensor in weights(10).values())

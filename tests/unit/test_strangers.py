@@ -44,6 +44,7 @@ from areal_vllm_ext.protocol import (
     security,
 )
 from areal_vllm_ext.protocol import server as wire
+from areal_vllm_ext.protocol.timing import FORGOTTEN_AFTER_SECONDS, LOST_AFTER_SECONDS
 from harness.simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 
 Raw = Callable[..., RawClient]
@@ -171,7 +172,7 @@ def test_the_directory_knows_so_many_engines_at_most(monkeypatch: pytest.MonkeyP
     assert isinstance(answers[10], Error)
     assert "knows 10 engines already" in answers[10].message
     assert isinstance(known.handle(Register(engine=engine("3"), epoch=0), 1.0), Registered), "one of them beats"
-    later = directory.FORGOTTEN_AFTER + 0.5
+    later = FORGOTTEN_AFTER_SECONDS + 0.5
     answer = known.handle(Register(engine=engine("new"), epoch=0), later)
     assert isinstance(answer, Registered), "the others are forgotten"
     assert [one.replica for one in found(known, later).alive] == ["new"]
@@ -185,7 +186,7 @@ def test_the_directory_remembers_so_many_that_lost_their_place(monkeypatch: pyte
         known.handle(Register(engine=engine(incarnation=str(number)), epoch=0), 0.0)
     assert len(found(known, 0.0).displaced) == 10
     assert not known._displaced or len(known._displaced) == 10
-    assert found(known, directory.LOST_AFTER + 1).displaced == ()
+    assert found(known, LOST_AFTER_SECONDS + 1).displaced == ()
     assert not known._displaced, "they are forgotten, not only hidden"
 
 

@@ -61,7 +61,7 @@ Script = Generator[dict[str, EngineRequest], Answers, dict[str, Status] | None]
 
 
 class Client:
-    """Whoever holds the lease: takes over (as ``AsyncEngineGroup._take_over``), then updates (as ``AsyncUpdate._drive``),
+    """Whoever holds the lease: takes over (as ``Commander._take_over``), then updates (as ``AsyncUpdate._drive``),
     pauses or resumes.
 
     Attributes:
@@ -86,13 +86,12 @@ class Client:
         self.done = False
 
     def take_over(self) -> Script:
-        epochs = dict.fromkeys(NAMES, self.epoch)
         while True:
             answers = yield {name: Fence(epoch=self.epoch) for name in NAMES}
             statuses = {name: answer for name, answer in answers.items() if isinstance(answer, Status)}
             if len(statuses) < len(NAMES):
                 return None
-            plan = recovery.plan(statuses, epochs)
+            plan = recovery.plan(statuses, self.epoch)
             if not (plan.settle or plan.resume or plan.wait):
                 return statuses
             event("something was left to settle")

@@ -196,11 +196,11 @@ def test_a_client_that_did_not_send_the_last_weights_sends_all(
 def test_what_is_known_of_another_engines_checkpoint_is_not_taken_for_this_ones(
     engines: Engines, group: EngineGroup
 ) -> None:
-    described = group._group.described
+    described = group._group._sinks.described
     assert len(described) == 1
-    group._group.described = {"another": ((), 0, 0)}
+    group._group._sinks.described = {"another": ((), 0, 0)}
     assert update(group, trained(1, 2), 2).kept == len(FROZEN)
-    assert group._group.described == described
+    assert group._group._sinks.described == described
 
 
 def test_an_engine_that_cannot_do_with_parts_gets_all_and_so_do_the_others(

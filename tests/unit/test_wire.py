@@ -18,7 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from areal_vllm_ext import protocol
 from areal_vllm_ext.config import Settings
-from areal_vllm_ext.control.directory import DirectoryServer
+from areal_vllm_ext.control.directory_server import DirectoryServer
 from areal_vllm_ext.errors import SettingsError
 from areal_vllm_ext.protocol import Ack, Error, GetStatus, Pause, Status, security
 from areal_vllm_ext.protocol import server as wire

@@ -1,0 +1,74 @@
+"""``LoopThread``: an event loop in a thread of its own, so that blocking code can run coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import ArealError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+T = TypeVar("T")
+
+# Time after Ctrl-C for the clean-up of what was interrupted.
+_INTERRUPTED_SECONDS = 2.0
+
+
+class LoopThread:
+    """An event loop and its thread."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the loop still runs."""
+        return self._thread.is_alive()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` on the loop and wait for it.
+
+        An interrupt (Ctrl-C) cancels ``work`` and waits up to 2 s for its clean-up. Another interrupt ends that wait.
+        """
+        if not self.is_alive:
+            work.close()
+            raise ArealError("this group is closed")
+        outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
+        task: asyncio.Task[None] | None = None
+
+        async def run_to_the_end() -> None:
+            try:
+                outcome.set_result(await work)
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        def start() -> None:
+            nonlocal task
+            task = task or self.loop.create_task(run_to_the_end())
+
+        def cancel() -> None:
+            # Start the task even now: the interrupt may have come first, and only a started task runs its clean-up.
+            start()
+            assert task is not None
+            self.loop.call_soon(task.cancel)
+
+        try:
+            self.loop.call_soon_threadsafe(start)
+            return outcome.result()
+        except KeyboardInterrupt:
+            self.loop.call_soon_threadsafe(cancel)
+            concurrent.futures.wait([outcome], timeout=_INTERRUPTED_SECONDS)
+            raise
+
+    def close(self) -> None:
+        """Stop the loop and end the thread."""
+        if self.is_alive:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()

@@ -1,0 +1,97 @@
+"""``Sinks``: the cached sending end of a trainer's connection, and what the trainer sent last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..config import split_address
+from ..protocol import security
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from ..integrity.digest import Contents
+    from ..protocol import EngineInfo, TensorMeta
+    from ..transport.base import Sink
+
+
+class Sinks:
+    """State that one update leaves to the next.
+
+    Attributes:
+        sent: digests sent by this group's last update. The next update skips tensors that have not changed.
+        sent_manifest: the manifest of ``sent``.
+        described: an engine's checkpoint, the bytes of its tensors and of the largest, by the engine's incarnation.
+        peer_ipc_failed: set after CUDA IPC to another GPU failed once; later updates use NCCL.
+    """
+
+    def __init__(self) -> None:
+        self.sent: Contents = {}
+        self.sent_manifest = ""
+        self.described: dict[str, tuple[tuple[TensorMeta, ...], int, int]] = {}
+        self.peer_ipc_failed = False
+        self._cached: tuple[tuple[object, ...], Sink] | None = None
+
+    @property
+    def sink(self) -> Sink | None:
+        """The cached sending end of an earlier update."""
+        return self._cached[1] if self._cached else None
+
+    def open(
+        self,
+        kind: str,
+        engines: Mapping[str, EngineInfo],
+        device: torch.device,
+        bucket_bytes: int,
+        expected: Sequence[TensorMeta],
+        timeout: float,
+    ) -> Sink:
+        """Return the sending end to ``engines``: the cached one if nothing has changed since."""
+        key = (kind, device, bucket_bytes, *(engine.incarnation for engine in engines.values()))
+        if self._cached is None or self._cached[0] != key:
+            self.drop()
+            self._cached = (key, make_sink(kind, engines, device, bucket_bytes, expected, timeout))
+        return self._cached[1]
+
+    def drop(self) -> None:
+        """Close the cached sending end. After a failure, the next update makes a new one."""
+        if self._cached is not None:
+            self._cached[1].close()
+            self._cached = None
+
+
+def make_sink(
+    kind: str,
+    engines: Mapping[str, EngineInfo],
+    device: torch.device,
+    bucket_bytes: int,
+    expected: Sequence[TensorMeta],
+    timeout: float,
+) -> Sink:
+    """Make a sending end of transport ``kind`` to ``engines``."""
+    if kind in ("shared_memory", "ipc"):
+        from ..transport import buckets
+        from ..transport.ipc import CudaIpcSink
+        from ..transport.shared_memory import SharedMemorySink
+
+        dtype = next(iter(engines.values())).dtype
+        largest = max((buckets.tensor_bytes(tensor, dtype) for tensor in expected), default=0)
+        slot_bytes = max(buckets.aligned(bucket_bytes), largest)
+        if kind == "ipc":
+            return CudaIpcSink(len(engines), device, bucket_bytes, slot_bytes)
+        return SharedMemorySink(len(engines), bucket_bytes, slot_bytes)
+    from ..transport.broadcast import BroadcastSink
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    members = [[worker.rank for worker in engine.workers] for engine in engines.values()]
+    return BroadcastSink(backend, members, _data_host(engines), device, bucket_bytes, timeout)
+
+
+def _data_host(engines: Mapping[str, EngineInfo]) -> str:
+    """Return this machine's address that workers reach: the one that reaches the last engine off this host."""
+    hosts = [split_address(engine.address)[0] for engine in engines.values()]
+    far = [host for host in hosts if not security.is_loopback(host)]
+    own = [security.own_address_toward(host) for host in far or hosts[:1]]
+    return own[-1]

@@ -1,0 +1,82 @@
+"""What users receive: the state of an engine, and the result of an update. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..protocol import EngineInfo, Status, Version
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """What an engine says of itself, for people: see ``protocol.Status`` for the fields behind it.
+
+    Attributes:
+        version: the weights that it serves.
+        state: ``running``, ``pausing``, ``paused``, ``resuming``, or ``unreachable``.
+        phase: where it is in an update: ``idle``, ``receiving``, ``prepared``, ``committing`` or ``tainted``.
+        waiting_for_engine: seconds since the engine's loop last came to a call; large where it is stuck.
+        weights: digest of the update that it serves, equal on engines that serve the same; empty before the first.
+        unproven: why those weights could not be compared with a fresh load; empty where they were.
+    """
+
+    name: str
+    replica: str
+    dp_rank: int
+    node: str
+    headless: bool
+    version: Version | None
+    state: str
+    phase: str
+    requests: int
+    waiting_for_engine: float
+    error: str
+    weights: str = ""
+    unproven: str = ""
+
+    @classmethod
+    def of(cls, engine: EngineInfo, status: Status | None, error: str = "") -> EngineState:
+        return cls(
+            name=engine.name,
+            replica=engine.replica,
+            dp_rank=engine.dp_rank,
+            node=engine.node,
+            headless=engine.headless,
+            version=status.version if status else None,
+            state=status.generation if status else "unreachable",
+            phase=status.update_phase if status else "",
+            requests=status.requests_running + status.requests_waiting if status else 0,
+            waiting_for_engine=status.waiting_for_engine if status else 0.0,
+            error=status.error if status else error,
+            weights=status.weights if status else "",
+            unproven=status.unproven if status else "",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateResult:
+    """What an update took.
+
+    Attributes:
+        version: the version that every engine in ``engines`` serves now.
+        engines: names of the engines that committed.
+        lost: engines that were lost after the first commit, with the cause. They are out of the group.
+        nbytes: bytes of the weights that were sent.
+        kept: how many tensors were not sent, because every engine had them.
+        total_ms: from the first request of the update to the last engine's resume.
+        pause_ms: from the first request to pause to the last engine's resume, as the trainer sees it.
+        commit_ms: the longest commit of an engine, within the pause.
+    """
+
+    version: Version
+    engines: tuple[str, ...]
+    lost: Mapping[str, str]
+    nbytes: int
+    kept: int
+    total_ms: float
+    pause_ms: float
+    commit_ms: float

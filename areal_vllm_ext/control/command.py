@@ -1,0 +1,231 @@
+"""``Commander``: take the lease, fence every engine, and resolve what an earlier client left behind.
+
+A client does this before each command; the directory does the same once a client is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from .. import protocol
+from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
+from ..protocol import timing
+from . import recovery
+from .membership import describe_missing
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping
+
+    from ..protocol import Answer, EngineInfo, EngineRequest, Message
+    from .link import Link
+
+DISCOVER_SECONDS = 5.0
+POLL_SECONDS = 0.2
+_LEASE_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """An engine under command: the epoch that requests to it carry, and its status when it was fenced."""
+
+    engine: EngineInfo
+    epoch: int
+    status: protocol.Status
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the engine runs after an update: yes, unless a user has paused it."""
+        return self.status.generation == "running" or bool(self.status.paused_for)
+
+
+def resume_all(targets: Mapping[str, Target]) -> dict[str, EngineRequest]:
+    """Return a resume request for every target."""
+    return {name: protocol.Resume(epoch=target.epoch) for name, target in targets.items()}
+
+
+class Commander:
+    """Commands the engines of one directory. Commands of one commander run one after the other."""
+
+    def __init__(self, link: Link, directory: str, holder: str = "") -> None:
+        """
+        Args:
+            link: the connection for all requests.
+            directory: its address.
+            holder: the name under which leases are taken (default: host, process and object).
+        """
+        self.link = link
+        self.directory = directory
+        self.holder = holder or f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
+        self._lock = asyncio.Lock()
+        # Engines that were lost in an update of this group. The group goes on without them until they are back.
+        self._dropped: set[tuple[str, int]] = set()
+
+    async def discover(self, timeout: float) -> protocol.Engines:
+        """Ask the directory which engines there are.
+
+        Raises:
+            EngineUnreachable: the directory does not answer.
+        """
+        answer = await self._ask_directory(protocol.Discover(), timeout)
+        assert isinstance(answer, protocol.Engines)
+        self._disconnect_others(answer)
+        return answer
+
+    async def ask_all(
+        self, targets: Mapping[str, Target], requests: Mapping[str, EngineRequest], ends: float
+    ) -> dict[str, str]:
+        """Send requests to targets, all at once; returns the problem of each that failed."""
+        addressed = {name: (targets[name].engine.address, request) for name, request in requests.items()}
+        outcomes = await self.link.request_all(addressed, max(ends - time.monotonic(), 0.05))
+        return {name: str(outcome) for name, outcome in outcomes.items() if isinstance(outcome, ArealError)}
+
+    def drop(self, lost: Iterable[EngineInfo], kept: Iterable[EngineInfo]) -> None:
+        """Go on without the engines that were lost in an update; engines in ``kept`` belong to the group (again)."""
+        self._dropped.difference_update((engine.replica, engine.dp_rank) for engine in kept)
+        self._dropped.update((engine.replica, engine.dp_rank) for engine in lost)
+
+    async def recover(self, timeout: float, *, resume: bool) -> None:
+        """Resolve what a client left behind, among the engines that are there; see ``recovery.py``.
+
+        Args:
+            timeout: seconds.
+            resume: whether engines that were left paused run again.
+        """
+        async with self.command(timeout, without_lost=True, resume=resume):
+            pass
+
+    @contextlib.asynccontextmanager
+    async def command(
+        self, timeout: float, *, without_lost: bool = False, resume: bool = True
+    ) -> AsyncIterator[dict[str, Target]]:
+        """Hold the lease; yields every engine by name, fenced, and free of what an earlier client left behind.
+
+        Args:
+            timeout: seconds.
+            without_lost: go on without engines that are lost.
+            resume: whether engines that an earlier client left paused run again.
+
+        Raises:
+            EnginesMissing: an engine is lost or was never there.
+            EngineUnreachable: an engine does not answer.
+            RequestError: another client holds the lease.
+            PauseFailed: what an earlier client left behind cannot be resolved.
+        """
+        ends = time.monotonic() + timeout
+        waited = False
+        async with self._lock:
+            while True:
+                if waited:
+                    await self._await_engines(ends, without_lost)
+                async with self._lease(ends) as (epoch, found):
+                    self._disconnect_others(found)
+                    missing = describe_missing(found, dropped=self._dropped)
+                    if missing and not without_lost:
+                        if not waited or (found.joining and time.monotonic() < ends):
+                            waited = True  # without the lease, because no engine joins while a client holds it
+                            continue
+                        raise EnginesMissing(missing)
+                    engines = {engine.name: engine for engine in found.alive}
+                    all_here = not describe_missing(found)
+                    yield await self._take_over(engines, epoch, ends, all_here=all_here, resume=resume)
+                    return
+
+    async def _await_engines(self, ends: float, without_lost: bool) -> None:
+        """Wait until engines that have just started have joined, and for the next heartbeat of lost engines.
+
+        An engine joins while no client holds the lease. A lost engine may have slept or been cut off until now.
+
+        Raises:
+            EnginesMissing: an engine is still missing.
+            EngineUnreachable: the directory does not answer.
+        """
+        next_beat = time.monotonic() + 1.5 * timing.HEARTBEAT_SECONDS
+        while True:
+            found = await self.discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
+            missing = "" if without_lost else describe_missing(found, dropped=self._dropped)
+            if not missing:
+                return
+            if time.monotonic() + POLL_SECONDS > (ends if found.joining else min(ends, next_beat)):
+                raise EnginesMissing(missing)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _take_over(
+        self, engines: Mapping[str, EngineInfo], epoch: int, ends: float, *, all_here: bool, resume: bool
+    ) -> dict[str, Target]:
+        """Fence every engine, and resolve an update that its client left behind."""
+        fences = {name: (engine.address, protocol.Fence(epoch=epoch)) for name, engine in engines.items()}
+        while True:
+            left = min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS)
+            outcomes = await self.link.request_all(fences, left)
+            targets: dict[str, Target] = {}
+            for name, engine in engines.items():
+                match outcomes[name]:
+                    case protocol.Status() as status:
+                        targets[name] = Target(engine, epoch, status)
+                    case EngineUnreachable() as error:
+                        if (engine.replica, engine.dp_rank) not in self._dropped:
+                            raise EngineUnreachable(f"{name}: {error}")
+                    case RequestError() as error:
+                        raise error
+            plan = recovery.plan(
+                {name: target.status for name, target in targets.items()},
+                epoch,
+                all_here=all_here and len(targets) == len(engines),
+            )
+            resumes = plan.resume if resume else {}
+            if not (plan.settle or resumes or plan.wait):
+                return targets
+            for requests in (plan.settle, plan.agree, resumes if not plan.wait else {}):
+                if failed := await self.ask_all(targets, requests, ends):
+                    raise PauseFailed(f"an earlier update cannot be settled: {join(failed)}")
+            if time.monotonic() > ends:
+                raise PauseFailed("an earlier update could not be settled in time; its engines stay as they are")
+            await asyncio.sleep(POLL_SECONDS / 20)
+
+    @contextlib.asynccontextmanager
+    async def _lease(self, ends: float) -> AsyncIterator[tuple[int, protocol.Engines]]:
+        """Hold the directory's lease; yields its epoch, and the engines that the directory named with it."""
+        acquire = protocol.AcquireLease(holder=self.holder, seconds=_LEASE_SECONDS)
+        while True:
+            left = max(ends - time.monotonic(), 0.1)
+            try:
+                answer = await self._ask_directory(acquire, min(left, DISCOVER_SECONDS))
+                break
+            except RequestError as error:
+                if error.kind != "held" or left <= POLL_SECONDS:
+                    raise
+            await asyncio.sleep(POLL_SECONDS / 4)
+        assert isinstance(answer, protocol.Lease)
+        epoch, found = answer.epoch, answer.engines or protocol.Engines(alive=())
+
+        async def renew() -> None:
+            message = protocol.RenewLease(epoch=epoch, seconds=_LEASE_SECONDS)
+            while True:
+                await asyncio.sleep(_LEASE_SECONDS / 4)
+                with contextlib.suppress(EngineUnreachable, RequestError):
+                    await self.link.request(self.directory, message, _LEASE_SECONDS / 4)
+
+        renewal = asyncio.create_task(renew())
+        try:
+            yield epoch, found
+        finally:
+            renewal.cancel()
+            with contextlib.suppress(EngineUnreachable, RequestError):
+                in_time = time.monotonic() < ends
+                await self.link.request(self.directory, protocol.ReleaseLease(epoch=epoch), 0.5 if in_time else 0.1)
+
+    async def _ask_directory(self, message: Message, timeout: float) -> Answer:
+        try:
+            return await self.link.request(self.directory, message, timeout)
+        except EngineUnreachable as error:
+            raise EngineUnreachable(f"the directory {error}; is the head node's engine up?") from None
+
+    def _disconnect_others(self, found: protocol.Engines) -> None:
+        """Close the connections to engines that are not alive any more."""
+        self.link.keep_only({engine.address for engine in found.alive} | {self.directory})
