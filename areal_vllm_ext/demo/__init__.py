@@ -1,4 +1,4 @@
-"""A small but true RL run on a real vLLM deployment, all of it made on the spot: ``areal-vllm demo``."""
+"""A small but real RL run on a vLLM deployment that it starts itself: ``areal-vllm demo``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI completions API, with token ids in and out, so that no tokenizer stands between trainer and engine."""
+"""A client of vLLM's OpenAI completions API with token ids in and out, so that no tokenizer is involved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Answer:
     """One continuation of a prompt.
 
     Attributes:
-        logprobs: of each token, under the policy that generated it.
+        tokens: ids of the generated tokens.
+        logprobs: log-probability of each token under the policy that generated it.
     """
 
     tokens: list[int]
@@ -28,7 +29,7 @@ class Answer:
 
 
 class Completions:
-    """A client of the server at ``url``. ``engine`` is the DP rank that must answer; without it vLLM chooses one."""
+    """A client of the server at ``url``; ``engine`` is the DP rank that must answer (None: vLLM chooses one)."""
 
     def __init__(self, url: str, timeout: float = 120.0) -> None:
         self._server = urlsplit(url).netloc
@@ -37,19 +38,19 @@ class Completions:
     def sample(
         self, prompts: Sequence[Sequence[int]], *, tokens: int, n: int = 1, engine: int | None = None
     ) -> list[list[Answer]]:
-        """``n`` answers of ``tokens`` tokens to each prompt, drawn from the policy as it is (temperature 1)."""
-        # Log-probabilities of the chosen token only.
+        """Sample ``n`` answers of ``tokens`` tokens to each prompt, at temperature 1."""
+        # logprobs=0 asks for the log-probability of the chosen token only.
         choices = self._complete(prompts, tokens, engine, n=n, temperature=1.0, logprobs=0)
         answers = [Answer(choice["token_ids"], choice["logprobs"]["token_logprobs"]) for choice in choices]
         return [answers[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def greedy(self, prompts: Sequence[Sequence[int]], *, tokens: int, engine: int | None = None) -> list[list[int]]:
-        """The most likely continuation of each prompt."""
+        """Return the greedy continuation of each prompt."""
         choices = self._complete(prompts, tokens, engine, temperature=0.0)
         return [choice["token_ids"] for choice in choices]
 
     def weight_versions(self, prompt: Sequence[int], *, tokens: int, engine: int | None = None) -> list[str]:
-        """The weight versions that an answer was generated with, as vLLM says. Needs ``--enable-scale-out``."""
+        """Return the weight versions of an answer, as vLLM reports them (needs ``--enable-scale-out``)."""
         body = {"token_ids": list(prompt), "sampling_params": {"max_tokens": tokens, "ignore_eos": True}}
         spans = self._post("/inference/v1/generate", body, engine)["choices"][0]["weight_versions"] or []
         return [span["version"] for span in spans]
@@ -77,9 +78,9 @@ class Completions:
                 response = connection.getresponse()
                 text = response.read()
             except (OSError, http.client.HTTPException) as error:
-                raise ArealError(f"no answer from http://{self._server}{path}: {error!r}") from error
+                raise ArealError(f"POST http://{self._server}{path} failed: {error!r}; see the engine's log") from error
         if response.status != http.HTTPStatus.OK:
             detail = text[:2000].decode(errors="replace")
-            raise ArealError(f"http://{self._server}{path} answered {response.status}: {detail}")
+            raise ArealError(f"POST http://{self._server}{path} failed: status {response.status}: {detail}")
         answer: dict[str, Any] = json.loads(text)
         return answer

@@ -1,11 +1,11 @@
-"""A real vLLM deployment of one or more nodes, each a ``vllm serve`` process tree; nothing is left of it when it ends.
+"""A vLLM deployment of one or more nodes, each a ``vllm serve`` process tree; no process outlives it.
 
     with Deployment(model_dir, [Node(), Node()], log_dir=logs) as deployment:  # a head and a headless node
         deployment.wait(timeout=300)
         ... deployment.url, deployment.directory ...
 
-Every node runs under a supervisor of its own (``supervised.py``), which ends the node's whole process tree when this
-process asks for it or is gone, even killed.
+Every node runs under a supervisor of its own (``process/supervised.py``). The supervisor ends the node's process tree
+when this process asks for it, and when this process has ended, even by SIGKILL.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 WORKER_EXTENSION = "areal_vllm_ext.worker.WorkerExtension"
 
-# Plain sockets: urllib takes a quarter of a second to import, on cores that the engines need for their start.
+# Plain sockets, because importing urllib takes 0.25 s of the cores that the engines need for their start.
 ASK_HEALTH = """
 import socket, sys
 with socket.create_connection(sys.argv[1:], 5) as s:
@@ -44,19 +44,19 @@ with socket.create_connection(sys.argv[1:], 5) as s:
 
 
 class DeploymentError(ArealError):
-    """The deployment did not come up, or a part of it has ended. The message ends with the last lines of the logs."""
+    """The deployment did not come up, or a node has ended; the message ends with the last lines of the logs."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One machine of a deployment, or what stands for one.
+    """One node of a deployment: a machine, a network namespace, or a process on this machine.
 
     Attributes:
-        address: its own; the other nodes reach it there.
-        prefix: put before the command, for example ``["ip", "netns", "exec", "areal-a"]``.
+        address: of this node; the other nodes reach it there.
+        prefix: stands before the command, for example ``["ip", "netns", "exec", "areal-a"]``.
         env: environment variables of this node only.
         vllm_args: arguments of ``vllm serve`` on this node only.
-        engines: how many engines (DP ranks) it holds.
+        engines: number of engines (DP ranks) on this node.
     """
 
     address: str = "127.0.0.1"
@@ -81,30 +81,30 @@ class NodeProcess:
 
     @property
     def pid(self) -> int:
-        """Of ``vllm serve`` itself. Its engines are children of it: when it ends, the supervisor ends them."""
+        """Process id of ``vllm serve``; its engines are children, which the supervisor ends with it."""
         return self.process.pid
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """File with the output."""
         return self.process.log
 
     @property
     def running(self) -> bool:
-        """Whether any of it is still there."""
+        """Whether any process of the node is left."""
         return self.process.poll() is None
 
     def send_signal(self, number: int) -> None:
-        """Signal ``vllm serve`` itself."""
+        """Send a signal to ``vllm serve`` itself."""
         os.kill(self.pid, number)
 
 
 def own_cores(index: int, nodes: int) -> list[str]:
-    """What to put before a command to keep node ``index``, of so many on this machine, off the others' cores.
+    """Return a command prefix that gives each of several nodes on this machine cores of its own.
 
-    vLLM's engine and worker wait for one another in busy loops. Left alone, the two of one node take both of two cores by
-    turns, and the other node stands still for up to seconds (measured: a pause took 9 ms in the median and 2,451 at most,
-    with cores of its own 8 and 11; and all requests two thirds of the time).
+    vLLM's engine and worker wait for each other in busy loops. Without the prefix, on two cores, the two processes of one
+    node occupy both cores and the other node stalls for up to seconds. Measured: a pause took 9 ms in the median and
+    2,451 ms at most; with the prefix 8 and 11 ms, and requests took two thirds of the time.
     """
     cores = sorted(os.sched_getaffinity(0))
     if gpu_count() or nodes == 1 or not shutil.which("taskset"):
@@ -114,7 +114,7 @@ def own_cores(index: int, nodes: int) -> list[str]:
 
 
 class Deployment:
-    """Starts its nodes on entering (or ``start()``), ends them on leaving (or ``close()``).
+    """Start the nodes on entering (or ``start()``), and end them on leaving (or ``close()``).
 
     The first node is the head and serves HTTP, the others are headless. One node with one engine is a plain server.
     """
@@ -129,14 +129,15 @@ class Deployment:
         env: Mapping[str, str] | None = None,
         worker_extension: str | None = WORKER_EXTENSION,
     ) -> None:
-        """
+        """Describe the deployment; nothing starts yet.
+
         Args:
             model_dir: a Hugging Face checkpoint.
             nodes: the head first.
-            log_dir: a log file for each node is written there.
+            log_dir: folder for a log file of each node.
             vllm_args: further arguments of ``vllm serve``, on all nodes.
             env: further environment variables, on all nodes.
-            worker_extension: None starts a vLLM that this package leaves alone.
+            worker_extension: None starts vLLM without this package.
         """
         self.model_dir = Path(model_dir)
         self.nodes = tuple(nodes)
@@ -150,12 +151,12 @@ class Deployment:
 
     @property
     def url(self) -> str:
-        """Where the head serves the OpenAI API."""
+        """Address of the OpenAI API, on the head."""
         return f"http://{self.nodes[0].address}:{self._http_port}"
 
     @property
     def directory(self) -> str:
-        """Where the engines register, for ``EngineGroup.connect``."""
+        """Address of the directory, for ``EngineGroup.connect``."""
         return f"tcp://{self.nodes[0].address}:{self._directory_port}"
 
     def __enter__(self) -> Self:
@@ -178,7 +179,12 @@ class Deployment:
             raise
 
     def wait(self, timeout: float = 300.0, report: Callable[[str], None] = print, every: float = 5.0) -> None:
-        """Wait until all engines serve, and ``report`` every few seconds what each node is doing.
+        """Wait until all engines serve.
+
+        Args:
+            timeout: seconds until then.
+            report: is called with the stage of each node.
+            every: seconds between two reports.
 
         Raises:
             DeploymentError: a node ended, or time is up.
@@ -189,34 +195,34 @@ class Deployment:
             self.check()
             now = time.monotonic()
             if now - started > timeout:
-                raise DeploymentError(f"vLLM does not serve after {timeout:.0f} s\n{self._logs()}")
+                raise DeploymentError(f"vLLM does not serve after {timeout:.0f} s: see the logs below\n{self._logs()}")
             if now >= next_report:
                 next_report = now + every
-                doing = "; ".join(f"{process.name}: {process.process.stage()}" for process in self.processes)
-                report(f"{now - started:4.0f} s  {doing}")
+                stages = "; ".join(f"{process.name}: {process.process.stage()}" for process in self.processes)
+                report(f"{now - started:4.0f} s  {stages}")
             time.sleep(0.5)
 
     def check(self) -> None:
-        """See whether every node is there.
+        """Check that every node runs.
 
         Raises:
-            DeploymentError: naming those that have ended.
+            DeploymentError: a node has ended; the message names it.
         """
         ended = [process.name for process in self.processes if not process.running]
         if ended:
-            raise DeploymentError(f"vLLM has ended on {' and '.join(ended)}\n{self._logs()}")
+            raise DeploymentError(f"vLLM has ended on {' and '.join(ended)}: see the logs below\n{self._logs()}")
 
     def healthy(self) -> bool:
-        """Whether the head answers that all engines serve."""
+        """Return whether the head answers that all engines serve."""
         head = self.nodes[0]
-        if head.prefix:  # ask from where the head is: its address need not be reachable from here
+        if head.prefix:  # ask from the head's side, because its address may be unreachable from here
             command = [*head.prefix, sys.executable, "-I", "-S", "-c", ASK_HEALTH, head.address, str(self._http_port)]
             return subprocess.run(command, check=False, capture_output=True).returncode == 0
         return responds_ok(head.address, self._http_port, "/health")
 
     def close(self) -> None:
-        """End every process of every node, politely, then by force. Can be called again, also when interrupted."""
-        for process in self.processes:  # all of them first, so that they end at the same time
+        """End every process of every node, with SIGTERM, then SIGKILL. Idempotent, also after an interrupt."""
+        for process in self.processes:  # ask all of them first, so that they end at the same time
             process.process.close()
         for process in self.processes:
             process.process.end()
@@ -237,7 +243,7 @@ class Deployment:
         try:
             process = Supervised(command, log=log, env=self._environment(index))
         except OSError as error:
-            raise DeploymentError(f"could not start {command[0]}\n{error}") from None
+            raise DeploymentError(f"{command[0]} could not be started: {error}") from None
         return NodeProcess(name, node, command, process)
 
     def _arguments(self, index: int) -> list[str]:
@@ -248,27 +254,26 @@ class Deployment:
         engines = [node.engines for node in self.nodes]
         arguments += data_parallel_arguments(engines, index, head.address, self._rpc_port)
         if self.engines > 1 and index == 0:
-            arguments += ["--api-server-count", "1"]  # else one for each engine, which only costs memory here
+            arguments += ["--api-server-count", "1"]  # vLLM would start one for each engine, which costs memory here
         if self._worker_extension:
             arguments += ["--worker-extension-cls", self._worker_extension]
         if gpu_count():
-            # A fixed size leaves out memory profiling, in which engines that start on one GPU disturb one another.
+            # A fixed size skips memory profiling, in which engines that start on one GPU disturb each other.
             arguments += ["--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(1 << 28)]
         return [*arguments, *self._vllm_args, *node.vllm_args]
 
     def _environment(self, index: int) -> dict[str, str]:
         node = self.nodes[index]
         environment = {
-            # Defaults, for whoever has not said otherwise.
+            # Defaults; variables of this process take precedence.
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            # Engines share this machine's cores with each other and with a trainer. Each would bind itself to cores of
-            # its choice, and all would choose the same.
+            # Without this, each engine would bind itself to cores, and all of them would choose the same cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             **os.environ,
-            # What this deployment decides.
+            # Settings of this deployment; they take precedence over this process's.
             "VLLM_HOST_IP": node.address,
             "AREAL_VLLM_DIRECTORY": self.directory,
         }
@@ -292,14 +297,14 @@ class Deployment:
 
 
 def gpu_count() -> int:
-    """How many CUDA devices there are for engines to use."""
-    import torch  # takes seconds, and not everyone who imports this module starts engines
+    """Return the number of CUDA devices for engines."""
+    import torch  # imported here because it takes seconds, and tests import this module without starting engines
 
     return torch.cuda.device_count()
 
 
 def free_ports(count: int) -> list[int]:
-    """Free TCP ports, below the range from which the kernel takes those of outgoing connections."""
+    """Return free TCP ports, outside the range from which the kernel takes ports for outgoing connections."""
     ports: set[int] = set()
     while len(ports) < count:
         port = 20000 + secrets.randbelow(12000)

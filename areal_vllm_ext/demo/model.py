@@ -1,4 +1,4 @@
-"""The demo's model: a tiny Qwen3, made on the spot, and Hugging Face's own greedy tokens from it."""
+"""The demo's model, a tiny random Qwen3, and Hugging Face's greedy tokens from it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COLOURS = ("red", "green", "blue", "gold")
-"""The classes of words; ``task.py`` asks for words of one of them."""
+"""Classes of words; ``task.py`` asks for words of one class."""
 
 UNKNOWN, PAD = "<unk>", "<pad>"
 SPECIALS = (UNKNOWN, PAD, "name", ".")
 WORDS_PER_COLOUR = 62
 VOCABULARY = (*SPECIALS, *COLOURS, *(f"{colour}{i}" for colour in COLOURS for i in range(WORDS_PER_COLOUR)))
-"""256 words; the position in this tuple is the token id."""
+"""256 words; the index in this tuple is the token id."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A WordLevel tokenizer over ``VOCABULARY``: words are parted by spaces, a word is a token."""
+    """Make a WordLevel tokenizer over ``VOCABULARY``: words are separated by spaces, and each word is a token."""
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
     backend.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=UNKNOWN, pad_token=PAD, model_max_length=512)
@@ -47,9 +47,9 @@ def make_model(
     tie_word_embeddings: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Make a tiny random Qwen3 (or Qwen3-MoE), save it to ``directory`` as checkpoints are saved, and return it.
+    """Make a tiny random Qwen3 (or Qwen3-MoE), save it to ``directory``, and return it.
 
-    The same arguments give the same weights. The directory holds all that ``vllm serve`` wants: config, safetensors,
+    The same arguments give the same weights. The directory has everything that ``vllm serve`` needs: config, safetensors,
     tokenizer and generation config.
     """
     shape: dict[str, Any] = {
@@ -61,11 +61,11 @@ def make_model(
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 2048,
-        # Wider than the usual 0.02, with which layers of this size hardly count beside the residual stream: the model
-        # would only repeat the last token, and tokens could not tell one set of weights from another.
+        # Wider than the usual 0.02. With 0.02, layers of this size hardly count beside the residual stream, so the model
+        # would only repeat the last token, and tokens could not distinguish two sets of weights.
         "initializer_range": 0.1,
         "tie_word_embeddings": tie_word_embeddings,
-        # No end of sequence: answers are as long as was asked for, with vLLM and with Hugging Face alike.
+        # No end of sequence, so that answers have the requested length, with vLLM and with Hugging Face.
         "eos_token_id": None,
         "bos_token_id": None,
         "pad_token_id": VOCABULARY.index(PAD),
@@ -88,10 +88,10 @@ def make_model(
 
 @torch.no_grad()
 def greedy_tokens(model: PreTrainedModel, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """Hugging Face's own greedy continuation of each prompt: what an engine with this model's weights must say."""
+    """Return Hugging Face's greedy continuation of each prompt, which an engine with these weights must generate too."""
     settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, pad_token_id=VOCABULARY.index(PAD))
     answers: dict[int, list[int]] = {}
-    for length in {len(prompt) for prompt in prompts}:  # at once what needs no padding, which would have to be trusted
+    for length in {len(prompt) for prompt in prompts}:  # batches of one length need no padding
         places = [place for place, prompt in enumerate(prompts) if len(prompt) == length]
         ids = torch.tensor([list(prompts[place]) for place in places], device=model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)

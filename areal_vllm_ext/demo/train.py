@@ -1,8 +1,8 @@
 """The demo: a trainer learns by policy gradient from rollouts of a real vLLM deployment, a head and a headless node.
 
-A step: both engines generate rollouts; the trainer learns from them; the new weights go to all engines with
-``EngineGroup.update``; then each engine's greedy tokens must equal those that Hugging Face generates from the trainer's
-model.
+In each step both engines generate rollouts, the trainer learns from them, and the new weights go to all engines with
+``EngineGroup.update``. Then the greedy tokens of each engine must equal the tokens that Hugging Face generates from the
+trainer's model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import torch
 import transformers
 
 from .. import EngineGroup
+from ..errors import SettingsError
 from .completions import Completions
 from .deployment import Deployment, DeploymentError, Node, gpu_count
-from .display import CONSOLE, growing_table, waiting
+from .display import GrowingTable
 from .model import COLOURS, greedy_tokens, make_model
 from .task import ANSWER_WORDS, as_text, make_prompt, word_rewards
 
@@ -48,13 +49,13 @@ ENGINES = (0, 1)  # DP ranks: the head's engine, and the headless node's
 
 
 def run(moe: bool = False, steps: int | None = None, seed: int = 0, keep_logs: bool = False) -> int:
-    """Run the demo; the last line on standard output is its result as JSON. Returns the exit code."""
+    """Run the demo and return the exit code; the last line on standard output is the result as JSON."""
     steps = STEPS if steps is None else steps
     if steps < 1:
-        raise ValueError("--steps must be at least 1")
+        raise SettingsError(f"--steps: {steps} is not a number of steps; give at least 1")
     started = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
-    # The model is tiny, and the engines compute on the same cores: threads would only wait for each other.
+    # The model is tiny and the engines use the same cores, so more threads would only wait for each other.
     torch.set_num_threads(1)
     home = Path(tempfile.mkdtemp(prefix="areal-vllm-demo-"))
     code = 1
@@ -63,18 +64,18 @@ def run(moe: bool = False, steps: int | None = None, seed: int = 0, keep_logs: b
             result = _train(home, moe, steps, seed)
         code = 0 if result["token_exact"] and not result["mixed_versions"] else 1
     except (KeyboardInterrupt, SystemExit):
-        code = 0  # as asked: nothing to look into
+        code = 0  # ended on request: nobody will read the logs
         raise
     except DeploymentError as error:
-        print(error, file=sys.stderr)  # many lines: the end of the logs
+        print(error, file=sys.stderr)  # several lines, with the end of the logs
         return code
     finally:
         if keep_logs or code:
             shutil.rmtree(home / "model", ignore_errors=True)
-            CONSOLE.print(f"The engines' logs are in {home}")
+            print(f"The engines' logs are in {home}")
         else:
             shutil.rmtree(home, ignore_errors=True)
-    CONSOLE.print(f"All engines have ended; it took {time.monotonic() - started:.0f} s.")
+    print(f"All engines have ended; it took {time.monotonic() - started:.0f} s.")
     print(json.dumps(result), flush=True)
     return code
 
@@ -85,7 +86,7 @@ def _train(home: Path, moe: bool, steps: int, seed: int) -> dict[str, object]:
     model.to(_trainer_device())
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     kind, size = "MoE" if moe else "dense", sum(p.numel() * p.element_size() for p in model.parameters())
-    CONSOLE.print(f"Made a random {kind} Qwen3 of {size / 1e3:.0f} kB, float32.")
+    print(f"Made a random {kind} Qwen3 of {size / 1e3:.0f} kB, float32.")
 
     checks = _check_prompts(random)
     rewards, update_ms, pause_ms = [], [], []
@@ -96,33 +97,33 @@ def _train(home: Path, moe: bool, steps: int, seed: int) -> dict[str, object]:
         EngineGroup.connect(deployment.directory) as group,
         ThreadPoolExecutor(len(ENGINES)) as pool,
     ):
-        with waiting("Starting vLLM: a head and a headless node, one engine each.") as report:
-            deployment.wait(300, report)
-            group.wait_ready(len(ENGINES), timeout=60)
+        print("Starting vLLM: a head and a headless node, one engine each.", flush=True)
+        deployment.wait(300)
+        group.wait_ready(len(ENGINES), timeout=60)
         completions = Completions(deployment.url)
-        with growing_table(heads) as add_row:
-            # Nothing is sent yet: it must be this comparison that tells right weights from wrong ones.
+        table = GrowingTable(heads)
+        # Nothing was sent yet. This comparison must work before it can tell right weights from wrong ones.
+        same = _greedy_matches(model, completions, checks, pool)
+        exact &= same
+        table.add(("0", "", "", "", *(str(s.version) for s in group.status()), "yes" if same else "NO"))
+        for step in range(1, steps + 1):
+            prompts = [make_prompt(COLOURS[i % len(COLOURS)], random) for i in range(PROMPTS)]
+            answers = _rollouts(completions, prompts, pool)
+            rewards.append(learn(model, optimizer, prompts, answers))
+            with group.update(version=step, deadline=60) as update:
+                update.send(model)
+            update_ms.append(update.result.total_ms)
+            pause_ms.append(update.result.pause_ms)
+
+            versions = [state.version for state in group.status()]
+            stamps = [completions.weight_versions(checks[0], tokens=2, engine=rank) for rank in ENGINES]
+            mixed += versions != [step] * len(ENGINES) or stamps != [[str(step)]] * len(ENGINES)
             same = _greedy_matches(model, completions, checks, pool)
             exact &= same
-            add_row(("0", "", "", "", *(str(s.version) for s in group.status()), "yes" if same else "NO"))
-            for step in range(1, steps + 1):
-                prompts = [make_prompt(COLOURS[i % len(COLOURS)], random) for i in range(PROMPTS)]
-                answers = _rollouts(completions, prompts, pool)
-                rewards.append(learn(model, optimizer, prompts, answers))
-                with group.update(version=step, deadline=60) as update:
-                    update.send(model)
-                update_ms.append(update.result.total_ms)
-                pause_ms.append(update.result.pause_ms)
-
-                versions = [state.version for state in group.status()]
-                stamps = [completions.weight_versions(checks[0], tokens=2, engine=rank) for rank in ENGINES]
-                mixed += versions != [step] * len(ENGINES) or stamps != [[str(step)]] * len(ENGINES)
-                same = _greedy_matches(model, completions, checks, pool)
-                exact &= same
-                times = (f"{update_ms[-1]:.1f}", f"{pause_ms[-1]:.1f}")
-                add_row((str(step), f"{rewards[-1]:.3f}", *times, *map(str, versions), "yes" if same else "NO"))
+            times = (f"{update_ms[-1]:.1f}", f"{pause_ms[-1]:.1f}")
+            table.add((str(step), f"{rewards[-1]:.3f}", *times, *map(str, versions), "yes" if same else "NO"))
         [[answer]] = completions.sample(checks[:1], tokens=ANSWER_WORDS)
-        CONSOLE.print(f"Prompt: {as_text(checks[0])}\nAnswer: {as_text(answer.tokens)}")
+        print(f"Prompt: {as_text(checks[0])}\nAnswer: {as_text(answer.tokens)}")
     return {
         "engines": len(ENGINES),
         "headless": 1,
@@ -142,10 +143,11 @@ def learn(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[Answer]],
 ) -> float:
-    """One step of clipped policy gradient (GRPO, with credit by word); returns the mean reward of the answers.
+    """Do one step of clipped policy gradient (GRPO, with credit by word), and return the mean reward.
 
-    A word's return is the mean reward from it to the end of the answer; its advantage is that return against those of
-    the other answers to the same prompt. Importance weights are against the log-probabilities that vLLM reported.
+    The return of a word is the mean reward from that word to the end of the answer. Its advantage compares that return
+    with the returns of the other answers to the same prompt. Importance weights compare with the log-probabilities that
+    vLLM reported.
     """
     device = model.device
     group = len(answers[0])
@@ -174,7 +176,7 @@ def learn(
 
 
 def _rollouts(completions: Completions, prompts: list[list[int]], pool: ThreadPoolExecutor) -> list[list[Answer]]:
-    """Answers to each prompt; every engine gets the same share of the prompts, at the same time."""
+    """Sample answers to each prompt; every engine gets the same share of the prompts at the same time."""
     share = -(-len(prompts) // len(ENGINES))
 
     def ask(rank: int) -> list[list[Answer]]:
@@ -185,10 +187,10 @@ def _rollouts(completions: Completions, prompts: list[list[int]], pool: ThreadPo
 
 
 def _check_prompts(random: torch.Generator) -> list[list[int]]:
-    """Prompts of which the tokens are compared: of the task, and a long one, the same in every step.
+    """Make the prompts whose greedy tokens are compared in every step: one for each colour, and a long one.
 
-    vLLM caches the keys and values of what is longer than a block (128 tokens on CPU): if it reused those of old
-    weights, the answer to the long prompt would tell.
+    vLLM caches keys and values of prompts that are longer than a block (128 tokens on CPU). If an engine reused those of
+    old weights, its answer to the long prompt would differ.
     """
     short = [make_prompt(colour, random) for colour in COLOURS]
     return [*short, make_prompt(COLOURS[0], random, noise_words=300)]
@@ -197,20 +199,20 @@ def _check_prompts(random: torch.Generator) -> list[list[int]]:
 def _greedy_matches(
     model: PreTrainedModel, completions: Completions, prompts: list[list[int]], pool: ThreadPoolExecutor
 ) -> bool:
-    """Whether the greedy tokens of every engine are those of Hugging Face on the trainer's model."""
+    """Return whether every engine's greedy tokens equal Hugging Face's on the trainer's model."""
     said = pool.map(lambda rank: completions.greedy(prompts, tokens=CHECKED_TOKENS, engine=rank), ENGINES)
     expected = greedy_tokens(model, prompts, CHECKED_TOKENS)
     return all(tokens == expected for tokens in said)
 
 
 def _trainer_device() -> torch.device:
-    """The first GPU that no engine uses, else the CPU."""
+    """Return the first GPU that no engine uses, or the CPU."""
     return torch.device("cuda", len(ENGINES)) if gpu_count() > len(ENGINES) else torch.device("cpu")
 
 
 @contextmanager
 def _sigterm_unwinds() -> Iterator[None]:
-    """SIGTERM raises in the block, so that the engines' end is waited for (without, it would come soon after ours)."""
+    """Raise SystemExit on SIGTERM in this block, so that this process waits for the end of the engines."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
