@@ -117,7 +117,7 @@ def head_crash(world: World, dice: random.Random) -> Fault:
 def partition(world: World, dice: random.Random) -> Fault:
     """Some engines, sometimes the directory too, are not reached by the others."""
     ranks = some(world, dice)
-    names = {world.engines[rank].name for rank in ranks}
+    names = {world.engines[rank].place for rank in ranks}
     if dice.random() < 0.3:
         names.add("directory")
     return Fault(lambda: world.network.cut.update(names), world.join_links)
@@ -144,7 +144,8 @@ def two_trainers(world: World, dice: random.Random) -> Fault:
 def a_pause(world: World, dice: random.Random) -> Fault:
     """Somebody pauses all engines and resumes them, or only resumes them."""
     rival, pauses, deadline = world.trainer(), dice.random() < 0.5, dice.uniform(2.0, 20.0)
-    return Fault(lambda: rival.resume(pauses, deadline))
+    steps = ("pause", "resume") if pauses else ("resume",)
+    return Fault(lambda: rival.command(*steps, deadline=deadline))
 
 
 def two_faults(world: World, dice: random.Random) -> Fault:
@@ -186,7 +187,7 @@ class Round:
     """One seed's course of events."""
 
     def __init__(self, kind: str, seed: int, engines: int, trace: bool = False) -> None:
-        self.world = World(engines, seed, trace)
+        self.world = World(engines, random.Random(seed), trace)
         self.dice = self.world.dice
         self.kind = kind
         self.struck = 0.0
@@ -254,7 +255,7 @@ class Round:
         world = self.world
         next_trainer = world.trainer()
         if self.dice.random() < 0.3:  # a user looks after the engines first
-            next_trainer.resume(pauses_first=False, deadline=5.0)
+            next_trainer.command("resume", deadline=5.0)
         attempt = 0
         while True:
             attempt += 1

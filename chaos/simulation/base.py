@@ -35,8 +35,8 @@ def require(condition: object, kind: Kind, message: str) -> None:
         raise Violation(kind, message)
 
 
-def nothing(_: str) -> None:
-    pass
+def nothing(*_: object) -> None:
+    """Do nothing with what is heard."""
 
 
 def brief(message: Message) -> str:

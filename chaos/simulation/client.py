@@ -139,13 +139,17 @@ class Trainer(Asking):
         self.run(lambda: self.create_task(self._update(call, on_phase)))
         return call
 
-    def resume(self, pauses_first: bool, deadline: float) -> None:
-        """Start a user's own resume, or a pause and a resume."""
+    def command(self, *steps: str, deadline: float, done: Callable[[object], None] = nothing) -> None:
+        """Start a user's own ``pause`` and ``resume``, one after the other; ``done`` hears None or the error of each."""
 
         async def run() -> None:
-            for work in (self.engines.pause, self.engines.resume) if pauses_first else (self.engines.resume,):
-                with contextlib.suppress(ArealError):
-                    await work(deadline=deadline)
+            for step in steps:
+                try:
+                    await (self.engines.pause if step == "pause" else self.engines.resume)(deadline=deadline)
+                except ArealError as error:
+                    done(error)
+                else:
+                    done(None)
 
         self.run(lambda: self.create_task(run()))
 

@@ -42,6 +42,7 @@ class Engine:
     Attributes:
         version: the weights that it really holds; ``participant.version`` is what it says.
         running: whether it generates.
+        begun: the updates that it was told of.
         replies: answers that are not on the wire yet.
     """
 
@@ -57,6 +58,7 @@ class Engine:
         self.running = True
         self.participant = Participant(version, frozenset(range(workers)))
         self.highest_epoch = 0
+        self.begun: set[str] = set()
         self.calls: collections.deque[EngineCall] = collections.deque()
         self.outcomes: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self.pausing: int | None = None
@@ -82,6 +84,8 @@ class Engine:
         if isinstance(message, GetStatus):
             self.carry_out([Reply(caller, self.status())])
             return
+        if isinstance(message, Begin):
+            self.begun.add(message.update)
         before = self.state
         if isinstance(message, Fence):
             refusal = self.participant.fence(message.epoch)

@@ -9,16 +9,30 @@ from .process import Process
 
 
 class Network:
-    """What becomes of each message. Shares are of all messages, 0 to 1."""
+    """Decides what becomes of each message.
+
+    Attributes:
+        lost, late, doubled, bursts: the share of all messages that this happens to, 0 to 1.
+        cut: the places on one side of a partition; messages do not cross to the other side.
+        blocked: pairs of places; messages from the first to the second do not arrive.
+        held: messages that a cut link will deliver once it is joined.
+    """
 
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
         self.lost = self.late = self.doubled = self.bursts = 0.0
-        self.cut: set[str] = set()  # processes that the others do not reach
+        self.cut: set[str] = set()
+        self.blocked: set[tuple[str, str]] = set()
         self.held: list[tuple[Process, Callable[[], None]]] = []
 
+    def passes(self, source: Process, target: Process) -> bool:
+        """Return whether messages get from ``source`` to ``target``."""
+        if (source.place in self.cut) != (target.place in self.cut):
+            return False
+        return (source.place, target.place) not in self.blocked
+
     def delays(self, now: float) -> list[float]:
-        """After how many seconds the message arrives; once for each copy."""
+        """Return after how many seconds the message arrives, once for each copy."""
         dice = self.dice
         if self.lost and dice.random() < self.lost:
             return []

@@ -30,6 +30,7 @@ class Process(asyncio.AbstractEventLoop):
     def __init__(self, world: World, name: str, clock: Clock) -> None:
         self.world = world
         self.name = name
+        self.place = name.partition(".")[0]  # the same for each incarnation of an engine
         self.clock = clock
         self.alive = True
         self.asleep = self.slept = False

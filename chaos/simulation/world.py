@@ -14,12 +14,14 @@ from areal_vllm_ext.engine_core.participant import CallCommit
 from areal_vllm_ext.protocol import Message, Version
 from areal_vllm_ext.protocol.server import ReplyTo
 
-from .base import brief, require
+from .base import brief, nothing, require
 from .client import Trainer
 from .engine import engine_info
 from .network import Network
 from .process import Clock, Process
 from .servers import DirectoryProcess, EngineProcess
+
+OnSend = Callable[[Process, Process, ReplyTo, Message, bool], None]
 
 
 class World:
@@ -28,13 +30,15 @@ class World:
     Attributes:
         now: the true time, in seconds.
         switched: the engines that ever switched to a version.
+        on_send: hears of every message that is sent, with whether it will arrive.
     """
 
-    def __init__(self, engines: int, seed: int, trace: bool = False) -> None:
-        self.dice = random.Random(seed)
+    def __init__(self, engines: int, dice: random.Random, trace: bool = False) -> None:
+        self.dice = dice
         self.now = 0.0
         self.events = 0
         self.lines: list[str] | None = [] if trace else None
+        self.on_send: OnSend = nothing
         self._heap: list[tuple[float, int, Process, Any]] = []
         self._order = itertools.count()
         self._listening: dict[str, Process] = {}
@@ -80,8 +84,8 @@ class World:
             self.engines[rank] = self._new_engine(rank, len(self.engines))
             self.log(self.engines[rank].name, "is back")
 
-    def trainer(self) -> Trainer:
-        self.trainers.append(Trainer(self, f"trainer-{len(self.trainers) + 1}"))
+    def trainer(self, name: str = "") -> Trainer:
+        self.trainers.append(Trainer(self, name or f"trainer-{len(self.trainers) + 1}"))
         return self.trainers[-1]
 
     # Events
@@ -127,23 +131,27 @@ class World:
                 self.log(receiver.name, f"<- {source.name} {brief(message)}")
             receiver.hear(caller, message)
 
-        if (source.name in self.network.cut) != (receiver.name in self.network.cut):
-            # The kernel sends again what was under way when a link was cut, once it is joined; or the connection ends.
+        if not self.network.passes(source, receiver):
+            self.on_send(source, receiver, caller, message, False)
+            # Once the link is joined, the kernel sends again what was in flight when it was cut; or the connection ends.
             if self.dice.random() < 0.5:
                 self.network.held.append((receiver, arrive))
             return
-        for delay in self.network.delays(self.now):
+        delays = self.network.delays(self.now)
+        self.on_send(source, receiver, caller, message, bool(delays) and receiver.alive)
+        for delay in delays:
             self.at(self.now + delay, receiver, arrive)
 
     def reaches(self, source: Process, address: str) -> bool:
         """Whether a connection from ``source`` to ``address`` would stand."""
         receiver = self._listening.get(address)
-        cut = self.network.cut
-        return receiver is not None and receiver.alive and (source.name in cut) == (receiver.name in cut)
+        passes = self.network.passes
+        return bool(receiver and receiver.alive and passes(source, receiver) and passes(receiver, source))
 
     def join_links(self) -> None:
         """Every cut link is whole again."""
         self.network.cut.clear()
+        self.network.blocked.clear()
         for receiver, arrive in self.network.held:
             self.at(self.now + self.dice.uniform(0, 0.5), receiver, arrive)
         self.network.held.clear()
@@ -169,15 +177,19 @@ class World:
             self._serving[process.engine.version] += 1
 
     def switching(self, rank: int, call: CallCommit) -> None:
-        """An engine is about to switch: is every other paused with the same update prepared, where it is the first?"""
+        """Check, when the first engine of an update commits, that all of its engines are ready and no other one runs."""
         if call.update in self._begun:
             return
         self._begun.add(call.update)
         for other, process in enumerate(self.engines):
             p = process.engine.participant
-            ready = p.update is not None and p.update.begin.update == call.update and p.generation == "paused"
+            if call.update in process.engine.begun:
+                ready = p.update is not None and p.update.begin.update == call.update and p.generation == "paused"
+                ready = ready and p.update_phase in ("prepared", "committing")
+            else:  # it started anew, or the update does without it
+                ready = not process.engine.running
             require(
-                (ready and p.update_phase in ("prepared", "committing")) or not (process.alive and process.joined),
+                ready or not (process.alive and process.joined),
                 "rule",
                 f"engine {rank} commits while engine {other} is {p.update_phase}, {p.generation}",
             )
