@@ -12,29 +12,31 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import torch
-from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.integrity import digest, digest_triton
 
 torch.manual_seed(0)
 device = torch.device("cpu")
-sizes = [0, 1, 2, 3, 4, 5, 255, 256, 257, 1023, 4096, 131072, 131073, 131071, 262144 + 8, 300_001]
+digest_triton._ROWS = 32  # of 256 bytes; a program of 512 rows takes the interpreter 16 times as long
+sizes = [0, 1, 2, 3, 4, 5, 255, 256, 257, 1023, 4096, 7936, 8192, 8193, 8191, 16384 + 8, 20_001]
 tensors = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
 tensors += [torch.randn(65, 33).t(), torch.randn(1000, dtype=torch.bfloat16)[1:], torch.full((777,), -1, dtype=torch.int32)]
 by_kernel, by_operators = digest._on_gpu(tensors, device)[0], digest._by_operators(tensors)
 assert by_kernel == by_operators, [size for size, one, two in zip(sizes, by_kernel, by_operators) if one != two]
 assert len(set(by_kernel)) == len(tensors)
-for place in (0, 5, 131070):
-    tensors[13][place] ^= 16
-    assert digest._on_gpu(tensors[13:14], device)[0] != by_kernel[13:14]
-    tensors[13][place] ^= 16
+for place in (0, 5, 8190):
+    tensors[14][place] ^= 16
+    assert digest._on_gpu(tensors[14:15], device)[0] != by_kernel[14:15]
+    tensors[14][place] ^= 16
 """
 
 # In each dtype: the largest values are finite; NaN and the infinities are seen wherever they are, in a row that is cut too.
 VALUES = """
 import torch
-from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.integrity import digest, digest_triton
 from areal_vllm_ext.integrity.digest_triton import LANES
 
 device = torch.device("cpu")
+digest_triton._ROWS = 32
 looked_at = [dtype for dtype in LANES if dtype.is_floating_point]
 assert len(looked_at) == 5
 for dtype in looked_at:
