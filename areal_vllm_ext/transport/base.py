@@ -10,12 +10,12 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
     import torch
 
-    from ..protocol import Bucket, Transfer
+    from ..protocol import Bucket, TensorMeta, Transfer
     from . import buckets
 
 
@@ -91,14 +91,17 @@ class Source(Protocol):
     Attributes:
         reusable: whether it can serve another update.
         unchecked: whether the trainer could not check the values for NaN and infinity, so that the worker must.
-        shared: whether the tensors stay in the trainer's memory until the commit.
         nbytes: size of all weights if this end knows it, else 0.
     """
 
     reusable: bool
     unchecked: bool
-    shared: bool
     nbytes: int
+
+    @property
+    def sharing(self) -> SharingSource | None:
+        """How this end reads tensors in the trainer's own memory; None if this transport cannot."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +126,32 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
+class SharingSource(Protocol):
+    """The worker's end of zero-copy."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the worker stages the trainer's memory itself instead of a copy."""
+        ...
+
+    def views(self, bucket: Bucket) -> buckets.UnpackedBucket:
+        """Return a bucket's tensors in the trainer's own memory.
+
+        Raises:
+            RuntimeError: the memory cannot be opened.
+            ValueError: a tensor does not lie inside it.
+        """
+        ...
+
+    def start_copy(self, bucket: Bucket, buffer: torch.Tensor) -> Work:
+        """Start to copy a bucket's tensors into ``buffer``. Raises as ``views`` does."""
+        ...
+
+    def stamp(self) -> torch.Tensor:
+        """Return one int64 that equals ``bucket.stamp`` until the trainer revokes its memory."""
+        ...
+
+
 class Sink(Protocol):
     """The trainer's end.
 
@@ -138,6 +167,11 @@ class Sink(Protocol):
     slots: int
     announced_is_sent: bool
     filled: dict[int, buckets.Bucket]
+
+    @property
+    def sharing(self) -> SharingSink | None:
+        """How this end shares tensors in place; None if this transport cannot."""
+        ...
 
     @property
     def transfers(self) -> Sequence[Transfer]: ...
@@ -168,3 +202,38 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class SharingSink(Protocol):
+    """The trainer's end of zero-copy: workers read tensors where they live in the trainer.
+
+    Attributes:
+        batch_bytes: size of one announcement's tensors, if they are smaller than that.
+    """
+
+    batch_bytes: int
+
+    @property
+    def transfers(self) -> Sequence[Transfer]:
+        """``Sink.transfers`` for an update that shares what it can."""
+        ...
+
+    def offer(self, meta: TensorMeta, tensor: torch.Tensor) -> bool:
+        """Share ``tensor`` if workers can read it where it is. It must not change until ``revoke``."""
+        ...
+
+    def announcements(self) -> Iterator[Bucket]:
+        """Yield announcements of all shared tensors.
+
+        Raises:
+            InvalidWeights: a tensor holds NaN or infinite values.
+        """
+        ...
+
+    def first_changed(self) -> str | None:
+        """Return the name of a shared tensor that was written to since it was offered."""
+        ...
+
+    def revoke(self) -> None:
+        """End the sharing. A worker that loads later learns it from its stamp."""
+        ...

@@ -191,7 +191,7 @@ class BroadcastSource:
 
     reusable = True
     unchecked = False
-    shared = False
+    sharing = None
     nbytes = 0
 
     def __init__(self, transfer: Broadcast, site: WorkerSite, timeout: float, cancelled: threading.Event) -> None:
@@ -234,6 +234,7 @@ class BroadcastSink:
     # One on the wire, one that waits for it, one that is filled.
     slots = 3
     announced_is_sent = False
+    sharing = None
 
     def __init__(
         self, backend: str, members: list[list[int]], host: str, device: torch.device, bucket_bytes: int, timeout: float

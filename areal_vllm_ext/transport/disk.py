@@ -21,7 +21,7 @@ class DiskSource:
 
     reusable = False
     unchecked = True
-    shared = False
+    sharing = None
     device = torch.device("cpu")
 
     def __init__(self, transfer: Disk) -> None:

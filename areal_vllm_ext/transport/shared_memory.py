@@ -55,7 +55,7 @@ class SharedMemorySource:
 
     reusable = True
     unchecked = False
-    shared = False
+    sharing = None
     nbytes = 0
 
     def __init__(self, transfer: SharedMemory, device: torch.device) -> None:
@@ -86,6 +86,8 @@ class SharedMemorySource:
 
 class SharedMemorySink(SlotsSink):
     """The trainer's end."""
+
+    sharing = None
 
     def __init__(self, engines: int, bucket_bytes: int, slot_bytes: int) -> None:
         """Make the segment.
