@@ -165,7 +165,7 @@ class JointUpdate(Update):
                         raise outcome.exception()
                     self._heard = outcome.result
             finally:
-                self._update.take_back()
+                self._update.revoke()
                 if self._heard is None:
                     self._update.sinks.drop()  # the workers may not have had all that was sent through it
             return

@@ -22,12 +22,11 @@ from ..transport.base import Cancelled
 from ..transport.buckets import Bucket as FilledBucket
 from ..transport.buckets import filled_buckets, nbytes_of
 from ..transport.device import device_id
-from ..transport.ipc import CudaIpcSink
 
 if TYPE_CHECKING:
     from ..control.link import Link
     from ..integrity.digest import Contents
-    from ..transport.base import Sink, Work
+    from ..transport.base import SharingSink, Sink, Work
 
 
 class Sending:
@@ -66,7 +65,7 @@ class Sending:
         self.entries: list[tuple[TensorMeta, int]] = []
         self.kept = 0
         self._base: Contents = {}
-        self._lent: list[tuple[TensorMeta, torch.Tensor]] = []
+        self._shared: list[tuple[TensorMeta, torch.Tensor]] = []
         self._travelling: Iterator[tuple[TensorMeta, torch.Tensor]] = iter(())
         self._lasting: frozenset[int] = frozenset()
         # Of each bucket: the engines' answers, and its bytes.
@@ -87,14 +86,14 @@ class Sending:
             pairs: the tensors; each is done with when the next is asked for.
             lasting: where storages begin that outlive the update: their tensors can be lent, or copied together.
         """
-        self._lent, self._lasting = [], lasting
-        travelling = without_lent(pairs, sink, lasting, self._lent) if isinstance(sink, CudaIpcSink) else iter(pairs)
+        self._shared, self._lasting = [], lasting
+        travelling = without_shared(pairs, sink.sharing, lasting, self._shared) if sink.sharing else iter(pairs)
         self._travelling = itertools.chain(list(itertools.islice(travelling, 1)), travelling)
 
     @property
     def parted(self) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """What ``part`` was given, for another sink."""
-        return itertools.chain(self._lent, self._travelling)
+        return itertools.chain(self._shared, self._travelling)
 
     def send(
         self,
@@ -127,9 +126,9 @@ class Sending:
             for filled in self._spans.each("sending", "fill", buckets):
                 if (bucket := self._described(update, sink, filled)) is not None:
                     self._start(sink, bucket, filled.filled, turn)
-            if self._lent and isinstance(sink, CudaIpcSink):
-                with self._spans.span("sending", "lend"):
-                    self._lend(update, sink)
+            if self._shared and sink.sharing:
+                with self._spans.span("sending", "share"):
+                    self._share(update, sink.sharing)
             with self._spans.span("sending", "wait until all is held"):
                 for under_way in self._under_way[-sink.slots :]:
                     under_way.wait(max(self._left(), 0), self._failed)
@@ -205,8 +204,8 @@ class Sending:
     def _left(self) -> float:
         return self._ends - time.monotonic()
 
-    def _lend(self, update: str, sink: CudaIpcSink) -> None:
-        for bucket in sink.lend():
+    def _share(self, update: str, sharing: SharingSink) -> None:
+        for bucket in sharing.announcements():
             segments, digests = self._changed(bucket.segments, bucket.digests)
             if segments:
                 nbytes = sum(nbytes_of(segment.tensor) for segment in segments)
@@ -255,16 +254,16 @@ class Sending:
                 raise UpdateAborted(f"update to version {self._version}: {name}: {outcome}")
 
 
-def without_lent(
+def without_shared(
     pairs: Iterable[tuple[TensorMeta, torch.Tensor]],
-    sink: CudaIpcSink,
+    sharing: SharingSink,
     lasting: frozenset[int],
-    lent: list[tuple[TensorMeta, torch.Tensor]],
+    shared: list[tuple[TensorMeta, torch.Tensor]],
 ) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
-    """What has to travel; what ``sink`` lends of the storages that begin at ``lasting`` is put into ``lent``."""
+    """Yield what has to travel. Tensors of the storages at ``lasting`` that can be shared in place go to ``shared``."""
     for meta, tensor in pairs:
-        if tensor.untyped_storage().data_ptr() in lasting and sink.offer(meta, tensor):
-            lent.append((meta, tensor))
+        if tensor.untyped_storage().data_ptr() in lasting and sharing.offer(meta, tensor):
+            shared.append((meta, tensor))
         else:
             yield meta, tensor
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 
 from .. import protocol
@@ -47,7 +46,6 @@ from ..protocol import (
 )
 from ..transport.base import Cancelled
 from ..transport.buckets import default_bucket_bytes, tensor_bytes, total_bytes
-from ..transport.ipc import LENT_BYTES, CudaIpcSink
 from .coordinator import Coordinator, Member
 from .sending import Sending, choose_transport
 from .state import UpdateResult
@@ -60,7 +58,7 @@ if TYPE_CHECKING:
     from ..control.connection import Round
     from ..integrity.digest import Contents
     from ..protocol import Transfer
-    from ..transport.base import Sink
+    from ..transport.base import SharingSink, Sink
     from .sinks import Sinks
 
     Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]
@@ -121,7 +119,7 @@ class AsyncUpdate:
         self._entries: list[tuple[TensorMeta, int]] = []
         self._manifest = ""
         self.lasting: frozenset[int] = frozenset()
-        self._lender: CudaIpcSink | None = None
+        self._sharing: SharingSink | None = None
         self._started = 0.0
         self._pause_started = 0.0
         self._commit_seconds = 0.0
@@ -228,21 +226,19 @@ class AsyncUpdate:
             self.lasting = storages(weights)
 
     def transfers_of(self, sink: Sink) -> Sequence[Transfer]:
-        """What workers are told of ``sink``, which lends to them what is ``lasting`` if it can."""
-        self._lender = sink if isinstance(sink, CudaIpcSink) and self.lasting else None
-        if self._lender is None:
-            return sink.transfers
-        return [msgspec.structs.replace(transfer, shared=True) for transfer in self._lender.transfers]
+        """Return what workers need to know of ``sink``, which shares ``lasting`` tensors in place if it can."""
+        self._sharing = sink.sharing if self.lasting else None
+        return sink.transfers if self._sharing is None else self._sharing.transfers
 
     def changed(self) -> str:
         """Says which of the lent tensors was written to meanwhile; empty where none was."""
-        name = self._lender.changed() if self._lender else ""
+        name = self._sharing.first_changed() if self._sharing else None
         return f"{name} was changed before the update was over" if name else ""
 
-    def take_back(self) -> None:
-        """Lend nothing any more."""
-        if self._lender:
-            self._lender.take_back()
+    def revoke(self) -> None:
+        """End the sharing of tensors in place."""
+        if self._sharing:
+            self._sharing.revoke()
 
     @contextlib.contextmanager
     def sending_fails(self) -> Iterator[None]:
@@ -313,7 +309,7 @@ class AsyncUpdate:
                 commit_ms=self._commit_seconds * 1e3,
             )
         finally:
-            self.take_back()
+            self.revoke()
             switched = self._result is not None
             self.sinks.sent = {meta.name: (meta, value) for meta, value in self._entries} if switched else {}
             self.sinks.sent_manifest = self._manifest if switched else ""
@@ -410,7 +406,7 @@ class AsyncUpdate:
         devices = Counter(worker.device_id for worker in workers)
         hosts = Counter(worker.node for worker in workers)
         # The largest of any transport that a sender may choose.
-        pieces = LENT_BYTES if self._lender else self.bucket_bytes(torch.device("cuda"), "broadcast")
+        pieces = self._sharing.batch_bytes if self._sharing else self.bucket_bytes(torch.device("cuda"), "broadcast")
         return {
             name: Staging(
                 kind=self._options.staging,

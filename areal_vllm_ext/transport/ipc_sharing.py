@@ -181,9 +181,7 @@ class SharedTensors:
             torch.cuda.synchronize(self._device)  # workers read on other streams
             self._shown = secrets.randbits(62) | 1
             self._write_stamp(self._shown)
-        if self._batch and (
-            self._batch_nbytes + tensor.nbytes > _BATCH_BYTES or len(self._batch) >= _BATCH_TENSORS
-        ):
+        if self._batch and (self._batch_nbytes + tensor.nbytes > _BATCH_BYTES or len(self._batch) >= _BATCH_TENSORS):
             self._start_digests()
         self._batch.append((meta, tensor))
         self._batch_nbytes += tensor.nbytes

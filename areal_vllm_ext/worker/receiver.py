@@ -50,7 +50,6 @@ from ..transport import host_memory
 from ..transport.base import Cancelled, WorkerSite
 from ..transport.buckets import UnpackedBucket, first_corrupt, first_different, first_non_finite, packed_layout, unpack
 from ..transport.device import device_id
-from ..transport.ipc import CudaIpcSource
 from . import staging
 from .load.loader import Loader
 from .served import LOOK, Served, WeightsChanged, beside
@@ -302,7 +301,7 @@ class Intake:
 
     def _nbytes(self, sources: Sequence[Source]) -> tuple[int, int]:
         """What staging needs that it does not have: for all that comes, and on the worker's device."""
-        if all(source.shared for source in sources):
+        if all(source.sharing is not None and source.sharing.in_place for source in sources):
             return 0, 0
         asked = self.begin.staging
         nbytes = of_shard = asked.nbytes or max(source.nbytes for source in sources)
@@ -321,13 +320,13 @@ class Intake:
             kept, buffer = self._memory(source, order, order.segments, order.nbytes)
             under_way = source.start(order, buffer, self._ends - monotonic(), self._cancelled.is_set)
             return Coming(order, order.segments, kept, under_way)
-        if not isinstance(source, CudaIpcSource):
-            raise ValueError("memory of the trainer's was announced over another transport")  # noqa: TRY004 - from the wire
-        if source.shared:
-            return Coming(order, order.segments, source.views(order), None)
+        if (sharing := source.sharing) is None:
+            raise ValueError("memory of the trainer's was announced over another transport")
+        if sharing.in_place:
+            return Coming(order, order.segments, sharing.views(order), None)
         segments, nbytes = packed_layout(order.segments)
         kept, buffer = self._memory(source, order, segments, nbytes)
-        return Coming(order, segments, kept, source.start_lent(order, buffer))
+        return Coming(order, segments, kept, sharing.start_copy(order, buffer))
 
     def _memory(
         self, source: Source, order: Bucket, segments: tuple[Segment, ...], nbytes: int
@@ -374,8 +373,8 @@ class Intake:
                     wrong = first_corrupt(piece.segments, order.digests, piece.memory)
             if wrong:
                 raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
-            if isinstance(source, CudaIpcSource) and received is None:
-                self._lent[order.stamp] = source.stamp()
+            if received is None and source.sharing is not None:
+                self._lent[order.stamp] = source.sharing.stamp()
             with self.spans.span(track, "take"):
                 told = zip((segment.tensor for segment in order.segments), order.digests, strict=True)
                 whole = self._take(

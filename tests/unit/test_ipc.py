@@ -1,4 +1,4 @@
-"""CUDA IPC without a GPU: what is passed to C, whose memory ends when, and who is told to use another transport.
+"""CUDA IPC without a GPU: what C is called with, when memory is freed, and who is refused.
 
 That the bytes arrive on a GPU is shown by benchmarks/gpu_smoke.py.
 """
@@ -21,10 +21,12 @@ from waiting import eventually
 
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Bucket, CudaIpc, TensorMeta
-from areal_vllm_ext.transport import ipc
+from areal_vllm_ext.transport import cuda_runtime, ipc, ipc_memory, ipc_sharing
+from areal_vllm_ext.transport.base import WorkerSite
 from areal_vllm_ext.transport.buckets import packed_layout, unpack
+from areal_vllm_ext.transport.cuda_runtime import CudaRuntime, Memory
 from areal_vllm_ext.transport.device import host_id
-from areal_vllm_ext.transport.ipc import CudaIpcSink, CudaIpcSource, CudaRuntime
+from areal_vllm_ext.transport.ipc import CudaIpcSink, CudaIpcSource
 
 compiler = shutil.which("cc") or shutil.which("gcc")
 
@@ -71,7 +73,7 @@ def test_memory_ends_with_its_last_user(runtime: CudaRuntime, library: Path) -> 
     assert (counter(library, "allocated"), counter(library, "opened")) == (0, 0)
 
 
-def test_a_failure_is_told_and_left_to_nobody_else(runtime: CudaRuntime, library: Path) -> None:
+def test_a_failure_is_raised_and_cleared(runtime: CudaRuntime, library: Path) -> None:
     with pytest.raises(RuntimeError, match="cudaMalloc: out of memory"):
         runtime.allocate(1 << 21)
     with pytest.raises(RuntimeError, match="cudaIpcOpenMemHandle: invalid argument"):
@@ -91,24 +93,24 @@ def test_a_runtime_that_is_not_there_is_said() -> None:
         CudaRuntime("libcudart-that-is-nowhere.so")
 
 
-# Who is told to use another transport
+# Who has to use another transport
 
 TRANSFER = CudaIpc(host=host_id(), device_id="GPU-1", handle=bytes(64), nbytes=8)
 
 
-def receiver(device: str) -> Any:
-    return SimpleNamespace(device=torch.device(device))
+def site(device: str) -> WorkerSite:
+    return WorkerSite(0, torch.device(device), "127.0.0.1")
 
 
 def test_a_worker_without_a_gpu() -> None:
     with pytest.raises(RuntimeError, match="this worker runs on cpu: use transport='broadcast'"):
-        CudaIpcSource(TRANSFER, receiver("cpu"))
+        CudaIpcSource(TRANSFER, site("cpu"))
 
 
 def test_a_worker_on_another_host() -> None:
     other = CudaIpc(host="another", device_id="GPU-1", handle=bytes(64), nbytes=8)
     with pytest.raises(RuntimeError, match="on another host: use transport='broadcast'"):
-        CudaIpcSource(other, receiver("cuda:0"))
+        CudaIpcSource(other, site("cuda:0"))
 
 
 @pytest.mark.parametrize("can", [True, False])
@@ -133,10 +135,10 @@ def test_a_trainer_whose_weights_are_in_host_memory() -> None:
         CudaIpcSink(1, torch.device("cpu"), 1024, 1024)
 
 
-# Lending
+# Sharing in place
 
 
-def memory_as_tensor(memory: ipc.Memory, **_: object) -> torch.Tensor:
+def memory_as_tensor(memory: Memory, **_: object) -> torch.Tensor:
     """What ``torch.as_tensor`` makes of device memory; the tensor keeps it."""
     array = (ctypes.c_uint8 * memory.nbytes).from_address(memory.address)
     array.memory = memory
@@ -169,9 +171,9 @@ def simulated(runtime: CudaRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(torch, "as_tensor", memory_as_tensor)
     monkeypatch.setattr(ipc, "device_id", lambda _: "GPU-1")
     monkeypatch.setattr(ipc, "_check_peer", lambda *_: None)
-    monkeypatch.setattr(ipc, "load", lambda: runtime)
+    monkeypatch.setattr(cuda_runtime, "load", lambda: runtime)
     yield runtime
-    ipc._own.clear()
+    ipc_memory.own.clear()
 
 
 def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
@@ -179,46 +181,42 @@ def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
 
 
 def bucket_of(sink: CudaIpcSink, weights: dict[str, torch.Tensor]) -> Bucket:
-    assert all(sink.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())
-    (bucket,) = sink.lend()
+    assert all(sink.sharing.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())
+    (bucket,) = sink.sharing.announcements()
     return bucket
 
 
 def source_of(sink: CudaIpcSink, device_id: str) -> CudaIpcSource:
     (transfer,) = sink.transfers
-    ipc._own.clear()  # as in another process
-    shares = CudaIpc(
-        host=transfer.host, device_id=device_id, handle=transfer.handle, nbytes=transfer.nbytes, shared=True
-    )
-    source = CudaIpcSource(shares, SimpleNamespace(device=Gpu()))
-    source._device = torch.device("cpu")
-    return source
+    ipc_memory.own.clear()  # as in another process
+    shared = msgspec.structs.replace(transfer, device_id=device_id, shared=True)
+    return CudaIpcSource(shared, WorkerSite(0, Gpu(), "127.0.0.1"))  # type: ignore[arg-type]
 
 
-def lent(source: CudaIpcSource, bucket: Bucket) -> dict[str, torch.Tensor]:
-    if source.shared:
-        return source.views(bucket).tensors
+def read(source: CudaIpcSource, bucket: Bucket) -> dict[str, torch.Tensor]:
+    if source.sharing.in_place:
+        return source.sharing.views(bucket).tensors
     segments, nbytes = packed_layout(bucket.segments)
     buffer = torch.empty(nbytes, dtype=torch.uint8)
-    return dict(unpack(segments, source.start_lent(bucket, buffer).wait(5.0, lambda: False)))
+    return dict(unpack(segments, source.sharing.start_copy(bucket, buffer).wait(5.0, lambda: False)))
 
 
 @pytest.fixture
 def weights(simulated: CudaRuntime) -> dict[str, torch.Tensor]:
     """Tensors in two allocations of the trainer's."""
     one, two = (memory_as_tensor(simulated.allocate(8192)) for _ in range(2))
-    placed = {
+    tensors = {
         "a": one[:400].view(torch.float32).view(4, 25),
         "b": one[512:1024].view(torch.bfloat16).view(16, 16),
         "c": two[256 : 256 + 1000].view(torch.int64),
     }
-    for number, tensor in enumerate(placed.values()):
+    for number, tensor in enumerate(tensors.values()):
         tensor.view(-1).view(torch.uint8).fill_(number + 1)
-    return placed
+    return tensors
 
 
 @pytest.mark.parametrize("device_id", ["GPU-1", "GPU-2"])
-def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
+def test_shared_tensors_are_the_trainers_own_memory_on_its_gpu(
     simulated: CudaRuntime, library: Path, weights: dict[str, torch.Tensor], device_id: str
 ) -> None:
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
@@ -227,18 +225,18 @@ def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
     assert len(bucket.allocations) == 2
     opened = counter(library, "opened")
     source = source_of(sink, device_id)
-    assert source.shared == (device_id == "GPU-1")
+    assert source.sharing.in_place == (device_id == "GPU-1")
     for _ in range(2):
-        found = lent(source, bucket)
+        found = read(source, bucket)
         assert {name: tensor.tolist() for name, tensor in found.items()} == {
             name: tensor.tolist() for name, tensor in weights.items()
         }
         assert counter(library, "opened") == opened + 3, "two allocations and the slots, each opened once"
         own = [found[name].data_ptr() == tensor.data_ptr() for name, tensor in weights.items()]
-        assert own == [source.shared] * 3
-    if source.shared:
+        assert own == [source.sharing.in_place] * 3
+    if source.sharing.in_place:
         following = msgspec.structs.replace(bucket, stamp=bucket.stamp + 1)
-        assert all(found[name] is tensor for name, tensor in lent(source, following).items()), "made once"
+        assert all(found[name] is tensor for name, tensor in read(source, following).items()), "made once"
         del following
     del found
     source.close()
@@ -246,7 +244,7 @@ def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
 
 
 @pytest.mark.parametrize(
-    ("together", "nbytes", "pieces"),
+    ("batch_tensors", "nbytes", "batches"),
     [
         (9, 1 << 20, ["abc"]),
         (2, 1 << 20, ["ab", "c"]),
@@ -255,27 +253,27 @@ def test_lent_tensors_are_the_trainers_own_memory_on_its_gpu(
         (9, 1, ["a", "b", "c"]),
     ],
 )
-def test_lent_tensors_are_told_of_in_pieces(
+def test_shared_tensors_are_announced_in_batches(
     simulated: CudaRuntime,
     weights: dict[str, torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
-    together: int,
+    batch_tensors: int,
     nbytes: int,
-    pieces: list[str],
+    batches: list[str],
 ) -> None:
-    monkeypatch.setattr(ipc, "_LENT_TOGETHER", together)
-    monkeypatch.setattr(ipc, "LENT_BYTES", nbytes)
+    monkeypatch.setattr(ipc_sharing, "_BATCH_TENSORS", batch_tensors)
+    monkeypatch.setattr(ipc_sharing, "_BATCH_BYTES", nbytes)
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     assert [one.nbytes for one in weights.values()] == [400, 512, 1000]
-    assert all(sink.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())
-    told = ["".join(segment.tensor.name for segment in bucket.segments) for bucket in sink.lend()]
-    assert told == pieces
+    assert all(sink.sharing.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())
+    announced = ["".join(segment.tensor.name for segment in bucket.segments) for bucket in sink.sharing.announcements()]
+    assert announced == batches
 
 
-def test_allocations_stay_open_over_buckets_and_updates_until_they_are_lent_no_more(
+def test_allocations_stay_open_over_buckets_and_updates_until_they_are_shared_no_more(
     simulated: CudaRuntime, library: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ipc, "_LENT_TOGETHER", 1)
+    monkeypatch.setattr(ipc_sharing, "_BATCH_TENSORS", 1)
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     source = source_of(sink, "GPU-1")
     opened = counter(library, "opened")
@@ -286,13 +284,13 @@ def test_allocations_stay_open_over_buckets_and_updates_until_they_are_lent_no_m
     monkeypatch.setattr(simulated, "open", lambda handle, size: opens.append(handle) or open_(handle, size))
 
     def update(*names: str) -> None:
-        assert all(sink.offer(meta_of(name, weights[name]), weights[name]) for name in names)
-        buckets = list(sink.lend())
+        assert all(sink.sharing.offer(meta_of(name, weights[name]), weights[name]) for name in names)
+        buckets = list(sink.sharing.announcements())
         assert len(buckets) == len(names)
-        ipc._own.clear()  # as in another process
+        ipc_memory.own.clear()  # as in another process
         for bucket in buckets:
-            assert list(lent(source, bucket)) == [bucket.segments[0].tensor.name]
-        sink.take_back()
+            assert list(read(source, bucket)) == [bucket.segments[0].tensor.name]
+        sink.sharing.revoke()
 
     update("a", "b", "c")
     update("c", "a")
@@ -305,33 +303,33 @@ def test_allocations_stay_open_over_buckets_and_updates_until_they_are_lent_no_m
     source.close()
 
 
-def test_a_worker_sees_when_the_trainer_takes_its_memory_back(
+def test_a_worker_sees_when_the_trainer_revokes_its_memory(
     simulated: CudaRuntime, weights: dict[str, torch.Tensor]
 ) -> None:
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     bucket = bucket_of(sink, weights)
     source = source_of(sink, "GPU-1")
-    shown = source.stamp()
+    shown = source.sharing.stamp()
     assert int(shown) == bucket.stamp != 0
-    assert sink.changed() == ""
+    assert sink.sharing.first_changed() is None
     weights["c"].add_(1)
-    assert sink.changed() == "c"
-    sink.take_back()
+    assert sink.sharing.first_changed() == "c"
+    sink.sharing.revoke()
     assert int(shown) == 0
-    assert sink.changed() == ""
+    assert sink.sharing.first_changed() is None
     assert bucket_of(sink, weights).stamp not in (0, bucket.stamp)
     source.close()
 
 
-def test_what_cannot_be_lent_travels(simulated: CudaRuntime, weights: dict[str, torch.Tensor]) -> None:
+def test_a_tensor_that_cannot_be_shared_is_refused(simulated: CudaRuntime, weights: dict[str, torch.Tensor]) -> None:
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
-    assert sink.can_lend(weights["a"])
-    assert not sink.offer(meta_of("a", weights["a"][1:]), weights["a"][1:])
-    assert list(sink.lend()) == []
-    assert not sink.can_lend(weights["a"].t()), "not contiguous"
-    assert not sink.can_lend(weights["a"][1:]), "not on a row of the digest"
-    assert not sink.can_lend(torch.ones(64)), "not in an allocation that has a handle"
-    assert not sink.can_lend(weights["a"][:0])
+    assert sink.sharing.can_share(weights["a"])
+    assert not sink.sharing.offer(meta_of("a", weights["a"][1:]), weights["a"][1:])
+    assert list(sink.sharing.announcements()) == []
+    assert not sink.sharing.can_share(weights["a"].t()), "not contiguous"
+    assert not sink.sharing.can_share(weights["a"][1:]), "not on a row of the digest"
+    assert not sink.sharing.can_share(torch.ones(64)), "not in an allocation that has a handle"
+    assert not sink.sharing.can_share(weights["a"][:0])
 
 
 def test_memory_outside_of_an_allocation_is_refused(simulated: CudaRuntime, weights: dict[str, torch.Tensor]) -> None:
@@ -341,21 +339,21 @@ def test_memory_outside_of_an_allocation_is_refused(simulated: CudaRuntime, weig
     for device_id in ("GPU-1", "GPU-2"):
         source = source_of(sink, device_id)
         with pytest.raises(ValueError, match="does not lie inside"):
-            lent(source, msgspec.structs.replace(bucket, segments=(far,)))
+            read(source, msgspec.structs.replace(bucket, segments=(far,)))
         source.close()
 
 
-def test_memory_that_nobody_uses_is_closed(
+def test_idle_memory_is_closed_and_opened_again(
     simulated: CudaRuntime, library: Path, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ipc, "_KEEP_OPEN_SECONDS", 0.2)
+    monkeypatch.setattr(ipc_memory, "_IDLE_SECONDS", 0.2)
     sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
     bucket = bucket_of(sink, weights)
     opened = counter(library, "opened")
     source = source_of(sink, "GPU-1")
-    found = lent(source, bucket)
+    found = read(source, bucket)
     eventually(lambda: counter(library, "opened") == opened + 2)  # what is staged is in use
     del found
     assert counter(library, "opened") == opened
-    assert lent(source, bucket).keys() == weights.keys(), "it is opened again"
+    assert read(source, bucket).keys() == weights.keys(), "it is opened again"
     source.close()
