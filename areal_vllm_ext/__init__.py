@@ -1,66 +1,93 @@
-"""Weight updates and pause/resume for every vLLM engine of a cluster: all engines move to a new version, or none does."""
+"""Weight updates and pause/resume for every vLLM engine of a cluster: all engines move to a new version, or none does.
+
+``__all__`` is the public API, together with ``areal_vllm_ext.launcher``. Everything else is private.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 
 if TYPE_CHECKING:
     from .client.blocking import EngineGroup
+    from .client.blocking_update import Update
     from .client.group import AsyncEngineGroup
-    from .client.state import UpdateResult
+    from .client.options import UpdateOptions
+    from .client.state import EngineState, UpdateResult
+    from .client.update import AsyncUpdate
+    from .client.weights import named_weights
     from .errors import (
         ArealError,
         EnginesMissing,
         EngineUnreachable,
+        HookError,
         InvalidWeights,
         LaunchError,
         PauseFailed,
+        RequestError,
+        SettingsError,
         UpdateAborted,
         UpdateInDoubt,
         WeightsTainted,
     )
-    from .integrity.verify import Verification
+    from .integrity.checkpoint import NotACheckpoint
+    from .integrity.verify import Difference, Verification
+    from .protocol import EngineInfo
 
 __all__ = [
     "ArealError",
     "AsyncEngineGroup",
+    "AsyncUpdate",
+    "Difference",
     "EngineGroup",
+    "EngineInfo",
+    "EngineState",
     "EngineUnreachable",
     "EnginesMissing",
+    "HookError",
     "InvalidWeights",
     "LaunchError",
+    "NotACheckpoint",
     "PauseFailed",
+    "RequestError",
+    "SettingsError",
+    "Update",
     "UpdateAborted",
     "UpdateInDoubt",
+    "UpdateOptions",
     "UpdateResult",
     "Verification",
     "WeightsTainted",
     "__version__",
+    "named_weights",
 ]
+
+_MODULES = {
+    "AsyncEngineGroup": "client.group",
+    "AsyncUpdate": "client.update",
+    "Difference": "integrity.verify",
+    "EngineGroup": "client.blocking",
+    "EngineInfo": "protocol",
+    "EngineState": "client.state",
+    "NotACheckpoint": "integrity.checkpoint",
+    "Update": "client.blocking_update",
+    "UpdateOptions": "client.options",
+    "UpdateResult": "client.state",
+    "Verification": "integrity.verify",
+    "named_weights": "client.weights",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # vLLM imports this package in every process for its plugin: the client's imports wait until somebody uses it.
-    if name == "EngineGroup":
-        from .client.blocking import EngineGroup
+    # vLLM imports this package in every process for its plugin, so the client is imported when it is first used.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{_MODULES.get(name, 'errors')}", __name__)
+    value = globals()[name] = getattr(module, name)
+    return value
 
-        return EngineGroup
-    if name == "AsyncEngineGroup":
-        from .client.group import AsyncEngineGroup
 
-        return AsyncEngineGroup
-    if name == "UpdateResult":
-        from .client.state import UpdateResult
-
-        return UpdateResult
-    if name == "Verification":
-        from .integrity.verify import Verification
-
-        return Verification
-    if name in __all__:
-        from . import errors
-
-        return getattr(errors, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted(__all__)

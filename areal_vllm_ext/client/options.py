@@ -1,7 +1,157 @@
-"""The options of an update."""
+"""The options of an update, as users give them and as they are checked. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+import math
+import operator
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
+from ..protocol import KVPolicy, PauseMode, StagingKind, Version
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Collection
+
+Transport = Literal["auto", "broadcast", "ipc", "shared_memory"]
 Senders = Literal["first", "parts", "colocated"]
+
+UPDATE_SECONDS = 300.0
+# The longest timeout that a message can carry: 115 days.
+MAX_SECONDS = 1e7
+_MAX_NAME_BYTES = 4096
+
+
+class UpdateOptions(TypedDict, total=False):
+    """The options of ``update`` and ``update_weights``. All have a default.
+
+    Keys:
+        transport: how tensors travel. ``broadcast`` uses NCCL between GPUs and gloo otherwise. ``ipc`` reads the trainer's
+            CUDA memory (same host). ``shared_memory`` uses host memory (same host). ``auto`` (the default) takes ``ipc`` if
+            a worker runs on the trainer's own GPU, or if the only worker's GPU can read the trainer's memory; otherwise it
+            takes ``broadcast``. A checkpoint directory is read from disk, whatever the transport.
+        mode: how engines pause for the commit, see ``pause``. Default: ``keep``.
+        kv: ``recompute`` (the default) drops cached keys and values, because they come from the old weights. ``keep``
+            reuses them, so that requests in flight mix both versions.
+        bucket_mib: size of the buckets in which tensors travel. Default with NCCL: a quarter of the weights, at least 128
+            and at most 1024. Default otherwise: 256 from GPUs, 32 from host memory.
+        staging: where workers stage the new weights until the commit: on their ``device``, in ``host`` memory, or on the
+            device if there is room and in host memory otherwise (``auto``, the default). Staging costs a copy of what a
+            worker receives. If there is no room, the update is refused, and the message has the numbers.
+        keep_buffers: keep staging memory and send buffers for the next update, which is faster then. Default: False.
+        drop_lost: go on without engines that are lost already, instead of raising EnginesMissing. A dropped engine that
+            comes back is stale: it serves nothing until an update reaches it. Default: False.
+        on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``, ``abort``)
+            before its requests go out, on the event loop's thread. Default: None.
+        trace: file for a timeline of trainer, engines and workers, also of an update that failed: JSON for
+            https://ui.perfetto.dev. Parts that cannot be collected are logged and are no error. Default: None.
+    """
+
+    transport: Transport
+    mode: PauseMode
+    kv: KVPolicy
+    bucket_mib: int | None
+    staging: StagingKind
+    keep_buffers: bool
+    drop_lost: bool
+    on_phase: Callable[[str], None] | None
+    trace: str | os.PathLike[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """``UpdateOptions``, checked, with the default of each."""
+
+    timeout: float = UPDATE_SECONDS
+    transport: Transport = "auto"
+    mode: PauseMode = "keep"
+    kv: KVPolicy = "recompute"
+    bucket_bytes: int | None = None
+    staging: StagingKind = "auto"
+    keep_buffers: bool = False
+    drop_lost: bool = False
+    on_phase: Callable[[str], None] | None = None
+    trace: str | os.PathLike[str] | None = None
+
+    @classmethod
+    def of(cls, timeout: float, given: UpdateOptions) -> Options:
+        """Check the options of an update.
+
+        Raises:
+            TypeError, ValueError: naming the option, and what it may be.
+        """
+        options: dict[str, Any] = dict(given)
+        for name in options:
+            if name not in UpdateOptions.__annotations__:
+                known = ", ".join(UpdateOptions.__annotations__)
+                raise TypeError(f"an update has no option {name!r}; its options are {known}")
+        for name, kind in (("transport", Transport), ("mode", PauseMode), ("kv", KVPolicy), ("staging", StagingKind)):
+            if name in options:
+                check_choice(name, options[name], get_args(kind))
+        if (mebibytes := options.pop("bucket_mib", None)) is not None:
+            options["bucket_bytes"] = checked_count("bucket_mib", mebibytes) << 20
+        return cls(timeout=checked_timeout(timeout), **options)
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError if ``value`` is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def checked_timeout(value: float, name: str = "timeout") -> float:
+    """Return ``value`` as seconds that a message can carry.
+
+    Raises:
+        TypeError: ``value`` is no number.
+        ValueError: ``value`` is not above 0 and at most 1e7.
+    """
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}") from None
+    if math.isnan(seconds) or not 0 < seconds <= MAX_SECONDS:
+        raise ValueError(f"{name} must be seconds above 0 and at most {MAX_SECONDS:.0f}, not {value!r}")
+    return seconds
+
+
+def checked_count(name: str, value: object) -> int:
+    """Return ``value`` as an integer above 0; accepts the integers of numpy.
+
+    Raises:
+        TypeError: ``value`` is no integer.
+        ValueError: ``value`` is not above 0.
+    """
+    try:
+        count = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if count <= 0:
+        raise ValueError(f"{name} must be above 0, not {value!r}")
+    return count
+
+
+def checked_version(value: object) -> Version:
+    """Return ``value`` as a version that a message can carry; accepts the integers of numpy.
+
+    Raises:
+        TypeError: ``value`` is neither an integer nor a string.
+        ValueError: ``value`` does not fit: more than 64 bits, too long, or no valid Unicode.
+    """
+    if isinstance(value, str):
+        try:
+            encoded = value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"version must be valid Unicode, not {value!r}") from None
+        if not 0 < len(encoded) <= _MAX_NAME_BYTES:
+            raise ValueError(f"version must have 1 to {_MAX_NAME_BYTES} bytes, not {len(encoded)}")
+        return value
+    if isinstance(value, bool):
+        raise TypeError(f"version must be an integer or a string, not {value!r}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"version must be an integer or a string, not {value!r}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"version must fit in 64 bits, not {value!r}")
+    return number
