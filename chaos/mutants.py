@@ -30,7 +30,7 @@ FIRST_VOTE = (
     'return {} if self._awaited and self.phase != "prepare" else self._advance(timeout)\n\n    def silent',
 )
 COMMIT_ANYWHERE = (PARTICIPANT, 'if self.update_phase != "prepared" or self.generation != "paused":', "if False:")
-PAUSE_ANYWHERE = (PARTICIPANT, "if message.update and message.update != held:", "if False:")
+PAUSE_ANYWHERE = (PARTICIPANT, "if message.update and message.update != prepared:", "if False:")
 RESUME_TAINTED = (PARTICIPANT, "        if self.tainted:\n", "        if False:\n")
 
 # What is removed: where, what, and what stands there instead. Several where one guard stands behind another.
@@ -43,8 +43,8 @@ MUTANTS = {
     "in doubt, it waits": [
         (
             PARTICIPANT,
-            'or (self.update_phase == "prepared" and self.generation != "running")\n        if self.update and',
-            "\n        if self.update and",
+            'in_doubt = self.update_phase == "committing" or self._in_doubt',
+            'in_doubt = self.update_phase == "committing"',
         )
     ],
     "its time ends an update": [(PARTICIPANT, "and not in_doubt and now >= self.update.ends", "and False")],
@@ -99,13 +99,6 @@ MUTANTS = {
     "who is behind pauses": [(PARTICIPANT, "if committed_epoch > self.committed_epoch:", "if False:")],
     "who joins hears of the last update": [(DIRECTORY, "heard >= told_after or now", "True or now")],
     "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
-    "half a load taints": [
-        (
-            PARTICIPANT,
-            "            update.loading = True\n            self.tainted",
-            "            update.loading = True\n            self.error",
-        )
-    ],
     "a new lease has a new epoch": [
         (DIRECTORY, "self._epoch += 1", "self._epoch += 0"),
     ],

@@ -105,7 +105,6 @@ class SimulatedEngine:
         manifest: what the workers vote that they hold; where it is empty, what was announced to them.
         live: digests of what the workers serve; busy: how often they have none because of a commit.
         staged: called with the update's id at commit (a test with real receivers takes the tensors there).
-        loaded: the same for an update without staging, from when its first byte comes.
     """
 
     def __init__(self, later: Later, version: Version) -> None:
@@ -121,7 +120,6 @@ class SimulatedEngine:
         self.version = version
         self.requests = 0
         self.staged: Callable[[str], None] = lambda _update: None
-        self.loaded: Callable[[str], None] = lambda _update: None
         self.endpoint: Endpoint
         self._later = later
         self._pausing: int | None = None
@@ -139,7 +137,7 @@ class SimulatedEngine:
                 self._pausing = None
                 error = self.errors.get("pause", "")
                 self.running = bool(error)
-                self.endpoint.post(functools.partial(self.endpoint.participant.pause_done, call, error))
+                self.endpoint.post(functools.partial(self.endpoint.participant.pauses.pause_done, call, error))
 
         self._later.call(self.seconds["pause"], done)
 
@@ -150,7 +148,7 @@ class SimulatedEngine:
             error = self.errors.get("resume", "")
             if not error:
                 self._pausing, self.running = None, True
-            self.endpoint.post(functools.partial(self.endpoint.participant.resume_done, call, error))
+            self.endpoint.post(functools.partial(self.endpoint.participant.pauses.resume_done, call, error))
 
         self._later.call(self.seconds["resume"], done)
 
@@ -160,7 +158,7 @@ class SimulatedEngine:
         def done() -> None:
             pending, self._pausing = self._pausing is not None, None
             self.running = self.running or pending
-            self.endpoint.post(functools.partial(self.endpoint.participant.cancel_done, call, pending))
+            self.endpoint.post(functools.partial(self.endpoint.participant.pauses.cancel_done, call, pending))
 
         self._later.call(self.seconds["cancel"], done)
 
@@ -179,22 +177,6 @@ class SimulatedEngine:
             self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, self.seconds["commit"]))
 
         self._later.call(self.seconds["commit"], done)
-
-    def load(self, update: str, version: Version) -> None:
-        self.calls.append(f"load {version}")
-
-        def run() -> None:
-            try:
-                self.loaded(update)
-                error = self.errors.get("load", "")
-            except Exception as problem:
-                error = f"{type(problem).__name__}: {problem}"
-            if not error:
-                self.version = version
-                self.commits.append((version, not self.running))
-            self.endpoint.post(lambda: self.endpoint.participant.load_done(update, error))
-
-        threading.Thread(target=run, name="simulated-load", daemon=True).start()
 
     def oldest_call_seconds(self) -> float:
         return 0.0

@@ -147,7 +147,7 @@ class Controller:
                 report("")
 
         def report(error: str) -> None:
-            self.endpoint.post(functools.partial(self.endpoint.participant.pause_done, call, error))
+            self.endpoint.post(functools.partial(self.endpoint.participant.pauses.pause_done, call, error))
 
         self._call("pause", on_loop, failed=report)
 
@@ -158,13 +158,13 @@ class Controller:
             report("")
 
         def report(error: str) -> None:
-            self.endpoint.post(functools.partial(self.endpoint.participant.resume_done, call, error))
+            self.endpoint.post(functools.partial(self.endpoint.participant.pauses.resume_done, call, error))
 
         self._call("resume", on_loop, failed=report)
 
     def cancel_pause(self, call: int) -> None:
         def report(cancelled: bool) -> None:
-            self.endpoint.post(functools.partial(self.endpoint.participant.cancel_done, call, cancelled))
+            self.endpoint.post(functools.partial(self.endpoint.participant.pauses.cancel_done, call, cancelled))
 
         self._call("cancel", lambda: report(self._take_pause_back()), failed=lambda _: report(False))
 
@@ -175,15 +175,6 @@ class Controller:
             seconds = time.perf_counter() - started
             self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds, unproven))
 
-        self._switch(update, version, report)
-
-    def load(self, update: str, version: Version) -> None:
-        def report(error: str, unproven: str = "") -> None:
-            self.endpoint.post(lambda: self.endpoint.participant.load_done(update, error, unproven))
-
-        self._switch(update, version, report)
-
-    def _switch(self, update: str, version: Version, report: Callable[..., None]) -> None:
         def on_loop() -> None:
             reasons = [reason for reason in self._engine.collective_rpc("areal_commit", args=(update,)) if reason]
             # Outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call.
@@ -191,7 +182,7 @@ class Controller:
                 set_version(str(version))
             report("", "; ".join(dict.fromkeys(reasons)))
 
-        self._call("switch", on_loop, failed=report)
+        self._call("commit", on_loop, failed=report)
 
     def oldest_call_seconds(self) -> float:
         """For how long the engine has not come to the oldest call: how stuck it is."""

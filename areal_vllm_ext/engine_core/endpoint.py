@@ -46,7 +46,8 @@ from ..protocol import (
     timing,
 )
 from ..protocol.server import ReplyTo, Server, connect
-from .participant import CallCancelPause, CallCommit, CallLoad, CallPause, CallResume, Effect, Order, Participant, Reply
+from .effects import CallCancelPause, CallCommit, CallPause, CallResume, Effect, Order, Reply
+from .participant import Participant
 from .tracing import Tracing
 
 if TYPE_CHECKING:
@@ -68,7 +69,6 @@ class Engine(Protocol):
     def resume(self, call: int) -> None: ...
     def cancel_pause(self, call: int) -> None: ...
     def commit(self, update: str, version: Version) -> None: ...
-    def load(self, update: str, version: Version) -> None: ...
     def oldest_call_seconds(self) -> float: ...
     def request_counts(self) -> tuple[int, int]: ...
 
@@ -414,7 +414,5 @@ class Endpoint:
                     self._engine.cancel_pause(effect.call)
                 case CallCommit():
                     self._engine.commit(effect.update, effect.version)
-                case CallLoad():
-                    self._engine.load(effect.update, effect.version)
                 case _:
                     raise AssertionError(f"no way to carry out {effect!r}")

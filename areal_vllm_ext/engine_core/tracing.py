@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from .. import protocol
 from ..observability.spans import SpanRecorder, clock_offset, shifted
 from ..protocol import Begin, Bucket, GetTrace, Trace, WorkerTrace
-from .participant import Order, Reply
+from .effects import Order, Reply
 
 if TYPE_CHECKING:
     from ..protocol.server import ReplyTo
-    from .participant import Effect, Participant, ParticipantRequest
+    from .effects import Effect
+    from .participant import Participant, ParticipantRequest
 
 # However long its caller would wait.
 _LONGEST_SECONDS = 10.0

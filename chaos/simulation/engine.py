@@ -6,17 +6,16 @@ import collections
 import functools
 from collections.abc import Callable
 
-from areal_vllm_ext.engine_core.participant import (
+from areal_vllm_ext.engine_core.effects import (
     CallCancelPause,
     CallCommit,
-    CallLoad,
     CallPause,
     CallResume,
     Effect,
     Order,
-    Participant,
     Reply,
 )
+from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.protocol import (
     Abort,
     Answer,
@@ -68,7 +67,6 @@ class Engine:
         self.whole: set[tuple[int, str]] = set()  # what the workers voted for
         self.answers: dict[ReplyTo, Answer | None] = {}
         self.tainted = False
-        self.loading: CallLoad | None = None  # without staging: it holds parts of two versions
         self.replies: list[tuple[ReplyTo, Answer]] = []
         self.log = log
 
@@ -134,18 +132,18 @@ class Engine:
         match call:
             case CallPause():
                 if fails:
-                    self.outcomes.append(lambda: participant.pause_done(call.call, "no consent"))
+                    self.outcomes.append(lambda: participant.pauses.pause_done(call.call, "no consent"))
                 else:
                     self.pausing = call.call
             case CallResume():
                 if not fails:
                     require(not self.tainted, "wrong tokens", "a tainted engine was resumed")
                     self.pausing, self.running = None, True
-                self.outcomes.append(lambda: participant.resume_done(call.call, "stuck" if fails else ""))
+                self.outcomes.append(lambda: participant.pauses.resume_done(call.call, "stuck" if fails else ""))
             case CallCancelPause():
                 pending, self.pausing = self.pausing is not None, None
                 self.running = self.running or pending
-                self.outcomes.append(lambda: participant.cancel_done(call.call, pending))
+                self.outcomes.append(lambda: participant.pauses.cancel_done(call.call, pending))
             case CallCommit():
                 require(not self.running, "wrong tokens", "a commit was applied on an engine that runs")
                 require(
@@ -157,20 +155,6 @@ class Engine:
                 if not fails:
                     self.version = call.version
                 self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
-            case CallLoad():
-                require(not self.running, "wrong tokens", "an engine that runs was loaded in place")
-                self.tainted, self.loading = True, call
-                if fails:
-                    self.end_load()
-
-    def end_load(self) -> None:
-        """Without staging: the last byte is loaded, or the update was given up."""
-        call, self.loading = self.loading, None
-        assert call is not None
-        participant, error = self.participant, "" if self.holds(call.update) else "given up"
-        if not error:
-            self.tainted, self.version = False, call.version
-        self.outcomes.append(lambda: participant.load_done(call.update, error))
 
     def holds(self, update: str) -> bool:
         """Whether every worker has all of ``update``."""
@@ -182,7 +166,7 @@ class Engine:
         assert call is not None
         self.running = False
         participant = self.participant
-        self.outcomes.append(lambda: participant.pause_done(call, ""))
+        self.outcomes.append(lambda: participant.pauses.pause_done(call, ""))
 
     def report(self) -> None:
         self.carry_out(self.outcomes.popleft()())
@@ -218,16 +202,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        waiting = self.calls or self.outcomes or self.words or self.pausing is not None or any(self.orders)
-        return bool(waiting or self.load_ends)
-
-    @property
-    def load_ends(self) -> bool:
-        """Whether a load in place has all its bytes, or will never have them."""
-        if self.loading is None:
-            return False
-        update = self.loading.update
-        return self.holds(update) or any(staged != update for staged in self.staged)
+        return bool(self.calls or self.outcomes or self.words or self.pausing is not None or any(self.orders))
 
     def parts(self) -> list[Callable[[], None]]:
         """The parts of this process that have something to do, in the order in which they would if all were quick."""
@@ -240,8 +215,6 @@ class Engine:
             parts.append(self.step)
         if self.pausing is not None:
             parts.append(self.become_idle)
-        if self.load_ends:
-            parts.append(self.end_load)
         parts += [functools.partial(self.work, rank) for rank, orders in enumerate(self.orders) if orders]
         return parts
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +43,6 @@ class Served:
                 for one in self.workers_of(number, checkpoint, key_file)
             ]
             engine.staged = self.switch(number, engine)
-            engine.loaded = self.load(number, engine)
         deployment.wait_attached()
 
     def workers_of(self, number: int, checkpoint: Path, key_file: Path) -> list[Any]:
@@ -60,22 +58,6 @@ class Served:
                 receiver.discard(update)
 
         return staged
-
-    def load(self, number: int, engine: SimulatedEngine) -> Any:
-        def loaded(update: str) -> None:
-            assert not engine.running
-
-            def consume(rank: int, receiver: Receiver) -> None:
-                try:
-                    self.weights[number, rank] = dict(receiver.staged(update))
-                finally:
-                    receiver.discard(update)
-
-            with ThreadPoolExecutor(WORKERS) as pool:
-                for future in [pool.submit(consume, *entry) for entry in enumerate(self.receivers[number])]:
-                    future.result()
-
-        return loaded
 
     def serves(self, expected: dict[str, torch.Tensor]) -> bool:
         """Whether every worker of every engine has exactly these weights."""

@@ -7,18 +7,16 @@ from collections.abc import Callable
 
 import pytest
 
-from areal_vllm_ext.engine_core.participant import (
+from areal_vllm_ext.engine_core.effects import (
     CallCancelPause,
     CallCommit,
-    CallLoad,
     CallPause,
     CallResume,
     Effect,
     Order,
-    Participant,
-    ParticipantRequest,
     Reply,
 )
+from areal_vllm_ext.engine_core.participant import Participant, ParticipantRequest
 from areal_vllm_ext.protocol import (
     Abort,
     Ack,
@@ -36,7 +34,6 @@ from areal_vllm_ext.protocol import (
     Prepare,
     Resume,
     Sender,
-    Staging,
     WeightsMismatch,
     WorkerDone,
 )
@@ -52,7 +49,7 @@ class Rig:
     def __init__(self, workers: int = 1) -> None:
         self.participant = Participant(OLD, frozenset(range(workers)))
         self.now = 0.0
-        self.calls: list[CallPause | CallResume | CallCancelPause | CallCommit | CallLoad] = []
+        self.calls: list[CallPause | CallResume | CallCancelPause | CallCommit] = []
         self.orders: list[object] = []
         self.answers: dict[ReplyTo, Answer] = {}
         self._numbers = itertools.count()
@@ -119,15 +116,15 @@ class Rig:
 
     def paused(self, error: str = "") -> None:
         call = next(call for call in reversed(self.calls) if isinstance(call, CallPause))
-        self.take(self.participant.pause_done(call.call, error))
+        self.take(self.participant.pauses.pause_done(call.call, error))
 
     def resumed(self, error: str = "") -> None:
         call = next(call for call in reversed(self.calls) if isinstance(call, CallResume))
-        self.take(self.participant.resume_done(call.call, error))
+        self.take(self.participant.pauses.resume_done(call.call, error))
 
     def cancelled(self, cancelled: bool) -> None:
         call = next(call for call in reversed(self.calls) if isinstance(call, CallCancelPause))
-        self.take(self.participant.cancel_done(call.call, cancelled))
+        self.take(self.participant.pauses.cancel_done(call.call, cancelled))
 
     def committed(self, error: str = "") -> None:
         self.take(self.participant.commit_done(error, 0.25))
@@ -237,7 +234,7 @@ def test_a_bucket_waits_for_the_workers_of_its_sender_only() -> None:
     assert rig.acked(second)
     assert first not in rig.answers
     stranger = rig.ask(Bucket(epoch=1, update="u", index=0, nbytes=0, segments=(), sender=2))
-    assert "sender 2 is none" in str(rig.answers[stranger])
+    assert "update u has no sender 2" in str(rig.answers[stranger])
 
 
 def test_a_sender_to_workers_that_are_not_there_is_refused() -> None:
@@ -375,7 +372,7 @@ def test_commit_needs_a_prepared_and_paused_engine(state: tuple[str, str]) -> No
 
 def test_commit_of_another_update_is_refused() -> None:
     rig = in_state("prepared", "paused")
-    assert "other is not under way" in rig.refusal(rig.commit("other")).message
+    assert "other is not in flight" in rig.refusal(rig.commit("other")).message
     assert rig.state == ("prepared", "paused")
 
 
@@ -525,6 +522,15 @@ def test_a_worker_that_fails_after_its_vote_takes_the_vote_back(generation: str)
     assert rig.participant.version == OLD
 
 
+def test_a_worker_that_fails_while_the_engine_pauses_turns_the_second_vote_into_a_no() -> None:
+    rig = in_state("prepared", "running")
+    pause = rig.pause(update="u")
+    rig.done("prepare", error="the staging is gone")
+    assert rig.refusal(pause) == Error(kind="failed", message="worker 0: the staging is gone")
+    rig.paused()
+    assert rig.refusal(rig.commit()).kind == "state"
+
+
 def test_a_late_vote_after_a_failure_does_not_count() -> None:
     rig = Rig(workers=2)
     rig.begin()
@@ -592,7 +598,7 @@ def test_the_outcome_of_an_older_pause_does_not_answer_a_newer_one() -> None:
     rig = Rig()
     rig.pause("keep")
     newer = rig.pause("abort")
-    rig.take(rig.participant.pause_done(1, ""))
+    rig.take(rig.participant.pauses.pause_done(1, ""))
     assert newer not in rig.answers
     assert rig.participant.generation == "pausing"
 
@@ -619,8 +625,8 @@ def test_resume_takes_back_a_pause_that_has_not_completed() -> None:
     pause = rig.pause()
     resume = rig.resume(epoch=2)
     assert rig.kinds() == ["CallPause", "CallResume"]
-    assert "taken back" in rig.refusal(pause).message
-    rig.take(rig.participant.pause_done(1, ""))  # it completes late
+    assert "a resume cancelled the pause" in rig.refusal(pause).message
+    rig.take(rig.participant.pauses.pause_done(1, ""))  # it completes late
     assert rig.participant.generation == "resuming"
     rig.resumed()
     assert rig.acked(resume)
@@ -646,10 +652,10 @@ def test_an_engine_that_runs_has_no_pause_mode() -> None:
     rig = Rig()
     rig.pause()
     rig.paused()
-    assert rig.participant.pause_mode == "keep"
+    assert rig.participant.pauses.mode == "keep"
     rig.resume()
     rig.resumed()
-    assert rig.participant.pause_mode is None
+    assert rig.participant.pauses.mode is None
 
 
 @pytest.mark.parametrize("way", ["failed", "cancelled"])
@@ -662,7 +668,7 @@ def test_an_engine_whose_pause_came_to_nothing_has_no_pause_mode(way: str) -> No
         rig.pass_time(1.0)
         rig.cancelled(True)
     assert rig.state == ("idle", "running")
-    assert rig.participant.pause_mode is None
+    assert rig.participant.pauses.mode is None
 
 
 # Time
@@ -685,7 +691,7 @@ def test_a_pause_that_completes_while_it_is_taken_back_stands() -> None:
     rig = Rig()
     rig.pause(timeout=5.0)
     rig.pass_time(5.0)
-    rig.take(rig.participant.pause_done(1, ""))
+    rig.take(rig.participant.pauses.pause_done(1, ""))
     rig.cancelled(False)
     assert rig.participant.generation == "paused"
     rig.resume()
@@ -759,12 +765,12 @@ def test_a_pause_for_an_update_remembers_it_and_a_users_own_outlasts_it() -> Non
     rig = in_state("prepared", "running")
     rig.pause(update="u")
     rig.paused()
-    assert rig.participant.paused_for == "u"
+    assert rig.participant.pauses.paused_for == "u"
     rig.pause("abort")
     rig.paused()
-    assert rig.participant.paused_for == ""
+    assert rig.participant.pauses.paused_for == ""
     assert rig.acked(rig.pause("abort", update="u"))
-    assert rig.participant.paused_for == ""
+    assert rig.participant.pauses.paused_for == ""
 
 
 # Weights that must not serve
@@ -794,11 +800,11 @@ def test_an_engine_that_is_behind_pauses_until_an_update_commits() -> None:
     rig.take(rig.participant.on_group_epoch(NEW, 5))
     (call,) = rig.calls
     assert call == CallPause(call.call, "keep", clear_cache=False)  # type: ignore[union-attr]
-    assert rig.participant.paused_for == "stale"
+    assert rig.participant.pauses.paused_for == "stale"
     assert "the group is at version new, this engine at old" in rig.participant.stale
     rig.take(rig.participant.on_group_epoch(NEW, 5))
     assert len(rig.calls) == 1, "told once a second"
-    rig.take(rig.participant.pause_done(call.call, ""))  # type: ignore[union-attr]
+    rig.take(rig.participant.pauses.pause_done(call.call, ""))  # type: ignore[union-attr]
     refusal = rig.answers[rig.ask(Resume(epoch=6))]
     assert isinstance(refusal, Error)
     assert "stale" in refusal.message
@@ -905,7 +911,7 @@ def test_agreeing_makes_the_weights_the_groups() -> None:
 def test_a_pause_is_orphaned_when_its_holder_is_silent() -> None:
     rig = Rig()
     pause = rig.ask(Pause(epoch=1, mode="keep", kv="keep", timeout=9, holder="h", lease=3))
-    rig.take(rig.participant.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
+    rig.take(rig.participant.pauses.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
     assert rig.answers[pause] == Ack()
     rig.now = 2.0
     assert rig.answers[rig.ask(KeepPaused(holder="h", lease=3))] == Ack()
@@ -913,10 +919,10 @@ def test_a_pause_is_orphaned_when_its_holder_is_silent() -> None:
     rig.take(rig.participant.tick(4.9))
     assert not rig.participant.needs_recovery
     rig.take(rig.participant.tick(5.0))
-    assert rig.participant.orphaned
+    assert rig.participant.pauses.orphaned
     assert rig.participant.needs_recovery
     rig.ask(Resume(epoch=1))
-    rig.take(rig.participant.resume_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
+    rig.take(rig.participant.pauses.resume_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
     rig.take(rig.participant.tick(99.0))
     assert not rig.participant.needs_recovery
 
@@ -925,105 +931,8 @@ def test_orphans_are_left_alone_where_they_are_set_so() -> None:
     participant = Participant(OLD, frozenset({0}), resume_orphans=False)
     participant.handle(ReplyTo(b"", b""), Pause(epoch=1, mode="keep", kv="keep", timeout=9, holder="h", lease=3), 0.0)
     participant.tick(100.0)
-    assert participant.orphaned
+    assert participant.pauses.orphaned
     assert not participant.needs_recovery
-
-
-# Without staging
-
-
-def in_place() -> Rig:
-    rig = Rig()
-    rig.ask(
-        Begin(
-            epoch=1,
-            update="u",
-            version=NEW,
-            senders={0: Sender(transfer=Disk(path="/"))},
-            timeout=MINUTE,
-            staging=Staging(kind="none"),
-        )
-    )
-    rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="begin")))
-    return rig
-
-
-def paused_in_place() -> Rig:
-    rig = in_place()
-    rig.ask(Pause(epoch=1, mode="keep", kv="recompute", timeout=9, update="u"))
-    rig.take(rig.participant.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
-    assert rig.state == ("receiving", "paused")
-    return rig
-
-
-def test_without_staging_no_byte_is_loaded_before_the_pause() -> None:
-    rig = in_place()
-    for asked in (rig.bucket(), rig.ask(Prepare(epoch=1, update="u", buckets={0: 0}))):
-        answer = rig.answers[asked]
-        assert isinstance(answer, Error)
-        assert "needs a paused engine; this one is running" in answer.message
-    assert rig.calls == []
-    assert not rig.participant.tainted
-
-
-def test_without_staging_the_vote_is_that_all_is_loaded() -> None:
-    rig = paused_in_place()
-    rig.bucket()
-    rig.bucket(1)
-    assert [call for call in rig.calls if isinstance(call, CallLoad)] == [CallLoad("u", NEW)], "loading begins once"
-    assert "was loaded in part" in rig.participant.tainted
-    asked = rig.ask(Prepare(epoch=1, update="u", buckets={0: 2}))
-    rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="prepare")))
-    assert asked not in rig.answers
-    assert rig.participant.update_phase == "receiving"
-    rig.take(rig.participant.load_done("u", ""))
-    assert rig.answers[asked] == Ack()
-    assert rig.state == ("prepared", "paused")
-    assert rig.participant.version == OLD
-    assert rig.answers[rig.ask(Commit(epoch=1, update="u"))] == Ack()
-    assert (rig.participant.version, rig.participant.tainted, rig.participant.committed_epoch) == (NEW, "", 1)
-    assert not any(isinstance(call, CallCommit) for call in rig.calls)
-
-
-@pytest.mark.parametrize("how", ["abort", "time", "load fails", "newer update"])
-def test_without_staging_giving_up_after_the_first_byte_taints(how: str) -> None:
-    rig = paused_in_place()
-    asked = rig.bucket()
-    match how:
-        case "abort":
-            rig.ask(Abort(epoch=1, update="u", reason="changed its mind"))
-        case "time":
-            rig.now = MINUTE
-            rig.take(rig.participant.tick(rig.now))
-        case "load fails":
-            rig.take(rig.participant.load_done("u", "out of memory"))
-            answer = rig.answers[asked]
-            assert isinstance(answer, Error)
-            assert "out of memory" in answer.message
-            rig.ask(Abort(epoch=1, update="u", reason="failed"))
-        case _:
-            rig.begin("w", epoch=2)
-    assert rig.participant.tainted
-    assert isinstance(rig.answers[rig.ask(Resume(epoch=2))], Error)
-    assert rig.participant.load_done("u", "") == [], "too late"
-    assert rig.participant.tainted
-
-
-def test_without_staging_giving_up_before_the_first_byte_loses_nothing() -> None:
-    rig = paused_in_place()
-    rig.ask(Abort(epoch=1, update="u", reason="changed its mind"))
-    assert not rig.participant.tainted
-    rig.ask(Resume(epoch=1))
-    assert isinstance(rig.calls[-1], CallResume)
-
-
-def test_without_staging_loaded_and_paused_is_in_doubt() -> None:
-    rig = paused_in_place()
-    rig.ask(Prepare(epoch=1, update="u", buckets={0: 0}))
-    rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=0, step="prepare")))
-    rig.take(rig.participant.load_done("u", ""))
-    assert rig.participant.tick(MINUTE * 10) == []
-    assert rig.state == ("prepared", "paused")
 
 
 @pytest.mark.parametrize("how", ["resume", "lease"])
@@ -1032,11 +941,11 @@ def test_a_users_pause_of_a_tainted_engine_ends_like_any_other(how: str) -> None
     rig = Rig()
     rig.participant.tainted = "commit failed"
     rig.ask(Pause(epoch=1, mode="keep", kv="keep", timeout=9, holder="h", lease=3))
-    rig.take(rig.participant.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
-    assert rig.participant.paused_for == ""
+    rig.take(rig.participant.pauses.pause_done(rig.calls[-1].call, ""))  # type: ignore[union-attr]
+    assert rig.participant.pauses.paused_for == ""
     if how == "resume":
         assert isinstance(rig.answers[rig.ask(Resume(epoch=1))], Error)
     else:
         rig.take(rig.participant.tick(3.0))
-    assert rig.participant.paused_for == "stale"
+    assert rig.participant.pauses.paused_for == "stale"
     assert not rig.participant.needs_recovery, "nobody can help but an update"

@@ -74,7 +74,7 @@ def attach(engine: SimulatedEngine, workers: list[Worker]) -> None:
         with ThreadPoolExecutor(WORKERS) as pool:
             assert list(pool.map(lambda one: one.areal_commit(update), workers)) == [""] * WORKERS
 
-    engine.staged = engine.loaded = commit
+    engine.staged = commit
 
 
 @pytest.fixture
