@@ -236,7 +236,7 @@ class Round:
         calls = [call for trainer in world.trainers if trainer.alive for call in trainer.calls]
         world.run(until=world.now + 60.0, done=lambda: all(call.outcome is not None for call in calls))
         states = [process.engine.participant for process in world.engines]
-        paused_by_user = any(state.generation != "running" and not state.paused_for for state in states)
+        paused_by_user = any(state.generation != "running" and not state.pauses.paused_for for state in states)
         slowest = min(process.clock.rate for process in (*world.engines, world.directory))
         seconds = (PAUSE_SECONDS if paused_by_user else SERVES_AGAIN_SECONDS) / min(slowest, 1.0)
         world.run(until=world.now + seconds, done=self.serve)
