@@ -269,7 +269,7 @@ class UnpackedBucket:
         segments: what lies where.
         memory: what they lie in.
         tensors: by name; contiguous.
-        copies: what a load plan has made of them (``worker/plan.py``).
+        copies: what a load plan has made of them (``worker/load/plan.py``).
     """
 
     def __init__(self, segments: tuple[Segment, ...], memory: Any, tensors: dict[str, torch.Tensor]) -> None:

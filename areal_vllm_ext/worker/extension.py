@@ -6,38 +6,40 @@ from typing import Any
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker, whose attributes (``rank``, ``device``, ``vllm_config``, ...) it uses.
+    """A mixin of vLLM's worker, whose attributes (``rank``, ``device``, ``vllm_config``, ...) it uses.
 
-    Names start with ``areal_``: vLLM refuses an extension that hides a name of the worker's.
+    Names start with ``areal_``, because vLLM refuses an extension that hides a name of the worker's.
     """
 
     def areal_attach(self: Any, endpoint: str, token: str) -> None:
-        """Start the receiver thread and connect it to this engine's endpoint at ``endpoint``, which knows it by ``token``."""
+        """Start the receiver thread, and connect it to this engine's endpoint at ``endpoint`` with ``token``."""
         from .receiver import Receiver
 
         self._areal_receiver = Receiver(self, endpoint, token)
 
     def areal_commit(self: Any, update: str) -> str:
-        """Switch to the staged weights of ``update``. Runs on the worker's own thread, while the engine is paused.
+        """Make the staged weights of ``update`` live. Runs on the worker's own thread while the engine is paused.
 
         Returns:
-            why the new weights could not be compared with a fresh load, where they should have been; else empty.
+            why the live weights could not be compared with a fresh load, if they should have been; else empty.
 
         Raises:
-            RuntimeError: where the staged weights are not those of ``update``, or loading them failed, or they are not what
-                a fresh load gives.
+            RuntimeError: the staged weights are not those of ``update``, loading them failed, or the live weights are not
+                what a fresh load gives.
         """
         receiver = self._areal_receiver
-        spans, track = receiver.spans(update), f"worker {receiver.rank}"
+        context = receiver.context
+        spans, track = receiver.spans(update), f"worker {context.rank}"
         try:
-            weights, bound = receiver.staged(update), receiver.bound(update)
-            with receiver.served.switching(receiver.contents(update), update):
+            staged = receiver.staged(update)
+            weights, run = list(staged.tensors.items()), staged.run
+            with context.live_weights.committing(staged.manifest, update):
                 with spans.span(track, "load"):
-                    receiver.served.copied = receiver.loader.load(weights, bound)
+                    context.live_weights.copied = context.loader.load(weights, run)
                 with spans.span(track, "prove"):
-                    part = bound is not None and bound.partial
-                    unproven: str = receiver.served.prove(weights, part=part)
-                receiver.confirm(update)
+                    partial = run is not None and run.partial
+                    unproven: str = context.live_weights.prove(weights, partial=partial)
+                staged.confirm_shared()
             return unproven
         finally:
             receiver.discard(update)

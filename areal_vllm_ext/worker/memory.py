@@ -1,4 +1,4 @@
-"""How much memory can be had."""
+"""How much memory is free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of ``device`` that can be had now; of the host (or of what this container is allowed) for a CPU."""
+    """Return the free memory of ``device``; for a CPU, of the host or of this container's limit."""
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

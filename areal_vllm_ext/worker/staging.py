@@ -1,61 +1,71 @@
-"""Where new weights lie until the commit: on the worker's device, in host memory, or nowhere.
+"""Where new weights wait until the commit: on the worker's device, or in host memory.
 
-What it costs is known before the first byte comes, and refused with the numbers where there is no room, so that an engine
-that generates is never brought down by an update.
+The size is known before the first byte arrives. Without room the update is refused with the numbers, so that it never brings
+a generating engine down.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
 from ..protocol import Staging
 from ..transport import host_memory
+from ..transport.buckets import UnpackedBucket
+from . import background
 from .memory import free_bytes
 
-Place = Literal["device", "host", "none"]
+Place = Literal["device", "host"]
+# Unpacked buckets by sender and index.
+Buckets = dict[tuple[int, int], UnpackedBucket]
 
-# Of the device's memory, for whatever else asks for some meanwhile: kernels' workspaces, a communicator's buffers.
+# Device memory that staging leaves free for others: kernels' workspaces, a communicator's buffers.
 _DEVICE_RESERVE = 512 << 20
+# From an update's end until its memory goes back to the device: the engine generates again by then.
+_GIVE_BACK_SECONDS = 0.3
 
 
 def choose(staging: Staging, nbytes: int, of_shard: int, device: torch.device) -> Place:
-    """Where a worker stages an update.
+    """Return where a worker stages an update.
 
     Args:
-        staging: what was asked for.
-        nbytes: of all that comes. ``of_shard``: of what stays of it on the worker's own device.
-        device: that.
+        staging: what the client asked for.
+        nbytes: bytes of all that arrives.
+        of_shard: bytes of what stays of it on the worker's own device.
+        device: the worker's device.
 
     Raises:
-        RuntimeError: there is no room; the message has what is needed and what is free, and the other choices.
+        RuntimeError: there is no room; the message has the bytes needed and free, and the alternatives.
     """
-    if staging.kind == "none":
-        return "none"
     on_device, on_host = of_shard * staging.on_device, (of_shard if device.type == "cpu" else nbytes) * staging.on_host
+    lacks: list[str] = []
     if device.type != "cpu" and staging.kind in ("auto", "device"):
-        free_device = max(free_bytes(device) - _DEVICE_RESERVE, 0) if nbytes else 0
-        if on_device <= free_device:
+        free = max(free_bytes(device) - _DEVICE_RESERVE, 0) if nbytes else 0
+        if on_device <= free:
             return "device"
-        of_device = f"{_gib(on_device)} on {device} ({staging.on_device} workers), {_gib(free_device)} are free"
+        lacks.append(f"{_gib(on_device)} on {device} for {staging.on_device} workers, where {_gib(free)} are free")
     if device.type == "cpu" or staging.kind in ("auto", "host"):
-        free_host = free_bytes(torch.device("cpu")) if nbytes else 0
-        if on_host <= free_host:
+        free = free_bytes(torch.device("cpu")) if nbytes else 0
+        if on_host <= free:
             return "host"
-        host = f"{_gib(on_host)} of host memory ({staging.on_host} workers of this host), {_gib(free_host)} are free"
-    if device.type == "cpu":
-        raise RuntimeError(f"staging needs {host}: use staging='none', which pauses first and keeps no old weights")
-    needs = of_device if staging.kind == "device" else host if staging.kind == "host" else f"{of_device}, or {host}"
-    others = {"device": "staging='host', or 'none'", "host": "staging='device', or 'none'", "auto": "staging='none'"}
-    raise RuntimeError(
-        f"staging='{staging.kind}' needs {needs}: use {others[staging.kind]}, which pauses first and keeps no old weights"
-    )
+        lacks.append(
+            f"{_gib(on_host)} of host memory for {staging.on_host} workers of this host, where {_gib(free)} are free"
+        )
+    raise RuntimeError(f"staging='{staging.kind}' needs {', or '.join(lacks)}: {_alternative(staging, device)}")
+
+
+def _alternative(staging: Staging, device: torch.device) -> str:
+    if device.type == "cpu" or staging.kind == "auto":
+        return "free memory on the engine's host, or start the engine with less of it for its KV cache"
+    other = "host" if staging.kind == "device" else "device"
+    return f"use staging='{other}' or 'auto'"
 
 
 class Pool:
-    """Where buckets arrive on a device: memory apart from the engine's, so that all of it can be given back."""
+    """Device memory for arriving buckets, apart from the engine's, so that all of it can be given back."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -63,7 +73,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """So many bytes."""
+        """Return a buffer of ``nbytes``."""
         if self._device.type != "cuda":
             return host_memory.zeros(nbytes)
         with self._lock:
@@ -75,17 +85,48 @@ class Pool:
 
     @property
     def used(self) -> bool:
-        """Whether there is something to give back."""
+        """Whether there is memory to give back."""
         return self._pool is not None
 
     def give_back(self) -> None:
-        """What nobody uses any more. Takes a while: the driver waits for the device. What is in use stays until it is not."""
+        """Free the unused memory. It takes a while, because the driver waits for the device."""
         with self._lock:
             self._pool = None
 
 
+class StagingMemory:
+    """The memory that a worker's updates stage in, kept from one update to the next if the client asks for it.
+
+    Attributes:
+        pool: where buckets arrive on the worker's device.
+        kept: unpacked buckets of the last update, if it asked to keep them.
+        keeps: whether the last update asked to keep its memory.
+        in_use: whether an update is in progress.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = Pool(device)
+        self.kept: Buckets = {}
+        self.keeps = False
+        self.in_use: Callable[[], bool] = lambda: False
+
+    def take_kept(self) -> Buckets:
+        """Return the kept buckets, which are the caller's from now on."""
+        kept, self.kept = self.kept, {}
+        return kept
+
+    def give_back_later(self) -> None:
+        """Give the memory back to the device soon, beside the running engine, unless it is kept or in use then."""
+        if self.pool.used:
+            background.run_later(_GIVE_BACK_SECONDS, self._give_back)
+
+    def _give_back(self) -> None:
+        if not self.in_use() and not self.keeps:
+            self.pool.give_back()
+
+
 def put(buffer: torch.Tensor, place: Place, device: torch.device) -> torch.Tensor:
-    """``buffer`` where it is to be staged; itself where it lies there."""
+    """Return ``buffer`` in the place of staging: a copy, or itself if it is there."""
     if place == "device" and buffer.device != device:
         return buffer.to(device)
     if place == "host" and buffer.device.type != "cpu":

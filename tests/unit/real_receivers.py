@@ -53,8 +53,8 @@ class Served:
         def staged(update: str) -> None:
             for rank, receiver in enumerate(self.receivers[number]):
                 assert not engine.running
-                self.weights[number, rank] = dict(receiver.staged(update))
-                self.senders[number, rank] = len(receiver._intake._lanes) if receiver._intake else 0
+                self.weights[number, rank] = dict(receiver.staged(update).tensors)
+                self.senders[number, rank] = len(receiver.reception.streams) if receiver.reception else 0
                 receiver.discard(update)
 
         return staged
@@ -67,7 +67,7 @@ class Served:
         )
 
     def staging_is_free(self) -> bool:
-        return all(receiver._intake is None for receivers in self.receivers.values() for receiver in receivers)
+        return all(receiver.reception is None for receivers in self.receivers.values() for receiver in receivers)
 
 
 def worker(rank: int, checkpoint: Path, key_file: Path) -> Any:

@@ -79,7 +79,7 @@ def test_zeros_that_a_broadcast_leaves_are_seen(
 
     def leaves_zeros(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
         buffer = wait(self, *arguments)
-        return buffer.zero_() if threading.current_thread().name.startswith("areal-intake") else buffer
+        return buffer.zero_() if threading.current_thread().name.startswith("areal-receive") else buffer
 
     monkeypatch.setattr(GlooBroadcast, "wait", leaves_zeros)
     with pytest.raises(UpdateAborted, match="embed arrived with other bytes"):

@@ -171,7 +171,7 @@ def test_workers_that_have_lost_their_connections_get_new_ones(ranks: Ranks, ser
     assert_all_serve(ranks, served, 13, "rows", senders="parts", transport="broadcast")
     for receivers in served.receivers.values():
         for receiver in receivers:
-            receiver.sources.drop(receiver.sources._kept[-1][1])
+            receiver.context.sources.drop(receiver.context.sources._kept[-1][1])
     assert_all_serve(ranks, served, 14, "rows", senders="parts", transport="broadcast")
 
 

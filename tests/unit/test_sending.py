@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -35,8 +36,9 @@ from areal_vllm_ext.client.sending import Sending, choose_transport
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, EngineInfo, Prepare, Sender, SharedMemory
 from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource, GlooBroadcast
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
-from areal_vllm_ext.worker import receiver as receivers
-from areal_vllm_ext.worker.receiver import Lane, Receiver
+from areal_vllm_ext.worker import sender_stream
+from areal_vllm_ext.worker.receiver import Receiver
+from areal_vllm_ext.worker.sender_stream import SenderStream
 from areal_vllm_ext.worker.sources import Sources
 from harness.simulated_engine import NEVER
 
@@ -107,18 +109,23 @@ def small_buckets(group: EngineGroup, monkeypatch: pytest.MonkeyPatch, **options
 def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[Lane, threading.Event] = collections.defaultdict(threading.Event)
+    told: dict[SenderStream, threading.Event] = collections.defaultdict(threading.Event)
     started: set[tuple[object, int]] = set()
     # Of each intake, when its first bucket was: whether its second was started.
     on_its_way: dict[object, bool] = {}
     checked_first: dict[object, bool] = {}
-    put, start, wait, first_corrupt = Lane.put, BroadcastSource.start, GlooBroadcast.wait, receivers.first_corrupt
+    put, start, wait, first_corrupt = (
+        SenderStream.put,
+        BroadcastSource.start,
+        GlooBroadcast.wait,
+        sender_stream.first_corrupt,
+    )
 
     def note(seen: dict[object, bool]) -> None:
         thread = threading.current_thread()
         seen.setdefault(thread, (thread, 1) in started)
 
-    def tells(self: Lane, bucket: Bucket) -> None:
+    def tells(self: SenderStream, bucket: Bucket) -> None:
         put(self, bucket)
         if bucket.index == 1:
             told[self].set()
@@ -130,7 +137,7 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
         return start(self, bucket, *arguments)
 
     def waited(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
-        if threading.current_thread().name.startswith("areal-intake"):
+        if threading.current_thread().name.startswith("areal-receive"):
             note(on_its_way)
         return wait(self, *arguments)
 
@@ -138,10 +145,10 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
         note(checked_first)
         return first_corrupt(segments, *arguments)
 
-    monkeypatch.setattr(Lane, "put", tells)
+    monkeypatch.setattr(SenderStream, "put", tells)
     monkeypatch.setattr(BroadcastSource, "start", noted)
     monkeypatch.setattr(GlooBroadcast, "wait", waited)
-    monkeypatch.setattr(receivers, "first_corrupt", checked)
+    monkeypatch.setattr(sender_stream, "first_corrupt", checked)
     with small_buckets(group, monkeypatch, transport="broadcast") as update:
         update.send(weights(5))
     for seen in (on_its_way, checked_first):
@@ -216,7 +223,7 @@ def test_staging_that_is_kept_is_used_by_the_next_update(served: Served, group: 
             assert bool(sink._buffers) == keep, "the trainer's buckets"
         assert served.serves(weights(seed))
         places.append(addresses(served))
-        kept = [receiver.kept for receivers in served.receivers.values() for receiver in receivers]
+        kept = [receiver.context.memory.kept for receivers in served.receivers.values() for receiver in receivers]
         assert [bool(one) for one in kept] == [keep] * 4
     # What the last update staged is still there when the next one comes (this test holds it), so other memory is elsewhere.
     assert places[0] == places[1] == places[2]
@@ -242,7 +249,7 @@ def test_staging_of_an_update_that_was_given_up_is_not_kept(
     ):
         up.send(weights(2) | {"scale": torch.tensor(float("nan"))})
     eventually(served.staging_is_free)
-    assert not any(receiver.kept for receivers in served.receivers.values() for receiver in receivers)
+    assert not any(receiver.context.memory.kept for receivers in served.receivers.values() for receiver in receivers)
 
 
 def test_digests_that_do_not_go_with_the_tensors_are_refused(
@@ -261,10 +268,11 @@ def test_digests_that_do_not_go_with_the_tensors_are_refused(
 
 def test_buckets_are_received_in_the_order_of_their_bytes_each_once() -> None:
     """gloo ends a process that waits for another size than comes: announcements may come late, and again."""
-    lane = Lane(Disk(path="/nowhere"), "track")
+    update: Any = SimpleNamespace(context=SimpleNamespace(rank=0))
+    stream = SenderStream(update, 0, Disk(path="/nowhere"))
     for index in (1, 3, 0, 1, 0, 2, 3):
-        lane.put(Bucket(epoch=1, update="this", index=index, nbytes=0, segments=()))
-    assert [lane.orders.get_nowait().index for _ in range(lane.orders.qsize())] == [0, 1, 2, 3]
+        stream.put(Bucket(epoch=1, update="this", index=index, nbytes=0, segments=()))
+    assert [stream._orders.get_nowait().index for _ in range(stream._orders.qsize())] == [0, 1, 2, 3]
 
 
 def test_auto_is_broadcast_where_no_worker_shares_the_trainers_gpu(served: Served, group: EngineGroup) -> None:
@@ -403,7 +411,7 @@ def endpointless(served: Served) -> Receiver:
 
 def reports(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     said: list[tuple[str, str]] = []
-    monkeypatch.setattr(receiver, "report", lambda message: said.append((message.step, message.error)))
+    monkeypatch.setattr(receiver.context, "report", lambda message: said.append((message.step, message.error)))
     return said
 
 
@@ -424,7 +432,7 @@ def test_orders_of_another_update_are_not_carried_out(
         endpointless.staged("other")
     endpointless._handle(Prepare(epoch=1, update="this", buckets={0: 0}))
     eventually(lambda: said[1:] == [("prepare", "")])
-    assert {name for name, _ in endpointless.staged("this")} == set(SHAPES)
+    assert set(endpointless.staged("this").tensors) == set(SHAPES)
     endpointless.discard("this")
     with pytest.raises(RuntimeError, match="has no staged weights"):
         endpointless.staged("this")
@@ -459,7 +467,7 @@ def test_a_newer_update_ends_the_one_before_with_its_thread(
             )
         )
     eventually(lambda: said.count(("begin", "")) >= 1)
-    eventually(lambda: "areal-intake-first" not in [thread.name for thread in threading.enumerate()])
+    eventually(lambda: not any(one.name.startswith("areal-receive-first") for one in threading.enumerate()))
     with pytest.raises(RuntimeError, match="no staged weights of update first"):
         endpointless.staged("first")
     endpointless.discard("second")
@@ -481,7 +489,9 @@ def test_staging_without_room_is_refused_with_the_numbers(
     served: Served, group: EngineGroup, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("areal_vllm_ext.worker.staging.free_bytes", lambda _: 100)
-    with pytest.raises(UpdateAborted, match=r"0\.00 GiB of host memory \(4 workers of this host\), 0\.00 GiB are free"):
+    with pytest.raises(
+        UpdateAborted, match=r"0\.00 GiB of host memory for 4 workers of this host, where 0\.00 GiB are free"
+    ):
         send(group, weights(26), staging=kind)
     assert not served.weights
 
@@ -554,7 +564,7 @@ def test_weights_that_turn_out_wrong_pause_their_engine_until_the_next_update(
 ) -> None:
     send(group, weights(1))
     engine = served.deployment.engines[0]
-    served.receivers[0][1]._damaged(engine.endpoint.participant.last_update, "layer.0 was not applied")
+    served.receivers[0][1]._report_damage(engine.endpoint.participant.last_update, "layer.0 was not applied")
     eventually(lambda: not engine.running)
     state = group.status()[0]
     assert (state.phase, state.error) == ("tainted", "worker 1: layer.0 was not applied")
@@ -576,8 +586,8 @@ def test_a_source_that_serves_one_update_is_closed_with_it(
 
 
 def lose_connections(receiver: Receiver) -> None:
-    for _, source in list(receiver.sources._kept):
-        receiver.sources.drop(source)
+    for _, source in list(receiver.context.sources._kept):
+        receiver.context.sources.drop(source)
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
@@ -596,6 +606,6 @@ def test_the_connection_that_was_used_least_recently_is_closed_first(served: Ser
         receiver = served.receivers[0][0]
         for number in (0, 1, 2, 3, 0, 4):
             send(groups[number], weights(number), version=number, transport="broadcast")
-        kept = [source for _, source in receiver.sources._kept]
+        kept = [source for _, source in receiver.context.sources._kept]
         send(groups[0], weights(0), version=9, transport="broadcast")
-        assert [source for _, source in receiver.sources._kept] == [*kept[:2], kept[3], kept[2]]
+        assert [source for _, source in receiver.context.sources._kept] == [*kept[:2], kept[3], kept[2]]

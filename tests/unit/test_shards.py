@@ -85,7 +85,7 @@ def staged_at_commit(shards: Shards, group: EngineGroup, version: int, **options
 
     def on_phase(phase: str) -> None:
         if phase == "commit":
-            whole.extend(set(one.receiver._intake.tensors) for one in shards.ranks)
+            whole.extend(set(one.receiver.reception.staged.tensors) for one in shards.ranks)
 
     with group.update(version, deadline=20.0, on_phase=on_phase, **options) as running:
         running.send(weights(version))
@@ -94,20 +94,20 @@ def staged_at_commit(shards: Shards, group: EngineGroup, version: int, **options
 
 
 def test_only_a_rank_s_parts_are_kept(shards: Shards, group: EngineGroup) -> None:
-    assert all(one.receiver.loader._plan.of_a_shard for one in shards.ranks)
+    assert all(one.receiver.context.loader._plan.of_a_shard for one in shards.ranks)
     assert staged_at_commit(shards, group, 2, bucket_mib=0) == [set()] * len(shards.ranks)
     assert staged_at_commit(shards, group, 3, keep_buffers=True) == [set()] * len(shards.ranks)
-    assert not any(one.receiver.kept for one in shards.ranks)
+    assert not any(one.receiver.context.memory.kept for one in shards.ranks)
     assert group.verify().equal
 
 
 def test_an_unproven_loader_gets_all_tensors_as_long_as_it_can_be_proven(shards: Shards, group: EngineGroup) -> None:
     one = shards.ranks[0]
-    one.receiver.served._proven = frozenset()
+    one.receiver.context.live_weights._proven = frozenset()
     whole = staged_at_commit(shards, group, 4)
     assert whole == [set(SHAPES), *[set()] * (len(shards.ranks) - 1)]
-    assert one.receiver.served._proven, "with these"
-    one.receiver.served._proven = frozenset()
+    assert one.receiver.context.live_weights._proven, "with these"
+    one.receiver.context.live_weights._proven = frozenset()
     one.vllm_config.parallel_config.enable_eplb = True  # an obstacle
     try:
         assert staged_at_commit(shards, group, 5)[0] == set()
@@ -119,7 +119,7 @@ def test_an_unproven_loader_gets_all_tensors_as_long_as_it_can_be_proven(shards:
 def test_other_tensors_are_a_no_where_parts_only_were_kept_and_the_next_update_brings_all(
     shards: Shards, group: EngineGroup
 ) -> None:
-    plan = shards.ranks[1].receiver.loader._plan
+    plan = shards.ranks[1].receiver.context.loader._plan
     # Of another dtype than it was recorded with, and in a later bucket than what is kept by then.
     last = list(plan.sources)[-1]
     plan.sources[last] = (torch.float64, plan.sources[last][1])
@@ -137,7 +137,7 @@ def test_other_tensors_are_a_no_where_parts_only_were_kept_and_the_next_update_b
 
 def test_other_tensors_from_the_first_on_are_loaded_layer_by_layer(shards: Shards, group: EngineGroup) -> None:
     for one in shards.ranks:
-        sources = one.receiver.loader._plan.sources
+        sources = one.receiver.context.loader._plan.sources
         first = next(iter(sources))
         sources[first] = (torch.float64, sources[first][1])
     assert staged_at_commit(shards, group, 11, bucket_mib=0) == [set(SHAPES)] * len(shards.ranks)
@@ -153,7 +153,7 @@ def test_room_is_asked_for_parts_and_buckets_on_the_way(
     sinks = group._group._sinks
     sinks.described = {name: (tensors, size, 1) for name, (tensors, size, _) in sinks.described.items()}
     staged_at_commit(shards, group, 10, bucket_mib=0)
-    plan = shards.ranks[0].receiver.loader._plan
+    plan = shards.ranks[0].receiver.context.loader._plan
     whole = sum(-(-tensor.nbytes // 256) * 256 for tensor in weights(10).values())
     assert asked == [(whole, plan.slices_nbytes + 3)] * len(shards.ranks)
     assert plan.slices_nbytes < whole

@@ -20,7 +20,7 @@ from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.observability import trace
 from areal_vllm_ext.observability.spans import SpanRecorder, clock_offset
 from areal_vllm_ext.protocol import EngineInfo, GetTrace, Span, security
-from areal_vllm_ext.worker import receiver as receivers
+from areal_vllm_ext.worker import sender_stream
 from areal_vllm_ext.worker.extension import WorkerExtension
 from areal_vllm_ext.worker.receiver import Receiver
 from harness.simulated_engine import NEVER, Deployment, Shape, SimulatedEngine, deployed
@@ -68,7 +68,7 @@ def engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Itera
 def attach(engine: SimulatedEngine, workers: list[Worker]) -> None:
     for one in workers:
         one.areal_attach(engine.endpoint.address, engine.endpoint.attach_token)
-        one._areal_receiver.served._proven = frozenset(weights(0))  # there is no vLLM to load them afresh
+        one._areal_receiver.context.live_weights._proven = frozenset(weights(0))  # there is no vLLM to load them afresh
 
     def commit(update: str) -> None:
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -212,7 +212,7 @@ def test_a_worker_that_hangs_is_seen_where_it_hangs(
     group: EngineGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed = threading.Event()
-    monkeypatch.setattr(receivers, "first_corrupt", lambda *_: freed.wait(20) and None)
+    monkeypatch.setattr(sender_stream, "first_corrupt", lambda *_: freed.wait(20) and None)
     try:
         with pytest.raises(UpdateAborted):
             update(group, tmp_path / "trace.json", deadline=1.0)

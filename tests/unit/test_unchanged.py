@@ -114,8 +114,6 @@ class Engines(Served):
 
         return commit
 
-    load = switch
-
     @property
     def all_workers(self) -> list[Worker]:
         return [one for workers in self.workers.values() for one in workers]
@@ -127,7 +125,7 @@ class Engines(Served):
 
     def wait_known(self) -> None:
         """What is left out must be known to be there: that is found out beside generation, after each commit."""
-        eventually(lambda: all(one._areal_receiver.served.base()[0] for one in self.all_workers))
+        eventually(lambda: all(one._areal_receiver.context.live_weights.base()[0] for one in self.all_workers))
 
 
 @pytest.fixture(scope="module")
@@ -220,14 +218,14 @@ def test_what_was_to_stay_and_was_changed_by_somebody_else_is_found_and_the_next
     engines: Engines, group: EngineGroup, name: str
 ) -> None:
     engines.all_workers[1].model.part(name)[0, 0] += 1
-    with pytest.raises(UpdateAborted, match="what was to stay was changed by somebody else"):
+    with pytest.raises(UpdateAborted, match="tensors that were not sent have changed on this worker"):
         update(group, trained(1, 2), 2)
     assert update(group, trained(1, 3), 3).kept == 0
     assert engines.serve(trained(1, 3))
 
 
 def test_a_tensor_of_another_dtype_is_a_no_and_the_next_update_brings_all(engines: Engines, group: EngineGroup) -> None:
-    sources = engines.all_workers[0]._areal_receiver.loader._plan.sources
+    sources = engines.all_workers[0]._areal_receiver.context.loader._plan.sources
     sources["norm"] = (torch.float64, sources["norm"][1])
     with pytest.raises(UpdateAborted, match="other tensors were sent than in the last update"):
         update(group, trained(1, 2), 2)
@@ -243,13 +241,13 @@ def test_memory_that_was_lent_and_taken_back_before_it_was_loaded_taints_the_eng
 
     def on_phase(phase: str) -> None:
         if phase == "commit":
-            receiver._intake._lent[7] = torch.tensor(0)
+            receiver.reception.staged.stamps[7] = torch.tensor(0)
 
     with group.update(2, deadline=20.0, on_phase=on_phase) as running:
         running.send(weights(2))
     ((lost, why),) = running.result.lost.items()
     assert lost == engines.deployment.engines[1].name
-    assert "took its memory back before it was loaded" in why
+    assert "revoked its memory before it was loaded" in why
     assert {state.phase for state in group.status()} == {"idle", "tainted"}
     assert update(group, weights(3), 3).kept == 0
     assert engines.serve(weights(3))
@@ -270,7 +268,7 @@ def test_the_look_at_what_was_committed_waits_for_an_update_that_is_on_its_way(
     def on_phase(phase: str) -> None:
         if phase == "prepare":
             time.sleep(0.5)  # longer than it takes to come
-            known.extend(one._areal_receiver.served.base()[0] for one in engines.all_workers)
+            known.extend(one._areal_receiver.context.live_weights.base()[0] for one in engines.all_workers)
 
     with group.update(3, deadline=20.0, on_phase=on_phase) as running:
         running.send(trained(1, 3))

@@ -20,9 +20,9 @@ from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.integrity.checkpoint import NotACheckpoint
 from areal_vllm_ext.integrity.verify import Verification, compare
 from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, WorkerWeights
-from areal_vllm_ext.worker import served
+from areal_vllm_ext.worker import live_weights
+from areal_vllm_ext.worker.live_weights import LiveWeights, WeightsChanged
 from areal_vllm_ext.worker.load import proof
-from areal_vllm_ext.worker.served import Served, WeightsChanged
 from harness.simulated_engine import NEVER, Shape, deployed
 
 LIVE = {"embed": 1, "norm": 2}
@@ -160,19 +160,19 @@ class Model(torch.nn.Module):
 
 
 @pytest.fixture
-def live(monkeypatch: pytest.MonkeyPatch) -> tuple[Served, Model]:
+def live(monkeypatch: pytest.MonkeyPatch) -> tuple[LiveWeights, Model]:
     model = Model()
     parallel = SimpleNamespace(
         tensor_parallel_size=1, pipeline_parallel_size=1, enable_expert_parallel=False, data_parallel_size=1
     )
     config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(dtype=torch.float32))
     stand_in = SimpleNamespace(rank=0, device=torch.device("cpu"), vllm_config=config, get_model=lambda: model)
-    return Served(stand_in, ("/nowhere", None)), model
+    return LiveWeights(stand_in, ("/nowhere", None)), model
 
 
-def test_a_weight_that_changes_without_a_commit_is_damage(live: tuple[Served, Model]) -> None:
+def test_a_weight_that_changes_without_a_commit_is_damage(live: tuple[LiveWeights, Model]) -> None:
     weights, model = live
-    with weights.switching(dict(CHECKPOINT)):
+    with weights.committing(dict(CHECKPOINT)):
         model.embed.weight.data += 1
     eventually(lambda: weights._after_commit)
     assert weights.describe(contents=True).changed == ()
@@ -181,14 +181,14 @@ def test_a_weight_that_changes_without_a_commit_is_damage(live: tuple[Served, Mo
     told = weights.describe(contents=True)
     assert told.changed == ("embed.weight", "scale")
     assert {meta.name: (meta, value) for meta, value in told.contents} == CHECKPOINT
-    with weights.switching({}):
+    with weights.committing({}):
         pass
     eventually(lambda: weights._after_commit)
     assert weights.describe(contents=False).changed == (), "the next commit counts"
 
 
 def test_digests_that_a_commit_cut_through_are_not_told(
-    live: tuple[Served, Model], monkeypatch: pytest.MonkeyPatch
+    live: tuple[LiveWeights, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, model = live
     reading, switched = threading.Event(), threading.Event()
@@ -200,7 +200,7 @@ def test_digests_that_a_commit_cut_through_are_not_told(
         assert switched.wait(5)
         return values
 
-    monkeypatch.setattr(served.proof, "digests_of_model", slowly)
+    monkeypatch.setattr(live_weights.proof, "digests_of_model", slowly)
     errors: list[Exception] = []
 
     def describe() -> None:
@@ -212,7 +212,7 @@ def test_digests_that_a_commit_cut_through_are_not_told(
     thread = threading.Thread(target=describe)
     thread.start()
     assert reading.wait(5)
-    with weights.switching({}):
+    with weights.committing({}):
         model.embed.weight.data += 1
     switched.set()
     thread.join(5)
@@ -221,21 +221,21 @@ def test_digests_that_a_commit_cut_through_are_not_told(
     assert weights.describe(contents=False).changed == ()
 
 
-def test_while_a_commit_is_under_way_there_are_no_digests(live: tuple[Served, Model]) -> None:
+def test_while_a_commit_is_under_way_there_are_no_digests(live: tuple[LiveWeights, Model]) -> None:
     weights, _ = live
-    with weights.switching({}), pytest.raises(WeightsChanged):
+    with weights.committing({}), pytest.raises(WeightsChanged):
         weights.describe(contents=False)
 
 
-def test_after_a_failed_switch_nothing_is_claimed(live: tuple[Served, Model]) -> None:
+def test_after_a_failed_switch_nothing_is_claimed(live: tuple[LiveWeights, Model]) -> None:
     weights, _ = live
-    with pytest.raises(RuntimeError), weights.switching(dict(CHECKPOINT)):
+    with pytest.raises(RuntimeError), weights.committing(dict(CHECKPOINT)):
         raise RuntimeError
     told = weights.describe(contents=True)
     assert (told.manifest, told.contents) == ("", ())
 
 
-def test_a_second_model_needs_room(live: tuple[Served, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_model_needs_room(live: tuple[LiveWeights, Model], monkeypatch: pytest.MonkeyPatch) -> None:
     weights, model = live
     worker: Any = weights._worker
     worker.vllm_config.parallel_config.enable_eplb = False
@@ -243,7 +243,7 @@ def test_a_second_model_needs_room(live: tuple[Served, Model], monkeypatch: pyte
     big = [("embed.weight", torch.zeros(1 << 20))]
     reason = proof.prove(worker, big, proof.digests_of_model(model))
     assert reason == "no room on cpu for a second model: 5 MiB needed, 0 MiB free"
-    with weights.switching({}):
+    with weights.committing({}):
         assert weights.prove(big) == reason
         assert weights.prove(big) == reason, "it is tried again with each update"
 
@@ -252,14 +252,14 @@ def test_free_memory_is_some() -> None:
     assert 1 << 20 < proof.free_bytes(torch.device("cpu")) < 1 << 50
 
 
-def test_what_a_commit_copied_must_be_what_was_received(live: tuple[Served, Model]) -> None:
+def test_what_a_commit_copied_must_be_what_was_received(live: tuple[LiveWeights, Model]) -> None:
     weights, model = live
     right = digest.digests_of([model.embed.weight, model.scale])
     contents = {name: (TensorMeta(name, "float32", ()), value) for name, value in zip("ab", right, strict=True)}
     told: list[tuple[str, str]] = []
-    weights.damaged = lambda update, reason: told.append((update, reason))
+    weights.on_damage = lambda update, reason: told.append((update, reason))
     for damaged in (False, True):
-        with weights.switching(contents, f"update {damaged}"):
+        with weights.committing(contents, f"update {damaged}"):
             weights.copied = {"a": model.embed.weight.data.view(-1), "b": model.scale}
             if damaged:
                 model.scale[1] = 5
@@ -268,7 +268,7 @@ def test_what_a_commit_copied_must_be_what_was_received(live: tuple[Served, Mode
         eventually(lambda wanted=wanted: weights._wrong == wanted)
     assert weights.describe(contents=False).changed == ("b",)
     eventually(lambda: told)
-    assert told == [("update True", "1 tensors were not applied as they were received (b)")]
+    assert told == [("update True", "1 live tensors differ from what was received (b)")]
 
 
 # Thousands of tensors: the look after the commit is under way when the process ends.
@@ -276,11 +276,11 @@ LEAVES = """
 import time
 from types import SimpleNamespace
 import torch
-from areal_vllm_ext.worker.served import Served
+from areal_vllm_ext.worker.live_weights import LiveWeights
 
 model = torch.nn.ParameterList([torch.zeros(8, 8).t() for _ in range(20_000)])
-served = Served(SimpleNamespace(device=torch.device("cpu"), get_model=lambda: model, rank=0), ("", None))
-with served.switching({}):
+served = LiveWeights(SimpleNamespace(device=torch.device("cpu"), get_model=lambda: model, rank=0), ("", None))
+with served.committing({}):
     pass
 time.sleep(float(__import__("sys").argv[1]))
 """

@@ -1,0 +1,63 @@
+"""What all updates of one worker share."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..integrity import checkpoint
+from ..transport.base import WorkerSite
+from .live_weights import LiveWeights
+from .load.loader import Loader
+from .sources import Sources
+from .staging import StagingMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..protocol import TensorMeta, WorkerDone
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+
+class WorkerContext:
+    """What all updates of one worker share.
+
+    Attributes:
+        rank: of the worker in its engine.
+        device: where its model is.
+        dtype: the dtype that the engine computes in.
+        own_host: the address at which other ranks reach this worker.
+        loader: loads staged weights into the live model.
+        live_weights: what the worker serves.
+        memory: where updates stage.
+        sources: the worker's ends of its trainers' connections.
+        report: sends the outcome of a step to the engine's endpoint.
+    """
+
+    def __init__(self, worker: Any, own_host: str, report: Callable[[WorkerDone], None]) -> None:
+        model_config = worker.vllm_config.model_config
+        self._model: tuple[str, str | None] = (model_config.model, model_config.revision)
+        self._expected: dict[str, TensorMeta] | None = None
+        self.rank: int = worker.rank
+        self.device = torch.device(worker.device)
+        self.dtype = str(model_config.dtype).removeprefix("torch.")
+        self.own_host = own_host
+        self.loader = Loader(worker)
+        self.live_weights = LiveWeights(worker, self._model)
+        self.live_weights.watch_sleep()
+        self.memory = StagingMemory(self.device)
+        self.sources = Sources(WorkerSite(self.rank, self.device, own_host))
+        self.report = report
+
+    def expected(self) -> dict[str, TensorMeta] | None:
+        """Return the tensors of the checkpoint that this engine was started from; None if they cannot be found out."""
+        if self._expected is None:
+            try:
+                self._expected = {tensor.name: tensor for tensor in checkpoint.describe(*self._model)}
+            except checkpoint.NotACheckpoint as error:
+                logger.warning("areal_vllm_ext: names and shapes of incoming weights cannot be checked: %s", error)
+                return None
+        return self._expected

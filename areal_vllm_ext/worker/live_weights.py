@@ -1,0 +1,243 @@
+"""What a worker serves: digests of the checkpoint tensors of the last commit, and of the live tensors that they became.
+
+Later digests are compared with those taken after a commit. Weights change only by commits, so a difference is damage. The
+digests are taken beside generation, on a thread of their own, so that no pause is longer for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..integrity import checkpoint, digest
+from ..integrity.digest import Contents
+from ..protocol import WorkerWeights
+from . import background
+from .load import proof
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+# From a commit until its weights are read: the engine generates again by then.
+_READ_AFTER_SECONDS = 0.2
+
+
+class WeightsChanged(RuntimeError):
+    """A commit ran while the weights were read; ask again."""
+
+
+class LiveWeights:
+    """The weights of one worker.
+
+    Attributes:
+        copied: runs of live memory that the last commit copied, by incoming tensor whose digest they must have.
+        on_damage: called with the update and the reason if what was committed is not what was received.
+        is_busy: whether an update is in progress, which reading the weights would slow down.
+    """
+
+    def __init__(self, worker: Any, model: tuple[str, str | None]) -> None:
+        """
+        Args:
+            worker: vLLM's worker.
+            model: path or hub name of the checkpoint that it was started from, and the revision.
+        """
+        self._worker = worker
+        self._model = model
+        self._contents: Contents | None = None
+        self._after_commit: dict[str, int] = {}
+        self.copied: dict[str, torch.Tensor] = {}
+        self._wrong: tuple[str, ...] = ()
+        self._update = ""
+        self.on_damage: Callable[[str, str], None] = lambda *_: None
+        self.is_busy: Callable[[], bool] = lambda: False
+        self._proven: frozenset[str] = frozenset()
+        # The manifest of what was committed; empty until the live weights were read, and after a sleep.
+        self._manifest = ""
+        self._slept = False
+        # Incremented when a commit begins and when it ends, so it is odd during a commit.
+        self._changes = 0
+        self._state = threading.Lock()
+        self._reading = threading.Lock()
+
+    # On the worker's own thread
+
+    @contextlib.contextmanager
+    def committing(self, contents: Contents, update: str = "") -> Iterator[None]:
+        """Mark the body as the commit of ``update``, which makes weights with these digests live."""
+        with self._state:
+            self._changes += 1
+            self._update = update
+            self._after_commit, self._wrong, self._manifest = {}, (), ""
+            self._contents = {}  # unknown, if the body fails
+            self._slept = False
+        try:
+            yield
+            self._contents = contents
+        finally:
+            self._changes += 1
+        # Not now: for 16 GB it would lengthen the pause by 6 ms.
+        self._read_later(self._changes)
+
+    def watch_sleep(self) -> None:
+        """Notice each use of vLLM's sleep mode, which takes the weights' memory and may lose its contents."""
+        worker = self._worker
+        if (sleep := getattr(worker, "sleep", None)) is None:
+            return
+
+        @functools.wraps(sleep)
+        def noticed(*args: Any, **options: Any) -> Any:
+            with self._state:
+                # From now on no update may count on the old weights, until a commit.
+                self._slept, self._manifest = True, ""
+            return sleep(*args, **options)
+
+        worker.sleep = noticed
+
+    def can_be_proven(self) -> bool:
+        """Return whether the loader is not proven yet and there is room for the proof. Safe on any thread."""
+        return not self._proven and not proof.obstacle(self._worker, ())
+
+    def prove(self, weights: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> str:
+        """Prove the loader, inside ``committing``: at the first update, and when other tensors arrive than were proven.
+
+        Args:
+            weights: what was loaded.
+            partial: these are not all weights, because others are kept or only this rank's slices were staged.
+
+        Returns:
+            why it could not be proven; empty if it is proven.
+
+        Raises:
+            proof.ProofFailed: the live weights are wrong.
+        """
+        if partial:
+            return "" if self._proven else "not all weights were staged, so they cannot be loaded afresh"
+        names = frozenset(name for name, _ in weights)
+        if names == self._proven:
+            return ""
+        # Checked again with each update, so before anything that costs time in the pause.
+        unproven = proof.obstacle(self._worker, weights)
+        live = {} if unproven else proof.digests_of_model(self._worker.get_model())
+        unproven = unproven or proof.prove(self._worker, weights, live)
+        if unproven:
+            logger.warning("areal_vllm_ext: not proven that a reload gives what a fresh load gives: %s", unproven)
+        else:
+            self._proven = names
+        self._after_commit = live
+        return unproven
+
+    # On other threads
+
+    def base(self) -> tuple[str, Contents]:
+        """Return manifest and contents of the last commit; both empty if the live weights are not known to be these."""
+        with self._state:
+            return (self._manifest, dict(self._contents or {})) if self._manifest else ("", {})
+
+    def holds(self, contents: Contents, runs: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether the live weights have these contents.
+
+        Args:
+            contents: checkpoint tensors with digests.
+            runs: by name, the run of live memory that has a tensor's digest. For tensors without one all weights are read.
+        """
+        read = {name: run for name, run in runs.items() if name in contents}
+        values = dict(zip(read, digest.digests_of(read.values()), strict=True))
+        if any(contents[name][1] != value for name, value in values.items()):
+            return False
+        if len(read) == len(contents):
+            return True
+        live, after_commit, _ = self._read()
+        return live == after_commit
+
+    def describe(self, contents: bool) -> WorkerWeights:
+        """Return digests of what is served now.
+
+        It takes as long as reading all weights once; with ``contents`` of the weights that the worker was started with, as
+        long as reading the checkpoint's files.
+
+        Raises:
+            WeightsChanged: a commit ran meanwhile.
+        """
+        live, after_commit, committed = self._read()
+        if contents and committed is None:
+            committed, manifest = checkpoint.contents(checkpoint.folder(*self._model)), ""
+        else:
+            manifest = digest.manifest(committed.values()) if committed else ""
+        return WorkerWeights(
+            rank=self._worker.rank,
+            layout=self._layout(),
+            manifest=manifest,
+            live=live,
+            changed=(*(name for name, value in live.items() if after_commit.get(name) != value), *self._wrong),
+            contents=tuple(committed.values()) if contents and committed else (),
+        )
+
+    def _read(self) -> tuple[dict[str, int], dict[str, int], Contents | None]:
+        """Return live digests, those after the last commit, and what was committed then: all of one commit."""
+        changes = self._changes
+        with self._reading:
+            try:
+                live = proof.digests_of_model(self._worker.get_model())
+            except Exception:
+                if changes == self._changes and changes % 2 == 0:
+                    raise
+                live = {}
+        with self._state:
+            if changes != self._changes or changes % 2:
+                raise WeightsChanged("a commit changed the weights while they were read")
+            self._after_commit = self._after_commit or live
+            return live, self._after_commit, self._contents
+
+    def _read_later(self, changes: int) -> None:
+        background.run_later(_READ_AFTER_SECONDS, self._read_after_commit, changes)
+
+    def _read_after_commit(self, changes: int) -> None:
+        if self._slept or changes != self._changes:
+            return
+        if self.is_busy():
+            self._read_later(changes)  # needed only if that update is given up
+            return
+        try:
+            with background.on_side_stream(self._worker.device):
+                if not self._after_commit:
+                    self._read()
+                self._compare_copied()
+        except WeightsChanged:
+            pass  # the next commit reads them itself
+        except Exception:
+            logger.warning("areal_vllm_ext: no digests of the live weights could be taken", exc_info=True)
+
+    def _compare_copied(self) -> None:
+        """Compare what the last commit copied with what was received, and report a difference."""
+        changes, contents, copied, update = self._changes, self._contents, self.copied, self._update
+        values = dict(zip(copied, digest.digests_of(copied.values()), strict=True))
+        with self._state:
+            if changes != self._changes or changes % 2 or not contents:
+                return
+            self._wrong = tuple(
+                name for name, value in values.items() if name in contents and contents[name][1] != value
+            )
+            self._manifest = "" if self._wrong or self._slept else digest.manifest(contents.values())
+        if self._wrong:
+            named = ", ".join(self._wrong[:5])
+            reason = f"{len(self._wrong)} live tensors differ from what was received ({named})"
+            logger.error("areal_vllm_ext: %s: update this engine again, and report it", reason)
+            self.on_damage(update, reason)
+
+    def _layout(self) -> str:
+        """Name what of the model this worker holds. Workers of an equal layout hold equal live tensors."""
+        parallel = self._worker.vllm_config.parallel_config
+        device: torch.device = self._worker.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        parts = [f"rank {self._worker.rank}", f"tp {parallel.tensor_parallel_size}"]
+        parts += [f"pp {parallel.pipeline_parallel_size}", kind, str(self._worker.vllm_config.model_config.dtype)]
+        if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
+            parts.append(f"ep {parallel.data_parallel_rank} of {parallel.data_parallel_size}")
+        return ", ".join(parts)

@@ -1,0 +1,277 @@
+"""One update in this worker: what has arrived, whether it is complete and right, and the vote.
+
+It runs no thread of its own. The threads of its senders (``sender_stream.py``) call it.
+"""
+
+from __future__ import annotations
+
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import errors
+from ..integrity import checkpoint, digest
+from ..observability.spans import SpanRecorder
+from ..protocol import TensorMeta, WorkerDone
+from ..transport import host_memory
+from ..transport.buckets import UnpackedBucket, first_non_finite
+from . import staging
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from ..integrity.digest import Contents
+    from ..protocol import Begin, Prepare, Segment
+    from ..transport.base import Source
+    from .context import WorkerContext
+    from .load.plan import CopyBatch, PlanRun
+    from .staging import Buckets, Place
+
+# Buckets of one sender that are in flight at once.
+IN_FLIGHT = 2
+# Tensors that arrive without buckets are checked together, up to these bytes or this number.
+_BATCH_BYTES, _BATCH_TENSORS = 64 << 20, 256
+
+
+class StagedUpdate:
+    """What one update has staged.
+
+    Attributes:
+        tensors: staged tensors by name. Without those of which only this rank's slices are kept.
+        manifest: of each tensor that arrived or is kept: what it is, and the digest of its bytes.
+        run: the load plan's run, to which tensors are added; None without a plan.
+        buckets: unpacked buckets whose memory the next update may use, if this one asked to keep it.
+        received: how many buckets have arrived, by sender.
+        stamps: where the trainer shows whether it still shares its memory, by the value that means yes.
+        cancelled: set when the update is given up.
+    """
+
+    def __init__(self, context: WorkerContext, begin: Begin, senders: Iterable[int]) -> None:
+        self.context, self.begin = context, begin
+        self.spans = SpanRecorder(begin.spans)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.manifest: Contents = {}
+        self.run: PlanRun | None = None
+        self.buckets: Buckets = {}
+        self.received = dict.fromkeys(senders, 0)
+        self.stamps: dict[int, torch.Tensor] = {}
+        self.cancelled = threading.Event()
+        self._deadline = monotonic() + begin.timeout
+        self._kept = context.memory.take_kept()
+        # The base of a delta update: contents and manifest of the live weights, if this worker can accept changed tensors only.
+        self._base: Contents = {}
+        self.base_manifest = ""
+        # Whether only this rank's slices of each bucket are kept.
+        self._slices_only = False
+        self._sources: dict[int, Source] = {}
+        self._opening = threading.Lock()
+        self._place: Place | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        return self._deadline - monotonic()
+
+    def report(self, step: str, error: str = "", manifest: str = "") -> None:
+        """Tell the engine the outcome of a step."""
+        self.context.report(
+            WorkerDone(update=self.begin.update, rank=self.context.rank, step=step, error=error, manifest=manifest)
+        )
+
+    def free(self) -> None:
+        """Free the staging. The connections to the senders stay for the next update."""
+        self.tensors, self.run, self.stamps = {}, None, {}
+        self.buckets, self._kept = {}, {}
+        self.context.memory.give_back_later()
+
+    # Begin
+
+    def add_source(self, sender: int, source: Source) -> bool:
+        """Add an opened source; the last one makes all ready to receive.
+
+        Returns:
+            whether this was the last.
+
+        Raises:
+            RuntimeError: there is no room to stage.
+        """
+        context = self.context
+        with self._opening:
+            self._sources[sender] = source
+            if len(self._sources) < len(self.received):
+                return False
+            self.run = context.loader.begin_run()
+            if self.run:
+                if not self.run.plan.packings:  # packed weights cannot be compared with what they were
+                    self.base_manifest, self._base = context.live_weights.base()
+                self._slices_only = self.run.plan.of_a_shard and not context.live_weights.can_be_proven()
+            nbytes, of_shard = self._needed()
+            device = context.device
+            self._place = staging.choose(self.begin.staging, nbytes, of_shard, device)
+            # Staging in host memory for a GPU keeps whole tensors.
+            self._slices_only = self._slices_only and (self._place == "device" or device.type == "cpu")
+            return True
+
+    def _needed(self) -> tuple[int, int]:
+        """Return the bytes that staging still lacks: for all that arrives, and for what stays on the worker's device."""
+        sources = self._sources.values()
+        if all(source.sharing is not None and source.sharing.in_place for source in sources):
+            return 0, 0
+        asked = self.begin.staging
+        nbytes = of_shard = asked.nbytes or max(source.nbytes for source in sources)
+        if self._slices_only and self.run and asked.bucket:
+            # The buckets in flight, and one that is checked.
+            of_shard = min(nbytes, self.run.plan.slices_nbytes + len(sources) * (IN_FLIGHT + 1) * asked.bucket)
+        kept = sum(piece.memory.numel() for piece in self._kept.values())
+        return max(nbytes - kept, 0), max(of_shard - kept, 0)
+
+    # Buckets
+
+    def buffer(
+        self, key: tuple[int, int], segments: tuple[Segment, ...], nbytes: int, device: torch.device
+    ) -> tuple[UnpackedBucket | None, torch.Tensor]:
+        """Return memory for an arriving bucket.
+
+        Args:
+            key: the bucket's sender and index.
+            segments: its layout.
+            nbytes: its size.
+            device: where it arrives.
+
+        Returns:
+            the unpacked bucket of the last update that lies there, if it was kept and has the same layout; and the memory.
+        """
+        kept = self._kept.pop(key, None)
+        if kept is not None and (kept.segments, kept.memory.numel(), kept.memory.device) == (segments, nbytes, device):
+            return kept, kept.memory
+        del kept
+        if device == self.context.device:
+            return None, self.context.memory.pool.empty(nbytes)
+        return None, host_memory.zeros(nbytes)
+
+    def put(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Return ``buffer`` where this update stages."""
+        assert self._place is not None
+        return staging.put(buffer, self._place, self.context.device)
+
+    def add(self, bucket: UnpackedBucket, contents: Contents, *, unchecked: bool, shared: bool = False) -> bool:
+        """Check tensors that have arrived, and stage them.
+
+        Args:
+            bucket: the tensors.
+            contents: what each is, and its digest.
+            unchecked: whether the trainer did not check their values.
+            shared: whether they lie in the trainer's memory.
+
+        Returns:
+            whether their memory is kept as it is, rather than slices of it.
+
+        Raises:
+            ValueError: the engine cannot load one of them.
+        """
+        expected, dtypes = self.context.expected(), (self.context.dtype,)
+        if expected is not None:
+            for meta, _ in contents.values():
+                if expected.get(meta.name) != meta and (problem := checkpoint.mismatch_reason(meta, expected, dtypes)):
+                    raise ValueError(problem)
+        if unchecked and (name := first_non_finite(bucket.tensors.items())):
+            raise ValueError(f"{name} holds NaN or infinite values")
+        self.manifest.update(contents)
+        if (run := self.run) is None:
+            self.tensors.update(bucket.tensors)
+            return True
+        if bucket.copies is None or bucket.copies.plan is not run.plan:
+            bucket.copies = run.plan.copies_of(bucket.tensors)
+        copies: CopyBatch | None = bucket.copies
+        if self._slices_only and not shared and run.fits and copies is not None:
+            run.partial = True
+            run.add(copies.compacted(self.context.memory.pool.empty))
+            return False
+        self.tensors.update(bucket.tensors)
+        run.add(copies)
+        return True
+
+    # The vote
+
+    def vote(self, order: Prepare) -> str:
+        """Check that all weights are here. Returns their manifest.
+
+        Raises:
+            RuntimeError: buckets, or the base of a delta update, are missing.
+            ValueError: tensors are missing, or do not fit this engine.
+        """
+        for number, source in self._sources.items():
+            for tensors in batches(source.load_all()):
+                self._add_loaded(tensors, unchecked=source.unchecked)
+            if self.received[number] != (sent := order.buckets.get(number, 0)):
+                raise RuntimeError(f"{sent} buckets were sent, {self.received[number]} arrived: {errors.SEND_AGAIN}")
+        if order.base:
+            self._keep_unchanged(order.base)
+        elif self.run and self.run.partial:
+            self._check_run(self.run)
+        expected = self.context.expected()
+        if expected is not None and (problem := checkpoint.missing_reason(self.manifest, expected)):
+            raise ValueError(problem)
+        return digest.manifest(self.manifest.values())
+
+    def _add_loaded(self, tensors: dict[str, torch.Tensor], *, unchecked: bool) -> None:
+        staged = {name: self.put(tensor) for name, tensor in tensors.items()}
+        metas = (meta_of(name, tensor) for name, tensor in staged.items())
+        values = digest.digests_of(staged.values())
+        contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}
+        self.add(UnpackedBucket((), None, staged), contents, unchecked=unchecked)
+
+    def _keep_unchanged(self, base: str) -> None:
+        """Keep the live tensors that did not arrive, after comparing them with the base that the trainer assumes."""
+        run, kept = self.run, {name: one for name, one in self._base.items() if name not in self.manifest}
+        if run is None or base != self.base_manifest:
+            raise RuntimeError(
+                "delta update refused: this worker does not have the base that the trainer assumed: "
+                + errors.SEND_AGAIN
+            )
+        run.keep(kept)
+        self._check_run(run)
+        if not self.context.live_weights.holds(kept, run.plan.whole):
+            raise RuntimeError(
+                "delta update refused: tensors that were not sent have changed on this worker: " + errors.SEND_AGAIN
+            )
+        self.manifest |= kept
+
+    def _check_run(self, run: PlanRun) -> None:
+        """Check that the plan can be carried out, where a layerwise load cannot."""
+        if not run.complete:
+            self.context.loader.forget()  # the next update stages all tensors
+            raise RuntimeError(f"other tensors were sent than in the last update: {errors.SEND_AGAIN}")
+        if self.context.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # slices may still be copied out of their buckets
+
+    # After the commit
+
+    def confirm_shared(self) -> None:
+        """Check, after a load, that the trainer's memory was still shared until now.
+
+        Raises:
+            RuntimeError: the trainer revoked it, so it may have changed before it was loaded.
+        """
+        if any(int(shown) != stamp for stamp, shown in self.stamps.items()):
+            raise RuntimeError("the trainer revoked its memory before it was loaded: update this engine again")
+
+
+def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
+    """Return a tensor's name, dtype and shape."""
+    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def batches(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Group tensors, because checking a group costs little for each tensor."""
+    batch: dict[str, torch.Tensor] = {}
+    nbytes = 0
+    for name, tensor in pairs:
+        batch[name] = tensor
+        nbytes += tensor.nbytes
+        if nbytes >= _BATCH_BYTES or len(batch) >= _BATCH_TENSORS:
+            yield batch
+            batch, nbytes = {}, 0
+    if batch:
+        yield batch
