@@ -1,7 +1,7 @@
-"""A bad wire between two namespaces: it loses, delays and throttles frames as it is told.
+"""A bad wire between two namespaces, which loses, delays and throttles frames.
 
-Each node has a TAP device, and a process carries frames from one to the other. (The kernel's netem does the same, but many
-kernels are built without it.)
+Each node has a TAP device, and a process carries frames between the two. The kernel's netem does the same, but many
+kernels are built without netem.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 if __package__:
     from harness.network import Namespaces
-else:  # the process in the middle, which needs the standard library only
+else:  # run as a script, the carrier needs the standard library only
     Namespaces = object
 
 _TUNSETIFF = 0x400454CA
@@ -44,7 +44,13 @@ class BadNamespaces(Namespaces):
             os.close(end)
 
     def set_quality(self, *, loss: float = 0.0, delay: float = 0.0, rate: float = 0.0) -> None:
-        """``loss``: share of frames, 0 to 1. ``delay``: seconds, each way. ``rate``: bytes a second, 0 for no limit."""
+        """Change the wire.
+
+        Args:
+            loss: the share of frames that are lost, 0 to 1.
+            delay: seconds, each way.
+            rate: bytes a second; 0 for no limit.
+        """
         assert self._carrier.stdin is not None
         self._carrier.stdin.write(json.dumps({"loss": loss, "delay": delay, "rate": rate}).encode() + b"\n")
         self._carrier.stdin.flush()
@@ -57,7 +63,7 @@ class BadNamespaces(Namespaces):
 
 
 class Direction:
-    """Frames on their way from one device to the other."""
+    """Frames in flight from one device to the other."""
 
     def __init__(self, source: int, target: int) -> None:
         self.source, self.target = source, target
@@ -83,7 +89,7 @@ class Direction:
 
 
 def carry(one: int, other: int) -> None:
-    """Carry frames until stdin ends; each line on it is a new quality."""
+    """Carry frames until stdin ends; each line on stdin is a new quality."""
     quality = {"loss": 0.0, "delay": 0.0, "rate": 0.0}
     directions = [Direction(one, other), Direction(other, one)]
     for end in (one, other):

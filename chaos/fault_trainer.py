@@ -1,9 +1,9 @@
-"""The trainer of the fault rounds: a process that updates the engines when told to, and tells every phase.
+"""The trainer process of the fault rounds: it updates the engines on command and reports every phase.
 
-It reads a line of JSON for each update: ``version``, ``deadline``, and ``stop_at``, a phase before which it waits for
-another line. It prints a line of JSON for each phase, and one for the end: ``outcome`` and ``seconds``.
+It reads one line of JSON for each update: ``version``, ``deadline``, and ``stop_at``, the phase before which the trainer
+waits for another line. It prints one line of JSON for each phase, and one for the end: ``outcome`` and ``seconds``.
 
-The weights follow from the version alone, so any process can make the model that a version stands for.
+The weights follow from the version alone, so any process can make the model of a version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from areal_vllm_ext.client.weights import named_weights
 
 
 class Weights:
-    """The model's weights of any version; those of version 0 are in its checkpoint."""
+    """Makes the model's weights of any version; version 0 is the checkpoint."""
 
     def __init__(self, model_dir: str) -> None:
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
@@ -29,7 +29,7 @@ class Weights:
 
     @torch.no_grad()
     def set(self, version: int) -> PreTrainedModel:
-        """The model with the weights of ``version``."""
+        """Return the model with the weights of ``version``."""
         generator = torch.Generator().manual_seed(version)
         for parameter, first in zip(self.model.parameters(), self._first, strict=True):
             noise = torch.randn(first.shape, generator=generator) if version else 0.0
@@ -37,7 +37,7 @@ class Weights:
         return self.model
 
 
-def tell(**what: object) -> None:
+def report(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
@@ -45,16 +45,16 @@ def main() -> None:
     directory, key_file, model_dir = sys.argv[1:]
     weights = Weights(model_dir)
     group = EngineGroup.connect(directory, key_file=key_file)
-    tell(ready=True)
+    report(ready=True)
     for line in sys.stdin:
         order = json.loads(line)
 
         stops = [order["stop_at"]]
 
         def on_phase(phase: str, stops: list[str] = stops) -> None:
-            tell(phase=phase)
+            report(phase=phase)
             if phase in stops:
-                stops.clear()  # once: an update that finds its connection lost begins again
+                stops.clear()  # only once, because an update that has lost its connection begins again
                 sys.stdin.readline()
 
         def tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -74,7 +74,7 @@ def main() -> None:
             outcome, lost = f"aborted: {error}", []
         except Exception as error:
             outcome, lost = f"{type(error).__name__}: {error}", []
-        tell(outcome=outcome, lost=lost, seconds=time.monotonic() - started)
+        report(outcome=outcome, lost=lost, seconds=time.monotonic() - started)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Can the simulation fail? Removes one guard after the other from a copy of the package, and plays rounds until it is red.
+"""Prove that the simulation can fail: remove one guard after the other from a copy of the package, and play rounds.
 
-    python -m chaos.mutants [--rounds 6000] [--ignore overrun]
+    python -m chaos.mutants [--rounds 6000] [--ignore overrun] [--check]
 
+Each mutant must break a promise within ``--rounds`` rounds. ``--check`` only says whether each guard is found in the code.
 Exits with 1 where a mutant survives.
 """
 
@@ -33,7 +34,7 @@ COMMIT_ANYWHERE = (PARTICIPANT, 'if self.update_phase != "prepared" or self.gene
 PAUSE_ANYWHERE = (PARTICIPANT, "if message.update and message.update != prepared:", "if False:")
 RESUME_TAINTED = (PARTICIPANT, "        if self.tainted:\n", "        if False:\n")
 
-# What is removed: where, what, and what stands there instead. Several where one guard stands behind another.
+# By guard, the edits that remove it: file, text, replacement. There are several edits where one guard backs another.
 MUTANTS = {
     "fencing": [(PARTICIPANT, "if epoch < self.epoch:", "if False:")],
     "no commit before every pause": [FIRST_PAUSE],
@@ -105,42 +106,56 @@ MUTANTS = {
     "beats bring the epoch back": [(DIRECTORY, "self._epoch = max(self._epoch, message.epoch)", "pass")],
 }
 
-# What shows only when an engine's clock and a sleeper's wake-up meet: these rounds are played, for all others every kind.
+# Faults for mutants that few rounds reveal; every other mutant meets all faults.
 ONLY = {"an engine pauses for what it holds": "clock drift"}
+
+
+def mutate(package: Path, edits: list[tuple[str, str, str]]) -> str:
+    """Remove a guard from the package; returns the problem, if its text is not there exactly once."""
+    for file, guard, replacement in edits:
+        source = package / file
+        text = source.read_text()
+        if text.count(guard) != 1:
+            return f"{file} has {guard!r} {text.count(guard)} times"
+        source.write_text(text.replace(guard, replacement))
+    return ""
+
+
+def play(name: str, edits: list[tuple[str, str, str]], options: argparse.Namespace) -> tuple[bool, str]:
+    """Play rounds with a mutant; returns whether it was found, and how."""
+    with tempfile.TemporaryDirectory() as folder:
+        for package in ("areal_vllm_ext", "chaos", "harness"):
+            shutil.copytree(ROOT / package, Path(folder, package), ignore=shutil.ignore_patterns("__pycache__"))
+        if problem := mutate(Path(folder, "areal_vllm_ext"), edits):
+            return False, problem
+        if options.check:
+            return True, "is there"
+        command = [sys.executable, "-m", "chaos", "--simulated", "--first", "--rounds", options.rounds]
+        command += ["--only", ONLY.get(name, "")]
+        for kind in options.ignore:
+            command += ["--ignore", kind]
+        environment = {**os.environ, "PYTHONPATH": folder}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return False, "SURVIVES"
+    found = [line for line in done.stdout.splitlines() if ", seed " in line]
+    # A mutant that does not run at all proves nothing.
+    return bool(found), (found or done.stderr.splitlines()[-1:] or ["no output"])[0][:200]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Remove one guard after the other, and see the simulation fail.")
     parser.add_argument("--rounds", default="6000", help="at most, for each guard")
-    parser.add_argument("--ignore", action="append", default=[], help="a kind of violation that counts for nothing")
+    parser.add_argument("--ignore", action="append", default=[], help="a kind of violation that does not count")
     parser.add_argument("--only", default="", help="only guards with this in their name")
+    parser.add_argument("--check", action="store_true", help="only check that each guard is in the code")
     options = parser.parse_args()
     survived = 0
     chosen = {name: edits for name, edits in MUTANTS.items() if options.only in name}
     for name, edits in chosen.items():
-        with tempfile.TemporaryDirectory() as folder:
-            for package in ("areal_vllm_ext", "chaos", "harness"):
-                shutil.copytree(ROOT / package, Path(folder, package), ignore=shutil.ignore_patterns("__pycache__"))
-            for file, guard, without in edits:
-                source = Path(folder, "areal_vllm_ext", file)
-                text = source.read_text()
-                assert text.count(guard) == 1, f"{file} has {guard!r} {text.count(guard)} times"
-                source.write_text(text.replace(guard, without))
-            command = [sys.executable, "-m", "chaos", "--simulated", "--first", "--rounds", options.rounds]
-            command += ["--only", ONLY.get(name, "")]
-            for kind in options.ignore:
-                command += ["--ignore", kind]
-            done = subprocess.run(
-                command,
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": folder},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        survived += done.returncode == 0
-        found = [line for line in done.stdout.splitlines() if ", seed " in line] or done.stderr.splitlines()[-1:]
-        print(f"{name:44s} {'SURVIVES' if done.returncode == 0 else found[0][:200]}", flush=True)
+        found, how = play(name, edits, options)
+        survived += not found
+        print(f"{name:44s} {how}", flush=True)
     print(f"{len(chosen) - survived} of {len(chosen)} were found")
     return int(survived > 0)
 

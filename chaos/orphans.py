@@ -1,10 +1,11 @@
-"""Every way to die, and whether anything of a replica outlives it: a real two-node Ray cluster, a head and a headless node.
+"""End a replica on Ray in every way, and count what outlives it.
 
     python -m chaos.orphans [--rounds 10] [--real 1] [--ways NAME ...] [--resume]        # as root
 
-Of the rounds of each way, ``--real`` launch real vLLM, two dense engines. In the others vLLM is replaced by a process tree that
-is harder to end, and affordable: it ignores SIGTERM and has a grandchild in a session of its own (stubborn_server.py).
-A round is clean when no process, port, shared memory or folder of the replica is left on either node. Last line: JSON.
+The Ray cluster is real and has two nodes, for a head and a headless engine. ``--real`` rounds of each way launch real vLLM.
+The other rounds launch a process tree that is cheaper and harder to end: it ignores SIGTERM, and its grandchild has a session
+of its own (``stubborn_server.py``). A round is clean when no process, port, shared memory or folder of the replica is left on
+either node. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -41,17 +42,22 @@ RESULTS = Path(__file__).parent / "results" / "orphans.json"
 LIMIT_SECONDS = 15.0
 GIVE_UP_SECONDS = 60.0
 STUBBORN = Path(__file__).with_name("stubborn_server.py")
-# One vLLM deployment at a time on this machine, whoever else runs some.
+# A lock file, where other programs of this machine start vLLM too.
 LOCK = os.environ.get("AREAL_BENCHMARK_LOCK")
 OTHER_RAYLET = "raylet of the other node gets SIGKILL"
 HEAD_RAYLET = "raylet of the driver's node, Ray's head, gets SIGKILL"
 
 
 class Round:
-    """One replica, launched by a driver process on node ``a``."""
+    """A replica, launched by a driver process on node ``a``."""
 
     def __init__(self, cluster: RayCluster, model: str) -> None:
-        """``model``: a checkpoint for real vLLM; empty for the stubborn tree."""
+        """Launch.
+
+        Args:
+            cluster: the Ray cluster.
+            model: a checkpoint for real vLLM; empty for the stubborn tree.
+        """
         self.cluster = cluster
         command = [
             *cluster.namespaces.prefix("a"),
@@ -67,27 +73,27 @@ class Round:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
         assert self.driver.stdout is not None
-        line = next((line for line in self.driver.stdout if line.startswith("{")), "")  # Ray has its say there, too
+        line = next((line for line in self.driver.stdout if line.startswith("{")), "")  # Ray prints there, too
         if not line:
             raise RuntimeError(f"nothing was launched:\n{self.log.read_text()[-3000:]}")
         self.facts: dict[str, Any] = json.loads(line)
         self.footprint = Footprint.of(self.facts["name"])
 
-    def tell(self, order: str) -> None:
-        """Let the driver do it."""
+    def order(self, order: str) -> None:
+        """Send an order to the driver."""
         assert self.driver.stdin is not None
         self.driver.stdin.write(f"{order}\n")
         self.driver.stdin.flush()
 
     def signal_launcher(self, number: int) -> None:
-        """Signal the process of the headless node's actor."""
+        """Signal the process of the headless node's launcher."""
         os.kill(self.facts["launchers"][1], number)
 
     def kill_raylet(self, node: str) -> None:
         os.kill(self.cluster.raylet(node), signal.SIGKILL)
 
     def seconds_to_clean(self) -> tuple[float, list[str]]:
-        """How long it takes, and what is left where it does not end."""
+        """Wait until nothing is left; returns the seconds, and what is left after ``GIVE_UP_SECONDS``."""
         started = time.monotonic()
         while left := self.footprint.left(self.cluster.namespaces):
             if time.monotonic() - started > GIVE_UP_SECONDS:
@@ -101,12 +107,12 @@ class Round:
 
 
 WAYS: dict[str, Callable[[Round], None]] = {
-    "shutdown": lambda one: one.tell("shutdown"),
-    "handle dropped": lambda one: one.tell("drop"),
-    "launcher told to end (__ray_shutdown__)": lambda one: one.tell("terminate headless"),
-    "ray.kill of the owner": lambda one: one.tell("kill owner"),
-    "ray.kill of the head's launcher": lambda one: one.tell("kill head"),
-    "ray.kill of the headless launcher": lambda one: one.tell("kill headless"),
+    "shutdown": lambda one: one.order("shutdown"),
+    "handle dropped": lambda one: one.order("drop"),
+    "launcher ended by __ray_shutdown__": lambda one: one.order("terminate headless"),
+    "ray.kill of the owner": lambda one: one.order("kill owner"),
+    "ray.kill of the head's launcher": lambda one: one.order("kill head"),
+    "ray.kill of the headless launcher": lambda one: one.order("kill headless"),
     "driver gets SIGTERM": lambda one: one.driver.terminate(),
     "driver gets SIGKILL": lambda one: one.driver.kill(),
     "launcher gets SIGTERM": lambda one: one.signal_launcher(signal.SIGTERM),
@@ -118,7 +124,7 @@ WAYS: dict[str, Callable[[Round], None]] = {
 
 @contextlib.contextmanager
 def one_at_a_time(real: bool) -> Iterator[None]:
-    """Hold the machine's lock for a real vLLM, if there is one."""
+    """Hold ``LOCK``, if it is set, while a real vLLM runs."""
     if not (real and LOCK):
         yield
         return
@@ -128,7 +134,7 @@ def one_at_a_time(real: bool) -> Iterator[None]:
 
 
 def run(cluster: RayCluster, way: str, model: str) -> tuple[float, list[str]]:
-    """One round; the cluster is whole again afterwards, unless it has lost its head."""
+    """Play one round; returns the seconds until all was gone, and what was left."""
     with one_at_a_time(bool(model)):
         one = Round(cluster, model)
         try:
@@ -143,7 +149,7 @@ def run(cluster: RayCluster, way: str, model: str) -> tuple[float, list[str]]:
 
 
 def write(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Write what was measured so far; returns its summary."""
+    """Write the results so far; returns their summary."""
     times = [time for seen in results.values() for kind in ("stubborn", "vllm") for time in seen[kind]]
     summary = {
         "rounds": len(times),
@@ -165,8 +171,8 @@ def write(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=10, help="of each way (default: %(default)s)")
-    parser.add_argument("--real", type=int, default=1, help="so many of them with real vLLM (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with the rounds that the results still lack")
+    parser.add_argument("--real", type=int, default=1, help="rounds of each way with real vLLM (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="play only the rounds that the results still lack")
     parser.add_argument("--jobs", type=int, default=2, help="rounds at once (default: %(default)s)")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), metavar="NAME")
     options = parser.parse_args()
@@ -177,7 +183,9 @@ def main() -> int:
         make_model(Path(folder) / "model", moe=False)
 
         def play(cluster: RayCluster, way: str) -> None:
-            real = len(results[way]["stubborn"]) >= options.rounds - options.real  # they wait for the machine: last
+            real = (
+                len(results[way]["stubborn"]) >= options.rounds - options.real
+            )  # last, because real rounds wait for LOCK
             seconds, left = run(cluster, way, f"{folder}/model" if real else "")
             results[way]["vllm" if real else "stubborn"].append(round(seconds, 2))
             results[way]["left"] += left
@@ -196,9 +204,9 @@ def main() -> int:
                 ]
                 for one in played:
                     one.result()
-            for _ in range(missing(OTHER_RAYLET)):  # it takes other rounds with it
+            for _ in range(missing(OTHER_RAYLET)):  # alone, because it ends other rounds too
                 play(cluster, OTHER_RAYLET)
-        for _ in range(missing(HEAD_RAYLET)):  # and this one the cluster
+        for _ in range(missing(HEAD_RAYLET)):  # each on a cluster of its own, because it ends the cluster
             with ray_cluster(connect=False) as cluster:
                 play(cluster, HEAD_RAYLET)
     summary = write(results)

@@ -1,4 +1,4 @@
-"""A driver that launches a replica of two nodes, says who is who, and then does as it is told: see orphans.py."""
+"""A driver that launches a replica of two nodes, prints its process ids, and then obeys one order of ``orphans.py``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Rounds of the simulation: an update, a fault in the middle of it, and what must hold during and after.
+"""Rounds of the simulation: an update, a fault in the middle of it, and the promises that must hold.
 
-A round starts from a seed, which decides everything. A trainer updates the engines; at some phase of it the fault
-strikes; a second trainer comes at some time and updates until it succeeds; the fault ends. Then every engine serves the
-second trainer's version, within bounds, and nothing is left.
+The seed of a round decides everything. A trainer updates the engines, and at one phase of the update the fault strikes.
+A second trainer comes, and updates until it succeeds; the fault ends. Then every engine must serve the second trainer's
+version within bounds, and nothing may be left behind.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from areal_vllm_ext.errors import ArealError, UpdateAborted
 from .simulation import Call, Clock, Violation, World, require, simulated_time
 
 PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
-# Two leases that run out (10 s each), an engine that registers again (1 s), and a request that waits for its time-out.
+# Longest recovery: two leases that run out (10 s each), an engine that registers again (1 s), a request that times out.
 RECOVERY_SECONDS = 40.0
 OVERRUN_SECONDS = 1.0
-# How soon engines that a trainer left behind serve again, without another one: a lease that runs out, and a take-over. The
-# lease of a user's own pause is longer.
+# Longest time until abandoned engines serve again without a new trainer: a lease that runs out, and a take-over.
+# The lease of a user's own pause is longer.
 SERVES_AGAIN_SECONDS = 15.0
 PAUSE_SECONDS = 45.0
 
 
 @dataclasses.dataclass
 class Fault:
-    """What happens when it strikes, and what ends it."""
+    """A fault: what happens when it strikes, and what ends it."""
 
     strike: Callable[[], None]
     heal: Callable[[], None] = lambda: None
@@ -48,7 +48,7 @@ Draw = Callable[[World, random.Random], Fault]
 
 
 def shares(name: str, low: float, high: float) -> Draw:
-    """A share of all messages is treated so."""
+    """Return the fault that sets the network's share ``name``."""
 
     def draw(world: World, dice: random.Random) -> Fault:
         share = dice.uniform(low, high)
@@ -62,12 +62,12 @@ def trainer_crash(world: World, dice: random.Random) -> Fault:
 
 
 def trainer_asleep(world: World, dice: random.Random) -> Fault:
-    """Often for longer than its lease."""
+    """Freeze the trainer, often for longer than its lease."""
     return Fault(world.trainers[0].sleep, world.trainers[0].wake)
 
 
 def some(world: World, dice: random.Random) -> list[int]:
-    """A few engines, most often one."""
+    """Draw a few engines, most often one."""
     count = dice.choice([1, 1, 1, 2, len(world.engines)])
     return dice.sample(range(len(world.engines)), min(count, len(world.engines)))
 
@@ -86,7 +86,7 @@ def engine_asleep(world: World, dice: random.Random) -> Fault:
 
 
 def engine_fails(world: World, dice: random.Random) -> Fault:
-    """The next few calls or workers' steps on some engines fail."""
+    """Let the next calls or workers' steps on some engines fail."""
     ranks, count = some(world, dice), dice.choice([1, 1, 2, 4])
 
     def fail(count: int) -> None:
@@ -101,7 +101,7 @@ def directory_crash(world: World, dice: random.Random) -> Fault:
 
 
 def head_crash(world: World, dice: random.Random) -> Fault:
-    """The directory lives in engine 0's process."""
+    """Kill the process of engine 0 and the directory."""
 
     def strike() -> None:
         world.directory.kill()
@@ -115,7 +115,7 @@ def head_crash(world: World, dice: random.Random) -> Fault:
 
 
 def partition(world: World, dice: random.Random) -> Fault:
-    """Some engines, sometimes the directory too, are not reached by the others."""
+    """Cut some engines, sometimes the directory too, off from the others."""
     ranks = some(world, dice)
     names = {world.engines[rank].place for rank in ranks}
     if dice.random() < 0.3:
@@ -124,14 +124,14 @@ def partition(world: World, dice: random.Random) -> Fault:
 
 
 def clock_drift(world: World, dice: random.Random) -> Fault:
-    """Every clock runs at a rate of its own, up to a fifth fast or slow."""
+    """Let every clock run up to a fifth fast or slow."""
     for process in (*world.engines, world.directory):
         process.clock = Clock(process.clock.offset, dice.uniform(0.8, 1.25))
     return dice.choice([trainer_crash, trainer_asleep, engine_asleep, partition])(world, dice)
 
 
 def two_trainers(world: World, dice: random.Random) -> Fault:
-    """Another trainer updates at the same time."""
+    """Let another trainer update at the same time."""
     rival = world.trainer()
     deadline = dice.uniform(2.0, 20.0)
 
@@ -142,7 +142,7 @@ def two_trainers(world: World, dice: random.Random) -> Fault:
 
 
 def a_pause(world: World, dice: random.Random) -> Fault:
-    """Somebody pauses all engines and resumes them, or only resumes them."""
+    """Let a user pause and resume all engines, or only resume them."""
     rival, pauses, deadline = world.trainer(), dice.random() < 0.5, dice.uniform(2.0, 20.0)
     steps = ("pause", "resume") if pauses else ("resume",)
     return Fault(lambda: rival.command(*steps, deadline=deadline))
@@ -184,7 +184,7 @@ KINDS: dict[str, Draw] = {
 
 
 class Round:
-    """One seed's course of events."""
+    """One round, decided by its seed."""
 
     def __init__(self, kind: str, seed: int, engines: int, trace: bool = False) -> None:
         self.world = World(engines, random.Random(seed), trace)
@@ -195,7 +195,8 @@ class Round:
         self.recovery = 0.0
 
     def run(self) -> None:
-        """
+        """Play the round.
+
         Raises:
             Violation: a promise was broken.
         """
@@ -217,7 +218,7 @@ class Round:
         call = first.update("v1", deadline=dice.choice([1.0, 5.0, 20.0]), on_phase=on_phase)
         world.run(until=world.now + 5.0, done=lambda: bool(self.struck) or call.outcome is not None)
 
-        # The fault lasts for a while. The next trainer comes in the middle of it, or after it.
+        # The next trainer comes while the fault lasts, or after it.
         started = self.struck = max(world.now, self.struck) + 1e-6
         heals = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
         comes = started + dice.choice([0.0, dice.uniform(0.0, 3.0), dice.uniform(3.0, 25.0)])
@@ -230,7 +231,7 @@ class Round:
         self.check_end()
 
     def wait_until_all_serve(self, healed: float) -> None:
-        """Nobody comes to the engines' help but the directory."""
+        """Wait until all serve again, with no help but the directory's."""
         world = self.world
         world.run(until=healed)
         calls = [call for trainer in world.trainers if trainer.alive for call in trainer.calls]
@@ -243,7 +244,7 @@ class Round:
         require(self.serve(), "hang", f"engines do not serve {seconds} s after the fault")
 
     def serve(self) -> bool:
-        """Whether all engines do; one that is tainted or stale waits for the next update."""
+        """Return whether all engines serve; tainted and stale ones wait for the next update."""
         return all(
             process.alive
             and process.joined
@@ -254,7 +255,7 @@ class Round:
     def update_until_it_succeeds(self, healed: float) -> None:
         world = self.world
         next_trainer = world.trainer()
-        if self.dice.random() < 0.3:  # a user looks after the engines first
+        if self.dice.random() < 0.3:  # a user resumes the engines first
             next_trainer.command("resume", deadline=5.0)
         attempt = 0
         while True:
@@ -297,7 +298,7 @@ class Round:
         require(
             len(versions) == 1, "mixed versions", f"at the end engines serve {versions}, the last update was {serving}"
         )
-        for trainer, call in calls:  # last: a deadline is the least of these promises
+        for trainer, call in calls:  # last, because a deadline is the least of these promises
             if trainer.alive and not trainer.slept:  # a process that was stopped keeps no deadline
                 self.check_deadline(call)
 
@@ -318,7 +319,7 @@ class Round:
 
 
 class _Hand:
-    """Who causes the faults: no process, never dead or asleep."""
+    """The cause of the faults; it is no process and is never dead or asleep."""
 
     alive, asleep = True, False
 
@@ -330,7 +331,7 @@ WORLDS_HAND: Any = _Hand()
 
 
 def play(kind: str, seed: int, engines: int, trace: bool = False) -> tuple[Round, Violation | None]:
-    """One round, and what it broke."""
+    """Play one round; returns it, and what it broke."""
     one = Round(kind, seed, engines, trace)
     try:
         one.run()
@@ -343,7 +344,7 @@ def play(kind: str, seed: int, engines: int, trace: bool = False) -> tuple[Round
 
 
 def simulate(options: argparse.Namespace) -> dict[str, object]:
-    """Play rounds; prints each violation and a table, returns the totals."""
+    """Play rounds, print each violation and a table, and return the totals."""
     kinds = [kind for kind in KINDS if not options.only or options.only in kind]
     rounds: collections.Counter[str] = collections.Counter()
     broken: collections.Counter[str] = collections.Counter()
@@ -389,6 +390,6 @@ def simulate(options: argparse.Namespace) -> dict[str, object]:
 
 
 def replay(options: argparse.Namespace, seed: int) -> str:
-    """The command that plays one round again, and tells what happens in it."""
+    """Return the command that plays one round again and prints its messages."""
     only = f" --only {options.only!r}" if options.only else ""
     return f"python -m chaos --simulated --rounds 1 --seed {seed} --engines {options.engines}{only} --trace"

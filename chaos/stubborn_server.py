@@ -1,7 +1,9 @@
-"""A server at its worst, for the launcher's fault tests: it takes vLLM's arguments, ignores SIGTERM, and has a grandchild in
-a session of its own that does too; each holds shared memory, and the grandchild a port.
+"""A server that is hard to end, for the launcher's fault tests.
 
     python stubborn_server.py MODEL [--headless] --host HOST --port PORT ...
+
+It takes vLLM's arguments, ignores SIGTERM, and holds shared memory. So does its grandchild, which has a session of its own
+and listens on a port.
 """
 
 from __future__ import annotations

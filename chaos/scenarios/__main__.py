@@ -1,4 +1,4 @@
-"""Play scenarios, and show where the code does something else than they say.
+"""Play scenarios, and show where the code does not do what their text says.
 
 python -m chaos.scenarios [--rewrite] [FILE ...]
 """

@@ -1,22 +1,23 @@
-"""Plays a scenario: a text file of commands, each with what happened.
+"""Play a scenario: a text file of commands, each with what happened.
 
-A file has blocks, separated by empty lines. A block that starts with ``#`` is prose. Every other block is commands, a line
-``----``, and what came of them: messages, outcomes, and at last what each engine serves. The simulation plays the commands
-with fixed delays, so the same code always gives the same text. Beats, repeated requests and renewals of a lease are left out.
+A file has blocks, separated by empty lines. A block that starts with ``#`` is prose. Every other block has commands, a line
+``----``, and what they led to: messages, outcomes, and at last what each engine serves. The simulation plays the commands
+with fixed delays, so the same code always gives the same text. The text leaves out heartbeats, repeated requests and
+renewals of a lease.
 
     engines N                                     start N engines and their directory
     update V [by T] [within S s] [until MOMENT]   the trainer T (``trainer``) updates to version V
     continue [by T] [until MOMENT]                let that update go on, to its end
-    pause | resume [by T]                         what ``group.pause()`` and ``group.resume()`` do
+    pause | resume [by T]                         the trainer T calls ``group.pause()`` or ``group.resume()``
     crash | restart | freeze | thaw PLACE         PLACE: ``engine 1``, ``trainer``, ``directory``
-    cut PLACE | cut PLACE from PLACE              lose what is sent to and from a place, or between two
-    cut PLACE to PLACE                            lose what the first sends to the second
+    cut PLACE | cut PLACE from PLACE              lose all messages to and from a place, or between two places
+    cut PLACE to PLACE                            lose the messages from the first place to the second
     join                                          end all cuts
     fail PLACE                                    the next call of vLLM on this engine fails
-    wait S s | wait until engines serve           nobody does anything
+    wait S s | wait until engines serve           let time pass
 
-MOMENT is a phase of the update (``begin``, ``receiving``, ``prepare``, ``pause``, ``commit``, ``resume``; its requests have
-just been sent) or what an engine has done: ``engine 0 has committed``, ``engine 0 is paused``.
+MOMENT is a phase of the update whose requests have just been sent (``begin``, ``receiving``, ``prepare``, ``pause``,
+``commit``, ``resume``), or a state of an engine: ``engine 0 has committed``, ``engine 0 is paused``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ T = TypeVar("T")
 
 
 class Even(random.Random):
-    """Dice that always fall on the middle, so that a scenario has one course."""
+    """Dice that always fall on the middle, so that a scenario has a single outcome."""
 
     def random(self) -> float:
         return 0.5
@@ -68,12 +69,16 @@ class Even(random.Random):
 
 
 class Player:
-    """Carries out commands, and tells what comes of them."""
+    """Carries out commands and writes down what happens.
+
+    Attributes:
+        calls: by trainer, its latest update.
+    """
 
     def __init__(self) -> None:
         self.world: World | None = None
-        self.calls: dict[str, Call] = {}  # each trainer's update that has not ended, or has not been shown to
-        self._told: list[tuple[str, str, str]] = []  # source, target, message
+        self.calls: dict[str, Call] = {}
+        self._pending: list[tuple[str, str, str]] = []  # source, target, message
         self._lines: list[str] = []
         self._fates: dict[ReplyTo, bool] = {}  # of each request: whether it arrives
         self._quiet: set[ReplyTo] = set()
@@ -110,7 +115,7 @@ class Player:
     def _engines(self, count: str) -> None:
         self.world = World(int(count), Even())
         self.world.run(until=JOIN_SECONDS)
-        self.world.on_send = self._heard
+        self.world.on_send = self._on_send
 
     def _update(self, version: str, by: str | None, seconds: str | None, moment: str | None) -> None:
         phases: list[str] = []
@@ -210,24 +215,24 @@ class Player:
         r"wait until engines serve": _wait_until_serving,
     }
 
-    # What is shown
+    # Output
 
-    def _heard(self, source: Process, target: Process, caller: ReplyTo, message: Message, arrives: bool) -> None:
+    def _on_send(self, source: Process, target: Process, caller: ReplyTo, message: Message, arrives: bool) -> None:
         if isinstance(message, EngineRequest | DirectoryRequest):
             if isinstance(message, QUIET):
                 self._quiet.add(caller)
             if caller in self._fates and self._fates[caller] >= arrives:
-                return  # the same request again, with no better fate than before
+                return  # a repeated request that meets the same fate
             self._fates[caller] = arrives
         if caller in self._quiet:
             return
         entry = (source.place, target.place, describe(message) + ("" if arrives else " (lost)"))
-        if self._told and not self._merges(entry):
+        if self._pending and not self._merges(entry):
             self._flush()
-        self._told.append(entry)
+        self._pending.append(entry)
 
     def _merges(self, entry: tuple[str, str, str]) -> bool:
-        source, target, text = self._told[-1]
+        source, target, text = self._pending[-1]
         return text == entry[2] and (source == entry[0] or target == entry[1])
 
     def _say(self, line: str) -> None:
@@ -235,15 +240,15 @@ class Player:
         self._lines.append(line)
 
     def _flush(self) -> None:
-        if self._told:
-            sources, targets = ([entry[side] for entry in self._told] for side in (0, 1))
-            self._lines.append(f"{places(sources)} -> {places(targets)}: {self._told[0][2]}")
-            self._told.clear()
-        if self._lines[-4:-2] == self._lines[-2:]:  # asked again, and answered the same
+        if self._pending:
+            sources, targets = ([entry[side] for entry in self._pending] for side in (0, 1))
+            self._lines.append(f"{places(sources)} -> {places(targets)}: {self._pending[0][2]}")
+            self._pending.clear()
+        if self._lines[-4:-2] == self._lines[-2:]:  # a request that was repeated and answered as before
             del self._lines[-2:]
 
     def _states(self) -> list[str]:
-        """What each engine serves; engines in one state share a line."""
+        """Return what each engine serves; engines in the same state share a line."""
         by_state: dict[str, list[str]] = {}
         for rank, process in enumerate(self._world.engines):
             engine, p = process.engine, process.engine.participant
@@ -265,7 +270,7 @@ class Player:
 
 
 def describe(message: Message) -> str:
-    """A message as a scenario shows it."""
+    """Return a message as a scenario shows it."""
     fields: list[str] = []
     match message:
         case Begin():
@@ -283,7 +288,7 @@ def describe(message: Message) -> str:
 
 
 def ending(outcome: object) -> str:
-    """How a call ended."""
+    """Return how a call ended."""
     if isinstance(outcome, UpdateResult):
         lost = f" without {', '.join(outcome.lost)}" if outcome.lost else ""
         return f"is committed{lost}"
@@ -291,7 +296,7 @@ def ending(outcome: object) -> str:
 
 
 def places(names: Iterable[str]) -> str:
-    """``engine-0, engine-1, engine-2`` as ``engines 0-2``; others as they are."""
+    """Join names of places; engines are shown as ``engines 0-2``."""
     unique = list(dict.fromkeys(names))
     ranks = sorted(int(name.removeprefix("engine-")) for name in unique if name.startswith("engine-"))
     parts = [name for name in unique if not name.startswith("engine-")]
@@ -303,7 +308,7 @@ def places(names: Iterable[str]) -> str:
 
 
 def played(text: str) -> str:
-    """The text of a scenario with what its commands come to now."""
+    """Return the text of a scenario with what its commands lead to now."""
     player = Player()
     try:
         blocks = []

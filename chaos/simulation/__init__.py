@@ -1,10 +1,11 @@
-"""A cluster in memory: the real participant, coordinator, recovery, directory and trainer's client, and around them
-simulated processes, clocks and network. No sockets, no threads, no waiting: an hour of a thousand engines is a loop over
-a heap of events.
+"""A cluster in memory: real state machines and a real client in simulated processes.
 
-``Engine`` is one engine without time: queues that somebody moves on (hypothesis in ``tests/unit/test_transaction_machine.py``,
-time in ``World``). ``World`` holds the processes, each with a clock of its own that may run fast or slow, that can be
-killed, or put to sleep and woken. Trainers are the real ``AsyncEngineGroup`` on an event loop whose time is simulated.
+Participant, coordinator, recovery, directory and the trainer's client are the shipped code. Processes, clocks and the
+network are simulated, without sockets, threads or waiting, so an hour of a thousand engines is a loop over a heap of events.
+
+``Engine`` is one engine without time. Its queues are moved on by hypothesis (``tests/unit/test_transaction_machine.py``) or,
+with time, by ``World``. ``World`` holds the processes. Each has a clock of its own and can be killed, frozen and thawed.
+A trainer is the real ``AsyncEngineGroup`` on an event loop whose time is simulated.
 """
 
 from __future__ import annotations

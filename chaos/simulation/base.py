@@ -11,7 +11,7 @@ from areal_vllm_ext.protocol import Message, Register, Status
 FIRST_VERSION = "v0"
 DIRECTORY = "tcp://directory:29700"
 TICK_SECONDS = 0.1
-LOOK_SECONDS = 0.2
+WATCH_SECONDS = 0.2
 RECOVERY_SECONDS = 10.0
 GONE_SECONDS = 5.0
 REPEAT_SECONDS = 1.0
@@ -40,7 +40,7 @@ def nothing(*_: object) -> None:
 
 
 def brief(message: Message) -> str:
-    """A message, for the trace."""
+    """Return a message as one short line of the trace."""
     if isinstance(message, Status):
         return f"Status({message.version}, {message.update_phase}, {message.generation} {message.paused_for}, {message.update})"
     if isinstance(message, Register):

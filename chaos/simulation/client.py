@@ -1,4 +1,4 @@
-"""The real client on a simulated connection: trainers, and whoever else commands engines."""
+"""The real client on a simulated connection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Asked:
-    """As ``connection.Round``."""
+    """Stands for ``connection.RequestBatch``."""
 
     def __init__(self, process: Asking) -> None:
         self.callers: list[ReplyTo] = []
@@ -41,7 +41,7 @@ class Asked:
 
 
 class Asking(Process):
-    """A process with the client's connection, which is simulated: a trainer, or whoever else commands engines."""
+    """A process that commands engines: the real client on a simulated connection."""
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name, world.clock())
@@ -49,11 +49,11 @@ class Asking(Process):
         self.gone_since: dict[str, float] = {}
 
     def group(self) -> AsyncEngineGroup:
-        """The real client, on this process's loop."""
+        """Return the real client, on this process's loop."""
         return AsyncEngineGroup(self.link(), DIRECTORY, self.name)
 
     def link(self) -> Link:
-        """The real requests, over the simulated connection."""
+        """Return the real link, over the simulated connection."""
         link = Link(None, 16 << 20)
         link._connection = self  # type: ignore[assignment]
         return link
@@ -62,7 +62,7 @@ class Asking(Process):
         if settle := self.pending.get(caller):
             settle(message)
 
-    # What the group asks of its connection
+    # The methods of ``Connection`` that the link calls
 
     def ask(
         self,
@@ -70,7 +70,7 @@ class Asking(Process):
         timeout: float,
         heard: Callable[[str, Answer | EngineUnreachable], None],
     ) -> Asked:
-        """As ``Connection.ask``: says each again every second under one id, until its time is over."""
+        """Send each request every second under one id, as ``Connection.ask`` does, until it is answered or times out."""
         asked = Asked(self)
         for name, (address, message) in requests.items():
             caller = new_caller(self)
@@ -110,8 +110,8 @@ class Call:
     """A trainer's update.
 
     Attributes:
-        outcome: None while it is under way; then the result, or the error.
-        slept: seconds for which the process could do nothing.
+        outcome: None while the update runs; then its result or its error.
+        seconds: how long the update took by the trainer's clock.
     """
 
     version: str
@@ -130,17 +130,15 @@ class Trainer(Asking):
         self.engines = self.group()
         world.join(self)
 
-    # What it does
-
     def update(self, version: str, deadline: float, on_phase: Callable[[str], None] = nothing) -> Call:
-        """Start an update. ``on_phase`` hears the group's phases, and ``receiving`` in the middle of the bytes."""
+        """Start an update; ``on_phase`` is called with each phase, and with ``receiving`` between two buckets."""
         call = Call(version, deadline, started=self.world.now)
         self.calls.append(call)
         self.run(lambda: self.create_task(self._update(call, on_phase)))
         return call
 
     def command(self, *steps: str, deadline: float, done: Callable[[object], None] = nothing) -> None:
-        """Start a user's own ``pause`` and ``resume``, one after the other; ``done`` hears None or the error of each."""
+        """Start pauses and resumes of a user, in turn; ``done`` is called after each, with None or its error."""
 
         async def run() -> None:
             for step in steps:
@@ -162,7 +160,7 @@ class Trainer(Asking):
         try:
             options = {"deadline": call.deadline, "on_phase": announce}
             async with self.engines.update(call.version, **options) as update:
-                # What ``send`` does on its thread.
+                # The steps of ``send``, which would take a thread.
                 await update._begin({name: {0: Sender(transfer=Disk(path="/"))} for name in update.engines})
                 loop = asyncio.get_running_loop()
                 sending = Sending(update.link, loop, update.engines, call.version, update.ends)
@@ -182,7 +180,7 @@ class Trainer(Asking):
 
 
 class SimulatedTime:
-    """Stands for the module ``time`` in the client's code: the time of the process that runs."""
+    """Stands for the module ``time`` in the client's code: reads the clock of the process that runs."""
 
     @staticmethod
     def monotonic() -> float:
@@ -191,7 +189,7 @@ class SimulatedTime:
 
 @contextlib.contextmanager
 def simulated_time() -> Iterator[None]:
-    """The client reads its process's clock meanwhile."""
+    """Let the client read its process's clock inside this context."""
     with (
         mock.patch.object(client_group, "time", SimulatedTime),
         mock.patch.object(control_command, "time", SimulatedTime),

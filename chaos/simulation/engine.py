@@ -1,4 +1,4 @@
-"""One engine without time: the real participant. Queues stand for its loop and its workers."""
+"""One engine without time: the real participant, with queues for its loop and its workers."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ from .base import FIRST_VERSION, EngineCall, Violation, nothing, require
 
 
 class Engine:
-    """One engine: the real participant; its loop and workers are queues that somebody else moves on.
+    """One engine: the real participant. The caller moves the queues of its loop and its workers on.
 
     Attributes:
-        version: the weights that it really holds; ``participant.version`` is what it says.
-        running: whether it generates.
-        begun: the updates that it was told of.
+        version: the weights that the engine really holds; ``participant.version`` is what it claims.
+        running: whether the engine generates.
+        begun: the ids of all updates whose Begin has come.
+        voted: the workers' votes, as pairs of rank and update.
         replies: answers that are not on the wire yet.
     """
 
@@ -62,9 +63,9 @@ class Engine:
         self.outcomes: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self.pausing: int | None = None
         self.orders: list[collections.deque[object]] = [collections.deque() for _ in range(workers)]
-        self.words: collections.deque[WorkerDone] = collections.deque()
+        self.reports: collections.deque[WorkerDone] = collections.deque()
         self.staged: list[str] = [""] * workers
-        self.whole: set[tuple[int, str]] = set()  # what the workers voted for
+        self.voted: set[tuple[int, str]] = set()
         self.answers: dict[ReplyTo, Answer | None] = {}
         self.tainted = False
         self.replies: list[tuple[ReplyTo, Answer]] = []
@@ -73,7 +74,7 @@ class Engine:
     # The endpoint
 
     def receive(self, caller: ReplyTo, message: EngineRequest, now: float) -> None:
-        """As ``protocol.server.Server`` and ``Endpoint`` do: a repeated request gets the first answer again."""
+        """Handle a request; a repeated one gets its first answer again, as from the real server."""
         if caller in self.answers:
             if (answer := self.answers[caller]) is not None:
                 self.replies.append((caller, answer))
@@ -126,7 +127,7 @@ class Engine:
     # The engine's loop
 
     def step(self, fails: bool = False) -> None:
-        """Carry out the next call."""
+        """Carry out the next call of the engine's loop."""
         participant, call = self.participant, self.calls.popleft()
         self.log(f"{call}{' fails' if fails else ''}")
         match call:
@@ -149,7 +150,7 @@ class Engine:
                 require(
                     self.holds(call.update),
                     "wrong tokens",
-                    f"{call} was applied to {self.whole}, which is not all of it",
+                    f"{call} was applied to {self.voted}, which is not all of it",
                 )
                 self.tainted = fails
                 if not fails:
@@ -157,11 +158,11 @@ class Engine:
                 self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
 
     def holds(self, update: str) -> bool:
-        """Whether every worker has all of ``update``."""
-        return self.whole == {(rank, update) for rank in range(len(self.orders))}
+        """Return whether every worker has voted for ``update``."""
+        return self.voted == {(rank, update) for rank in range(len(self.orders))}
 
     def become_idle(self) -> None:
-        """The pause that was asked for completes."""
+        """Complete the pause that was asked for."""
         call, self.pausing = self.pausing, None
         assert call is not None
         self.running = False
@@ -177,7 +178,7 @@ class Engine:
         match order := self.orders[rank].popleft():
             case Begin():
                 self.staged[rank] = order.update
-                self.whole = {entry for entry in self.whole if entry[0] != rank}
+                self.voted = {entry for entry in self.voted if entry[0] != rank}
                 step = "begin"
             case Bucket():
                 step = order.step
@@ -187,29 +188,29 @@ class Engine:
                 assert isinstance(order, Abort)
                 if self.staged[rank] == order.update:
                     self.staged[rank] = ""
-                    self.whole.discard((rank, order.update))
+                    self.voted.discard((rank, order.update))
                 return
         if self.staged[rank] == order.update:
             error = "out of memory" if fails else ""
             if step == "prepare" and not fails:
-                self.whole.add((rank, order.update))
-            self.words.append(WorkerDone(update=order.update, rank=rank, step=step, error=error))
+                self.voted.add((rank, order.update))
+            self.reports.append(WorkerDone(update=order.update, rank=rank, step=step, error=error))
 
     def hear_worker(self) -> None:
-        self.carry_out(self.participant.worker_done(self.words.popleft()))
+        self.carry_out(self.participant.worker_done(self.reports.popleft()))
 
-    # Going on
+    # Scheduling
 
     @property
     def busy(self) -> bool:
-        return bool(self.calls or self.outcomes or self.words or self.pausing is not None or any(self.orders))
+        return bool(self.calls or self.outcomes or self.reports or self.pausing is not None or any(self.orders))
 
     def parts(self) -> list[Callable[[], None]]:
-        """The parts of this process that have something to do, in the order in which they would if all were quick."""
+        """Return what can happen next in this process; a real engine would mostly do the first."""
         parts: list[Callable[[], None]] = []
         if self.outcomes:
             parts.append(self.report)
-        if self.words:
+        if self.reports:
             parts.append(self.hear_worker)
         if self.calls:
             parts.append(self.step)
@@ -219,7 +220,7 @@ class Engine:
         return parts
 
     def go_on(self) -> None:
-        """One step of whatever waits in this process."""
+        """Do the first thing that can happen next."""
         if parts := self.parts():
             parts[0]()
 

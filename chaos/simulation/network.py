@@ -43,6 +43,6 @@ class Network:
             if self.late and dice.random() < self.late:
                 delay += dice.expovariate(0.5)
             if self.bursts and dice.random() < self.bursts:
-                delay += 0.5 - now % 0.5  # all that was sent in half a second comes at its end, in any order
+                delay += 0.5 - now % 0.5  # messages of half a second arrive together, in any order
             delays.append(delay)
         return delays

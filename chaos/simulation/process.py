@@ -18,19 +18,25 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """What a process reads where the world's time is ``t``: ``offset + rate * t``."""
+    """A process's clock: it shows ``offset + rate * t`` at the true time ``t``."""
 
     offset: float = 0.0
     rate: float = 1.0
 
 
 class Process(asyncio.AbstractEventLoop):
-    """A process, and the event loop of what is asynchronous in it. Its time is its clock's."""
+    """A process and its event loop, whose time is that of the process's clock.
+
+    Attributes:
+        place: the part of the name that every incarnation shares.
+        asleep: whether the process is frozen; slept: whether it ever was.
+        waiting: events that came while the process was frozen.
+    """
 
     def __init__(self, world: World, name: str, clock: Clock) -> None:
         self.world = world
         self.name = name
-        self.place = name.partition(".")[0]  # the same for each incarnation of an engine
+        self.place = name.partition(".")[0]
         self.clock = clock
         self.alive = True
         self.asleep = self.slept = False
@@ -38,33 +44,33 @@ class Process(asyncio.AbstractEventLoop):
         self._ready: collections.deque[asyncio.Handle] = collections.deque()
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
-        """A message has come."""
+        """Handle a message."""
         raise NotImplementedError
 
     def kill(self) -> None:
-        """As SIGKILL does: nothing that it does from here on reaches anybody."""
+        """End the process as SIGKILL does: none of its later messages is sent."""
         self.alive = False
         for task in asyncio.all_tasks(self):
             task.cancel()
         self.run(lambda: None)
 
     def sleep(self) -> None:
-        """As SIGSTOP does: messages and timers wait."""
+        """Freeze the process as SIGSTOP does: messages and timers wait."""
         self.asleep = self.slept = True
 
     def wake(self) -> None:
-        """As SIGCONT does."""
+        """Thaw the process as SIGCONT does."""
         self.asleep = False
         for order, callback in self.waiting:
             self.world.at(self.world.now, self, callback, order)
         self.waiting.clear()
 
     def after(self, seconds: float, callback: Callable[[], object]) -> None:
-        """Call ``callback`` when this process's clock has gone ``seconds`` further."""
+        """Call ``callback`` after ``seconds`` of this process's clock."""
         self.world.at(self.world.now + seconds / self.clock.rate, self, callback)
 
     def run(self, callback: Callable[[], object]) -> None:
-        """Run one event, and all that becomes ready by it."""
+        """Run one event and all callbacks that it makes ready."""
         asyncio._set_running_loop(self)
         try:
             callback()
@@ -75,7 +81,7 @@ class Process(asyncio.AbstractEventLoop):
         finally:
             asyncio._set_running_loop(None)
 
-    # What asyncio asks of a loop
+    # The methods that asyncio calls on a loop
 
     def time(self) -> float:
         return self.clock.offset + self.clock.rate * self.world.now
@@ -111,8 +117,7 @@ class Process(asyncio.AbstractEventLoop):
         pass
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        # An exception that nobody retrieved: that of a task which a killed process left behind, say.
-        pass
+        pass  # a killed process leaves tasks whose exceptions are never retrieved
 
 
 def new_caller(process: Process) -> ReplyTo:

@@ -13,7 +13,7 @@ from areal_vllm_ext.errors import ArealError
 from areal_vllm_ext.protocol import Answer, DirectoryRequest, EngineInfo, Registered, timing
 from areal_vllm_ext.protocol.server import ReplyTo
 
-from .base import DIRECTORY, LOOK_SECONDS, RECOVERY_SECONDS, TICK_SECONDS, Violation
+from .base import DIRECTORY, RECOVERY_SECONDS, TICK_SECONDS, WATCH_SECONDS, Violation
 from .client import Asking
 from .engine import Engine
 from .process import Process, new_caller
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class DirectoryProcess(Asking):
-    """The real directory."""
+    """The real directory and its recovery."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world, "directory")
@@ -31,14 +31,14 @@ class DirectoryProcess(Asking):
         self.answers: dict[ReplyTo, Answer] = {}
         self.recovery: asyncio.Task[None] | None = None
         world.join(self, DIRECTORY)
-        self.after(LOOK_SECONDS, self.look)
+        self.after(WATCH_SECONDS, self.watch)
 
-    def look(self) -> None:
-        """As ``DirectoryServer``: settle what a client has left."""
+    def watch(self) -> None:
+        """Recover what a client has left, as ``DirectoryServer`` does."""
         if (self.recovery is None or self.recovery.done()) and self.directory.recovery_due(self.time()):
             self.world.log(self.name, "recovers")
             self.recovery = self.create_task(self.recover())
-        self.after(LOOK_SECONDS, self.look)
+        self.after(WATCH_SECONDS, self.watch)
 
     async def recover(self) -> None:
         try:
@@ -48,7 +48,7 @@ class DirectoryProcess(Asking):
             await asyncio.sleep(timing.HEARTBEAT_SECONDS)
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
-        if not isinstance(message, DirectoryRequest):  # an answer to what it asks, as a client, of engines or of itself
+        if not isinstance(message, DirectoryRequest):  # an answer to a request of its recovery
             super().hear(caller, message)
             return
         if caller not in self.answers:
@@ -57,10 +57,11 @@ class DirectoryProcess(Asking):
 
 
 class EngineProcess(Process):
-    """An engine, its time, and its beats.
+    """An engine with time: its steps take a while, and it sends heartbeats.
 
     Attributes:
-        failing: calls or workers' steps that will fail.
+        failing: how many of the next calls or workers' steps will fail.
+        joined: whether the directory has answered; before that the engine serves nothing.
     """
 
     def __init__(self, world: World, info: EngineInfo, rank: int) -> None:
@@ -68,7 +69,6 @@ class EngineProcess(Process):
         self.rank = rank
         self.failing = 0
         self.engine = Engine(info=info, log=functools.partial(world.log, self.name))
-        # It serves once it has heard from the directory what the group has agreed on.
         self.engine.running = self.joined = False
         self._stepping = False
         world.join(self, info.address)
@@ -93,7 +93,7 @@ class EngineProcess(Process):
         self.after(TICK_SECONDS, self.tick)
 
     def registered(self, message: Registered) -> None:
-        """The directory has answered a beat."""
+        """Handle the directory's answer to a heartbeat."""
         engine = self.engine
         engine.carry_out(engine.participant.on_group_epoch(message.version, message.committed_epoch))
         if not self.joined:
@@ -108,7 +108,7 @@ class EngineProcess(Process):
         self.after(timing.HEARTBEAT_SECONDS, self.beat)
 
     def flush(self) -> None:
-        """Answers go out, and what waits goes on a moment later."""
+        """Send the answers, and let the next step come a moment later."""
         engine = self.engine
         self.world.switched[engine.participant.version].add(self.rank)
         for caller, answer in engine.replies:

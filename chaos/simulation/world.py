@@ -29,8 +29,8 @@ class World:
 
     Attributes:
         now: the true time, in seconds.
-        switched: the engines that ever switched to a version.
-        on_send: hears of every message that is sent, with whether it will arrive.
+        switched: by version, the engines that ever committed it.
+        on_send: called with every message that is sent, and whether it will arrive.
     """
 
     def __init__(self, engines: int, dice: random.Random, trace: bool = False) -> None:
@@ -79,7 +79,7 @@ class World:
         self.log(self.engines[rank].name, "crashes")
 
     def restart_engine(self, rank: int) -> None:
-        """It comes back with the weights that it was started with, and without a memory."""
+        """Start a dead engine again, with its first weights and without a memory."""
         if not self.engines[rank].alive:
             self.engines[rank] = self._new_engine(rank, len(self.engines))
             self.log(self.engines[rank].name, "is back")
@@ -91,11 +91,11 @@ class World:
     # Events
 
     def at(self, when: float, process: Process, callback: Any, order: int | None = None) -> None:
-        """Call ``callback`` in ``process`` at the true time ``when``. What falls on one moment is in ``order``."""
+        """Call ``callback`` in ``process`` at the true time ``when``; ``order`` decides between simultaneous events."""
         heapq.heappush(self._heap, (when, next(self._order) if order is None else order, process, callback))
 
     def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
-        """Let everything take its course until the time ``until``, or until ``done``."""
+        """Play events up to the time ``until``, or until ``done``."""
         heap = self._heap
         while heap and heap[0][0] <= until and not done():
             when, order, process, callback = heapq.heappop(heap)
@@ -121,7 +121,7 @@ class World:
     # Messages
 
     def send(self, source: Process, target: str | bytes, caller: ReplyTo, message: Message) -> None:
-        """From ``source`` to an address, or back to the process that asked."""
+        """Send a message to an address, or back to the process that asked."""
         receiver = self._listening.get(target) if isinstance(target, str) else self._processes.get(target)
         if not source.alive or receiver is None:
             return
@@ -133,7 +133,7 @@ class World:
 
         if not self.network.passes(source, receiver):
             self.on_send(source, receiver, caller, message, False)
-            # Once the link is joined, the kernel sends again what was in flight when it was cut; or the connection ends.
+            # When a link is joined again, either the kernel delivers what was in flight, or the connection has ended.
             if self.dice.random() < 0.5:
                 self.network.held.append((receiver, arrive))
             return
@@ -143,30 +143,30 @@ class World:
             self.at(self.now + delay, receiver, arrive)
 
     def reaches(self, source: Process, address: str) -> bool:
-        """Whether a connection from ``source`` to ``address`` would stand."""
+        """Return whether a connection from ``source`` to ``address`` would stand."""
         receiver = self._listening.get(address)
         passes = self.network.passes
         return bool(receiver and receiver.alive and passes(source, receiver) and passes(receiver, source))
 
     def join_links(self) -> None:
-        """Every cut link is whole again."""
+        """End every cut."""
         self.network.cut.clear()
         self.network.blocked.clear()
         for receiver, arrive in self.network.held:
             self.at(self.now + self.dice.uniform(0, 0.5), receiver, arrive)
         self.network.held.clear()
 
-    # What must hold at any time
+    # Invariants
 
     def check(self, rank: int) -> None:
-        """No two engines that serve are on different versions, whoever died or slept or was late. ``rank`` has changed."""
+        """Check that all serving engines have one version, after ``rank`` has changed."""
         self._count(rank)
         require(len(self._serving) <= 1, "mixed versions", f"engines serve {sorted(map(str, self._serving))}")
         engine = self.engines[rank].engine
         require(not (engine.tainted and engine.running), "wrong tokens", f"engine {rank} serves tainted weights")
 
     def _count(self, rank: int) -> None:
-        """Keep count of the versions that engines serve."""
+        """Count the versions that engines serve."""
         if before := self._counted.pop(rank, None):
             self._serving[before] -= 1
             if not self._serving[before]:
@@ -177,7 +177,7 @@ class World:
             self._serving[process.engine.version] += 1
 
     def switching(self, rank: int, call: CallCommit) -> None:
-        """Check, when the first engine of an update commits, that all of its engines are ready and no other one runs."""
+        """Check, when the first engine of an update commits, that its engines are ready and others are paused."""
         if call.update in self._begun:
             return
         self._begun.add(call.update)
@@ -186,7 +186,7 @@ class World:
             if call.update in process.engine.begun:
                 ready = p.update is not None and p.update.begin.update == call.update and p.generation == "paused"
                 ready = ready and p.update_phase in ("prepared", "committing")
-            else:  # it started anew, or the update does without it
+            else:  # this incarnation is not in the update
                 ready = not process.engine.running
             require(
                 ready or not (process.alive and process.joined),

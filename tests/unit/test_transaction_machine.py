@@ -392,7 +392,7 @@ class Transaction(RuleBasedStateMachine):
                 if orders:
                     engine.work(rank, fails)
                     break
-        elif what == "word" and engine.words:
+        elif what == "word" and engine.reports:
             engine.hear_worker()
         self.collect()
 

@@ -1,0 +1,228 @@
+"""The deployment of the fault rounds: a real vLLM on two nodes, its trainers, and the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from areal_vllm_ext import AsyncEngineGroup, protocol
+from areal_vllm_ext.control.link import Link
+from areal_vllm_ext.demo.completions import Completions
+from areal_vllm_ext.demo.deployment import Deployment, Node
+from areal_vllm_ext.demo.model import greedy_tokens, make_model
+from areal_vllm_ext.errors import ArealError
+from areal_vllm_ext.protocol import EngineInfo, Status, security
+
+from .bad_wire import BadNamespaces
+from .fault_trainer import Weights
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
+TOKENS = 16
+
+
+class TrainerProcess:
+    """A trainer process in the head's namespace."""
+
+    def __init__(self, prefix: list[str], directory: str, key_file: str, model_dir: Path) -> None:
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "chaos.fault_trainer", directory, key_file, str(model_dir)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        self._lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.read(60.0)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(json.loads(line))
+        self._lines.put({})  # the process has ended
+
+    def send(self, **what: object) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(what) + "\n")
+            self.process.stdin.flush()
+
+    def read(self, timeout: float) -> dict[str, Any] | None:
+        """Return the next line; empty after the end of the process, None after ``timeout``."""
+        try:
+            return self._lines.get(timeout=timeout)
+        except queue.Empty:
+            return None
+
+    def await_end(self, timeout: float) -> dict[str, Any] | None:
+        """Return the line that ends the update, or None after ``timeout``."""
+        ends = time.monotonic() + timeout
+        while (line := self.read(max(ends - time.monotonic(), 0.0))) is not None:
+            if "phase" not in line:
+                return line
+        return None
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class RealDeployment:
+    """A deployment of two nodes, two trainers, and the oracle.
+
+    Attributes:
+        trainers: the trainer whose update meets the fault, and the trainer that updates afterwards.
+    """
+
+    def __init__(self, folder: Path, namespaces: BadNamespaces, key_file: str, moe: bool) -> None:
+        self.model_dir = folder / "model"
+        make_model(self.model_dir, moe=moe)
+        self.weights = Weights(str(self.model_dir))
+        self.namespaces = namespaces
+        self.key_file = key_file
+        self.version = 0
+        self.trainers: list[TrainerProcess] = []
+        self._expected: dict[int, list[list[int]]] = {}
+        nodes = [
+            Node(
+                address=namespaces.addresses[node],
+                prefix=namespaces.prefix(node),
+                env={"AREAL_VLLM_KEY_FILE": key_file, "GLOO_SOCKET_IFNAME": namespaces.links[node]},
+            )
+            for node in ("a", "b")
+        ]
+        self.deployment = Deployment(self.model_dir, nodes, log_dir=folder / "logs")
+
+    @contextlib.contextmanager
+    def up(self) -> Iterator[None]:
+        """Run the deployment inside this context, with weights that a trainer has sent."""
+        with self.deployment:
+            self.deployment.wait(timeout=400, report=lambda _: None)
+            try:
+                self.engines = asyncio.run(self._discover())
+                while len(self.trainers) < 2:
+                    self.trainers.append(self._start_trainer())
+                for _ in range(2):
+                    end = self.fresh_update()
+                    assert end["outcome"] == "committed", end
+                self.descriptors = {pid: descriptors(pid) for pid in self.pids()}
+                self.processes = self.namespaces_pids()
+                yield
+            finally:
+                for trainer in self.trainers:
+                    trainer.close()
+
+    async def _discover(self) -> list[EngineInfo]:
+        async with AsyncEngineGroup.connect(self.deployment.directory, key_file=self.key_file) as group:
+            return await group.wait_ready(engines=2, timeout=60)
+
+    def pids(self) -> list[int]:
+        """Return the process ids of the engines and their workers."""
+        return [pid for engine in self.engines for pid in (engine.pid, *(worker.pid for worker in engine.workers))]
+
+    def log_ends(self) -> str:
+        """Return the last lines of the engines' logs."""
+        return "\n".join(f"--- {one.name}\n{one.process.last_lines(60)}" for one in self.deployment.processes)
+
+    def ended(self, timeout: float) -> bool:
+        """Wait until every engine and worker has ended; False after ``timeout``."""
+        ends = time.monotonic() + timeout
+        while (left := any(Path(f"/proc/{pid}").exists() for pid in self.pids())) and time.monotonic() < ends:
+            time.sleep(0.1)
+        return not left
+
+    def namespaces_pids(self) -> set[int]:
+        """Return all processes in the namespaces but this one and the trainers."""
+        found: set[int] = set()
+        for name in self.namespaces.names.values():
+            with subprocess.Popen(["ip", "netns", "pids", name], stdout=subprocess.PIPE, text=True) as asking:
+                assert asking.stdout is not None
+                found |= {int(pid) for pid in asking.stdout.read().split()} - {asking.pid}
+        return found - {os.getpid(), *(trainer.process.pid for trainer in self.trainers)}
+
+    # Engines
+
+    def statuses(self, engines: list[EngineInfo], timeout: float) -> dict[int, Status | None]:
+        """Return each engine's status by DP rank; None if it does not answer."""
+
+        async def ask() -> dict[int, Status | None]:
+            link = Link(lambda host: security.key_for(host, self.key_file), 1 << 20)
+            try:
+                asked = {str(engine.dp_rank): (engine.address, protocol.GetStatus()) for engine in engines}
+                found = await link.request_all(asked, timeout)
+                return {int(rank): answer if isinstance(answer, Status) else None for rank, answer in found.items()}
+            finally:
+                await link.close()
+
+        return asyncio.run(ask())
+
+    def wait_serving(self, engines: list[EngineInfo], ends: float) -> tuple[dict[int, Status | None], str]:
+        """Wait until all ``engines`` run on one version; returns their statuses, and the problem if they do not."""
+        while True:
+            statuses = self.statuses(engines, timeout=1.0)
+            problem = problem_of(statuses)
+            if not problem or problem.startswith("mixed") or time.monotonic() > ends:
+                return statuses, problem
+            time.sleep(0.1)
+
+    def wrong_tokens(self, statuses: dict[int, Status | None]) -> str:
+        """Return which engine generates other tokens than its version's; empty if all are right."""
+        completions = Completions(self.deployment.url, timeout=30)
+        for rank, status in statuses.items():
+            if status is None or status.generation != "running":
+                continue
+            claimed = status.version if isinstance(status.version, int) else 0
+            if claimed not in self._expected:
+                self._expected[claimed] = greedy_tokens(self.weights.set(claimed), PROMPTS, TOKENS)
+            try:
+                tokens = completions.greedy(PROMPTS, tokens=TOKENS, engine=rank)
+            except ArealError as error:
+                return f"DP rank {rank} does not generate: {error}"
+            if tokens != self._expected[claimed]:
+                return f"DP rank {rank} does not generate the tokens of version {claimed}"
+        return ""
+
+    # Trainers
+
+    def _start_trainer(self) -> TrainerProcess:
+        return TrainerProcess(self.namespaces.prefix("a"), self.deployment.directory, self.key_file, self.model_dir)
+
+    def replace_trainer(self) -> None:
+        """Replace the first trainer, which was killed, by the second."""
+        self.trainers.pop(0)
+        self.trainers.append(self._start_trainer())
+
+    def fresh_update(self) -> dict[str, Any]:
+        """Update with the second trainer, without faults; returns the end of the update."""
+        self.version += 1
+        trainer = self.trainers[1]
+        trainer.send(version=self.version, deadline=60.0, stop_at="")
+        return trainer.await_end(70.0) or {"outcome": "hangs", "seconds": 70.0}
+
+
+def problem_of(statuses: dict[int, Status | None]) -> str:
+    """Return why the engines do not all serve one version; empty if they do."""
+    if silent := [rank for rank, status in statuses.items() if status is None]:
+        return f"DP ranks {silent} do not answer"
+    answers = [status for status in statuses.values() if status]
+    if len(versions := {status.version for status in answers if status.generation == "running"}) > 1:
+        return f"mixed: {versions}"
+    if any(status.generation != "running" for status in answers):
+        return f"not running: {[(status.engine.dp_rank, status.update_phase, status.generation) for status in answers]}"
+    return ""
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208, half as slow

@@ -1,0 +1,18 @@
+"""Every guard that ``chaos.mutants`` removes is in the code, so that no mutant proves nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import areal_vllm_ext
+from chaos.mutants import MUTANTS
+
+PACKAGE = Path(areal_vllm_ext.__file__).parent
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_guard_is_in_the_code_once(name: str) -> None:
+    for file, guard, _ in MUTANTS[name]:
+        assert (PACKAGE / file).read_text().count(guard) == 1, f"chaos/mutants.py: {name}: {file} has no {guard!r}"
