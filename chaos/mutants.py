@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,94 +21,94 @@ ROOT = Path(__file__).parent.parent
 PARTICIPANT, COORDINATOR = "engine_core/participant.py", "client/coordinator.py"
 RECOVERY, COMMAND, DIRECTORY = "control/recovery.py", "control/command.py", "control/directory.py"
 
+# A guard's text is compared with the code token by token, so line breaks and indentation do not matter.
+ADVANCE = "return {} if self._awaited else self._advance(timeout) def silent"
 FIRST_PAUSE = (
     COORDINATOR,
-    "return {} if self._awaited else self._advance(timeout)\n\n    def silent",
+    ADVANCE,
     'return {} if self._awaited and self.phase != "pause" else self._advance(timeout)\n\n    def silent',
 )
 FIRST_VOTE = (
     COORDINATOR,
-    "return {} if self._awaited else self._advance(timeout)\n\n    def silent",
+    ADVANCE,
     'return {} if self._awaited and self.phase != "prepare" else self._advance(timeout)\n\n    def silent',
 )
 COMMIT_ANYWHERE = (PARTICIPANT, 'if self.update_phase != "prepared" or self.generation != "paused":', "if False:")
 PAUSE_ANYWHERE = (PARTICIPANT, "if message.update and message.update != prepared:", "if False:")
-RESUME_TAINTED = (PARTICIPANT, "        if self.tainted:\n", "        if False:\n")
 
 # By guard, the edits that remove it: file, text, replacement. There are several edits where one guard backs another.
 MUTANTS = {
-    "fencing": [(PARTICIPANT, "if epoch < self.epoch:", "if False:")],
-    "no commit before every pause": [FIRST_PAUSE],
-    "no commit before every pause, on either side": [FIRST_PAUSE, COMMIT_ANYWHERE],
-    "no pause before every vote": [FIRST_VOTE, PAUSE_ANYWHERE, COMMIT_ANYWHERE],
-    "an engine pauses for what it holds": [PAUSE_ANYWHERE],
-    "in doubt, it waits": [
+    "a lower epoch is refused": [(PARTICIPANT, "if epoch < self.epoch:", "if False:")],
+    "commit comes after every pause": [FIRST_PAUSE],
+    "commit comes after every pause, on either side": [FIRST_PAUSE, COMMIT_ANYWHERE],
+    "pause comes after every vote": [FIRST_VOTE, PAUSE_ANYWHERE, COMMIT_ANYWHERE],
+    "an engine pauses only for a prepared update": [PAUSE_ANYWHERE],
+    "an engine in doubt waits": [
         (
             PARTICIPANT,
             'in_doubt = self.update_phase == "committing" or self._in_doubt',
             'in_doubt = self.update_phase == "committing"',
         )
     ],
-    "its time ends an update": [(PARTICIPANT, "and not in_doubt and now >= self.update.ends", "and False")],
-    "tainted weights are not resumed": [RESUME_TAINTED],
-    "every worker's word counts": [
+    "an update ends at its deadline": [(PARTICIPANT, "and not in_doubt and now >= self.update.ends", "and False")],
+    "tainted weights are not resumed": [
+        (PARTICIPANT, "if self.tainted: return self._refuse(", "if False:\n            return self._refuse(")
+    ],
+    "every worker votes": [
         (
             PARTICIPANT,
             "update.finished.get(step, set()) >= update.workers.get(step, self.workers)",
             "bool(update.finished.get(step))",
         )
     ],
-    "a refused pause ends it": [
+    "a refused pause ends the update": [
         (
             COORDINATOR,
             'if problem and self.phase in ("begin", "prepare", "pause"):',
             'if problem and self.phase in ("begin", "prepare"):',
         )
     ],
-    "a silent pause ends it": [
+    "an unanswered pause ends the update": [
         (
             COORDINATOR,
-            'if self.phase in ("begin", "prepare", "pause"):\n            return self.give_up(f"{name}: {cause}")',
+            'if self.phase in ("begin", "prepare", "pause"): return self.give_up(f"{name}: {cause}")',
             'if self.phase in ("begin", "prepare"):\n            return self.give_up(f"{name}: {cause}")',
         )
     ],
-    "what was paused is resumed": [(COORDINATOR, 'case "abort" if self._pause_sent:', 'case "abort" if False:')],
-    "one committed, all do": [
+    "an abort resumes what it paused": [(COORDINATOR, 'case "abort" if self._pause_sent:', 'case "abort" if False:')],
+    "if one has committed, all do": [
         (RECOVERY, 'if status.update_phase == "prepared" and status.update in committed:', "if False:"),
     ],
-    "one is committing, all do": [
+    "if one is committing, all do": [
         (
             RECOVERY,
-            '    committed |= {status.update for status in statuses.values() if status.update_phase == "committing"}\n',
+            'committed |= {status.update for status in statuses.values() if status.update_phase == "committing"}',
             "",
         )
     ],
-    "none committed, none does": [(RECOVERY, 'elif status.update_phase in ("receiving", "prepared"):', "elif False:")],
-    "the successor resumes": [
-        (RECOVERY, 'if name in current and status.generation != "running" and (', "if False and (")
+    "if none has committed, none does": [
+        (RECOVERY, 'elif status.update_phase in ("receiving", "prepared"):', "elif False:")
     ],
-    "who is behind is not resumed": [
-        (RECOVERY, 'if name in current and status.generation != "running"', "if status.generation")
+    "a successor resumes": [(RECOVERY, 'if name in current and status.generation != "running"', "if False")],
+    "a successor resumes no stale engine": [(RECOVERY, "if name in current", "if True")],
+    "a healed engine resumes": [(COMMAND, "or bool(self.status.paused_for)", "")],
+    "a group goes on without lost engines only if all have agreed": [
+        (COMMAND, "raise EnginesMissing(missing) engines", "pass\n                    engines")
     ],
-    "a cured engine resumes": [(COMMAND, " or bool(self.status.paused_for)", "")],
-    "without the lost, only if all agree": [
-        (
-            COMMAND,
-            "                        raise EnginesMissing(missing)\n                    engines",
-            "                        pass\n                    engines",
-        )
-    ],
-    "who is behind pauses": [(PARTICIPANT, "if committed_epoch > self.committed_epoch:", "if False:")],
-    "who joins hears of the last update": [(DIRECTORY, "heard >= told_after or now", "True or now")],
+    "an engine that is behind pauses": [(PARTICIPANT, "if committed_epoch > self.committed_epoch:", "if False:")],
+    "a joining engine hears of the last update": [(DIRECTORY, "heard >= told_after or now", "True or now")],
     "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
-    "a new lease has a new epoch": [
-        (DIRECTORY, "self._epoch += 1", "self._epoch += 0"),
-    ],
-    "beats bring the epoch back": [(DIRECTORY, "self._epoch = max(self._epoch, message.epoch)", "pass")],
+    "a new lease has a new epoch": [(DIRECTORY, "self._epoch += 1", "self._epoch += 0")],
+    "a heartbeat brings the epoch back": [(DIRECTORY, "self._epoch = max(self._epoch, message.epoch)", "pass")],
 }
 
 # Faults for mutants that few rounds reveal; every other mutant meets all faults.
-ONLY = {"an engine pauses for what it holds": "clock drift"}
+ONLY = {"an engine pauses only for a prepared update": "clock drift"}
+
+
+def pattern(guard: str) -> re.Pattern[str]:
+    """Return the pattern of the guard's tokens, with any white space between them."""
+    return re.compile(r"\s*".join(re.escape(token) for token in re.findall(r"\w+|[^\w\s]", guard)))
 
 
 def mutate(package: Path, edits: list[tuple[str, str, str]]) -> str:
@@ -115,9 +116,9 @@ def mutate(package: Path, edits: list[tuple[str, str, str]]) -> str:
     for file, guard, replacement in edits:
         source = package / file
         text = source.read_text()
-        if text.count(guard) != 1:
-            return f"{file} has {guard!r} {text.count(guard)} times"
-        source.write_text(text.replace(guard, replacement))
+        if (count := len(pattern(guard).findall(text))) != 1:
+            return f"{file} has {guard!r} {count} times"
+        source.write_text(pattern(guard).sub(lambda _, new=replacement: new, text))
     return ""
 
 
