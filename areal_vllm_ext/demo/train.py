@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +29,7 @@ from .model import COLOURS, greedy_tokens, make_model
 from .task import ANSWER_WORDS, as_text, make_prompt, word_rewards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel
 
@@ -60,10 +57,9 @@ def run(moe: bool = False, steps: int | None = None, seed: int = 0, keep_logs: b
     home = Path(tempfile.mkdtemp(prefix="areal-vllm-demo-"))
     code = 1
     try:
-        with _sigterm_unwinds():
-            result = _train(home, moe, steps, seed)
+        result = _train(home, moe, steps, seed)
         code = 0 if result["token_exact"] and not result["mixed_versions"] else 1
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         code = 0  # ended on request: nobody will read the logs
         raise
     except DeploymentError as error:
@@ -208,20 +204,3 @@ def _greedy_matches(
 def _trainer_device() -> torch.device:
     """Return the first GPU that no engine uses, or the CPU."""
     return torch.device("cuda", len(ENGINES)) if gpu_count() > len(ENGINES) else torch.device("cpu")
-
-
-@contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM in this block, so that this process waits for the end of the engines."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(_number: int, _frame: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -11,7 +11,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ..errors import LaunchError
+from ..errors import LaunchError, SettingsError
 
 
 class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,6 +59,23 @@ class Placement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def within(self, group: PlacementGroup, indices: Sequence[int] = ()) -> Placement:
         """Return the same placement in bundles of an existing group."""
         return msgspec.structs.replace(self, group=group, indices=tuple(indices))
+
+    def check(self) -> None:
+        """Check the values.
+
+        Raises:
+            SettingsError: one of them cannot be; the message is one line.
+        """
+        if self.bundles < 1 or self.devices < 1:
+            raise SettingsError(f"placement: {self.bundles} bundles of {self.devices} devices; both must be at least 1")
+        if not 0 < self.worker_share <= 1:
+            raise SettingsError(f"placement.worker_share: {self.worker_share!r} is no share; write a number up to 1")
+        if not (self.group is None or isinstance(self.group, PlacementGroup)):
+            raise SettingsError(
+                f"placement.group: {self.group!r} is not a placement group; use placement.within(group)"
+            )
+        if any(index < 0 for index in self.indices) or len(set(self.indices)) < len(self.indices):
+            raise SettingsError(f"placement.indices: {list(self.indices)}: indices count from 0; name each bundle once")
 
     def reserve(self, timeout: float = 60.0, name: str = "") -> PlacementGroup:
         """Return the group once its bundles are reserved; a new one ends with the driver unless it is removed before.

@@ -23,6 +23,8 @@ _DERIVED = re.compile(
     r"|distributed-executor-backend)|-[tpd]p"
 )
 
+_MAX_TIMEOUT_SECONDS = 31_536_000  # a year; the event loop takes no infinite timeout
+
 
 class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One vLLM deployment.
@@ -71,6 +73,8 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises:
             SettingsError: they do not; the message is one line.
         """
+        self._check_values()
+        self.placement.check()
         place, engine = self.placement, self.tensor_parallel_size * self.pipeline_parallel_size
         wanted = self.data_parallel_size * engine
         if place.kind == "shared":
@@ -100,6 +104,28 @@ class ReplicaSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise SettingsError(
                     f"vLLM argument {argument}: it follows from the placement and the parallel sizes; leave it out"
                 )
+
+    def _check_values(self) -> None:
+        if not 0 < self.timeout <= _MAX_TIMEOUT_SECONDS:
+            raise SettingsError(f"timeout: {self.timeout!r} is not a number of seconds above 0; write for example 600")
+        if self.max_restarts < 0:
+            raise SettingsError(f"max_restarts: {self.max_restarts} is negative; write 0 for none")
+        if not re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9._-]{,99})?", self.name):
+            raise SettingsError(f"name: {self.name!r} names log files; use up to 100 letters, digits, '.', '_' and '-'")
+        texts = {
+            "model": [self.model],
+            "command": self.command,
+            "vllm_args": self.vllm_args,
+            "head_args": self.head_args,
+        }
+        texts |= {"env": [*self.env, *self.env.values()], "log_dir": [self.log_dir]}
+        for setting, values in texts.items():
+            if any("\0" in value for value in values):
+                raise SettingsError(f"{setting}: it has a null character, which no program can take; remove it")
+        if bad := [variable for variable in self.env if not variable or "=" in variable]:
+            raise SettingsError(f"env: {bad[0]!r} cannot be the name of a variable; write NAME: value")
+        if not self.model or not self.command:
+            raise SettingsError("model and command: neither can be empty; name a model, and leave the command out")
 
     def command_line(self, index: int, nodes: Sequence[NodeAddress]) -> list[str]:
         """Return the command of node ``index``; ``nodes`` has the addresses of all nodes, the head first."""

@@ -78,3 +78,22 @@ def test_arguments_of_the_head_come_last() -> None:
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         lines(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"placement": Placement.separate(1).within("g")}, "placement.group: 'g' is not a placement group"),
+        ({"placement": Placement(indices=(0, 0))}, "name each bundle once"),
+        ({"placement": Placement(indices=(-1,))}, "indices count from 0"),
+        ({"placement": Placement(worker_share=float("nan"))}, "worker_share: nan is no share"),
+        ({"timeout": float("inf")}, "timeout: inf is not a number of seconds"),
+        ({"name": "a/b"}, "name: 'a/b' names log files"),
+        ({"name": ".."}, "name: '..' names log files"),
+        ({"command": ()}, "neither can be empty"),
+        ({"head_args": ["\0"]}, "head_args: it has a null character"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        ReplicaSpec(**{"model": "m", **settings}).check()

@@ -1,0 +1,183 @@
+"""Commands for the engines of a group: status, pause, resume, update, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import TYPE_CHECKING
+
+from .output import print_report, print_table
+from .parser import STATUS_CODE, VERIFY_CODE, add_key_file, count, seconds
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from ..client.blocking import EngineGroup
+    from ..client.state import EngineState
+    from ..protocol import Version
+    from .parser import Commands
+
+_STATUS_SECONDS = 5.0
+_READY_SECONDS = 600.0
+
+
+def add_to(commands: Commands) -> None:
+    """Add the commands to ``areal-vllm``."""
+    parser = commands.add(
+        "status",
+        _status,
+        "Show every engine: version, generation, update phase, requests",
+        "Engines that do not answer are listed as unreachable, engines that are lost as not heard.\n"
+        "Versions of vLLM and of this package are shown when they differ; --json always has them.",
+        code_3=STATUS_CODE,
+    )
+    parser.add_argument("--engines", metavar="N", type=count, help="first wait until N engines are ready")
+    _add_connection(parser, f"{_STATUS_SECONDS:g}, or {_READY_SECONDS:g} with --engines", None)
+
+    parser = commands.add(
+        "pause",
+        _pause,
+        "Pause generation on every engine",
+        "This pause has no lease: the engines stay paused until 'areal-vllm resume' or another client\n"
+        "resumes them, also through updates. If an engine does not pause in time, the others resume.",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=("keep", "wait", "abort"),
+        default="keep",
+        help="keep: freeze running requests; wait: let them finish; abort: end them (default: %(default)s)",
+    )
+    _add_connection(parser, "%(default)g", 60.0)
+
+    parser = commands.add("resume", _resume, "Let every engine generate again")
+    _add_connection(parser, "%(default)g", 60.0)
+
+    parser = commands.add(
+        "update",
+        _update,
+        "Move every engine to the weights in a directory",
+        "All engines move to the new version, or none does. The directory must have the same path on every node.",
+    )
+    parser.add_argument(
+        "--from", dest="source", metavar="DIR", required=True, help="a Hugging Face checkpoint (safetensors)"
+    )
+    parser.add_argument(
+        "--to-version",
+        metavar="VERSION",
+        type=_version,
+        required=True,
+        help="name of the new version; digits alone are a number, as trainers count steps",
+    )
+    _add_connection(parser, "%(default)g", 300.0)
+
+    parser = commands.add(
+        "verify",
+        _verify,
+        "Compare the weights that engines serve with each other, and with a directory",
+        code_3=VERIFY_CODE,
+    )
+    parser.add_argument("--against", metavar="DIR", help="a Hugging Face checkpoint that the engines should serve")
+    _add_connection(parser, "%(default)g", 300.0)
+
+
+def _add_connection(parser: argparse.ArgumentParser, default: str, timeout: float | None) -> None:
+    parser.add_argument(
+        "--connect",
+        metavar="ADDRESS",
+        help="tcp://host:port of the directory (default: AREAL_VLLM_DIRECTORY, or port 29700 of this machine)",
+    )
+    add_key_file(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON for programs, on one line")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=timeout,
+        help=f"time for the whole command (default: {default})",
+    )
+
+
+def _version(text: str) -> Version:
+    return int(text) if text.isascii() and text.isdecimal() and str(int(text)) == text else text
+
+
+def _connect(options: argparse.Namespace) -> EngineGroup:
+    from .. import EngineGroup
+
+    addresses = [options.connect] if options.connect else []
+    return EngineGroup.connect(*addresses, key_file=options.key_file)
+
+
+def _status(options: argparse.Namespace) -> int:
+    ends = time.monotonic() + (options.timeout or (_READY_SECONDS if options.engines else _STATUS_SECONDS))
+    with _connect(options) as group:
+        if options.engines:
+            group.wait_ready(options.engines, ends - time.monotonic())
+        states = group.status(ends - time.monotonic())
+    if options.json:
+        print(json.dumps([dataclasses.asdict(state) for state in states]))
+    else:
+        _print_states(states)
+    healthy = all(state.state != "unreachable" and state.phase not in ("tainted", "stale") for state in states)
+    return 0 if states and healthy and len({state.version for state in states}) == 1 else 3
+
+
+def _print_states(states: Sequence[EngineState]) -> None:
+    always = {
+        "replica": [state.replica for state in states],
+        "DP rank": [str(state.dp_rank) for state in states],
+        "node": [state.node for state in states],
+        "role": ["headless" if state.headless else "head" for state in states],
+        "version": ["" if state.version is None else str(state.version) for state in states],
+        "generation": [state.state for state in states],
+        "update phase": [state.phase for state in states],
+        "requests": [str(state.requests) for state in states],
+    }
+    notes = [state.error for state in states]
+    print_table({**always, **({"note": notes} if any(notes) else {})})
+
+
+def _pause(options: argparse.Namespace) -> int:
+    with _connect(options) as group:
+        group.pause(options.mode, deadline=options.timeout, lease=None)
+        return print_report(options.json, {"paused": len(group.engines())}, "{paused} engines are paused")
+
+
+def _resume(options: argparse.Namespace) -> int:
+    with _connect(options) as group:
+        group.resume(deadline=options.timeout)
+        return print_report(options.json, {"resumed": len(group.engines())}, "{resumed} engines generate")
+
+
+def _update(options: argparse.Namespace) -> int:
+    with _connect(options) as group:
+        with group.update(options.to_version, deadline=options.timeout) as update:
+            update.send(options.source)
+        result = update.result
+    facts = {
+        "version": result.version,
+        "engines": len(result.engines),
+        "lost": dict(result.lost),
+        "total_ms": round(result.total_ms, 1),
+        "pause_ms": round(result.pause_ms, 1),
+    }
+    sentence = "{engines} engines serve version {version} (took {total_ms} ms, paused for {pause_ms} ms)"
+    print_report(options.json, facts, sentence)
+    return 1 if result.lost else 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    with _connect(options) as group:
+        found = group.verify(options.against, deadline=options.timeout)
+    if options.json:
+        print(json.dumps({"equal": found.equal, **dataclasses.asdict(found)}))
+    else:
+        for difference in found.differences:
+            print(difference)
+        for engine, reason in found.unproven.items():
+            print(f"{engine}: not compared with a fresh load: {reason}")
+        if found.equal:
+            print(f"{found.engines} engines serve the same weights ({found.tensors} tensors compared)")
+    return 0 if found.equal else 3
