@@ -1,1 +1,1 @@
-"""Whether the weights are the right ones: digests of tensors, and what a checkpoint holds."""
+"""Checks that the weights are the right ones: digests of tensors, checkpoints, and the comparison of engines."""

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of: the names, shapes and dtypes in its safetensors headers, read without the tensors."""
+"""Checkpoints: the names, shapes and dtypes in safetensors headers, read without reading the tensors."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class _Index(msgspec.Struct):
 
 
 class NotACheckpoint(ValueError):
-    """The folder holds no complete safetensors checkpoint; the message says what is missing."""
+    """The folder holds no complete safetensors checkpoint. The message says what is missing."""
 
 
 def files(directory: str | os.PathLike[str]) -> list[Path]:
-    """The safetensors files of a Hugging Face checkpoint directory, as its index names them.
+    """Return the safetensors files of a Hugging Face checkpoint directory, as its index names them.
 
     Raises:
-        NotACheckpoint: where there are none, or one that the index names is missing.
+        NotACheckpoint: there are none, or a file that the index names is missing.
     """
     folder = Path(directory)
     if not folder.is_dir():
@@ -72,10 +72,10 @@ def files(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def read_header(file: Path) -> Iterator[TensorMeta]:
-    """The tensors of one safetensors file.
+    """Yield the tensors of one safetensors file.
 
     Raises:
-        NotACheckpoint: where it is cut off or no safetensors file.
+        NotACheckpoint: it is truncated, or no safetensors file.
     """
     try:
         with file.open("rb") as stream:
@@ -90,43 +90,45 @@ def read_header(file: Path) -> Iterator[TensorMeta]:
         raise NotACheckpoint(f"{file} cannot be read as safetensors: {error}") from None
     for name, entry in entries.items():
         if entry.data_offsets[1] > size:
-            raise NotACheckpoint(f"{file} is cut off: {name} lies beyond its end; is it still being written?")
+            raise NotACheckpoint(
+                f"{file} is truncated: {name} lies beyond its end; wait until it is completely written"
+            )
         if entry.dtype not in _DTYPES:
             raise NotACheckpoint(f"{file}: {name} has dtype {entry.dtype}, which is not supported")
         yield TensorMeta(name, _DTYPES[entry.dtype], entry.shape)
 
 
 def folder(model: str, revision: str | None = None) -> str:
-    """Where a checkpoint lies: ``model`` itself, or a hub model's place in the local cache.
+    """Return a checkpoint's directory: ``model`` itself, or a hub model's directory in the local cache.
 
     Raises:
-        NotACheckpoint: where there is neither.
+        NotACheckpoint: there is neither.
     """
     if Path(model).is_dir():
         return model
     try:
         from huggingface_hub import snapshot_download
 
-        place: str = snapshot_download(model, revision=revision, local_files_only=True)
+        cached: str = snapshot_download(model, revision=revision, local_files_only=True)
     except Exception as error:
         raise NotACheckpoint(f"{model} is neither a directory nor in the local hub cache: {error}") from None
-    return place
+    return cached
 
 
 def describe(model: str, revision: str | None = None) -> list[TensorMeta]:
-    """The tensors of a checkpoint directory, or of a hub model in the local cache.
+    """Return the tensors of a checkpoint directory, or of a hub model in the local cache.
 
     Raises:
-        NotACheckpoint: where they cannot be told.
+        NotACheckpoint: there is no complete safetensors checkpoint.
     """
     return [tensor for file in files(folder(model, revision)) for tensor in read_header(file)]
 
 
 def contents(directory: str | os.PathLike[str]) -> dict[str, tuple[TensorMeta, int]]:
-    """Each tensor of a checkpoint directory with the digest of its bytes. Reads all of it.
+    """Return each tensor of a checkpoint directory with the digest of its bytes. This reads all of it.
 
     Raises:
-        NotACheckpoint: where it is none, or cut off.
+        NotACheckpoint: it is none, or truncated.
     """
     from safetensors import safe_open
 
@@ -142,12 +144,12 @@ def contents(directory: str | os.PathLike[str]) -> dict[str, tuple[TensorMeta, i
 
 
 def mismatch_reason(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtypes: Iterable[str]) -> str | None:
-    """Why ``tensor`` cannot be loaded by engines whose checkpoint is ``expected``; empty where it can.
+    """Return why engines whose checkpoint is ``expected`` cannot load ``tensor``; None if they can.
 
     Args:
-        tensor: what would be sent.
+        tensor: the tensor to be sent.
         expected: the checkpoint's tensors by name.
-        dtypes: dtypes that are welcome beside the checkpoint's own (the dtype that the engines compute in).
+        dtypes: dtypes that the engines accept in addition to the checkpoint's own, such as the one that they compute in.
     """
     if (known := expected.get(tensor.name)) is None:
         near = difflib.get_close_matches(tensor.name, expected, n=1)
@@ -161,7 +163,7 @@ def mismatch_reason(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtyp
 
 
 def missing_reason(sent: Iterable[str], expected: Mapping[str, TensorMeta]) -> str | None:
-    """Which of the ``expected`` tensors were not sent, as a message; empty where none is missing."""
+    """Return a message that names ``expected`` tensors that were not sent; None if all were."""
     absent = sorted(set(expected) - set(sent))
     if not absent:
         return None

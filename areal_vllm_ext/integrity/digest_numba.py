@@ -1,4 +1,4 @@
-"""``digest.py``'s function for CPUs, compiled by Numba, which vLLM brings: one pass, and without the interpreter's lock."""
+"""``digest.py``'s function for CPUs, compiled by Numba (which vLLM installs): one pass, without the GIL."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def digest(data, keys, constants):  # type: ignore[no-untyped-def]
     """The digest of one tensor's bytes.
 
     Args:
-        data: ``uint8``, which begins at a multiple of 4 bytes.
-        keys: one for each of a row's words.
-        constants: what row numbers are multiplied by, and the two of the mix.
+        data: ``uint8``, aligned to 4 bytes.
+        keys: one for each word of a row.
+        constants: ``digest_torch.constants``.
     """
     rows = data.size // _ROW_BYTES
     words = data[: rows * _ROW_BYTES].view(np.int32)
@@ -33,7 +33,7 @@ def digest(data, keys, constants):  # type: ignore[no-untyped-def]
             hashed += words[row * _WORDS + word] * keys[word]
         total += _mix(np.uint64(hashed) + np.uint64(row + 1) * constants[0], constants)
     if rows * _ROW_BYTES < data.size:
-        # As if zeros followed.
+        # A partial row counts as if zeros followed.
         last = np.zeros(_ROW_BYTES, dtype=np.uint8)
         last[: data.size - rows * _ROW_BYTES] = data[rows * _ROW_BYTES :]
         hashed = np.int64(0)

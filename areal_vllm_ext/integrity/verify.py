@@ -1,4 +1,4 @@
-"""Compares what engines serve: with each other, with what it was after their last commit, and with a checkpoint. No I/O."""
+"""Compares what engines serve: with each other, with their state after the last commit, and with a checkpoint. No I/O."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A tensor (empty: all of them) of one worker of one engine that is not what it should be, and why."""
+    """A tensor of one worker that is not what it should be, and why. An empty ``tensor`` means all tensors."""
 
     engine: str
     worker: int
@@ -30,12 +30,12 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        differences: empty where everything is equal.
+        differences: empty if everything is equal.
         engines: how many engines were compared.
-        tensors: how many live tensors.
+        tensors: how many live tensors were compared.
         unproven: engines whose weights could not be compared with a fresh load at their first update, with the cause.
     """
 
@@ -46,7 +46,7 @@ class Verification:
 
     @property
     def equal(self) -> bool:
-        """Whether no difference was found."""
+        """Return whether no difference was found."""
         return not self.differences
 
 
@@ -56,15 +56,15 @@ def compare(
     """Compare the workers of all engines.
 
     Args:
-        answers: each engine's digests by its name.
-        statuses: each engine's status.
-        checkpoint: the tensors that all engines should serve, with their digests; None compares with none.
+        answers: each engine's digests, by its name.
+        statuses: each engine's status, by its name.
+        checkpoint: the tensors that all engines should serve, with their digests; None to skip this comparison.
     """
     differences: list[Difference] = []
     workers = [(name, worker) for name, answer in answers.items() for worker in answer.workers]
     for name, worker in workers:
         if statuses[name].update_phase == "tainted":
-            differences.append(Difference(name, worker.rank, "", f"are nobody's: {statuses[name].error}"))
+            differences.append(Difference(name, worker.rank, "", f"are partially loaded: {statuses[name].error}"))
         differences += [
             Difference(name, worker.rank, tensor, "has changed since it was loaded: its memory was damaged")
             for tensor in worker.changed
@@ -89,36 +89,36 @@ def compare(
 
 
 def _manifests(workers: list[tuple[str, WorkerWeights]]) -> Iterator[Difference]:
-    """Who serves another update's weights than most."""
+    """Yield workers that serve another update's weights than most."""
     usual, holder = _usual([(worker.manifest, name) for name, worker in workers])
     for name, worker in workers:
         if worker.manifest != usual:
-            yield Difference(name, worker.rank, "", f"are those of another update than on {holder}")
+            yield Difference(name, worker.rank, "", f"belong to another update than those on {holder}")
 
 
 def _live(alike: list[tuple[str, WorkerWeights]]) -> Iterator[Difference]:
-    """Whose live tensors differ from those of most workers of the same layout."""
+    """Yield live tensors that differ from those of most workers of the same layout."""
     for tensor in dict.fromkeys(tensor for _, worker in alike for tensor in worker.live):
         usual, holder = _usual([(worker.live.get(tensor), name) for name, worker in alike])
         for name, worker in alike:
             if worker.live.get(tensor) != usual:
-                yield Difference(name, worker.rank, tensor, f"is another than on {holder}")
+                yield Difference(name, worker.rank, tensor, f"differs from the one on {holder}")
 
 
 def _usual(values: list[tuple[object, str]]) -> tuple[object, str]:
-    """The value that most have (the first, where there is a tie), and one who has it."""
+    """Return the most frequent value (the first one of a tie), and the name of an engine that has it."""
     usual = collections.Counter(value for value, _ in values).most_common(1)[0][0]
     return usual, next(holder for value, holder in values if value == usual)
 
 
 def _against(name: str, worker: WorkerWeights, checkpoint: Contents) -> Iterator[Difference]:
-    """What was applied to ``worker`` (or what it was started from), against ``checkpoint``."""
+    """Compare what was applied to ``worker`` (or what it was started from) with ``checkpoint``."""
     served = {meta.name: (meta, value) for meta, value in worker.contents}
     if served and digest.manifest(served.values()) == digest.manifest(checkpoint.values()):
         return
     for tensor in sorted(served.keys() | checkpoint.keys()):
         if tensor not in served:
-            yield Difference(name, worker.rank, tensor, "of the checkpoint was never applied")
+            yield Difference(name, worker.rank, tensor, "is in the checkpoint but was never applied")
         elif tensor not in checkpoint:
             yield Difference(name, worker.rank, tensor, "is not in the checkpoint")
         elif (problem := _unlike(served[tensor], checkpoint[tensor])) is not None:
@@ -131,4 +131,4 @@ def _unlike(served: tuple[TensorMeta, int], expected: tuple[TensorMeta, int]) ->
         return f"was applied as {meta.dtype}, the checkpoint has {other.dtype}: values cannot be compared"
     if meta.shape != other.shape:
         return f"was applied with shape {list(meta.shape)}, the checkpoint has {list(other.shape)}"
-    return None if value == other_value else "is another than in the checkpoint"
+    return None if value == other_value else "differs from the one in the checkpoint"

@@ -1,4 +1,4 @@
-"""What was done in an update, from when to when: recorded where it is done, for ``EngineGroup.update(trace=...)``."""
+"""Spans of an update (what was done, from when to when) for ``EngineGroup.update(trace=...)``."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _T = TypeVar("_T")
 
 
 class SpanRecorder:
-    """The spans of one process, by its monotonic clock. From any thread.
+    """Records the spans of one process by its monotonic clock. Safe to use from any thread.
 
-    Of each kind (a name's first word) the first ``limit`` are kept; those after them become one, from the first's start to the
-    last's end. A ``limit`` of 0 records nothing.
+    The first ``limit`` spans of each kind (a name's first word) are kept. Later ones are merged into one, from the first
+    one's start to the last one's end. A ``limit`` of 0 records nothing.
     """
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
         self._kept: dict[str, list[Span]] = {}
-        self._more: dict[str, tuple[int, Span]] = {}
+        self._merged: dict[str, tuple[int, Span]] = {}
         self._open: dict[Hashable, tuple[str, str, float]] = {}
         self._lock = threading.Lock()
 
     def add(self, track: str, name: str, start: float, end: float) -> None:
-        """``name`` was done from ``start`` to ``end``, in a row of the trace that is called ``track``."""
+        """Record that ``name`` was done from ``start`` to ``end``, in the trace's row ``track``."""
         if not self.limit:
             return
         span, kind = Span(track, name, start, end), name.partition(" ")[0]
@@ -40,18 +40,18 @@ class SpanRecorder:
             if len(kept) < self.limit:
                 kept.append(span)
             else:
-                count, more = self._more.get(kind, (0, span))
-                merged = Span(more.track, "", min(more.start, start), max(more.end, end))
-                self._more[kind] = (count + 1, merged)
+                count, before = self._merged.get(kind, (0, span))
+                merged = Span(before.track, "", min(before.start, start), max(before.end, end))
+                self._merged[kind] = (count + 1, merged)
 
     def start(self, key: Hashable, track: str, name: str) -> None:
-        """``name`` is done from now on, until ``end(key)``."""
+        """Begin the span ``name``, which ends with ``end(key)``."""
         if self.limit:
             with self._lock:
                 self._open[key] = (track, name, monotonic())
 
     def end(self, key: Hashable) -> None:
-        """What was started as ``key`` is over; nothing where nothing was."""
+        """End the span that was started as ``key``, if there is one."""
         if self.limit:
             with self._lock:
                 started = self._open.pop(key, None)
@@ -60,7 +60,7 @@ class SpanRecorder:
 
     @contextlib.contextmanager
     def span(self, track: str, name: str) -> Iterator[None]:
-        """The body is ``name``."""
+        """Record the body as the span ``name``."""
         key = object()
         self.start(key, track, name)
         try:
@@ -69,7 +69,7 @@ class SpanRecorder:
             self.end(key)
 
     def each(self, track: str, name: str, items: Iterable[_T]) -> Iterator[_T]:
-        """``items``, each with a span of its making."""
+        """Yield ``items`` and record how long each took to make."""
         remaining = iter(items)
         for number in itertools.count():
             started = monotonic()
@@ -81,7 +81,7 @@ class SpanRecorder:
             yield item
 
     def set_state(self, track: str, state: str) -> None:
-        """``track`` is in ``state`` from now on; empty: in none that is worth a span."""
+        """Record that ``track`` is in ``state`` from now on. An empty state records nothing."""
         current = self._open.get(track)
         if state != (current[1] if current else ""):
             self.end(track)
@@ -89,32 +89,32 @@ class SpanRecorder:
                 self.start(track, track, state)
 
     def snapshot(self) -> tuple[Span, ...]:
-        """All spans so far. What is not over yet says so, and ends now."""
+        """Return all spans so far. Open spans are marked as not over and end now."""
         now = monotonic()
         with self._lock:
             spans = [span for kept in self._kept.values() for span in kept]
-            for kind, (count, more) in self._more.items():
-                spans.append(Span(more.track, f"{kind}: {count} more", more.start, more.end))
+            for kind, (count, merged) in self._merged.items():
+                spans.append(Span(merged.track, f"{kind}: {count} more", merged.start, merged.end))
             spans += [Span(track, f"{name} (not over)", start, now) for track, name, start in self._open.values()]
         return tuple(spans)
 
 
-# For who records nothing.
+# Records nothing.
 DISABLED = SpanRecorder()
 
 
 def clock_offset(sent: float, received: float, answered: float, back: float) -> float:
-    """What another process' clock lacks against this one's, in seconds.
+    """Return how far another process's clock is behind this one's, in seconds.
+
+    As in NTP, request and answer are assumed to take equally long, so the error is at most half of their sum. Processes of
+    one host share a clock. So an offset of 0 is returned if the readings are possible on one clock; then the error is at most
+    what request and answer took together.
 
     Args:
-        sent: when this process asked, by its own clock.
-        received: when the other heard it, by the other's clock.
-        answered: when the other answered, by the other's clock.
-        back: when this process had the answer, by its own clock.
-
-    As in NTP, the question is taken to have travelled for as long as the answer: wrong by half of what both took at most.
-    Processes of one host have the same clock: readings that can be this clock's own are taken as they are, and whoever has
-    them by chance is off by no more than what both took.
+        sent: when this process sent the request, by its own clock.
+        received: when the other process received it, by that process's clock.
+        answered: when the other process answered, by that process's clock.
+        back: when this process received the answer, by its own clock.
     """
     if sent <= received <= answered <= back:
         return 0.0
@@ -122,5 +122,5 @@ def clock_offset(sent: float, received: float, answered: float, back: float) -> 
 
 
 def shifted(spans: Iterable[Span], seconds: float) -> list[Span]:
-    """The same, by a clock that is ``seconds`` ahead."""
+    """Return the spans by a clock that is ``seconds`` ahead."""
     return [Span(span.track, span.name, span.start + seconds, span.end + seconds) for span in spans]

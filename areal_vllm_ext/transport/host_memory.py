@@ -1,4 +1,4 @@
-"""Host memory for buckets."""
+"""Host memory for buckets, in huge pages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def zeros(nbytes: int) -> torch.Tensor:
-    """So many bytes, zero, as ``uint8``; given back to the system with the last tensor in them.
+    """Return ``nbytes`` zeros as ``uint8``. The memory is unmapped with the last tensor in it.
 
-    In huge pages, where Linux lets a process ask for them: a fault for each 4 KiB costs more than the copy into them.
+    Huge pages are requested, because a page fault for each 4 KiB costs more than the copy into them.
 
     Raises:
         RuntimeError: there is no room.
@@ -22,6 +22,6 @@ def zeros(nbytes: int) -> torch.Tensor:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise RuntimeError(f"host memory has no room for {nbytes >> 20} MiB more: {error.strerror}") from None
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

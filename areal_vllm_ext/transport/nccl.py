@@ -1,8 +1,9 @@
 """NCCL with deadlines: a non-blocking communicator, through ctypes on the libnccl that torch has loaded.
 
-Every call of it returns at once, perhaps with "in progress"; ``settled`` says when it is done, and raises when it failed.
-Whoever waits can therefore stop waiting, and abort: a peer that dies in the handshake or in the middle of a broadcast costs
-a deadline, not the process.
+Every call returns at once, perhaps with "in progress". ``settled`` says when it is done, and raises if it failed. So a caller
+can stop waiting and abort: a peer that dies in the handshake or during a broadcast costs a deadline, not the process.
+
+vLLM's pynccl cannot do this: it blocks in ``ncclCommInitRank``. torch's ProcessGroupNCCL ends the process when it aborts.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ _SUCCESS, _IN_PROGRESS = 0, 7
 _UINT8 = 1
 _UNDEFINED = -(2**31)
 _UNIQUE_ID_BYTES = 128
-# The first with all of _Config, and with non-blocking communicators that can be aborted in their handshake.
+# The first version with all fields of _Config and with non-blocking communicators that can be aborted in their handshake.
 _OLDEST = 21800
-# An abort takes some milliseconds. One that hangs (a device that no longer answers) is left to its thread.
+# An abort takes some milliseconds. An abort that hangs (on a device that no longer answers) is left to its thread.
 _ABORT_SECONDS = 2.0
 
 
 class _Config(ctypes.Structure):
-    """``ncclConfig_t`` as of 2.17. NCCL only ever appends to it, and gives what a caller's version lacks its default.
+    """``ncclConfig_t`` as of 2.17. NCCL only appends fields, and uses defaults for those that a caller's version lacks.
 
-    ``traffic_class`` came with 2.25, into what had been padding: set here, so that no version finds a zero there.
+    ``traffic_class`` came with 2.25 in place of padding. It is set here, so that no version reads a zero there.
     """
 
     _fields_ = (
@@ -78,15 +79,16 @@ _FUNCTIONS: dict[str, list[Any]] = {
 
 
 class Nccl:
-    """The library."""
+    """NCCL's functions."""
 
     def __init__(self, path: str) -> None:
-        """
+        """Load the library.
+
         Args:
-            path: the library, or its name where the process has loaded it already.
+            path: the library, or its name if the process has loaded it already.
 
         Raises:
-            RuntimeError: it cannot be loaded, or is of a version that this file does not know.
+            RuntimeError: it cannot be loaded, or its version is not supported.
         """
         try:
             library = ctypes.CDLL(path)
@@ -96,7 +98,7 @@ class Nccl:
             ) from None
         self._call: dict[str, Any] = {}
         for name, argument_types in _FUNCTIONS.items():
-            # By index: each has an object of its own, whose types nobody else in the process sets.
+            # Indexing returns a new object, so no other code of the process changes its types.
             try:
                 self._call[name] = library[name]
             except AttributeError:
@@ -123,13 +125,13 @@ class Nccl:
             raise RuntimeError(f"{what}: {meaning}{f' ({warning})' if warning else ''}")
 
     def unique_id(self) -> str:
-        """A new meeting point, in hexadecimal. This process must be rank 0 there."""
+        """Return a new rendezvous in hexadecimal. This process must be rank 0 there."""
         made = _UniqueId()
         self.check(self._call["ncclGetUniqueId"](ctypes.byref(made)), "ncclGetUniqueId")
         return bytes(made).hex()
 
     def join(self, unique_id: str, rank: int, size: int) -> Communicator:
-        """Begin to join the others at ``unique_id``, with the current device; it is usable once it has ``settled``."""
+        """Start to join the other ranks at ``unique_id`` with the current device. Usable once it has ``settled``."""
         raw = bytes.fromhex(unique_id)
         if len(raw) != _UNIQUE_ID_BYTES:
             raise ValueError(f"NCCL's unique id has {_UNIQUE_ID_BYTES} bytes, not {len(raw)}")
@@ -143,16 +145,16 @@ class Nccl:
 
 
 class Communicator:
-    """One rank. Not for several threads at once."""
+    """One rank. Not safe to use from several threads at once."""
 
     def __init__(self, call: dict[str, Any], check: Any, comm: Any) -> None:
         self._call, self._check, self._comm = call, check, comm
 
     def settled(self) -> bool:
-        """Whether what was begun last is done (for a broadcast: whether it is on its stream).
+        """Return whether the last call is done (a broadcast: whether it is on its stream).
 
         Raises:
-            RuntimeError: it failed, here or at a peer.
+            RuntimeError: it failed here or at a peer.
         """
         state = ctypes.c_int()
         self._check(self._call["ncclCommGetAsyncError"](self._comm, ctypes.byref(state)), "NCCL")
@@ -160,12 +162,12 @@ class Communicator:
         return state.value == _SUCCESS
 
     def broadcast(self, address: int, nbytes: int, stream: int) -> None:
-        """Begin to send (rank 0) or receive ``nbytes`` bytes at ``address`` of the device, on a CUDA stream."""
+        """Start to send (rank 0) or receive ``nbytes`` bytes at ``address`` of the device, on a CUDA stream."""
         result = self._call["ncclBroadcast"](address, address, nbytes, _UINT8, 0, self._comm, stream)
         self._check(result, "NCCL cannot broadcast")
 
     def abort(self) -> None:
-        """End it here, whatever the others do. Not a polite end: that one waits for the other ranks, and one may be dead."""
+        """End this rank at once. ncclCommDestroy would wait for the other ranks, and one may be dead."""
         comm, self._comm = self._comm, None
         if comm is None:
             return
@@ -176,7 +178,7 @@ class Communicator:
 
 @functools.cache
 def load() -> Nccl:
-    """The process's NCCL: torch's, unless vLLM's VLLM_NCCL_SO_PATH names another.
+    """Return the process's NCCL: torch's, unless vLLM's VLLM_NCCL_SO_PATH names another.
 
     Raises:
         RuntimeError: there is none.

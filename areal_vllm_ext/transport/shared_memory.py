@@ -1,8 +1,10 @@
-"""Shared memory: trainer and workers on one host. Two slots: the trainer fills one while the workers copy the other.
+"""Shared memory: trainer and workers on one host, with two slots.
 
-The segment's name is gone from the file system as soon as every worker has opened it, so that nothing is left behind
-when a process is killed. Until then its maker holds a lock on it, which ends with the maker however that ends: a segment
-without one is left over, and whoever makes the next removes it. (A process id would say less: containers count their own.)
+``auto`` chooses it for a colocated trainer on CPU. Elsewhere it is for hosts without CUDA IPC.
+
+The segment's name is removed as soon as every worker has opened it, so a killed process leaves nothing behind. Until then its
+maker holds a lock on the segment, which the kernel releases when the maker ends. A segment without a lock is a leftover, and
+the maker of the next segment removes it. A process id would not do, because containers have their own.
 """
 
 from __future__ import annotations
@@ -33,19 +35,19 @@ _NAME = re.compile(r"areal-[0-9a-f]{32}")
 
 
 def remove_leftovers() -> None:
-    """Remove the segments of processes that were killed before their workers had met them."""
+    """Remove the segments of trainers that were killed before their workers had opened them."""
     for path in _FOLDER.glob("areal-*"):
         if not _NAME.fullmatch(path.name):
             continue
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except OSError:  # another user's, or just gone
+        except OSError:  # another user's, or already removed
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
         except BlockingIOError:
-            pass  # its maker lives
+            pass  # its maker is alive
         finally:
             os.close(descriptor)
 
@@ -60,7 +62,7 @@ class SharedMemorySource:
 
     def __init__(self, transfer: SharedMemory, device: torch.device) -> None:
         if not _NAME.fullmatch(transfer.segment):
-            raise ValueError(f"{transfer.segment!r} is no name of a segment")
+            raise ValueError(f"{transfer.segment!r} is not the name of a shared memory segment")
         try:
             descriptor = os.open(_FOLDER / transfer.segment, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -81,7 +83,7 @@ class SharedMemorySource:
         return ()
 
     def close(self) -> None:
-        """Nothing to do: the memory is unmapped with its last tensor."""
+        """Do nothing, because the memory is unmapped with its last tensor."""
 
 
 class SharedMemorySink(SlotsSink):
@@ -90,15 +92,15 @@ class SharedMemorySink(SlotsSink):
     sharing = None
 
     def __init__(self, engines: int, bucket_bytes: int, slot_bytes: int) -> None:
-        """Make the segment.
+        """Create the segment.
 
         Args:
-            engines: how many engines will be told of it.
+            engines: how many engines read from it.
             bucket_bytes: size of a bucket.
-            slot_bytes: the largest bucket, which a large tensor has for itself.
+            slot_bytes: size of a slot, so that the largest tensor fits.
 
         Raises:
-            RuntimeError: where /dev/shm has no room.
+            RuntimeError: /dev/shm has no room.
         """
         super().__init__(bucket_bytes, slot_bytes)
         remove_leftovers()
@@ -106,11 +108,11 @@ class SharedMemorySink(SlotsSink):
         transfer = SharedMemory(segment=name, nbytes=self.slots * slot_bytes)
         self.transfers = [transfer] * engines
         with contextlib.ExitStack() as undo:
-            # Without a name at first, so that nobody finds it before it is locked.
+            # Unnamed at first, so that no other process finds it before it is locked.
             descriptor = os.open(_FOLDER, os.O_RDWR | os.O_TMPFILE, 0o600)
             undo.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Reserved now: a full /dev/shm is an error here, not a SIGBUS in the middle.
+            # Reserve it now: a full /dev/shm is an error here instead of a SIGBUS later.
             try:
                 os.posix_fallocate(descriptor, 0, transfer.nbytes)
             except OSError as error:
@@ -119,7 +121,7 @@ class SharedMemorySink(SlotsSink):
                     "bucket_mib, or transport='broadcast'"
                 ) from None
             self._map = mmap.mmap(descriptor, transfer.nbytes)
-            # src_dir_fd, which means nothing for a full path, has Python call linkat: link does not follow the link in /proc.
+            # src_dir_fd has no meaning for an absolute path, but makes Python call linkat: link does not follow links in /proc.
             os.link(f"/proc/self/fd/{descriptor}", _FOLDER / name, src_dir_fd=descriptor, follow_symlinks=True)
             undo.pop_all()
         self._named: tuple[Path, int] | None = (_FOLDER / name, descriptor)
@@ -132,10 +134,10 @@ class SharedMemorySink(SlotsSink):
             self.close()
 
     def release(self) -> None:
-        """The memory is kept for the next update: it was reserved for it."""
+        """Keep the memory, because it is reserved for the next update too."""
 
     def close(self) -> None:
-        """Take the name away; the memory is freed with the last process that uses it."""
+        """Remove the name. The memory is freed with the last process that uses it."""
         if self._named:
             path, descriptor = self._named
             self._named = None

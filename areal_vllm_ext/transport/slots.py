@@ -1,4 +1,4 @@
-"""Buckets in memory that trainer and workers share: the trainer fills one slot while the workers copy another."""
+"""Slots: memory of trainer and workers. The trainer fills one slot while the workers copy the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SlotsSink:
-    """The trainer's end, but for the memory itself."""
+    """The trainer's end without the memory itself."""
 
     slots = 2
     announced_is_sent = True
@@ -26,7 +26,7 @@ class SlotsSink:
         """
         Args:
             bucket_bytes: size of a bucket.
-            slot_bytes: the largest bucket, which a large tensor has for itself.
+            slot_bytes: size of a slot, so that the largest tensor fits.
         """
         self.bucket_bytes = bucket_bytes
         self.filled: dict[int, buckets.Bucket] = {}
@@ -34,7 +34,7 @@ class SlotsSink:
         self._memory: torch.Tensor | None = None
 
     def buffer(self, index: int, nbytes: int) -> tuple[int, torch.Tensor]:
-        """See ``Sink.buffer``."""
+        """Return location and memory for a bucket; see ``Sink.buffer``."""
         assert self._memory is not None
         if nbytes > self._slot_bytes:
             raise RuntimeError(f"a tensor of {nbytes >> 20} MiB is larger than every tensor of the engines' checkpoint")
@@ -42,11 +42,11 @@ class SlotsSink:
         return start, self._memory[start : start + nbytes]
 
     def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
-        """Nothing to do: announced is sent."""
+        """Do nothing, because workers read the slot as soon as it is announced."""
         return CompletedWork(buffer)
 
 
 def check_inside(bucket: Bucket, nbytes: int, memory: str) -> None:
-    """Raises ValueError where ``bucket`` does not lie inside ``nbytes`` bytes; ``memory`` names them."""
+    """Raise ValueError if ``bucket`` does not lie inside the ``nbytes`` of ``memory`` (its name)."""
     if min(bucket.location, bucket.nbytes) < 0 or bucket.location + bucket.nbytes > nbytes:
         raise ValueError(f"the bucket does not lie inside {memory}")

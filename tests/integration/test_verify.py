@@ -52,7 +52,7 @@ def test_engines_that_start_serve_their_checkpoint(cluster: Cluster, group: Engi
     save_file(weights, tmp_path / "model.safetensors")
     found = group.verify(tmp_path, deadline=60)
     assert [(one.worker, one.tensor, one.reason) for one in found.differences] == [
-        (0, NORM, "is another than in the checkpoint")
+        (0, NORM, "differs from the one in the checkpoint")
     ] * 2
 
 

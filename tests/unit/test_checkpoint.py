@@ -90,7 +90,7 @@ def test_a_file_that_is_cut_off_is_refused(folder: Path, left: str) -> None:
     (header,) = struct.unpack("<Q", whole[:8])
     sizes = {"all but one byte": len(whole) - 1, "header only": 8 + header, "half a header": 8 + header // 2}
     file.write_bytes(whole[: sizes.get(left, {"length only": 8, "three bytes": 3, "none": 0}.get(left, 0))])
-    with pytest.raises(NotACheckpoint, match=r"model\.safetensors (is cut off|cannot be read)"):
+    with pytest.raises(NotACheckpoint, match=r"model\.safetensors (is truncated|cannot be read)"):
         checkpoint.describe(str(folder))
 
 

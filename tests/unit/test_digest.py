@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.integrity import digest, digest_torch
 from areal_vllm_ext.protocol import TensorMeta
 from areal_vllm_ext.transport.buckets import filled_buckets, first_corrupt
 
@@ -61,7 +61,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "transposed": lambda tensor: tensor.t(),
     "all signs": lambda tensor: -tensor,
     "two signs": lambda tensor: torch.cat([-tensor[:2, :1], tensor[:2, 1:]], 1).contiguous().clone(),
-    "cut off": lambda tensor: tensor[:-1],
+    "truncated": lambda tensor: tensor[:-1],
     "one row twice": lambda tensor: tensor[[0, 0, *range(2, len(tensor))]],
     "zeros behind": lambda tensor: torch.cat([tensor, torch.zeros_like(tensor[:1])]),
     "a row in the wrong place": lambda tensor: tensor.roll(1, 0),
@@ -108,9 +108,9 @@ def test_many_pieces_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> Non
     data = random_bytes(100_000)
     spans = [(0, 1000), (1024, 50_000), (51_200, 48_800)]
     at_once = digest.digests(data, spans)
-    monkeypatch.setattr(digest, "_PIECE_BYTES", {"cpu": 1024})
+    monkeypatch.setattr(digest_torch, "_PIECE_BYTES", {"cpu": 1024})
     assert digest.digests(data, spans) == at_once
-    monkeypatch.setattr(digest, "_SMALL_BYTES", 1000)
+    monkeypatch.setattr(digest_torch, "_SMALL_BYTES", 1000)
     assert digest.digests_of([data[start : start + nbytes] for start, nbytes in spans]) == at_once
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import torch
-from areal_vllm_ext.integrity import digest, digest_triton
+from areal_vllm_ext.integrity import digest, digest_torch, digest_triton
 
 torch.manual_seed(0)
 device = torch.device("cpu")
@@ -20,7 +20,7 @@ digest_triton._ROWS = 32  # of 256 bytes; a program of 512 rows takes the interp
 sizes = [0, 1, 2, 3, 4, 5, 255, 256, 257, 1023, 4096, 7936, 8192, 8193, 8191, 16384 + 8, 20_001]
 tensors = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
 tensors += [torch.randn(65, 33).t(), torch.randn(1000, dtype=torch.bfloat16)[1:], torch.full((777,), -1, dtype=torch.int32)]
-by_kernel, by_operators = digest._on_gpu(tensors, device)[0], digest._by_operators(tensors)
+by_kernel, by_operators = digest._on_gpu(tensors, device)[0], digest_torch.digests_of(tensors)
 assert by_kernel == by_operators, [size for size, one, two in zip(sizes, by_kernel, by_operators) if one != two]
 assert len(set(by_kernel)) == len(tensors)
 for place in (0, 5, 8190):
@@ -32,7 +32,7 @@ for place in (0, 5, 8190):
 # In each dtype: the largest values are finite; NaN and the infinities are seen wherever they are, in a row that is cut too.
 VALUES = """
 import torch
-from areal_vllm_ext.integrity import digest, digest_triton
+from areal_vllm_ext.integrity import digest, digest_torch, digest_triton
 from areal_vllm_ext.integrity.digest_triton import LANES
 
 device = torch.device("cpu")
@@ -51,9 +51,9 @@ for dtype in looked_at:
                 bad.append(good.clone())
                 bad[-1][place] = value
     everything = [good, *bad, torch.zeros(0, dtype=dtype), torch.full((9,), -1, dtype=torch.int64)]
-    values, finite = digest._on_gpu(everything, device, look=True)
+    values, finite = digest._on_gpu(everything, device, check_finite=True)
     assert finite == [True, *[False] * len(bad), True, True], (dtype, finite)
-    assert values == digest._by_operators(everything), dtype
+    assert values == digest_torch.digests_of(everything), dtype
 """
 
 

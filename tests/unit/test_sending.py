@@ -327,7 +327,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_workers(
     if case == "cut off":
         save_file(weights(1), file)
         file.write_bytes(file.read_bytes()[:-10])
-        message = "cut off"
+        message = "truncated"
     elif case == "absent":
         message = "holds no"
     else:

@@ -64,9 +64,9 @@ def test_equal_engines_are_equal() -> None:
 
 def test_the_one_that_differs_from_most_is_named() -> None:
     result = verified(worker(), worker(), worker(live=LIVE | {"norm": 3}))
-    assert found(result) == ["engine 2, worker 0: norm is another than on engine 0"]
+    assert found(result) == ["engine 2, worker 0: norm differs from the one on engine 0"]
     result = verified(worker(live={"embed": 1}), worker(), worker())
-    assert found(result) == ["engine 0, worker 0: norm is another than on engine 1"]
+    assert found(result) == ["engine 0, worker 0: norm differs from the one on engine 1"]
 
 
 def test_a_tensor_that_changed_since_its_commit_is_named_once() -> None:
@@ -79,25 +79,25 @@ def test_only_workers_of_one_layout_are_compared_with_each_other() -> None:
     halves = (worker(0), worker(1, live=LIVE | {"embed": 9}))
     assert verified(halves, halves).equal
     other = (worker(0), worker(1, live=LIVE | {"embed": 8}))
-    assert found(verified(halves, halves, other)) == ["engine 2, worker 1: embed is another than on engine 0"]
+    assert found(verified(halves, halves, other)) == ["engine 2, worker 1: embed differs from the one on engine 0"]
 
 
 def test_engines_on_different_updates_are_named() -> None:
     result = verified(worker(), worker(), worker(manifest="other"))
-    assert found(result) == ["engine 2, worker 0: the weights are those of another update than on engine 0"]
+    assert found(result) == ["engine 2, worker 0: the weights belong to another update than those on engine 0"]
 
 
 def test_tainted_weights_are_never_equal() -> None:
     assert found(verified(worker(), update_phase="tainted", error="the commit failed")) == [
-        "engine 0, worker 0: the weights are nobody's: the commit failed"
+        "engine 0, worker 0: the weights are partially loaded: the commit failed"
     ]
 
 
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        ((CHECKPOINT["embed"], (CHECKPOINT["norm"][0], 13)), "norm is another than in the checkpoint"),
-        ((CHECKPOINT["embed"],), "norm of the checkpoint was never applied"),
+        ((CHECKPOINT["embed"], (CHECKPOINT["norm"][0], 13)), "norm differs from the one in the checkpoint"),
+        ((CHECKPOINT["embed"],), "norm is in the checkpoint but was never applied"),
         ((*CHECKPOINT.values(), (TensorMeta("new", "int8", ()), 1)), "new is not in the checkpoint"),
         ((CHECKPOINT["embed"], (TensorMeta("norm", "bfloat16", (2,)), 12)), "norm was applied as bfloat16"),
         ((CHECKPOINT["embed"], (TensorMeta("norm", "float32", (1, 2)), 12)), r"norm was applied with shape [1, 2]"),
