@@ -148,22 +148,22 @@ def test_buckets_are_filled_again_with_the_same_tensors_or_with_others(
     filled(first)
 
 
-def test_a_tensor_that_comes_as_it_came_finds_its_place_ready() -> None:
+def test_a_tensor_that_comes_as_it_came_reuses_its_view() -> None:
     kept: dict[int, Bucket] = {}
     slot = memory(1 << 12)
     weights = [(meta(f"t{place}", tensor), tensor) for place, tensor in enumerate(torch.randn(3, 8, 4).unbind())]
 
-    def places(pairs: list[Named]) -> list[torch.Tensor]:
+    def views(pairs: list[Named]) -> list[torch.Tensor]:
         (bucket,) = filled_buckets(iter(pairs), 1 << 12, lambda _: slot, frozenset(), kept)
-        return [place for _, _, place in bucket._places]
+        return [view for _, _, view in bucket._views]
 
-    before = places(weights)
-    assert all(one is other for one, other in zip(before, places(weights), strict=True))
+    before = views(weights)
+    assert all(one is other for one, other in zip(before, views(weights), strict=True))
     other = (meta("t1", torch.zeros(2)), torch.zeros(2))
-    changed = places([weights[0], other, weights[2]])
+    changed = views([weights[0], other, weights[2]])
     assert changed[0] is before[0]
     assert changed[2] is not before[2]
-    assert len(places(weights[:2])) == 2
+    assert len(views(weights[:2])) == 2
 
 
 @pytest.mark.parametrize(

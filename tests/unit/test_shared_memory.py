@@ -181,7 +181,7 @@ def test_a_segment_smaller_than_was_said_is_refused(sink: SharedMemorySink) -> N
     "name", ["../../etc/passwd", "/etc/passwd", "areal-", "areal-" + "g" * 32, "areal-" + "0" * 33, ""]
 )
 def test_a_name_that_is_no_segments_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="no name of a segment"):
+    with pytest.raises(ValueError, match="not the name of a shared memory segment"):
         SharedMemorySource(SharedMemory(segment=name, nbytes=1), CPU)
 
 
