@@ -1,6 +1,6 @@
 """Joins endpoint and engine: starts them together, and runs calls on the engine's own loop, between two steps.
 
-Everything here that touches the engine runs on the thread that steps it. What ``Endpoint`` asks returns at once; the
+Everything here that touches the engine runs on the thread that steps it. A call of ``Endpoint`` returns at once, and its
 outcome is posted back to the endpoint's thread.
 """
 
@@ -40,12 +40,12 @@ _REGISTER_SECONDS = 10.0
 
 
 def directory_address(settings: Settings, config: VllmConfig) -> str:
-    """Where this engine's directory is: the setting, or the default port of the data-parallel head."""
+    """Return the address of this engine's directory: the setting, or the default port of the data-parallel head."""
     return settings.directory or f"tcp://{config.parallel_config.data_parallel_master_ip}:{DEFAULT_DIRECTORY_PORT}"
 
 
 def check_settings(config: VllmConfig) -> tuple[Settings, str, security.ClusterKey]:
-    """Read and check what an engine needs before its model loads; returns settings, own address and key.
+    """Read and check what an engine needs before its model loads; return settings, own address and key.
 
     Raises:
         SettingsError: naming the setting that is missing or wrong.
@@ -69,10 +69,10 @@ class Controller:
 
         Args:
             engine: the engine, whose model is loaded.
-            run_on_loop: has a function run on the engine's thread, between two steps.
+            run_on_loop: runs a function on the engine's thread, between two steps.
 
         Raises:
-            SettingsError: where an address, a key or a port stands in the way.
+            SettingsError: if an address, a key or a port does not work.
         """
         self._engine: Any = engine
         self._run_on_loop = run_on_loop
@@ -102,7 +102,7 @@ class Controller:
                 f"not every worker of {info.name} reached its control endpoint {self.endpoint.address} in "
                 f"{_ATTACH_SECONDS:.0f} s; do the workers' nodes have the same key file, and reach that address?"
             )
-        # Before the first step: an engine that was restarted must not serve what the others no longer do.
+        # Before the first step, because a restarted engine must not serve weights that the others no longer serve.
         while not self.endpoint.wait_registered(_REGISTER_SECONDS):
             logger.warning(
                 "%s waits to join: no answer of the directory %s, or a client is at work", info.name, address
@@ -121,7 +121,7 @@ class Controller:
             )
         except SettingsError as error:
             cause = getattr(error.__cause__, "errno", None)
-            # With an address that the user chose, the directory may be another replica's, or run on another node.
+            # If the user chose the address, the directory may belong to another replica or run on another node.
             if explicit and cause in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENODEV):
                 logger.info("the directory %s is served elsewhere (%s)", address, error)
                 return
@@ -134,7 +134,7 @@ class Controller:
     def stop(self) -> None:
         self.endpoint.stop()
 
-    # What the endpoint asks of the engine
+    # Calls of the endpoint
 
     def pause(self, call: int, mode: PauseMode, clear_cache: bool) -> None:
         def on_loop() -> None:
@@ -153,7 +153,7 @@ class Controller:
 
     def resume(self, call: int) -> None:
         def on_loop() -> None:
-            if not self._take_pause_back():
+            if not self._cancel_pending_pause():
                 self._engine.resume_scheduler()
             report("")
 
@@ -166,7 +166,7 @@ class Controller:
         def report(cancelled: bool) -> None:
             self.endpoint.post(functools.partial(self.endpoint.participant.pauses.cancel_done, call, cancelled))
 
-        self._call("cancel", lambda: report(self._take_pause_back()), failed=lambda _: report(False))
+        self._call("cancel", lambda: report(self._cancel_pending_pause()), failed=lambda _: report(False))
 
     def commit(self, update: str, version: Version) -> None:
         started = time.perf_counter()
@@ -185,12 +185,12 @@ class Controller:
         self._call("commit", on_loop, failed=report)
 
     def oldest_call_seconds(self) -> float:
-        """For how long the engine has not come to the oldest call: how stuck it is."""
+        """Return for how long the oldest call waits for the engine's loop."""
         oldest = min(self._calls.copy().values(), default=None)
         return 0.0 if oldest is None else time.monotonic() - oldest
 
     def request_counts(self) -> tuple[int, int]:
-        """Running and waiting requests; read from another thread, so a moment old."""
+        """Return the running and waiting requests; read from another thread, so a moment old."""
         running, waiting = self._engine.scheduler.get_request_counts()
         return running, waiting
 
@@ -201,13 +201,13 @@ class Controller:
         callbacks: list[Callable[..., None]] = getattr(self._engine, "_idle_state_callbacks", [])
         return callbacks
 
-    def _take_pause_back(self) -> bool:
-        """Undo a pause that has not completed; False where none is pending."""
+    def _cancel_pending_pause(self) -> bool:
+        """Undo a pause that has not completed; return False if none is pending."""
         if self._idle_callback not in self._idle_callbacks:
             return False
         self._idle_callbacks.remove(self._idle_callback)
         self._idle_callback = None
-        # The rest is what vLLM's resume does, without its barrier over the DP ranks, which a pending pause forbids.
+        # The same as vLLM's resume, but without its barrier over the DP ranks, which a pending pause forbids.
         self._engine.scheduler.set_pause_state(PauseState.UNPAUSED)
         if hasattr(self._engine, "pending_pause"):
             self._engine.pending_pause = False
@@ -235,18 +235,18 @@ class Controller:
 
 
 def error_of(error: BaseException | None) -> str:
-    """One line that names the error; empty for None."""
+    """Return one line that names the error; empty for None."""
     return "" if error is None else f"{type(error).__name__}: {error}"
 
 
 def describe_engine(config: VllmConfig, settings: Settings, host: str) -> EngineInfo:
-    """Who this engine is; its address and workers are added when they are known."""
+    """Return who this engine is; its address and workers are added when they are known."""
     parallel = config.parallel_config
     launch = launch_facts()
     dp_size = max(parallel.data_parallel_size, launch.data_parallel_size)
     head = f"{parallel.data_parallel_master_ip}:{parallel.data_parallel_rpc_port}"
     return EngineInfo(
-        # Deployments of one engine share vLLM's default address and port: told apart by their launching process.
+        # Deployments of one engine share vLLM's default address and port, so their launching process distinguishes them.
         replica=settings.replica or (head if dp_size > 1 else f"{host}:{os.getppid()}"),
         dp_rank=parallel.data_parallel_index,
         dp_size=dp_size,

@@ -1,7 +1,7 @@
 """An engine's control endpoint: one thread that owns the socket and the participant, and never touches the engine.
 
-``hello`` and ``status`` are answered here, so an engine that is busy, paused or stuck stays visible. What needs the
-engine is handed to ``controller.py``, which runs it on the engine's own loop and posts the outcome back.
+The thread answers ``Hello`` and ``GetStatus`` itself, so an engine that is busy, paused or stuck stays visible. What needs
+the engine goes to ``controller.py``, which runs it on the engine's own loop and posts the outcome back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import zmq
 
 from .. import protocol
 from ..control.directory import wrong_protocol
-from ..integrity import checkpoint
 from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
     Attach,
@@ -35,19 +34,17 @@ from ..protocol import (
     GetTrace,
     Hello,
     Status,
-    WeightDigests,
-    Weights,
     WeightsMismatch,
     Welcome,
     WorkerDone,
     WorkerTrace,
-    WorkerWeights,
     security,
     timing,
 )
 from ..protocol.server import ReplyTo, Server, connect
 from .effects import CallCancelPause, CallCommit, CallPause, CallResume, Effect, Order, Reply
 from .participant import Participant
+from .queries import WeightQueries
 from .tracing import Tracing
 
 if TYPE_CHECKING:
@@ -59,11 +56,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
 _TICK_MILLISECONDS = 100
-_LAST_WORD_MILLISECONDS = 200
+_UNREGISTER_MILLISECONDS = 200
 
 
 class Engine(Protocol):
-    """What the endpoint asks of its engine: calls return at once and report through ``Endpoint.post``."""
+    """What the endpoint asks of its engine. Calls return at once and report through ``Endpoint.post``."""
 
     def pause(self, call: int, mode: protocol.PauseMode, clear_cache: bool) -> None: ...
     def resume(self, call: int) -> None: ...
@@ -75,20 +72,11 @@ class Engine(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What the endpoint tells of its engine, before the workers are known."""
+    """What the endpoint says about its engine before the workers are known."""
 
     info: EngineInfo
     model: str
     revision: str | None
-
-
-@dataclasses.dataclass
-class _Digesting:
-    """Who asked for digests, until when, and which workers have taken theirs."""
-
-    caller: ReplyTo
-    ends: float
-    taken: dict[int, WorkerWeights] = dataclasses.field(default_factory=dict)
 
 
 class Endpoint:
@@ -108,7 +96,7 @@ class Endpoint:
         """Bind the socket, so that an address in use is an error here.
 
         Raises:
-            SettingsError: where the address cannot be bound.
+            SettingsError: if the address cannot be bound.
         """
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = security.ZapAuthenticator(self._context, key)
@@ -117,18 +105,15 @@ class Endpoint:
         )
         self._key = key
         self._directory_address = directory
-        self._identity = identity
         self._engine = engine
         self.info = msgspec.structs.replace(identity.info, address=self._server.address)
-        # Whoever has the key may command this engine, but only its own workers may vote: they are told this by its executor.
+        # Every holder of the key may command this engine, but only its own workers may vote: its executor gives them this.
         self.attach_token = secrets.token_hex(16)
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
         self._world_size = world_size
         self._participant = Participant(version, frozenset(range(world_size)), resume_orphans=settings.resume_orphans)
         self.tracing = Tracing(world_size)
-        self._weights: Weights | None = None
-        self._digesting: dict[str, _Digesting] = {}
-        self._weights_waiting: list[ReplyTo] = []
+        self._queries = WeightQueries(identity.model, identity.revision, world_size, self.post)
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -157,18 +142,18 @@ class Endpoint:
         self._thread.start()
 
     def wait_attached(self, timeout: float) -> bool:
-        """Wait until every worker has attached; False where one did not."""
+        """Wait until every worker has attached; return False if one did not in time."""
         return self._all_attached.wait(timeout)
 
     def wait_registered(self, timeout: float) -> bool:
-        """Wait until the directory has said what the group agreed on; False where it did not."""
+        """Wait until the directory has said which update the group committed last; return False if it did not in time."""
         return self._registered.wait(timeout)
 
     def stop(self, *, farewell: bool = True) -> None:
         """End the thread and close every socket; safe to call twice.
 
         Args:
-            farewell: tell the directory that this engine is gone on purpose; else it is reported as lost for a while.
+            farewell: unregister from the directory; otherwise it reports this engine as lost for a while.
         """
         self._farewell = farewell
         self._stopping = True
@@ -177,8 +162,8 @@ class Endpoint:
             self._thread.join(timeout=5)
         else:
             self._server.socket.close()
-        # The threads of the authenticator and the directory close their sockets when the context ends, and only then
-        # does ``term`` return: never let an engine's exit hang on that.
+        # ``term`` returns only when the threads of the authenticator and the directory have closed their sockets. An
+        # engine's exit must not hang on that.
         closing = threading.Thread(target=self._context.term, name="areal-close", daemon=True)
         closing.start()
         closing.join(timeout=5)
@@ -187,7 +172,7 @@ class Endpoint:
             self._wake_write.close()
 
     def post(self, outcome: Callable[[], list[Effect]]) -> None:
-        """Have the endpoint's thread run ``outcome`` and carry out its effects. Callable from any thread."""
+        """Have the endpoint's thread run ``outcome`` and carry out its effects; callable from any thread."""
         self._posted.append(outcome)
         self._wake()
 
@@ -195,7 +180,7 @@ class Endpoint:
         try:
             self._wake_write.send(b"\0")
         except OSError:
-            pass  # the buffer is full, so the thread wakes anyway; or it has ended
+            pass  # either the buffer is full and the thread wakes anyway, or the thread has ended
 
     def _run(self) -> None:
         directory = connect(self._context, self._directory_address, self._key, self.info.incarnation.encode())
@@ -217,19 +202,19 @@ class Endpoint:
                     self._handle(caller, message)
                 now = monotonic()
                 self._carry_out(self._participant.tick(now))
-                self._expire_digests(now)
+                self._carry_out(self._queries.tick(now))
                 self._carry_out(self.tracing.tick(now))
                 self._adapt_switch_interval()
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + timing.HEARTBEAT_SECONDS
                     self._tell(directory, self._participant.beat(self.info))
             if self._farewell:
-                directory.linger = _LAST_WORD_MILLISECONDS
+                directory.linger = _UNREGISTER_MILLISECONDS
                 self._tell(directory, protocol.Unregister(engine=self.info))
         except zmq.ContextTerminated:
             pass
         except Exception:
-            # Without its endpoint an engine would drift out of the group unseen: better it ends, loudly.
+            # End the engine loudly, because without its endpoint it would drift out of the group unseen.
             logger.critical("the control endpoint of this engine failed; ending the engine", exc_info=True)
             os._exit(70)
         finally:
@@ -238,16 +223,16 @@ class Endpoint:
             self._server.socket.close()
 
     def _adapt_switch_interval(self) -> None:
-        """Shorten the interval during an update or a pause: the trainer waits for this thread then."""
+        """Shorten the interval during an update or a pause, because the trainer waits for this thread then."""
         if self._participant.update is not None or self._participant.generation != "running":
             self._switch_interval.begin()
         else:
             self._switch_interval.end()
 
     def _milliseconds_to_tick(self, next_beat: float) -> int:
-        """How long it may wait for a message: where nothing can run out of time, until the next beat."""
+        """Return how long to wait for a message: until the next beat, unless something may run out of time before."""
         state = self._participant
-        asked = self._digesting or self.tracing.waiting
+        asked = self._queries.waiting or self.tracing.waiting
         if state.update or state.generation != "running" or asked or not self._all_attached.is_set():
             return _TICK_MILLISECONDS
         return math.ceil(min(max(next_beat - monotonic(), 0.0), timing.HEARTBEAT_SECONDS) * 1e3)
@@ -278,7 +263,7 @@ class Endpoint:
                 [os.urandom(protocol.REQUEST_ID_BYTES), protocol.encoder.encode(message)], zmq.NOBLOCK
             )
         except zmq.Again:
-            pass  # the directory is away; the queue holds beats enough
+            pass  # the directory is away, and the queue holds enough beats
 
     def _handle(self, caller: ReplyTo, message: protocol.EngineRequest | protocol.WorkerMessage) -> None:
         match message:
@@ -286,16 +271,15 @@ class Endpoint:
                 if message.protocol != protocol.PROTOCOL_VERSION:
                     self._server.answer(caller, wrong_protocol(message.protocol))
                 else:
-                    self._server.answer(
-                        caller,
-                        Welcome(protocol=protocol.PROTOCOL_VERSION, engine=self.info),
-                    )
+                    self._server.answer(caller, Welcome(protocol=protocol.PROTOCOL_VERSION, engine=self.info))
             case GetStatus():
                 self._server.answer(caller, self._status())
             case DescribeWeights():
-                self._describe(caller)
+                self._carry_out(self._queries.describe(caller))
+            case DigestWeights() if self._participant.update_phase == "committing":
+                self._server.answer(caller, protocol.Error(kind="busy", message="the engine is committing an update"))
             case DigestWeights():
-                self._digest(caller, message)
+                self._carry_out(self._queries.digest(caller, message, monotonic()))
             case GetTrace():
                 self._carry_out(self.tracing.ask(caller, message, monotonic()))
             case Fence():
@@ -320,9 +304,9 @@ class Endpoint:
             case WeightsMismatch():
                 self._participant.weights_mismatch(message)
             case DigestsTaken():
-                self._digested(message)
+                self._carry_out(self._queries.digests_taken(message))
             case WorkerTrace():
-                self._carry_out(self.tracing.told(message, monotonic()))
+                self._carry_out(self.tracing.worker_trace(message, monotonic()))
 
     def _attach(self, caller: ReplyTo, message: Attach) -> None:
         own = secrets.compare_digest(message.token.encode(), self.attach_token.encode())
@@ -336,61 +320,6 @@ class Endpoint:
         self._server.answer(caller, protocol.Ack())
         if len(self._workers) == self._world_size:
             self._all_attached.set()
-
-    def _describe(self, caller: ReplyTo) -> None:
-        if self._weights is not None:
-            self._server.answer(caller, self._weights)
-            return
-        self._weights_waiting.append(caller)
-        if len(self._weights_waiting) > 1:
-            return
-
-        def read() -> None:
-            # A checkpoint of many files on a network file system takes seconds to look through: not on this thread.
-            try:
-                weights = Weights(tensors=tuple(checkpoint.describe(self._identity.model, self._identity.revision)))
-            except checkpoint.NotACheckpoint as error:
-                weights = Weights(tensors=(), error=str(error))
-            except Exception as error:
-                weights = Weights(tensors=(), error=f"{type(error).__name__}: {error}")
-            self.post(lambda: keep(weights))
-
-        def keep(weights: Weights) -> list[Effect]:
-            self._weights = weights
-            waiting, self._weights_waiting = self._weights_waiting, []
-            return [Reply(one, weights) for one in waiting]
-
-        threading.Thread(target=read, name="areal-describe", daemon=True).start()
-
-    def _digest(self, caller: ReplyTo, message: DigestWeights) -> None:
-        if self._participant.update_phase == "committing":
-            self._server.answer(caller, protocol.Error(kind="busy", message="the engine is committing an update"))
-            return
-        self._digesting[message.request] = _Digesting(caller, monotonic() + message.timeout)
-        self._carry_out([Order(message)])
-
-    def _digested(self, message: DigestsTaken) -> None:
-        if (asked := self._digesting.get(message.request)) is None:
-            return
-        if message.weights is None:
-            del self._digesting[message.request]
-            kind: protocol.ErrorKind = "busy" if message.busy else "failed"
-            problem = f"worker {message.rank}: {message.error}"
-            self._server.answer(asked.caller, protocol.Error(kind=kind, message=problem))
-            return
-        asked.taken[message.rank] = message.weights
-        if len(asked.taken) == self._world_size:
-            del self._digesting[message.request]
-            workers = tuple(weights for _, weights in sorted(asked.taken.items()))
-            self._server.answer(asked.caller, WeightDigests(workers=workers))
-
-    def _expire_digests(self, now: float) -> None:
-        for request, asked in list(self._digesting.items()):
-            if now >= asked.ends:
-                del self._digesting[request]
-                missing = sorted(set(range(self._world_size)) - set(asked.taken))
-                problem = f"no digests from worker {', '.join(map(str, missing))} in time"
-                self._server.answer(asked.caller, protocol.Error(kind="timeout", message=problem))
 
     def _status(self) -> Status:
         running, waiting = self._engine.request_counts()

@@ -27,8 +27,7 @@ CALL = object()
 
 
 def start_endpoint_with_busy_loop() -> None:
-    """Give every EngineCore process its control endpoint, from the moment that its loop runs; calls of ours run on the loop,
-    between two steps.
+    """Give every EngineCore process its control endpoint, and run our calls on its loop, between two steps.
 
     Reason: vLLM has no extension point in an EngineCore, and front-end routes do not reach headless nodes. Plugins load
     inside ``EngineCore.__init__``, so before the loop, in every such process (also Ray actors, which inherit the loop). The
@@ -60,7 +59,7 @@ def start_endpoint_with_busy_loop() -> None:
 
         return run_busy_loop
 
-    EngineCoreProc._handle_client_request  # noqa: B018 - where it is missing, before a model is loaded
+    EngineCoreProc._handle_client_request  # noqa: B018 - fails here, before a model is loaded, if vLLM no longer has it
     for owner in (EngineCoreProc, DPEngineCoreProc):
         patch_once(owner, "run_busy_loop", make)
 
@@ -68,8 +67,8 @@ def start_endpoint_with_busy_loop() -> None:
 def control_in_process_engines() -> None:
     """Give an engine that lives in the user's own process (``LLM`` without multiprocessing) its endpoint.
 
-    Reason: such an engine has no loop; the user's thread steps it. Calls of ours run on a thread of their own, and a lock
-    keeps them between two steps. (vLLM offers no pause mode ``wait`` there.)
+    Reason: such an engine has no loop; the user's thread steps it. Our calls run on a thread of their own, and a lock keeps
+    them between two steps. (vLLM offers no pause mode ``wait`` there.)
     Checked on: 0.32.0.
     """
     from vllm.v1.engine.core_client import InprocClient
@@ -121,10 +120,10 @@ def control_in_process_engines() -> None:
 
 
 def check_settings_before_model_load() -> None:
-    """Stop an engine whose settings cannot work before its model loads, which takes minutes for a large one.
+    """Stop an engine whose settings cannot work before its model loads, because a large one takes minutes.
 
-    Reason: the endpoint starts with the loop, after the model. The executor is the first thing that ``EngineCore`` makes
-    after it loaded its plugins, and every executor calls this initialiser.
+    Reason: the endpoint starts with the loop, after the model. The executor is the first object that ``EngineCore`` creates
+    after it has loaded its plugins, and every executor calls this initialiser.
     Checked on: 0.32.0.
     """
     from vllm.v1.executor.abstract import Executor
@@ -144,11 +143,10 @@ def check_settings_before_model_load() -> None:
 
 
 def put_ray_workers_into_given_placement_group() -> None:
-    """Let ``vllm serve`` with the Ray executor use the placement group that AREAL_VLLM_PLACEMENT_GROUP (its id, hexadecimal)
-    names, as the launcher's colocated placement asks.
+    """Let ``vllm serve`` with the Ray executor use the placement group of AREAL_VLLM_PLACEMENT_GROUP (its id, hexadecimal).
 
-    Reason: vLLM takes over a group only inside of a Ray actor that was scheduled into it; a server that must end with its
-    whole process tree is no actor.
+    Reason: the launcher's colocated placement needs it, but vLLM takes over a group only inside a Ray actor that was
+    scheduled into it. A server that must end with its whole process tree is no actor.
     Checked on: 0.32.0.
     """
     group = os.environ.get("AREAL_VLLM_PLACEMENT_GROUP")
@@ -173,10 +171,10 @@ def put_ray_workers_into_given_placement_group() -> None:
 
 
 def hand_launch_facts_to_engines() -> None:
-    """Tell EngineCore processes, and actors, whether they are headless, and how many DP ranks there are.
+    """Tell EngineCore processes and actors whether they are headless, and how many DP ranks there are.
 
-    Reason: an EngineCore does not keep the first, and a rank of a dense model is made to believe in DP=1. Both are needed
-    to say which engines are missing, and where.
+    Reason: an EngineCore does not keep the first, and vLLM sets the DP size of a dense model's rank to 1. Both are needed to
+    say which engines are missing, and where.
     Checked on: 0.32.0.
     """
     from vllm.v1.engine.utils import CoreEngineActorManager, CoreEngineProcManager
@@ -201,9 +199,9 @@ def hand_launch_facts_to_engines() -> None:
 
 
 def carry_settings_to_ray_actors() -> None:
-    """Have vLLM give the settings that are the same on all nodes, and the launch facts, to the actors that it starts on Ray.
+    """Copy the launch facts, and the settings that are the same on all nodes, to the actors that vLLM starts on Ray.
 
-    Reason: it copies its own variables, and those that a user names.
+    Reason: vLLM copies only its own variables and those that a user names.
     Checked on: 0.32.0.
     """
     from vllm.ray import ray_env

@@ -33,7 +33,7 @@ class Welcome(Message):
 
 
 class Status(Message):
-    """What an engine says of itself. It answers by itself even while the engine is busy, paused or stuck.
+    """What an engine says about itself. It answers even while its loop is busy, paused or stuck.
 
     ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
     ``unproven`` says why they could not be compared with a fresh load.
@@ -59,21 +59,22 @@ class Status(Message):
 
 
 class Weights(Message):
-    """The checkpoint's tensors; empty with ``error`` where they cannot be told (a model loaded with dummy weights)."""
+    """The checkpoint's tensors; empty with ``error`` if they cannot be known (a model loaded with dummy weights)."""
 
     tensors: tuple[TensorMeta, ...]
     error: str = ""
 
 
 class WeightDigests(Message):
-    """The answer to ``DigestWeights``, of every worker by rank."""
+    """The answer to ``DigestWeights``: every worker's, by rank."""
 
     workers: tuple[WorkerWeights, ...]
 
 
 class Trace(Message):
-    """The answer to ``GetTrace``, all by the engine's clock: when the question came, when it was answered, and what was done.
-    ``silent`` workers have not told.
+    """The answer to ``GetTrace``, by the engine's clock: when the question came, when it was answered, and all spans.
+
+    ``silent`` workers did not answer in time.
     """
 
     received: float
@@ -90,8 +91,10 @@ class Ack(Message):
 
 
 class Engines(Message):
-    """The directory's answer: who is alive; who was, with the seconds since it was last heard; who lives, but lost its place
-    because another replica uses the same name; and who is new and waits to hear what the group has agreed on.
+    """The directory's answer to ``Discover``.
+
+    ``alive`` engines; ``lost`` ones, with the seconds since their last beat; ``displaced`` ones, which are alive but lost their
+    place to another replica of the same name; and ``joining`` ones, which wait to hear what the group committed last.
     """
 
     alive: tuple[EngineInfo, ...]
@@ -101,8 +104,9 @@ class Engines(Message):
 
 
 class Lease(Message):
-    """The lease is the asker's for so many ``seconds``. ``engines``, where it was acquired: who is there now, and nobody joins
-    while it is held.
+    """The caller holds the lease for ``seconds``.
+
+    ``engines``, in the answer to ``AcquireLease``: who is there now; no engine joins while the lease is held.
     """
 
     epoch: int
@@ -111,7 +115,7 @@ class Lease(Message):
 
 
 class Registered(Message):
-    """The directory's answer to a beat: the newest version that engines have agreed on, and the epoch of its update."""
+    """The directory's answer to a beat: the newest version that an engine has committed, and the epoch of its update."""
 
     version: Version
     committed_epoch: Epoch

@@ -48,8 +48,8 @@ class DescribeWeights(Message):
 class Pause(Message):
     """Pause generation. ``update`` names the update that needs the pause; empty for a user's own pause.
 
-    A user's own pause outlasts its request. With a ``lease`` it is over once ``holder`` has not said ``KeepPaused`` for so
-    many seconds; 0: until somebody resumes.
+    A user's own pause outlasts its request. It ends ``lease`` seconds after ``holder``'s last ``KeepPaused``; a lease of 0
+    lasts until a resume.
     """
 
     epoch: Epoch
@@ -62,7 +62,7 @@ class Pause(Message):
 
 
 class KeepPaused(Message):
-    """``holder``, whose pause has a lease, is alive. Commands nothing, so it carries no epoch."""
+    """Renew the pause of ``holder``. This commands nothing new, so it carries no epoch."""
 
     holder: str
     lease: LeaseSeconds
@@ -75,8 +75,8 @@ class Resume(Message):
 class Begin(Message):
     """Open an update. The answer comes when every worker of the engine is ready to receive.
 
-    ``senders``: the trainer's ranks that send to this engine, by number. ``spans``: of each kind of span, engine and workers
-    keep so many for ``GetTrace``; 0: no trace.
+    ``senders``: the trainer's ranks that send to this engine, by number. ``spans``: how many spans of each kind engine and
+    workers keep for ``GetTrace``; 0: no trace.
     """
 
     epoch: Epoch
@@ -89,12 +89,12 @@ class Begin(Message):
 
 
 class Bucket(Message):
-    """Announce one bucket of ``nbytes`` bytes. The answer comes when every worker holds it that ``sender`` sends to.
+    """Announce one bucket of ``nbytes`` bytes. The answer comes when every worker that ``sender`` sends to holds it.
 
-    ``digests`` are those of the segments' bytes (``digest.py``), made by the trainer when the bucket was filled.
-    ``location`` is the bucket's offset in shared memory, host's or GPU's, in bytes; other transports leave it 0. Where there
-    are ``allocations``, the tensors lie in the trainer's own memory instead, and may be read for as long as the last 8 bytes of
-    the shared memory hold ``stamp``.
+    ``digests`` are those of the segments' bytes (``integrity/digest.py``), computed by the trainer when it filled the bucket.
+    ``location`` is the bucket's offset in bytes in shared memory, of the host or the GPU; 0 for other transports. If there
+    are ``allocations``, the tensors lie in the trainer's own memory. They may be read while the last 8 bytes of the shared
+    memory hold ``stamp``; the trainer overwrites them to revoke.
     """
 
     epoch: Epoch
@@ -110,14 +110,15 @@ class Bucket(Message):
 
     @property
     def step(self) -> str:
-        """What ``WorkerDone`` calls it."""
+        """Return the name of this step in ``WorkerDone``."""
         return f"bucket {self.index} of sender {self.sender}" if self.sender else f"bucket {self.index}"
 
 
 class Prepare(Message):
-    """Ask for the vote, after each sender has sent so many ``buckets``.
+    """Ask for the vote. ``buckets``: how many buckets each sender has sent.
 
-    ``base``: the manifest of weights that the engine has, of which everything stays that was not sent; empty: all was sent.
+    ``base``: the manifest of the live weights on which this update builds: every tensor that was not sent stays as it is.
+    Empty: all tensors were sent.
     """
 
     epoch: Epoch
@@ -144,17 +145,19 @@ class Fence(Message):
 
 
 class AdoptEpoch(Message):
-    """The weights that the engine has are the group's, as of this epoch. Sent where an update was settled without an engine
-    that may have switched: that one is stale when it comes back.
+    """Date the engine's weights to this epoch: they are what the group committed last.
+
+    Recovery sends it after it aborted without an engine that may have committed, so that this engine is stale on return.
     """
 
     epoch: Epoch
 
 
 class DigestWeights(Message):
-    """Ask for digests of what every worker serves, taken while it generates. ``request`` is any name for the answers.
+    """Ask for digests of what every worker serves, taken while the engine generates.
 
-    With ``contents`` also of each checkpoint tensor that was applied last (or that the engine was started from).
+    ``request`` is any name; the workers' answers carry it. With ``contents``, also of each checkpoint tensor that was applied
+    last, or that the engine was started from.
     """
 
     request: str
@@ -163,8 +166,9 @@ class DigestWeights(Message):
 
 
 class GetTrace(Message):
-    """Ask what engine and workers did in ``update``, the last that was begun here, and for how long. Answered after ``timeout``
-    at the latest, without the workers that were silent.
+    """Ask what engine and workers did, and when, in ``update``, the last that began here.
+
+    After ``timeout`` the answer comes without the workers that were silent.
     """
 
     update: str
@@ -194,7 +198,7 @@ EngineRequest = (
 
 
 class Attach(Message):
-    """A worker's first word to its engine. ``token`` is what the engine told its own workers through ``areal_attach``."""
+    """Introduce a worker to its engine. ``token`` is what the engine gave its own workers through ``areal_attach``."""
 
     worker: WorkerInfo
     token: str
@@ -203,8 +207,8 @@ class Attach(Message):
 class WorkerDone(Message):
     """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked.
 
-    ``manifest``, in the vote, is ``digest.manifest`` of all tensors that the worker holds; of Begin, of those that it has, if
-    it could do with what has changed since.
+    ``manifest`` (``integrity/digest.py``): in the vote, of all tensors that the worker will hold after the commit. In the
+    answer to Begin, the base of a delta update: of the live weights, if this worker accepts changed tensors only.
     """
 
     update: str
@@ -215,7 +219,7 @@ class WorkerDone(Message):
 
 
 class WeightsMismatch(Message):
-    """A worker found, after it had switched to ``update``, that what it applied is not what it received."""
+    """A worker found, after the commit of ``update``, that it serves other weights than it received."""
 
     update: str
     rank: Rank
@@ -223,7 +227,7 @@ class WeightsMismatch(Message):
 
 
 class DigestsTaken(Message):
-    """A worker's answer to ``DigestWeights``; ``error`` says why there is none, ``busy`` that it may ask again."""
+    """A worker's answer to ``DigestWeights``; ``error`` says why it has none, ``busy`` that asking again may help."""
 
     request: str
     rank: int
@@ -249,10 +253,10 @@ WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights | GetTrace
 
 
 class Register(Message):
-    """An engine says that it lives, who it is, and the highest epoch that it has seen. Repeated every second.
+    """An engine is alive: who it is, and the highest epoch that it has seen. Repeated every second.
 
-    ``committed_epoch`` is the epoch of the update that brought ``version``, 0 for the weights that it was started with.
-    ``needs_recovery``: a client has left it in an update, or paused.
+    ``committed_epoch`` is the epoch of the update that brought ``version``; 0 for the weights that the engine started with.
+    ``needs_recovery``: a client has left an update or a pause on it.
     """
 
     engine: EngineInfo
@@ -263,7 +267,7 @@ class Register(Message):
 
 
 class Unregister(Message):
-    """An engine ends, in order."""
+    """An engine ends on purpose."""
 
     engine: EngineInfo
 

@@ -1,4 +1,4 @@
-"""The serving end of the wire: a ROUTER socket behind CURVE that answers bad frames with an error, to their sender only."""
+"""The serving end of the wire: a ROUTER socket behind CURVE. A bad frame costs only its sender an error."""
 
 from __future__ import annotations
 
@@ -15,33 +15,33 @@ from . import REQUEST_ID_BYTES, UNREADABLE, Answer, Error, Message, encoder, sec
 
 T = TypeVar("T")
 
-# A caller repeats a request whose answer it has not seen, under the same id. So many answers are kept for that, of each
-# peer, and so many bytes of all peers together, ids included.
+# A caller repeats a request whose answer it has not seen, under the same id. At most 64 replies per peer are cached for
+# that, and 64 MiB for all peers; older ones are evicted.
 _KEPT_ANSWERS = 64
 _LONGEST_KEPT_ANSWER = 16 << 10
 _KEPT_BYTES = 64 << 20
-# So many messages are read in a round, and then there is a rest: a flood waits in its senders' queues, whoever shares the
-# thread gets its turn, and the engine its interpreter.
+# At most 32 messages are read in a round; then the server sleeps 2 ms, so that excess messages queue at their senders and
+# other users of this thread and of the interpreter can run.
 _ROUND = 32
 _REST_SECONDS = 0.002
-# Messages that wait for one peer, or from it. Each may be as long as messages may be.
+# Queue length per peer and direction, in messages of any allowed length.
 _QUEUE = 64
-# What encryption adds to a frame.
+# Bytes that encryption adds to a frame.
 _CURVE_OVERHEAD = 33
 
 
 class ReplyTo(msgspec.Struct, frozen=True):
-    """Whom an answer goes to: the peer's routing id and its request's id."""
+    """Where an answer goes: the peer's routing id and the id of its request."""
 
     peer: bytes
     request_id: bytes
 
 
 class ReplyCache:
-    """What callers were answered; None while a request is under way. A noisy peer pushes out its own answers only."""
+    """The replies sent so far, None while a request is being handled. A peer can only evict its own replies."""
 
     def __init__(self) -> None:
-        # Peers by when they were last heard, and of each its requests, oldest first.
+        # Peers, the longest silent first; and the requests of each, the oldest first.
         self._peers: collections.OrderedDict[bytes, collections.OrderedDict[bytes, bytes | None]] = (
             collections.OrderedDict()
         )
@@ -75,7 +75,7 @@ class ReplyCache:
 
 
 def _size(peer: bytes, answer: bytes | None) -> int:
-    """What an entry takes, with its id and its places in the dictionaries."""
+    """Return the bytes that an entry takes, with its id and its places in the dictionaries."""
     return 512 + len(peer) + len(answer or b"")
 
 
@@ -94,7 +94,7 @@ class Server(Generic[T]):
         """Bind ``tcp://host:port`` (port 0: any free one).
 
         Raises:
-            SettingsError: where the address is in use or not of this machine.
+            SettingsError: if the address is in use or not of this machine.
         """
         self._decoder = decoder
         self._answers = ReplyCache()
@@ -102,7 +102,7 @@ class Server(Generic[T]):
         self.socket.linger = 0
         self.socket.rcvhwm = self.socket.sndhwm = _QUEUE
         self.socket.ipv6 = ":" in host
-        # A peer that comes back after a cut link takes its own routing id over from its dead connection.
+        # A peer that reconnects after a cut link takes over the routing id of its dead connection.
         self.socket.router_handover = True
         self.socket.maxmsgsize = max_message_bytes + _CURVE_OVERHEAD
         self.socket.heartbeat_ivl = 1000
@@ -119,7 +119,7 @@ class Server(Generic[T]):
         self.address = f"tcp://{bracketed}:{bound_port}"
 
     def requests(self) -> Iterator[tuple[ReplyTo, T]]:
-        """The new requests among the messages that wait now. Bad and repeated ones are dealt with here."""
+        """Yield the new requests among the messages that wait now, after handling bad and repeated ones."""
         for _ in range(_ROUND):
             try:
                 frames = self._receive()
@@ -143,10 +143,10 @@ class Server(Generic[T]):
         time.sleep(_REST_SECONDS)
 
     def _receive(self) -> list[bytes]:
-        """The frames of the next message; of one with too many, the first.
+        """Return the frames of the next message, or the first ones if there are too many.
 
         Raises:
-            zmq.Again: where none waits.
+            zmq.Again: if no message waits.
         """
         frames = [self.socket.recv(zmq.NOBLOCK)]
         while self.socket.rcvmore:
@@ -159,29 +159,29 @@ class Server(Generic[T]):
         self._send(caller, encoder.encode(Error(kind="malformed", message=problem)))
 
     def answer(self, caller: ReplyTo, message: Answer) -> None:
-        """Send the answer to a request, and keep it for a repetition."""
+        """Send the answer to a request, and cache it for repetitions."""
         encoded = encoder.encode(message)
         if len(encoded) <= _LONGEST_KEPT_ANSWER:
             self._answers[caller] = encoded
-        else:  # only questions have long answers, and a question may be asked again
+        else:  # only queries have long answers, and a query may run twice
             del self._answers[caller]
         self._send(caller, encoded)
 
     def tell(self, peer: bytes, message: Message) -> None:
-        """Send ``message``, which answers nothing, to a connected peer."""
+        """Send ``message`` to a connected peer that did not ask for it."""
         self._send(ReplyTo(peer, bytes(REQUEST_ID_BYTES)), encoder.encode(message))
 
     def _send(self, caller: ReplyTo, payload: bytes) -> None:
         try:
             self.socket.send_multipart([caller.peer, caller.request_id, payload], zmq.NOBLOCK)
         except zmq.Again:
-            pass  # the peer does not read: its loss, it asks again under the same id
+            pass  # the peer does not read; it can repeat its request under the same id
 
 
 def connect(
     context: zmq.Context[zmq.Socket[bytes]], address: str, key: security.ClusterKey, identity: bytes
 ) -> zmq.Socket[Any]:
-    """A DEALER socket to the server at ``address``."""
+    """Return a DEALER socket to the server at ``address``."""
     socket = context.socket(zmq.DEALER)
     socket.linger = 0
     socket.ipv6 = "[" in address
@@ -193,7 +193,7 @@ def connect(
 
 
 def tune_client(socket: zmq.Socket[Any]) -> None:
-    """What every connecting socket has in common: a cut link is noticed in seconds, and mended by reconnecting."""
+    """Let a connecting socket notice a cut link within seconds, and reconnect."""
     socket.heartbeat_ivl = 1000
     socket.heartbeat_timeout = 5000
     socket.handshake_ivl = 5000

@@ -13,9 +13,9 @@ import msgspec
 PROTOCOL_VERSION = 7
 REQUEST_ID_BYTES = 16
 
-# Bounds of what comes from the wire: no epoch that leaves no higher one, no lease or wait for ever, no name without end.
+# Bounds of what comes from the wire: room above every epoch, finite leases and waits, names of bounded length.
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-# Epochs are counted up: one so far above all that were seen is no lease's, and would leave no room for later ones.
+# Epochs are counted up. One that jumps further than this was not issued by a directory, and would use up the range.
 EPOCH_JUMP = 2**32
 Rank = Annotated[int, msgspec.Meta(ge=0, le=2**16)]
 Name = Annotated[str, msgspec.Meta(max_length=4096)]
@@ -31,7 +31,7 @@ ErrorKind = Literal[
     "malformed",  # the frames or the message could not be read
     "protocol",  # another protocol number
     "fenced",  # a higher epoch has been seen
-    "busy",  # something that excludes the request is under way
+    "busy",  # something in flight excludes the request
     "state",  # the engine's state does not allow the request
     "timeout",  # the engine gave up at the request's deadline
     "failed",  # the engine tried and failed
@@ -47,7 +47,7 @@ class Payload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of what messages carry."""
 
 
-# What a message that cannot be read raises in ``decode``.
+# The errors of ``decode`` for a message that cannot be read.
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -80,7 +80,7 @@ class EngineInfo(Payload):
 
     @property
     def name(self) -> str:
-        """How people are told about this engine."""
+        """Return the engine's name in messages to people."""
         return f"DP rank {self.dp_rank} of replica {self.replica} (node {self.node}, pid {self.pid})"
 
 
@@ -93,8 +93,10 @@ class TensorMeta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Segment(msgspec.Struct, frozen=True, array_like=True):
-    """A checkpoint tensor inside a bucket: ``offset`` bytes from the bucket's start, contiguous, row-major. In a bucket of
-    ``allocations``, from the start of the one with this number.
+    """A checkpoint tensor inside a bucket, contiguous and row-major.
+
+    ``offset`` counts bytes from the start of the bucket. In a bucket of ``allocations`` it counts from the start of the
+    allocation with the number ``allocation``.
     """
 
     tensor: TensorMeta
@@ -103,7 +105,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Allocation(msgspec.Struct, frozen=True, array_like=True):
-    """Device memory of the trainer's: ``nbytes`` bytes that a ``cudaIpcMemHandle_t`` (64 bytes) opens."""
+    """Device memory of the trainer: ``nbytes`` bytes that ``handle``, a ``cudaIpcMemHandle_t`` (64 bytes), opens."""
 
     handle: bytes
     nbytes: int
@@ -112,9 +114,9 @@ class Allocation(msgspec.Struct, frozen=True, array_like=True):
 class WorkerWeights(Payload):
     """What one worker serves.
 
-    ``live`` has the digest of each parameter and buffer of its model; ``changed`` names those that were another after the
-    last commit, so are damaged. Workers of equal ``layout`` must have equal ``live``. ``contents`` are the checkpoint's tensors
-    behind them, ``manifest`` is of those of the last update (empty for the weights it started with).
+    ``live`` has the digest of each parameter and buffer of its model. ``changed`` names those whose digest was different
+    right after the last commit, so they are damaged. Workers of equal ``layout`` must have equal ``live``. ``contents`` are
+    the checkpoint's tensors behind them. ``manifest`` is that of the last update; empty for the weights it started with.
     """
 
     rank: int
@@ -125,15 +127,15 @@ class WorkerWeights(Payload):
     contents: tuple[tuple[TensorMeta, int], ...] = ()
 
 
-# How the bytes travel: one struct a transport
+# How the bytes travel: one struct per transport
 
 
 class Broadcast(Payload, tag=True):
     """Rank 0 of a communicator, the trainer, broadcasts buckets. Ranks are assigned by the client, never computed.
 
     ``ranks`` maps a worker's rank inside its engine to its rank in the communicator. ``rendezvous`` is a
-    ``host:port`` of the trainer's store (gloo) or a unique id in hexadecimal (NCCL). ``established``: all have met there in an
-    earlier update, and nobody can any more.
+    ``host:port`` of the trainer's store (gloo) or a unique id in hexadecimal (NCCL). ``established``: every rank joined in an
+    earlier update, and no rank can join now.
     """
 
     backend: Literal["gloo", "nccl"]
@@ -145,16 +147,16 @@ class Broadcast(Payload, tag=True):
 
 
 class SharedMemory(Payload, tag=True):
-    """Buckets lie in ``segment``, ``nbytes`` bytes of POSIX shared memory that trainer and workers of one host share."""
+    """Buckets lie in ``segment``: ``nbytes`` bytes of POSIX shared memory of trainer and workers on one host."""
 
     segment: str
     nbytes: int
 
 
 class CudaIpc(Payload, tag=True):
-    """Buckets lie in ``nbytes`` bytes of device memory that the trainer shares with the workers of its host.
+    """Buckets lie in ``nbytes`` bytes of device memory that the trainer shares with the workers on its host.
 
-    ``host`` is the kernel's boot id, ``device_id`` the GPU's UUID, ``handle`` a ``cudaIpcMemHandle_t`` (64 bytes). With
+    ``host`` is the kernel's boot id, ``device_id`` the GPU's UUID, ``handle`` a ``cudaIpcMemHandle_t`` (64 bytes). If
     ``shared``, most tensors come as buckets of ``allocations``, and a worker on that device stages nothing.
     """
 
@@ -175,8 +177,9 @@ Transfer = Broadcast | SharedMemory | CudaIpc | Disk
 
 
 class Sender(Payload):
-    """A rank of the trainer that sends in an update. ``workers``: the ranks, inside the engine, of those of its workers that
-    it sends to; empty for all of them.
+    """A rank of the trainer that sends in an update.
+
+    ``workers``: the ranks, inside the engine, of the workers that it sends to; empty for all of them.
     """
 
     transfer: Transfer
@@ -184,11 +187,11 @@ class Sender(Payload):
 
 
 class Staging(Payload):
-    """Where a worker keeps an update's bytes until the commit. ``none``: nowhere, they go straight into the live model.
+    """Where a worker keeps an update's bytes until the commit.
 
-    ``nbytes``: of all weights, ``bucket``: of the largest bucket; 0 where it is not known. ``on_device`` and ``on_host``: how
-    many workers of this update stage on the same device, on the same host. ``keep``: the memory is kept for the next update,
-    else it is given back.
+    ``nbytes`` of all weights and ``bucket`` of the largest bucket are 0 if unknown. ``on_device`` and ``on_host``: how many
+    workers of this update stage on the same device and on the same host. ``keep``: keep the memory for the next update
+    instead of freeing it.
     """
 
     kind: StagingKind = "auto"
@@ -200,7 +203,7 @@ class Staging(Payload):
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """``name`` was done from ``start`` to ``end``, by the clock of whoever tells, in seconds; ``track`` is a row of a trace."""
+    """``name`` lasted from ``start`` to ``end``, in seconds by its process's clock; ``track`` is a row of a trace."""
 
     track: str
     name: str
