@@ -71,7 +71,7 @@ class Trainer:
         self.model.cpu()  # its random numbers are the CPU's
         train(self.model, version)
         self.model.to(self.device)
-        with self._group.update(version, process_group=dist.group.WORLD, senders="colocated", deadline=60) as update:
+        with self._group.update(version, process_group=dist.group.WORLD, senders="colocated", timeout=60) as update:
             update.send(self.model)
         return {"total_ms": update.result.total_ms, "pause_ms": update.result.pause_ms}
 

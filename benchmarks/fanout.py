@@ -99,7 +99,7 @@ async def measure(count: int, rounds: int, directory: str, key_file: Path, pids:
 
         async def transaction(version: int) -> None:
             # Nothing is read: workers that are simulated vote for what they are told to read.
-            async with group.update(version, deadline=DEADLINE) as update:
+            async with group.update(version, timeout=DEADLINE) as update:
                 await update.send("/nothing")
 
         async def idle_share() -> float:
@@ -108,14 +108,14 @@ async def measure(count: int, rounds: int, directory: str, key_file: Path, pids:
             return (cpu_seconds(pids) - before) / (time.perf_counter() - started)
 
         for _ in range(WARM_UP):
-            await group.pause(deadline=DEADLINE)
-            await group.resume(deadline=DEADLINE)
+            await group.pause(timeout=DEADLINE)
+            await group.resume(timeout=DEADLINE)
         idle = await idle_share()
         server, client, loop = cpu_seconds(pids), time.process_time(), time.thread_time()
         started = time.perf_counter()
         for _ in range(rounds):
-            await timed("pause", group.pause(deadline=DEADLINE))
-            await timed("resume", group.resume(deadline=DEADLINE))
+            await timed("pause", group.pause(timeout=DEADLINE))
+            await timed("resume", group.resume(timeout=DEADLINE))
         client, loop = time.process_time() - client, time.thread_time() - loop
         seconds = time.perf_counter() - started
         server = cpu_seconds(pids) - server - idle * seconds

@@ -69,7 +69,7 @@ def updates(
         weights = given(trainer, rank, kind)
         if dist.is_initialized():
             dist.barrier()
-        with group.update(version, deadline=120.0, **options) as update:
+        with group.update(version, timeout=120.0, **options) as update:
             update.send(weights)
         results.append(update.result)
     return results

@@ -66,7 +66,7 @@ def rank_main(
                     name: distribute_tensor(tensor.detach(), mesh, [Shard(0) if tensor.ndim else Replicate()])
                     for name, tensor in dict(named_parts(model)).items()
                 }
-                options: dict[str, Any] = {"senders": senders, "transport": transport, "deadline": 120}
+                options: dict[str, Any] = {"senders": senders, "transport": transport, "timeout": 120}
                 with group.update(f"{senders}-{number}", process_group=dist.group.WORLD, **options) as update:
                     update.send(shards)
                 if rank == 0:

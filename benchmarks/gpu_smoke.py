@@ -152,7 +152,7 @@ class Trial:
             {} if transport == "disk" else {"transport": transport}
         )
         started = time.monotonic()
-        with group.update(f"{transport}-{number}", deadline=120, **options) as update:
+        with group.update(f"{transport}-{number}", timeout=120, **options) as update:
             update.send(source)
         seconds = time.monotonic() - started
         differences = [first_difference(model, after, tokens) for tokens in self.served()]
@@ -183,7 +183,7 @@ class Trial:
 
     def verify(self, group: EngineGroup) -> None:
         """Every engine's live weights are those of the others, and what they were after the commit."""
-        found = group.verify(deadline=60)
+        found = group.verify(timeout=60)
         if not found.equal:
             raise RuntimeError(f"weights differ: {found.differences[:5]}")
         print(f"{self._kind}: verified, {found.tensors} tensors on {found.engines} engines", flush=True)

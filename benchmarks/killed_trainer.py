@@ -69,7 +69,7 @@ def main() -> None:
     with EngineGroup.connect(directory) as group:
         group.wait_ready(timeout=60)
         print("begins", flush=True)
-        with group.update("never", deadline=100, transport=transport, bucket_mib=8) as update:
+        with group.update("never", timeout=100, transport=transport, bucket_mib=8) as update:
             update.send(weights)
     sys.exit("it was not killed")
 

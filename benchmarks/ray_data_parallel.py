@@ -64,7 +64,7 @@ def measure(cluster: RayCluster, folder: Path, options: argparse.Namespace) -> d
             exact, took = [token_exact(model, served.url, 2)], []
             for step in range(1, 4):
                 train(model, step)
-                with group.update(step, deadline=60) as update:
+                with group.update(step, timeout=60) as update:
                     update.send(model)
                 took.append(round(update.result.total_ms, 1))
                 exact.append(token_exact(model, served.url, 2))

@@ -46,7 +46,7 @@ def main() -> int:
             exact = [token_exact(model, replica.url, 2)]
             for step in range(1, 4):
                 train(model, step)
-                with replica.group.update(step, deadline=60) as update:
+                with replica.group.update(step, timeout=60) as update:
                     update.send(model)
                 exact.append(token_exact(model, replica.url, 2))
                 print(

@@ -188,7 +188,7 @@ def connected(server: Server, stack: contextlib.ExitStack, options: argparse.Nam
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """Of our updates."""
-    settings = {"staging": options.staging, "kv": options.kv, "deadline": 300}
+    settings = {"staging": options.staging, "kv": options.kv, "timeout": 300}
     return settings | ({"bucket_mib": options.bucket_mib} if options.bucket_mib else {})
 
 

@@ -67,7 +67,7 @@ def main() -> None:
         model = weights.set(order["version"])
         started = time.monotonic()
         try:
-            with group.update(order["version"], deadline=order["deadline"], bucket_mib=0, on_phase=on_phase) as update:
+            with group.update(order["version"], timeout=order["deadline"], bucket_mib=1, on_phase=on_phase) as update:
                 update.send(tensors(model))
             outcome, lost = "committed", list(update.result.lost)
         except UpdateAborted as error:

@@ -60,7 +60,7 @@ class Trainer:
                     behaviour.append(answer.logprobs)
                     rewards.append(sum(word_rewards(prompt, answer.tokens)) / ANSWER_WORDS)
         self.learn(torch.tensor(sequences), torch.tensor(rewards), torch.tensor(behaviour))
-        with self.group.update(version, deadline=60) as update:
+        with self.group.update(version, timeout=60) as update:
             update.send(self.model)
         expected = greedy_tokens(self.model, prompts[:4], ANSWER_WORDS)
         said = [self.completions.greedy(prompts[:4], tokens=ANSWER_WORDS, engine=one) for one in range(self.engines)]

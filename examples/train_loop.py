@@ -29,7 +29,7 @@ def blocking(options: argparse.Namespace) -> None:
         for step in range(1, options.steps + 1):
             loss = train_one_step(model, optimizer)
             try:
-                with group.update(version=step, deadline=options.deadline) as update:
+                with group.update(version=step, timeout=options.timeout) as update:
                     update.send(model)  # the engines generate meanwhile
                 # Leaving the block is the switch: votes, pause, commit, resume. Every engine is on `step` here ...
                 report(loss, update.result)
@@ -45,7 +45,7 @@ async def asynchronous(options: argparse.Namespace) -> None:
         await group.wait_ready(engines=options.engines, timeout=600)
         for step in range(1, options.steps + 1):
             loss = await asyncio.to_thread(train_one_step, model, optimizer)
-            async with group.update(version=step, deadline=options.deadline) as update:
+            async with group.update(version=step, timeout=options.timeout) as update:
                 # Tensors are read in a thread of asyncio's pool. Do not train before the block is left.
                 await update.send(model)
             report(loss, update.result)
@@ -70,7 +70,7 @@ def sharded(options: argparse.Namespace) -> None:
         for step in range(1, options.steps + 1):
             loss = train_one_step(model, optimizer)
             # Gathered a bucket at a time, so no rank ever holds the whole model. An error of one rank is one of all.
-            with group.update(version=step, deadline=options.deadline, process_group=dist.group.WORLD) as update:
+            with group.update(version=step, timeout=options.timeout, process_group=dist.group.WORLD) as update:
                 update.send(model)
             if rank == 0:
                 report(loss, update.result)
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="the engines' checkpoint")
     parser.add_argument("--engines", type=int, metavar="N", help="wait for N engines (default: all ranks seen)")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--deadline", type=float, default=60.0, metavar="SECONDS", help="of one update")
+    parser.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS", help="of one update")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--form", choices=("blocking", "async", "sharded"), default="blocking")
     options = parser.parse_args()

@@ -120,19 +120,21 @@ def _status(options: argparse.Namespace) -> int:
         print(json.dumps([dataclasses.asdict(state) for state in states]))
     else:
         _print_states(states)
-    healthy = all(state.state != "unreachable" and state.phase not in ("tainted", "stale") for state in states)
+    healthy = all(
+        state.generation != "unreachable" and state.update_phase not in ("tainted", "stale") for state in states
+    )
     return 0 if states and healthy and len({state.version for state in states}) == 1 else 3
 
 
 def _print_states(states: Sequence[EngineState]) -> None:
-    always = {
+    always: dict[str, Sequence[str]] = {
         "replica": [state.replica for state in states],
         "DP rank": [str(state.dp_rank) for state in states],
         "node": [state.node for state in states],
         "role": ["headless" if state.headless else "head" for state in states],
         "version": ["" if state.version is None else str(state.version) for state in states],
-        "generation": [state.state for state in states],
-        "update phase": [state.phase for state in states],
+        "generation": [state.generation for state in states],
+        "update phase": [state.update_phase for state in states],
         "requests": [str(state.requests) for state in states],
     }
     notes = [state.error for state in states]
@@ -141,19 +143,19 @@ def _print_states(states: Sequence[EngineState]) -> None:
 
 def _pause(options: argparse.Namespace) -> int:
     with _connect(options) as group:
-        group.pause(options.mode, deadline=options.timeout, lease=None)
+        group.pause(options.mode, timeout=options.timeout, lease=None)
         return print_report(options.json, {"paused": len(group.engines())}, "{paused} engines are paused")
 
 
 def _resume(options: argparse.Namespace) -> int:
     with _connect(options) as group:
-        group.resume(deadline=options.timeout)
+        group.resume(timeout=options.timeout)
         return print_report(options.json, {"resumed": len(group.engines())}, "{resumed} engines generate")
 
 
 def _update(options: argparse.Namespace) -> int:
     with _connect(options) as group:
-        with group.update(options.to_version, deadline=options.timeout) as update:
+        with group.update(options.to_version, timeout=options.timeout) as update:
             update.send(options.source)
         result = update.result
     facts = {
@@ -170,7 +172,7 @@ def _update(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     with _connect(options) as group:
-        found = group.verify(options.against, deadline=options.timeout)
+        found = group.verify(options.against, timeout=options.timeout)
     if options.json:
         print(json.dumps({"equal": found.equal, **dataclasses.asdict(found)}))
     else:

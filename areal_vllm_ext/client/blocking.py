@@ -1,28 +1,35 @@
-"""``EngineGroup``: the blocking form of ``AsyncEngineGroup``, which it runs on an event loop in a thread of its own."""
+"""``EngineGroup``: the blocking form of ``AsyncEngineGroup``, which runs on an event loop in a thread of its own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..control.command import DISCOVER_SECONDS
-from .group import PAUSE_LEASE_SECONDS, AsyncEngineGroup
+from .group import AsyncEngineGroup
 from .loop_thread import LoopThread
+from .options import PAUSE_LEASE_SECONDS, PAUSE_SECONDS, READY_SECONDS, UPDATE_SECONDS, VERIFY_SECONDS
 
 if TYPE_CHECKING:
     import os
 
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
     from ..integrity.verify import Verification
     from ..protocol import EngineInfo, KVPolicy, PauseMode, Version
     from ..protocol.security import ClusterKey
     from .blocking_update import Update
-    from .options import Senders
-    from .state import EngineState
+    from .options import Senders, UpdateOptions
+    from .state import EngineState, UpdateResult
+    from .weights import WeightSource
 
 
 class EngineGroup:
-    """The blocking form of ``AsyncEngineGroup``, with the same methods."""
+    """Every engine that the directory knows. Made by ``connect``; every call has a timeout in seconds.
+
+    The methods are those of ``AsyncEngineGroup``. A trainer of several ranks needs this class, because collectives block
+    the calling thread.
+    """
 
     def __init__(self, group: AsyncEngineGroup, thread: LoopThread) -> None:
         self._group = group
@@ -36,19 +43,19 @@ class EngineGroup:
         key_file: str | os.PathLike[str] | None = None,
         key: ClusterKey | None = None,
     ) -> EngineGroup:
-        """See ``AsyncEngineGroup.connect``."""
+        """Return a group of all engines that the directory knows. See ``AsyncEngineGroup.connect``."""
         return cls(AsyncEngineGroup.connect(address, key_file=key_file, key=key), LoopThread("areal-engine-group"))
 
     def engines(self, timeout: float = DISCOVER_SECONDS) -> list[EngineInfo]:
-        """See ``AsyncEngineGroup.engines``."""
+        """Return the engines that are alive. See ``AsyncEngineGroup.engines``."""
         return self._thread.run(self._group.engines(timeout))
 
-    def wait_ready(self, engines: int | None = None, timeout: float = 600.0) -> list[EngineInfo]:
-        """See ``AsyncEngineGroup.wait_ready``."""
+    def wait_ready(self, engines: int | None = None, timeout: float = READY_SECONDS) -> list[EngineInfo]:
+        """Wait until all engines answer. See ``AsyncEngineGroup.wait_ready``."""
         return self._thread.run(self._group.wait_ready(engines, timeout))
 
     def status(self, timeout: float = DISCOVER_SECONDS) -> list[EngineState]:
-        """See ``AsyncEngineGroup.status``."""
+        """Return the state of every engine. See ``AsyncEngineGroup.status``."""
         return self._thread.run(self._group.status(timeout))
 
     def pause(
@@ -56,50 +63,76 @@ class EngineGroup:
         mode: PauseMode = "keep",
         *,
         kv: KVPolicy = "keep",
-        deadline: float = 60.0,
+        timeout: float = PAUSE_SECONDS,
         lease: float | None = PAUSE_LEASE_SECONDS,
     ) -> None:
-        """See ``AsyncEngineGroup.pause``."""
-        self._thread.run(self._group.pause(mode, kv=kv, deadline=deadline, lease=lease))
+        """Pause generation on every engine. See ``AsyncEngineGroup.pause``."""
+        self._thread.run(self._group.pause(mode, kv=kv, timeout=timeout, lease=lease))
 
-    def resume(self, *, deadline: float = 60.0) -> None:
-        """See ``AsyncEngineGroup.resume``."""
-        self._thread.run(self._group.resume(deadline=deadline))
+    def resume(self, *, timeout: float = PAUSE_SECONDS) -> None:
+        """Let every engine generate again. See ``AsyncEngineGroup.resume``."""
+        self._thread.run(self._group.resume(timeout=timeout))
 
-    def verify(self, checkpoint: str | os.PathLike[str] | None = None, *, deadline: float = 300.0) -> Verification:
-        """See ``AsyncEngineGroup.verify``."""
-        return self._thread.run(self._group.verify(checkpoint, deadline=deadline))
+    def verify(
+        self, checkpoint: str | os.PathLike[str] | None = None, *, timeout: float = VERIFY_SECONDS
+    ) -> Verification:
+        """Compare what the engines serve. See ``AsyncEngineGroup.verify``."""
+        return self._thread.run(self._group.verify(checkpoint, timeout=timeout))
+
+    def update_weights(
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        *,
+        version: Version,
+        timeout: float = UPDATE_SECONDS,
+        dtype: str | None = None,
+        process_group: ProcessGroup | None = None,
+        senders: Senders = "first",
+        **options: Unpack[UpdateOptions],
+    ) -> UpdateResult:
+        """Move every engine to ``weights``, or none.
+
+        See ``AsyncEngineGroup.update_weights``; ``process_group`` and ``senders`` are those of ``update``.
+        """
+        opened = self.update(version, timeout=timeout, process_group=process_group, senders=senders, **options)
+        with opened as update:
+            update.send(weights, dtype=dtype)
+        return update.result
 
     def update(
         self,
         version: Version,
         *,
+        timeout: float = UPDATE_SECONDS,
         process_group: ProcessGroup | None = None,
         senders: Senders = "first",
-        **options: Any,
+        **options: Unpack[UpdateOptions],
     ) -> Update:
-        """See ``AsyncEngineGroup.update``. Use: ``with group.update(version) as update: update.send(model)``.
+        """Return an update as a block, for trainers that do more between its start and its commit.
+
+        Use: ``with group.update(step) as update: update.send(model)``. Leaving the block commits.
 
         Args:
-            version: names the new weights.
-            process_group: the ranks of a trainer of several (FSDP, TP, PP, DP), which all do this with the same arguments.
-                ``DTensor`` weights are gathered, rank 0 commands, and every rank gets the result, or the error of any.
+            version: names the new weights; any integer of 64 bits, or a string.
+            timeout: seconds for the whole update. After them, every engine keeps its old weights.
+            process_group: the ranks of a trainer of several ranks (FSDP, TP, PP, DP). All ranks make the same call; rank 0
+                commands, and every rank gets the result, or the error of any rank.
             senders: who sends. ``first``: rank 0, all of it. ``parts``: each rank a part of what it has; a rank need not
                 have all (PP, EP), and what several have is spread over them. ``colocated``: each rank all of it, to the
                 workers on its own device (by CUDA IPC).
-            options: see ``AsyncEngineGroup.update``.
+            options: see ``UpdateOptions``.
         """
-        update = self._group.update(version, **options)
-        if process_group is None:
-            from .blocking_update import Update
+        from .blocking_update import Update
 
+        update = self._group.update(version, timeout=timeout, **options)
+        if process_group is None:
             return Update(self._thread, update)
         from .joint import JointUpdate
 
         return JointUpdate(self._thread, update, process_group, version, senders)
 
     def close(self) -> None:
-        """Close the connections and end the thread. Engines go on."""
+        """Close the connections and end the thread. Engines keep running."""
         if self._thread.is_alive:
             self._thread.run(self._group.close())
             self._thread.close()

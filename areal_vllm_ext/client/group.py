@@ -1,4 +1,4 @@
-"""``AsyncEngineGroup``: every engine of a cluster as one object. ``blocking.py`` has its form without ``await``."""
+"""``AsyncEngineGroup``: every engine of a cluster as one object. ``blocking.py`` has the form without ``await``."""
 
 from __future__ import annotations
 
@@ -16,34 +16,51 @@ from ..control.command import DISCOVER_SECONDS, POLL_SECONDS, Commander, resume_
 from ..control.link import Link
 from ..control.membership import describe_missing
 from ..errors import EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
-from ..protocol import security
+from ..protocol import KVPolicy, PauseMode, security
+from .options import (
+    MAX_LEASE_SECONDS,
+    PAUSE_LEASE_SECONDS,
+    PAUSE_SECONDS,
+    READY_SECONDS,
+    UPDATE_SECONDS,
+    VERIFY_SECONDS,
+    Options,
+    check_choice,
+    checked_count,
+    checked_seconds,
+    checked_version,
+)
 from .sinks import Sinks
 from .state import EngineState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
+
+    from typing_extensions import Unpack
 
     from ..control.command import Target
     from ..integrity.verify import Verification
-    from ..protocol import EngineInfo, KVPolicy, PauseMode, StagingKind, Version
+    from ..protocol import EngineInfo, Version
+    from .options import UpdateOptions
+    from .state import UpdateResult
     from .update import AsyncUpdate
+    from .weights import WeightSource
 
-PAUSE_LEASE_SECONDS = 30.0
 # Grace period for clean-up requests sent after the deadline (under 1 s in total).
 _GRACE_SECONDS = 0.5
 
 
 class AsyncEngineGroup:
-    """Every engine that the directory knows. All calls have deadlines, in seconds.
+    """Every engine that the directory knows. Made by ``connect``; every call has a timeout in seconds.
 
-    Calls of one group run one after the other; other groups and the command line are kept out by a lease meanwhile.
+    Calls of one group run one after the other. A lease keeps out other groups and the command line meanwhile.
     """
 
     def __init__(self, link: Link, directory: str, holder: str = "") -> None:
         self._link = link
         self._commander = Commander(link, directory, holder)
         self._sinks = Sinks()
-        self._keeping_paused: asyncio.Task[None] | None = None
+        self._pause_renewal: asyncio.Task[None] | None = None
 
     @classmethod
     def connect(
@@ -53,17 +70,17 @@ class AsyncEngineGroup:
         key_file: str | os.PathLike[str] | None = None,
         key: security.ClusterKey | None = None,
     ) -> AsyncEngineGroup:
-        """A group of all engines that the directory at ``address`` (``tcp://host:port``) knows, now or later.
+        """Return a group of all engines that the directory at ``address`` knows, now or later.
 
-        Nothing is sent yet: connecting before the engines are up works.
+        Nothing is sent yet, so that a trainer can connect before the engines are up. All replicas share one directory.
 
         Args:
-            address: the directory (default: AREAL_VLLM_DIRECTORY, else this host's).
-            key_file: the cluster's key (default: AREAL_VLLM_KEY_FILE).
+            address: the directory, ``tcp://host:port`` (default: AREAL_VLLM_DIRECTORY, else port 29700 of this host).
+            key_file: the file with the cluster's key (default: AREAL_VLLM_KEY_FILE).
             key: the key itself, for callers without a file.
 
         Raises:
-            SettingsError: for a bad address or key file, or an address off loopback without a key.
+            SettingsError: the address or the key file is wrong, or an address off loopback has no key.
         """
         settings = Settings.load()
         directory = address or settings.directory or "tcp://127.0.0.1:29700"
@@ -78,25 +95,26 @@ class AsyncEngineGroup:
     # Discovery
 
     async def engines(self, timeout: float = DISCOVER_SECONDS) -> list[EngineInfo]:
-        """The engines that are alive, by replica and DP rank.
+        """Return the engines that are alive, by replica and DP rank.
 
         Raises:
             EngineUnreachable: the directory does not answer.
         """
-        return list((await self._commander.discover(timeout)).alive)
+        return list((await self._commander.discover(checked_seconds(timeout))).alive)
 
-    async def wait_ready(self, engines: int | None = None, timeout: float = 600.0) -> list[EngineInfo]:
-        """Wait until ``engines`` engines (default: all ranks of every replica that was seen) answer.
+    async def wait_ready(self, engines: int | None = None, timeout: float = READY_SECONDS) -> list[EngineInfo]:
+        """Wait until ``engines`` engines answer (default: all DP ranks of every replica that was seen).
 
         Raises:
-            EnginesMissing: time is up; the message says which are missing, by node and DP rank.
+            EnginesMissing: time is up; the message names the missing engines, by node and DP rank.
         """
-        ends = time.monotonic() + timeout
+        ends = time.monotonic() + checked_seconds(timeout)
+        count = None if engines is None else checked_count("engines", engines)
         problem = ""
         while (left := ends - time.monotonic()) > 0:
             try:
                 found = await self._commander.discover(min(left, DISCOVER_SECONDS))
-                problem = describe_missing(found, engines)
+                problem = describe_missing(found, count)
                 if not problem:
                     await asyncio.gather(*(self._hello(engine, left) for engine in found.alive))
                     return list(found.alive)
@@ -108,19 +126,27 @@ class AsyncEngineGroup:
         raise EnginesMissing(f"not ready after {timeout:.0f} s: {problem}")
 
     async def status(self, timeout: float = DISCOVER_SECONDS) -> list[EngineState]:
-        """The state of every engine, also of those that were lost; an engine that does not answer is ``unreachable``."""
+        """Return the state of every engine, lost engines included.
+
+        An engine that does not answer has the generation ``unreachable``, and the cause in ``error``.
+
+        Raises:
+            EngineUnreachable: the directory does not answer.
+        """
+        ends = time.monotonic() + checked_seconds(timeout)
         found = await self._commander.discover(timeout)
 
         async def ask(engine: EngineInfo) -> EngineState:
             try:
-                answer = await self._link.request(engine.address, protocol.GetStatus(), timeout)
+                left = max(ends - time.monotonic(), 0.1)
+                answer = await self._link.request(engine.address, protocol.GetStatus(), left)
             except (EngineUnreachable, RequestError) as error:
                 return EngineState.of(engine, None, str(error))
             assert isinstance(answer, protocol.Status)
             return EngineState.of(answer.engine, answer)
 
         states = list(await asyncio.gather(*(ask(engine) for engine in found.alive)))
-        lost = [EngineState.of(engine, None, f"not heard for {seconds:.0f} s") for engine, seconds in found.lost]
+        lost = [EngineState.of(engine, None, f"no heartbeat for {seconds:.0f} s") for engine, seconds in found.lost]
         return sorted(states + lost, key=lambda state: (state.replica, state.dp_rank))
 
     # Pause and resume
@@ -130,26 +156,30 @@ class AsyncEngineGroup:
         mode: PauseMode = "keep",
         *,
         kv: KVPolicy = "keep",
-        deadline: float = 60.0,
+        timeout: float = PAUSE_SECONDS,
         lease: float | None = PAUSE_LEASE_SECONDS,
     ) -> None:
         """Pause generation on every engine, all at once; returns when every engine is idle.
 
         Args:
             mode: ``keep`` freezes requests, ``wait`` lets them finish, ``abort`` ends them.
-            kv: ``recompute`` drops cached keys and values, and frozen requests recompute theirs.
-            deadline: seconds; when they are over the pause is taken back everywhere.
-            lease: seconds after which engines run again by themselves when this group is closed or its process is gone (or
-                stay paused, where they are set so). None: they stay paused until somebody resumes them.
+            kv: ``keep`` (the default) keeps cached keys and values, because a pause alone changes no weights.
+                ``recompute`` drops them, and frozen requests compute theirs again.
+            timeout: seconds. After them the pause is taken back on every engine.
+            lease: seconds after which engines resume by themselves once this group is closed or its process is gone.
+                Engines that are set to stay paused do not resume. None: engines stay paused until somebody resumes them.
 
         Raises:
             PauseFailed: naming the engines that did not pause; the others run again.
         """
-        ends = time.monotonic() + deadline
-        async with self._commander.command(deadline) as targets:
-            self._keep_paused([target.engine.address for target in targets.values()], lease)
+        ends = time.monotonic() + checked_seconds(timeout)
+        check_choice("mode", mode, PauseMode)
+        check_choice("kv", kv, KVPolicy)
+        seconds = 0.0 if lease is None else checked_seconds(lease, "lease", MAX_LEASE_SECONDS)
+        async with self._commander.command(timeout) as targets:
+            self._renew_pause([target.engine.address for target in targets.values()], seconds)
             holder = self._commander.holder
-            pause = protocol.Pause(epoch=0, mode=mode, kv=kv, timeout=deadline, holder=holder, lease=lease or 0.0)
+            pause = protocol.Pause(epoch=0, mode=mode, kv=kv, timeout=timeout, holder=holder, lease=seconds)
             requests = {name: msgspec.structs.replace(pause, epoch=target.epoch) for name, target in targets.items()}
             try:
                 failed = await self._commander.ask_all(targets, requests, ends)
@@ -158,120 +188,109 @@ class AsyncEngineGroup:
                 raise
             if failed:
                 await self._take_pause_back(targets)
-                raise PauseFailed(f"pause was taken back after {deadline:.1f} s: {join(failed)}")
+                raise PauseFailed(f"pause was taken back after {timeout:.1f} s: {join(failed)}")
 
     async def _take_pause_back(self, targets: Mapping[str, Target]) -> None:
-        self._keep_paused([], None)
+        self._renew_pause([], 0.0)
         await self._commander.ask_all(targets, resume_all(targets), time.monotonic() + _GRACE_SECONDS)
 
-    def _keep_paused(self, addresses: list[str], lease: float | None) -> None:
-        """Say every now and then that whoever paused these engines is alive; ends what was said so far."""
-        if self._keeping_paused:
-            self._keeping_paused.cancel()
-            self._keeping_paused = None
+    def _renew_pause(self, addresses: list[str], lease: float) -> None:
+        """Renew the pause's lease in the background, replacing any earlier renewal. A lease of 0 s stops it."""
+        if self._pause_renewal:
+            self._pause_renewal.cancel()
+            self._pause_renewal = None
         if not lease:
             return
         message = protocol.KeepPaused(holder=self._commander.holder, lease=lease)
 
-        async def keep_saying() -> None:
+        async def renew() -> None:
             while True:
                 await asyncio.sleep(lease / 4)
                 await self._link.request_all({address: (address, message) for address in addresses}, lease / 4)
 
-        self._keeping_paused = asyncio.create_task(keep_saying())
+        self._pause_renewal = asyncio.create_task(renew())
 
-    async def resume(self, *, deadline: float = 60.0) -> None:
-        """Let every engine generate again; does nothing on those that do.
+    async def resume(self, *, timeout: float = PAUSE_SECONDS) -> None:
+        """Let every engine generate again. An engine that generates already is left alone.
 
         Raises:
             PauseFailed: naming the engines that did not resume.
         """
-        ends = time.monotonic() + deadline
-        async with self._commander.command(deadline) as targets:
-            self._keep_paused([], None)
+        ends = time.monotonic() + checked_seconds(timeout)
+        async with self._commander.command(timeout) as targets:
+            self._renew_pause([], 0.0)
             if failed := await self._commander.ask_all(targets, resume_all(targets), ends):
                 raise PauseFailed(f"not every engine resumed: {join(failed)}")
 
     # Update
 
-    def update(  # noqa: PLR0913 - all but one by name
+    async def update_weights(
         self,
-        version: Version,
+        weights: WeightSource | str | os.PathLike[str],
         *,
-        deadline: float = 300.0,
-        transport: str = "auto",
-        mode: PauseMode = "keep",
-        kv: KVPolicy = "recompute",
-        bucket_mib: int | None = None,
-        staging: StagingKind = "auto",
-        keep_buffers: bool = False,
-        drop_lost: bool = False,
-        on_phase: Callable[[str], None] | None = None,
-        trace: str | os.PathLike[str] | None = None,
-    ) -> AsyncUpdate:
-        """Move every engine to new weights, or none. Use: ``async with group.update(v) as update: await update.send(model)``.
+        version: Version,
+        timeout: float = UPDATE_SECONDS,
+        dtype: str | None = None,
+        **options: Unpack[UpdateOptions],
+    ) -> UpdateResult:
+        """Move every engine to ``weights``, or none.
 
         Args:
-            version: names the new weights; any integer or string.
-            deadline: seconds for all of it. Over it, every engine keeps its old weights.
-            transport: ``broadcast`` (NCCL between GPUs, else gloo), ``ipc`` (CUDA, same host), ``shared_memory`` (same
-                host), or ``auto``: ``ipc`` where a worker runs on the trainer's own GPU, or the only one on another that it
-                sees and that can read its memory, else ``broadcast``.
-                ``update.send("/path")`` goes by disk.
-            mode: how engines pause for the switch, see ``pause``.
-            kv: ``recompute`` drops keys and values of the old weights; ``keep`` reuses them, knowingly.
-            bucket_mib: size of the pieces in which the weights travel; default: by NCCL a quarter, 128 at least and 1024
-                at most, otherwise 256 from GPUs, 32 from host memory.
-            staging: where workers keep the new weights until the switch: on their ``device``, in ``host`` memory, or
-                (``auto``) on the device if there is room, else in host memory. It costs one copy of what each worker
-                receives, or of its part where it needs a part; where there is no room the update is refused, with the
-                numbers.
-            keep_buffers: whether workers keep that memory for the next update, which is faster then, and the trainer its
-                buckets; else it is given back once the update is over.
-            drop_lost: go on without engines that are lost already, instead of EnginesMissing. One that comes back is stale:
-                it serves nothing until an update reaches it.
-            on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``,
-                ``abort``) before its requests go out, on the event loop's thread.
-            trace: where to write what trainer, engines and workers did when, also of an update that failed: JSON for
-                https://ui.perfetto.dev. What of it cannot be had is logged, and no error.
-        """
-        from .update import AsyncUpdate, UpdateOptions  # they import torch, which status, pause and resume do without
+            weights: an ``nn.Module``, a state dict, an iterable of (name, tensor), or the path of a Hugging Face
+                checkpoint directory that every engine can read.
+            version: names the new weights; any integer of 64 bits, or a string.
+            timeout: seconds for the whole update. After them, every engine keeps its old weights.
+            dtype: cast floating-point tensors to this (``"bfloat16"``) on the way.
+            options: see ``UpdateOptions``.
 
-        options = UpdateOptions(
-            deadline=deadline,
-            transport=transport,
-            staging=staging,
-            keep_buffers=keep_buffers,
-            mode=mode,
-            kv=kv,
-            bucket_bytes=None if bucket_mib is None else bucket_mib << 20,
-            drop_lost=drop_lost,
-            on_phase=on_phase,
-            trace=trace,
-        )
-        return AsyncUpdate(self._commander, self._sinks, version, options)
+        Returns:
+            what the update took, and which engines serve the new weights.
+
+        Raises:
+            ArealError: see ``docs/transactions.md`` for what engines serve after each of its kinds.
+        """
+        async with self.update(version, timeout=timeout, **options) as update:
+            await update.send(weights, dtype=dtype)
+        return update.result
+
+    def update(
+        self, version: Version, *, timeout: float = UPDATE_SECONDS, **options: Unpack[UpdateOptions]
+    ) -> AsyncUpdate:
+        """Return an update as a block, for trainers that do more between its start and its commit.
+
+        Use: ``async with group.update(step) as update: await update.send(model)``. Leaving the block commits.
+
+        Args:
+            version: names the new weights; any integer of 64 bits, or a string.
+            timeout: seconds for the whole update. After them, every engine keeps its old weights.
+            options: see ``UpdateOptions``.
+        """
+        from .update import AsyncUpdate  # it imports torch, which status, pause and resume do without
+
+        return AsyncUpdate(self._commander, self._sinks, checked_version(version), Options.of(timeout, options))
 
     async def verify(
-        self, checkpoint: str | os.PathLike[str] | None = None, *, deadline: float = 300.0
+        self, checkpoint: str | os.PathLike[str] | None = None, *, timeout: float = VERIFY_SECONDS
     ) -> Verification:
         """Compare what the engines serve, while they generate.
 
-        Every live parameter and buffer with those of the other engines, and with what it was after the engine's last
-        commit; and what was applied with ``checkpoint``. Weights that a CPU backend keeps packed cannot be read beside a
-        running engine: they are compared with a fresh load at the first update only.
+        Every live parameter and buffer is compared with the other engines', and with its value after the engine's last
+        commit. What was applied is compared with ``checkpoint``. A CPU backend keeps some weights packed, and these cannot
+        be read beside a running engine: they are compared with a fresh load at the first update only.
 
         Args:
             checkpoint: a Hugging Face checkpoint directory that this process can read.
-            deadline: seconds for all of it.
+            timeout: seconds for all of it.
 
         Raises:
-            NotACheckpoint: ``checkpoint`` is none.
-            EngineUnreachable: an engine did not answer in time. RequestError: it could not tell.
+            NotACheckpoint: ``checkpoint`` is not a checkpoint directory.
+            EngineUnreachable: an engine did not answer in time.
+            RequestError: an engine refused.
         """
         from ..integrity.checkpoint import contents
         from ..integrity.verify import compare
 
-        ends = time.monotonic() + deadline
+        ends = time.monotonic() + checked_seconds(timeout)
         expected = await asyncio.to_thread(contents, checkpoint) if checkpoint is not None else None
         async with self._commander.command(max(ends - time.monotonic(), 0.1)) as targets:
             answers = await asyncio.gather(
@@ -297,9 +316,9 @@ class AsyncEngineGroup:
             await asyncio.sleep(POLL_SECONDS)
 
     async def close(self) -> None:
-        """Close the connections. Engines go on."""
+        """Close the connections. Engines keep running."""
         self._sinks.drop()
-        self._keep_paused([], None)
+        self._renew_pause([], 0.0)
         await self._link.close()
 
     async def __aenter__(self) -> AsyncEngineGroup:

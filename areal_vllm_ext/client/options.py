@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -11,14 +10,20 @@ from ..protocol import KVPolicy, PauseMode, StagingKind, Version
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
 
 Transport = Literal["auto", "broadcast", "ipc", "shared_memory"]
 Senders = Literal["first", "parts", "colocated"]
 
+# Default timeouts.
+READY_SECONDS = 600.0
+PAUSE_SECONDS = 60.0
 UPDATE_SECONDS = 300.0
-# The longest timeout that a message can carry: 115 days.
+VERIFY_SECONDS = 300.0
+PAUSE_LEASE_SECONDS = 30.0
+# The longest durations that messages can carry.
 MAX_SECONDS = 1e7
+MAX_LEASE_SECONDS = 300.0
 _MAX_NAME_BYTES = 4096
 
 
@@ -87,31 +92,32 @@ class Options:
                 raise TypeError(f"an update has no option {name!r}; its options are {known}")
         for name, kind in (("transport", Transport), ("mode", PauseMode), ("kv", KVPolicy), ("staging", StagingKind)):
             if name in options:
-                check_choice(name, options[name], get_args(kind))
+                check_choice(name, options[name], kind)
         if (mebibytes := options.pop("bucket_mib", None)) is not None:
             options["bucket_bytes"] = checked_count("bucket_mib", mebibytes) << 20
-        return cls(timeout=checked_timeout(timeout), **options)
+        return cls(timeout=checked_seconds(timeout), **options)
 
 
-def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise ValueError if ``value`` is not one of ``choices``."""
+def check_choice(name: str, value: object, literal: object) -> None:
+    """Raise ValueError if ``value`` is not one of the choices of a ``Literal``."""
+    choices = get_args(literal)
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
-def checked_timeout(value: float, name: str = "timeout") -> float:
+def checked_seconds(value: float, name: str = "timeout", longest: float = MAX_SECONDS) -> float:
     """Return ``value`` as seconds that a message can carry.
 
     Raises:
         TypeError: ``value`` is no number.
-        ValueError: ``value`` is not above 0 and at most 1e7.
+        ValueError: ``value`` is not above 0 and at most ``longest``.
     """
     try:
         seconds = float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}") from None
-    if math.isnan(seconds) or not 0 < seconds <= MAX_SECONDS:
-        raise ValueError(f"{name} must be seconds above 0 and at most {MAX_SECONDS:.0f}, not {value!r}")
+    if not 0 < seconds <= longest:  # not a number is neither
+        raise ValueError(f"{name} must be seconds above 0 and at most {longest:.0f}, not {value!r}")
     return seconds
 
 

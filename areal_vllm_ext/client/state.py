@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping  # at runtime, because msgspec decodes an UpdateResult from another trainer rank
+from typing import TYPE_CHECKING, Literal
+
+from ..protocol import Version
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from ..protocol import EngineInfo, Status, Version
+    from ..protocol import EngineInfo, Generation, Status, UpdatePhase
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineState:
-    """What an engine says of itself, for people: see ``protocol.Status`` for the fields behind it.
+    """The state of an engine.
 
     Attributes:
-        version: the weights that it serves.
-        state: ``running``, ``pausing``, ``paused``, ``resuming``, or ``unreachable``.
-        phase: where it is in an update: ``idle``, ``receiving``, ``prepared``, ``committing`` or ``tainted``.
-        waiting_for_engine: seconds since the engine's loop last came to a call; large where it is stuck.
-        weights: digest of the update that it serves, equal on engines that serve the same; empty before the first.
-        unproven: why those weights could not be compared with a fresh load; empty where they were.
+        version: names the weights that the engine serves; None if the engine did not answer.
+        generation: ``running``, ``pausing``, ``paused``, ``resuming``, or ``unreachable`` if the engine did not answer.
+        update_phase: where the engine is in an update: ``idle``, ``receiving``, ``prepared`` or ``committing``;
+            ``tainted`` if its weights are partly loaded, ``stale`` if they are older than the group's. Empty if it did not
+            answer.
+        requests: running and waiting requests.
+        waiting_for_engine: seconds since the engine's loop last ran a call; a large number means that the loop is stuck.
+        error: why the engine did not answer, or what went wrong there.
+        weights: digest of the weights of the last update, equal on engines that serve the same; empty before the first.
+        unproven: why those weights could not be compared with a fresh load; empty if they were.
     """
 
     name: str
@@ -30,8 +35,8 @@ class EngineState:
     node: str
     headless: bool
     version: Version | None
-    state: str
-    phase: str
+    generation: Generation | Literal["unreachable"]
+    update_phase: UpdatePhase | Literal[""]
     requests: int
     waiting_for_engine: float
     error: str
@@ -47,8 +52,8 @@ class EngineState:
             node=engine.node,
             headless=engine.headless,
             version=status.version if status else None,
-            state=status.generation if status else "unreachable",
-            phase=status.update_phase if status else "",
+            generation=status.generation if status else "unreachable",
+            update_phase=status.update_phase if status else "",
             requests=status.requests_running + status.requests_waiting if status else 0,
             waiting_for_engine=status.waiting_for_engine if status else 0.0,
             error=status.error if status else error,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
 import itertools
 import logging
 import os
@@ -36,11 +35,8 @@ from ..protocol import (
     Answer,
     EngineInfo,
     EngineRequest,
-    KVPolicy,
-    PauseMode,
     Sender,
     Staging,
-    StagingKind,
     TensorMeta,
     Version,
 )
@@ -59,6 +55,7 @@ if TYPE_CHECKING:
     from ..integrity.digest import Contents
     from ..protocol import Transfer
     from ..transport.base import SharingSink, Sink
+    from .options import Options
     from .sinks import Sinks
 
     Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]
@@ -75,32 +72,10 @@ _ABORT_SECONDS = 5.0
 _TRACE_SECONDS, _LATE_TRACE_SECONDS = 2.0, 0.15
 
 
-@dataclasses.dataclass(frozen=True)
-class UpdateOptions:
-    """See ``AsyncEngineGroup.update``."""
-
-    deadline: float
-    transport: str
-    staging: StagingKind
-    keep_buffers: bool
-    mode: PauseMode
-    kv: KVPolicy
-    bucket_bytes: int | None
-    drop_lost: bool
-    on_phase: Callable[[str], None] | None
-    trace: str | os.PathLike[str] | None
-
-    def __post_init__(self) -> None:
-        if self.transport not in ("auto", "broadcast", "ipc", "shared_memory"):
-            raise ValueError(f"transport must be 'auto', 'broadcast', 'ipc' or 'shared_memory', not {self.transport!r}")
-        if self.staging not in ("auto", "device", "host"):
-            raise ValueError(f"staging must be 'auto', 'device' or 'host', not {self.staging!r}")
-
-
 class AsyncUpdate:
     """An update under way; made by ``AsyncEngineGroup.update``."""
 
-    def __init__(self, commander: Commander, sinks: Sinks, version: Version, options: UpdateOptions) -> None:
+    def __init__(self, commander: Commander, sinks: Sinks, version: Version, options: Options) -> None:
         self._commander = commander
         self.link = commander.link
         self.sinks = sinks
@@ -130,7 +105,7 @@ class AsyncUpdate:
     @property
     def deadline(self) -> float:
         """Seconds for all of it."""
-        return self._options.deadline
+        return self._options.timeout
 
     @property
     def version(self) -> Version:
@@ -172,11 +147,11 @@ class AsyncUpdate:
     async def __aenter__(self) -> AsyncUpdate:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
-        self.ends = self._started + self._options.deadline
+        self.ends = self._started + self._options.timeout
         self.spans.set_state("update", "lease")
         # The event loop needs the interpreter while another thread handles tensor after tensor.
         self._command.enter_context(ShortSwitchInterval())
-        command = self._commander.command(self._options.deadline, without_lost=self._options.drop_lost)
+        command = self._commander.command(self._options.timeout, without_lost=self._options.drop_lost)
         try:
             targets = await self._command.enter_async_context(command)
         except BaseException:

@@ -22,7 +22,7 @@ def describe_missing(
         dropped: replica and DP rank of engines that the group goes on without.
     """
     problems = [
-        f"{engine.name} was not heard for {seconds:.0f} s"
+        f"{engine.name} is lost: no heartbeat for {seconds:.0f} s"
         for engine, seconds in found.lost
         if _key(engine) not in dropped
     ]

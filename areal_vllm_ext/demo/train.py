@@ -106,7 +106,7 @@ def _train(home: Path, moe: bool, steps: int, seed: int) -> dict[str, object]:
             prompts = [make_prompt(COLOURS[i % len(COLOURS)], random) for i in range(PROMPTS)]
             answers = _rollouts(completions, prompts, pool)
             rewards.append(learn(model, optimizer, prompts, answers))
-            with group.update(version=step, deadline=60) as update:
+            with group.update(version=step, timeout=60) as update:
                 update.send(model)
             update_ms.append(update.result.total_ms)
             pause_ms.append(update.result.pause_ms)

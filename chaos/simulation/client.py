@@ -143,7 +143,7 @@ class Trainer(Asking):
         async def run() -> None:
             for step in steps:
                 try:
-                    await (self.engines.pause if step == "pause" else self.engines.resume)(deadline=deadline)
+                    await (self.engines.pause if step == "pause" else self.engines.resume)(timeout=deadline)
                 except ArealError as error:
                     done(error)
                 else:
@@ -158,7 +158,7 @@ class Trainer(Asking):
 
         started = self.time()
         try:
-            options = {"deadline": call.deadline, "on_phase": announce}
+            options = {"timeout": call.deadline, "on_phase": announce}
             async with self.engines.update(call.version, **options) as update:
                 # The steps of ``send``, which would take a thread.
                 await update._begin({name: {0: Sender(transfer=Disk(path="/"))} for name in update.engines})

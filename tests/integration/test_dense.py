@@ -62,7 +62,7 @@ def test_update_from_a_module(cluster: Cluster, group: EngineGroup, transport: s
     before = cluster.oracle()
     for _ in range(2):  # the second goes over the connections of the first
         version = cluster.train()
-        with group.update(version, deadline=60, transport=transport) as update:
+        with group.update(version, timeout=60, transport=transport) as update:
             update.send(cluster.model)
         assert len(update.result.engines) == 2
         assert {state.version for state in group.status()} == {version}
@@ -79,11 +79,11 @@ def one_at_a_time(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_update_from_a_state_dict_and_from_an_iterable(cluster: Cluster, group: EngineGroup) -> None:
     version = cluster.train()
-    with group.update(version, deadline=60) as update:
+    with group.update(version, timeout=60) as update:
         update.send(cluster.model.state_dict())
     cluster.assert_serves_trainers_weights()
     version = cluster.train()
-    with group.update(f"step-{version}", deadline=60) as update:
+    with group.update(f"step-{version}", timeout=60) as update:
         update.send(one_at_a_time(cluster.model))
     cluster.assert_serves_trainers_weights()
     assert {state.version for state in group.status()} == {f"step-{version}"}
@@ -92,7 +92,7 @@ def test_update_from_a_state_dict_and_from_an_iterable(cluster: Cluster, group: 
 def test_update_from_disk(cluster: Cluster, group: EngineGroup, tmp_path: Path) -> None:
     version = cluster.train()
     cluster.model.save_pretrained(tmp_path / "checkpoint")
-    with group.update(version, deadline=60) as update:
+    with group.update(version, timeout=60) as update:
         update.send(tmp_path / "checkpoint")
     cluster.assert_serves_trainers_weights()
 
@@ -101,10 +101,10 @@ def test_async_group_does_the_same(cluster: Cluster) -> None:
     async def run() -> None:
         async with AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file) as group:
             await group.wait_ready(engines=2, timeout=60)
-            async with group.update(cluster.train(), deadline=60) as update:
+            async with group.update(cluster.train(), timeout=60) as update:
                 await update.send(cluster.model)
             await group.pause("keep")
-            assert {state.state for state in await group.status()} == {"paused"}
+            assert {state.generation for state in await group.status()} == {"paused"}
             await group.resume()
 
     asyncio.run(run())
@@ -115,7 +115,7 @@ def test_prefix_cache_of_old_weights_is_not_used(cluster: Cluster, group: Engine
     long_prompt = [3 + i % 200 for i in range(300)]  # several full blocks, so that it is cached
     for rank in (0, 1):
         cluster.complete(rank, long_prompt)
-    with group.update(cluster.train(), deadline=60) as update:
+    with group.update(cluster.train(), timeout=60) as update:
         update.send(cluster.model)
     for rank in (0, 1):
         assert cluster.generated(rank, [long_prompt]) == cluster.oracle([long_prompt])
@@ -125,7 +125,7 @@ def test_request_in_flight_goes_on_with_the_new_weights(cluster: Cluster, group:
     old = cluster.oracle([PROMPT], tokens=LONG)[0]
     version = cluster.train()
     requests = cluster.freeze(group, (0, 1), PROMPT, LONG, after=0.1)
-    with group.update(version, deadline=60) as update:
+    with group.update(version, timeout=60) as update:
         update.send(cluster.model)
     group.resume()
     for request in requests:
@@ -154,10 +154,10 @@ def test_bad_weights_touch_no_engine(cluster: Cluster, group: EngineGroup, tmp_p
     }
     for message, weights in cases.items():
         for source in (weights, iter(weights.items())):
-            with pytest.raises(InvalidWeights, match=message), group.update("bad", deadline=30) as update:
+            with pytest.raises(InvalidWeights, match=message), group.update("bad", timeout=30) as update:
                 update.send(source)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UpdateAborted, match=r"safetensors"), group.update("bad", deadline=30) as update:
+    with pytest.raises(UpdateAborted, match=r"safetensors"), group.update("bad", timeout=30) as update:
         update.send(tmp_path / "empty")
     assert "bad" not in {state.version for state in group.status()}
     cluster.assert_serves_trainers_weights()
@@ -201,20 +201,20 @@ def test_pause_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGr
     group.resume()
     started = time.monotonic()
     with pytest.raises(PauseFailed, match="DP rank 1"):
-        group.pause("wait", deadline=0.2)
+        group.pause("wait", timeout=0.2)
     assert time.monotonic() - started < 1.2
     assert len(request.result(timeout=60)["token_ids"]) == LONG
-    assert {state.state for state in group.status()} == {"running"}
+    assert {state.generation for state in group.status()} == {"running"}
 
 
 def test_repeated_and_concurrent_pauses_and_resumes(cluster: Cluster, group: EngineGroup) -> None:
     with cluster.connect() as other:
         for _ in range(3):
             run_both(lambda: group.pause("keep"), lambda: other.pause("abort"))
-            assert {state.state for state in group.status()} == {"paused"}
+            assert {state.generation for state in group.status()} == {"paused"}
             group.pause("keep")
             run_both(group.resume, other.resume)
-            assert {state.state for state in other.status()} == {"running"}
+            assert {state.generation for state in other.status()} == {"running"}
             group.resume()
     cluster.assert_serves_trainers_weights()
 
@@ -229,9 +229,9 @@ def run_both(*calls: object) -> None:
 
 def test_update_inside_a_pause_leaves_the_engines_paused(cluster: Cluster, group: EngineGroup) -> None:
     group.pause("keep")
-    with group.update(cluster.train(), deadline=60) as update:
+    with group.update(cluster.train(), timeout=60) as update:
         update.send(cluster.model)
-    assert {state.state for state in group.status()} == {"paused"}
+    assert {state.generation for state in group.status()} == {"paused"}
     group.resume()
     cluster.assert_serves_trainers_weights()
 
@@ -255,7 +255,7 @@ def test_command_line(cluster: Cluster, group: EngineGroup, tmp_path: Path) -> N
     assert code == 0
     assert [(state["version"], state["state"]) for state in json.loads(said)] == [(version, "paused")] * 2
     assert call("resume")[0] == 0
-    assert {state.state for state in group.status()} == {"running"}
+    assert {state.generation for state in group.status()} == {"running"}
     code, said = call("update", "--from", str(tmp_path), "--to-version", "never")
     assert code == 1
     assert "not a checkpoint" in said
@@ -269,7 +269,7 @@ def test_stuck_engine_still_answers_status(cluster: Cluster, group: EngineGroup)
         request = cluster.start(1, PROMPT, 20)
         time.sleep(0.3)
         with pytest.raises(PauseFailed, match="DP rank 1"):
-            group.pause("keep", deadline=1.0)
+            group.pause("keep", timeout=1.0)
         started = time.monotonic()
         states = group.status()
         assert time.monotonic() - started < 1.0
@@ -296,7 +296,7 @@ def slowly():
             print("sending", flush=True)
             time.sleep(3600)
         yield name, torch.zeros_like(tensor)
-with group.update("of the dead", deadline=100, bucket_mib=0) as update:
+with group.update("of the dead", timeout=100, bucket_mib=0) as update:
     update.send(slowly())
 """
 
@@ -308,14 +308,14 @@ def test_trainer_killed_while_it_sends(cluster: Cluster, group: EngineGroup, rec
     try:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "sending\n"
-        assert {state.phase for state in group.status()} == {"receiving"}
+        assert {state.update_phase for state in group.status()} == {"receiving"}
     finally:
         trainer.kill()
         trainer.wait()
     cluster.assert_serves_trainers_weights()
     successor = cluster.connect() if reconnect == "new" else group
     started = time.monotonic()
-    with successor.update(cluster.train(), deadline=40) as update:
+    with successor.update(cluster.train(), timeout=40) as update:
         update.send(cluster.model)
     assert time.monotonic() - started < 15, "the dead trainer's lease runs out after 10 s"
     cluster.assert_serves_trainers_weights()
@@ -332,11 +332,11 @@ def test_killed_headless_engine_is_named(cluster: Cluster, group: EngineGroup) -
     started = time.monotonic()
     while group.engines()[-1].dp_rank == 1 and time.monotonic() - started < 10:
         time.sleep(0.2)
-    with pytest.raises(EnginesMissing, match=r"DP rank 1 .*not heard"), group.update("never", deadline=10) as update:
+    with pytest.raises(EnginesMissing, match=r"DP rank 1 .*not heard"), group.update("never", timeout=10) as update:
         update.send(cluster.model)
     assert time.monotonic() - started < 11
     states = group.status()
-    assert [state.state for state in states] == ["running", "unreachable"]
+    assert [state.generation for state in states] == ["running", "unreachable"]
     assert process_of(engine.workers[0].pid) in ("", "Z") or time.monotonic() - started < 15
 
 
@@ -347,5 +347,5 @@ def test_killed_head_engine_is_named(cluster: Cluster) -> None:
         time.sleep(1)
         started = time.monotonic()
         with pytest.raises(EngineUnreachable, match="directory"):
-            group.pause("keep", deadline=3)
+            group.pause("keep", timeout=3)
         assert time.monotonic() - started < 4

@@ -58,7 +58,7 @@ def memory(pid: int) -> int:
 
 
 def test_bad_frames_cost_real_engines_nothing(cluster: Cluster, group: EngineGroup) -> None:
-    with group.update(cluster.train(), deadline=60) as update:  # from here on the engines obey no frame of epoch 0
+    with group.update(cluster.train(), timeout=60) as update:  # from here on the engines obey no frame of epoch 0
         update.send(cluster.model)
     engines = group.engines()
     targets = [engines[1].address, cluster.deployment.directory]
@@ -76,6 +76,6 @@ def test_bad_frames_cost_real_engines_nothing(cluster: Cluster, group: EngineGro
     print(f"tokens/s: quiet {quiet}, under fire {under_fire}")  # noqa: T201 - a measurement
     assert ratio > SLOWEST
     assert memory(engines[1].pid) - before < MORE_MEMORY
-    with group.update(cluster.train(), deadline=60) as update:
+    with group.update(cluster.train(), timeout=60) as update:
         update.send(cluster.model)
     cluster.assert_serves_trainers_weights()

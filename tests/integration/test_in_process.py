@@ -54,7 +54,7 @@ facts = {"loaded": list(generate().token_ids) == oracle()}
 with EngineGroup.connect() as group:
     group.wait_ready(engines=1, timeout=30)
     train()
-    with group.update("one", deadline=30) as update:
+    with group.update("one", timeout=30) as update:
         update.send(model)
     facts["updated"] = list(generate().token_ids) == oracle()
     # A request in flight: frozen, switched under, and finished with the new weights.
@@ -65,7 +65,7 @@ with EngineGroup.connect() as group:
     while not llm.llm_engine.engine_core.engine_core.scheduler.running:
         pass
     train()
-    with group.update("two", deadline=30) as update:
+    with group.update("two", timeout=30) as update:
         update.send(model)
     thread.join()
     output = facts.pop("output")

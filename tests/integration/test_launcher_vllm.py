@@ -57,7 +57,7 @@ def test_moe_replica_over_two_nodes(cluster: RayCluster, tmp_path: Path) -> None
         assert len({engine.node for engine in replica.group.engines()}) == 2
         for version in (1, 2, 3):
             train(model, version)
-            with replica.group.update(version, deadline=60) as update:
+            with replica.group.update(version, timeout=60) as update:
                 update.send(model)
             assert token_exact(model, replica.url, 2)
 
@@ -69,11 +69,11 @@ def test_moe_replica_over_two_nodes(cluster: RayCluster, tmp_path: Path) -> None
             assert time.monotonic() < ends, state
             time.sleep(0.5)
         # All engines were started anew, and none serves what it was started with.
-        while {(one.phase, one.state) for one in replica.group.status()} != {("stale", "paused")}:
+        while {(one.update_phase, one.generation) for one in replica.group.status()} != {("stale", "paused")}:
             assert time.monotonic() < ends, replica.group.status()
             time.sleep(0.2)
         train(model, 4)
-        with replica.group.update(4, deadline=60) as update:
+        with replica.group.update(4, timeout=60) as update:
             update.send(model)
         host, port = replica.url.removeprefix("http://").split(":")
         while not responds_ok(host, int(port), "/health"):

@@ -23,7 +23,7 @@ def test_three_updates_are_token_exact(cluster: Cluster, group: EngineGroup) -> 
     cluster.assert_serves_trainers_weights()
     for _ in range(3):
         version = cluster.train()
-        with group.update(version, deadline=60) as update:
+        with group.update(version, timeout=60) as update:
             update.send(cluster.model)
         assert {state.version for state in group.status()} == {version}
         cluster.assert_serves_trainers_weights()
@@ -32,7 +32,7 @@ def test_three_updates_are_token_exact(cluster: Cluster, group: EngineGroup) -> 
 def test_update_with_requests_on_one_rank_only(cluster: Cluster, group: EngineGroup) -> None:
     requests = [cluster.start(0, PROMPT, 200), cluster.start(0, PROMPT[1:], 200)]
     cluster.wait_in_flight(group, 0)
-    with group.update(cluster.train(), deadline=60) as update:
+    with group.update(cluster.train(), timeout=60) as update:
         update.send(cluster.model)
     for request in requests:
         assert len(request.result(timeout=60)["token_ids"]) == 200
@@ -43,12 +43,12 @@ def test_update_with_requests_on_one_rank_only(cluster: Cluster, group: EngineGr
 def test_pause_and_resume_under_load(cluster: Cluster, group: EngineGroup, mode: str) -> None:
     requests = [cluster.start(rank, PROMPT, 60) for rank in (0, 1)]
     cluster.wait_in_flight(group, 0, 1)
-    group.pause(mode, deadline=30)  # type: ignore[arg-type]
+    group.pause(mode, timeout=30)  # type: ignore[arg-type]
     late = cluster.start(1, PROMPT, 4)
     time.sleep(0.3)
     assert not late.done()
-    assert {state.state for state in group.status()} == {"paused"}
-    group.resume(deadline=30)
+    assert {state.generation for state in group.status()} == {"paused"}
+    group.resume(timeout=30)
     for request in requests:
         choice = request.result(timeout=60)
         assert len(choice["token_ids"]) == 60 or (mode == "abort" and choice["finish_reason"] == "abort")
@@ -57,11 +57,11 @@ def test_pause_and_resume_under_load(cluster: Cluster, group: EngineGroup, mode:
 
 def test_pause_of_an_idle_group_and_again(cluster: Cluster, group: EngineGroup) -> None:
     for _ in range(5):
-        group.pause("keep", deadline=10)
-        group.pause("keep", deadline=10)
-        group.pause("abort", deadline=10)
-        group.resume(deadline=10)
-        group.resume(deadline=10)
+        group.pause("keep", timeout=10)
+        group.pause("keep", timeout=10)
+        group.pause("abort", timeout=10)
+        group.resume(timeout=10)
+        group.resume(timeout=10)
     cluster.assert_serves_trainers_weights()
 
 
@@ -69,9 +69,9 @@ def test_two_clients_pause_and_resume_at_once(cluster: Cluster, group: EngineGro
     with cluster.connect() as other, ThreadPoolExecutor(2) as pool:
         for _ in range(3):
             for call in ("pause", "resume"):
-                for future in [pool.submit(getattr(one, call), deadline=20) for one in (group, other)]:
+                for future in [pool.submit(getattr(one, call), timeout=20) for one in (group, other)]:
                     future.result(timeout=30)
-    assert {state.state for state in group.status()} == {"running"}
+    assert {state.generation for state in group.status()} == {"running"}
     cluster.assert_serves_trainers_weights()
 
 
@@ -92,8 +92,8 @@ def test_pause_that_only_some_ranks_got_is_taken_back(cluster: Cluster, group: E
 
     asyncio.run(pause_rank_0_alone())
     cluster.assert_serves_trainers_weights()
-    group.pause("keep", deadline=10)
-    group.resume(deadline=10)
+    group.pause("keep", timeout=10)
+    group.resume(timeout=10)
     cluster.assert_serves_trainers_weights()
 
 
@@ -127,6 +127,6 @@ def test_wait_over_its_deadline_is_taken_back(cluster: Cluster, group: EngineGro
     request = cluster.start(1, PROMPT, 250)
     cluster.wait_in_flight(group, 1)
     with pytest.raises(PauseFailed):
-        group.pause("wait", deadline=0.3)
+        group.pause("wait", timeout=0.3)
     assert len(request.result(timeout=100)["token_ids"]) == 250
     cluster.assert_serves_trainers_weights()

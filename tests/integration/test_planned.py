@@ -54,14 +54,14 @@ with EngineGroup.connect() as group:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        with group.update(version, deadline=60) as update:
+        with group.update(version, timeout=60) as update:
             update.send(model)
         facts["exact"].append(exact())
         facts["commit_ms"].append(round(update.result.commit_ms, 1))
     time.sleep(1)  # after a commit, workers look at what they have
     with torch.no_grad():
         model.model.norm.weight.mul_(torch.linspace(-2, 2, model.config.hidden_size))
-    with group.update("norm", deadline=60) as update:
+    with group.update("norm", timeout=60) as update:
         update.send(model)
     facts["kept"] = update.result.kept
     facts["exact"].append(exact())

@@ -55,15 +55,15 @@ with EngineGroup.connect() as group:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.05)
-            with group.update(version, deadline=60) as update:
+            with group.update(version, timeout=60) as update:
                 update.send(model)
         facts["verified"] = group.verify().equal
     except Exception as error:
         facts["error"] = f"{type(error).__name__}: {error}"
     (state,) = group.status()
-    facts |= {"phase": state.phase, "state": state.state, "version": state.version, "unproven": state.unproven}
+    facts |= {"phase": state.update_phase, "state": state.generation, "version": state.version, "unproven": state.unproven}
 facts["registers"] = len(llm.llm_engine.vllm_config.compilation_config.static_forward_context) == registers
-if state.state == "running":
+if state.generation == "running":
     options = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     said = llm.generate(TokensPrompt(prompt_token_ids=prompt), options, use_tqdm=False)[0].outputs[0].token_ids
     oracle = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()

@@ -38,19 +38,19 @@ def damage(folder: Path, rank: int, tensor: str) -> None:
 def update(cluster: Cluster, group: EngineGroup, folder: Path) -> None:
     """Train, update, and save what was sent."""
     version = cluster.train()
-    with group.update(version, deadline=60) as one:
+    with group.update(version, timeout=60) as one:
         one.send(cluster.model)
     cluster.model.save_pretrained(folder)
 
 
 def test_engines_that_start_serve_their_checkpoint(cluster: Cluster, group: EngineGroup, tmp_path: Path) -> None:
-    found = group.verify(cluster.deployment.model_dir, deadline=60)
+    found = group.verify(cluster.deployment.model_dir, timeout=60)
     assert found.equal, found.differences
     assert (found.engines, found.tensors > 30) == (2, True)
     weights = load_file(cluster.deployment.model_dir / "model.safetensors")
     weights[NORM].view(torch.uint8)[7] ^= 1
     save_file(weights, tmp_path / "model.safetensors")
-    found = group.verify(tmp_path, deadline=60)
+    found = group.verify(tmp_path, timeout=60)
     assert [(one.worker, one.tensor, one.reason) for one in found.differences] == [
         (0, NORM, "differs from the one in the checkpoint")
     ] * 2
@@ -61,7 +61,7 @@ def test_what_was_sent_is_what_is_served_update_after_update(
 ) -> None:
     for _ in range(3):
         update(cluster, group, tmp_path)
-        found = group.verify(tmp_path, deadline=60)
+        found = group.verify(tmp_path, timeout=60)
         assert found.equal, found.differences
         assert not found.unproven
     states = group.status()
@@ -75,7 +75,7 @@ def test_engines_generate_meanwhile(cluster: Cluster, group: EngineGroup) -> Non
     requests = [cluster.start(rank, [10, 20, 30], 300) for rank in (0, 1)]
     checks = 0
     while not all(request.done() for request in requests):
-        assert group.verify(deadline=60).equal
+        assert group.verify(timeout=60).equal
         checks += 1
     assert checks > 1
     for request in requests:
@@ -86,7 +86,7 @@ def test_verify_beside_updates_waits_for_them(cluster: Cluster, group: EngineGro
     from concurrent.futures import ThreadPoolExecutor
 
     with cluster.connect() as other, ThreadPoolExecutor(1) as pool:
-        checks = pool.submit(lambda: [other.verify(deadline=60).equal for _ in range(6)])
+        checks = pool.submit(lambda: [other.verify(timeout=60).equal for _ in range(6)])
         while not checks.done():
             update(cluster, group, tmp_path)
         assert all(checks.result())

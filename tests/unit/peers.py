@@ -61,8 +61,8 @@ def command(connection: Connection, directory: str, key_file: str, what: str) ->
     with EngineGroup.connect(directory, key_file=key_file) as group:
         if what == "pause":
             connection.send("pausing")
-            group.pause(deadline=60)
-        with group.update("new", deadline=60, on_phase=connection.send) as update:
+            group.pause(timeout=60)
+        with group.update("new", timeout=60, on_phase=connection.send) as update:
             update.send("/checkpoint")
 
 

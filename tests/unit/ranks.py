@@ -87,11 +87,11 @@ def update(
     connection: Connection,
     work: Callable[..., Any],
     seed: int,
-    deadline: float,
+    timeout: float,
     bucket: int,
     **given: Any,
 ) -> object:
-    opened = group.update(seed, process_group=dist.group.WORLD, deadline=deadline, **given)
+    opened = group.update(seed, process_group=dist.group.WORLD, timeout=timeout, **given)
     opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket)
     with opened:
         work(opened, seed, connection)

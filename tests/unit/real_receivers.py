@@ -137,7 +137,7 @@ def group(served: Served, key_file: Path) -> Iterator[EngineGroup]:
 
 
 def send(group: EngineGroup, source: Any, version: int = 1, dtype: str | None = None, **options: Any) -> None:
-    with group.update(version, **({"deadline": 20.0} | options)) as update:
+    with group.update(version, **({"timeout": 20.0} | options)) as update:
         update.send(source, dtype=dtype)
 
 

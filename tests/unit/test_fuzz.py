@@ -100,7 +100,7 @@ def test_bad_frames_cost_nobody_anything(
     endpoint = group.engines()[0].address
 
     def update(version: int) -> None:
-        with group.update(version, deadline=30) as under_way:
+        with group.update(version, timeout=30) as under_way:
             under_way.send(tmp_path)
         assert [state.version for state in group.status()] == [version] * 2
 
@@ -123,4 +123,4 @@ def test_bad_frames_cost_nobody_anything(
     grown = memory(process.pid) - memory_before
     assert grown < MORE_MEMORY, f"{grown >> 20} MiB more after {FRAMES - WARM_UP} frames"
     eventually(lambda: open_files(process.pid) <= files_before, timeout=15)
-    assert [state.state for state in group.status()] == ["running"] * 2
+    assert [state.generation for state in group.status()] == ["running"] * 2

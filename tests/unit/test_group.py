@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import itertools
 import signal
 import subprocess
@@ -60,7 +59,7 @@ def group(deployment: Deployment, key_file: Path) -> Iterator[EngineGroup]:
 
 
 def states(group: EngineGroup) -> list[str]:
-    return [state.state for state in group.status()]
+    return [state.generation for state in group.status()]
 
 
 def versions(deployment: Deployment) -> list[object]:
@@ -100,7 +99,7 @@ def test_where_nothing_listens_it_is_said_and_in_time(key_file: Path, free_port:
         with pytest.raises(EngineUnreachable, match=f"{HOST}:{free_port} did not answer within 0.5 s"):
             group.engines(timeout=0.5)
         with pytest.raises(EngineUnreachable, match=f"the directory .*{free_port} .*is the head node's engine up"):
-            group.pause(deadline=0.5)
+            group.pause(timeout=0.5)
         assert time.monotonic() - started < 2.0 + OVERRUN
 
 
@@ -119,7 +118,7 @@ def test_ranks_that_are_missing_are_named_with_the_way_out(key: security.Cluster
         assert "registered: 0 on node0, 2 on node2" in message
         assert "--worker-extension-cls" in message
         with pytest.raises(EnginesMissing, match="DP rank 1"):
-            group.pause(deadline=1.0)
+            group.pause(timeout=1.0)
 
 
 def test_too_few_replicas_are_counted(group: EngineGroup) -> None:
@@ -137,9 +136,9 @@ def test_one_group_spans_the_replicas_that_share_a_directory(
     ):
         found = group.wait_ready(4, timeout=10)
         assert sorted({engine.replica for engine in found}) == ["another", "shared", "simulated"]
-        group.pause(deadline=5)
+        group.pause(timeout=5)
         assert states(group) == ["paused"] * 4
-        group.resume(deadline=5)
+        group.resume(timeout=5)
         assert states(group) == ["running"] * 4
 
 
@@ -149,30 +148,36 @@ def test_status_shows_an_engine_that_does_not_answer_and_one_that_is_lost(
     gone = deployment.engines[1].name
     deployment.stop_engine(1)
     alive, unreachable = group.status(timeout=0.7)
-    assert (alive.state, unreachable.state, unreachable.name) == ("running", "unreachable", gone)
+    assert (alive.generation, unreachable.generation, unreachable.name) == ("running", "unreachable", gone)
     assert "did not answer within 0.7 s" in unreachable.error
     deployment.clock_skew += 6.0
     eventually(lambda: len(group.engines()) == 1)  # the other has beaten since
     alive, lost = group.status()
-    assert (alive.state, lost.state, lost.name) == ("running", "unreachable", gone)
-    assert "not heard for" in lost.error
-    with pytest.raises(EnginesMissing, match=r"DP rank 1 .*was not heard for"):
-        group.pause(deadline=1.0)
+    assert (alive.generation, lost.generation, lost.name) == ("running", "unreachable", gone)
+    assert "no heartbeat for" in lost.error
+    with pytest.raises(EnginesMissing, match=r"DP rank 1 .*no heartbeat for"):
+        group.pause(timeout=1.0)
 
 
 def test_a_command_waits_for_the_next_beat_of_engines_that_seem_lost(
     deployment: Deployment, group: EngineGroup
 ) -> None:
     deployment.clock_skew += 6.0  # as if all had slept until now
-    group.pause(deadline=5)
+    group.pause(timeout=5)
     assert states(group) == ["paused", "paused"]
 
 
 def test_status_tells_what_engines_say(deployment: Deployment, group: EngineGroup) -> None:
     deployment.engines[1].requests = 7
-    group.pause("wait", deadline=5)
+    group.pause("wait", timeout=5)
     first, second = group.status()
-    assert (first.dp_rank, first.headless, first.state, first.version, first.phase) == (0, False, "paused", 0, "idle")
+    assert (first.dp_rank, first.headless, first.generation, first.version, first.update_phase) == (
+        0,
+        False,
+        "paused",
+        0,
+        "idle",
+    )
     assert (second.dp_rank, second.headless, second.requests, second.node) == (1, True, 7, "node1")
 
 
@@ -180,9 +185,9 @@ def test_an_engine_that_comes_back_is_used_again(deployment: Deployment, group: 
     deployment.stop_engine(1)
     deployment.start_engine(1)
     eventually(lambda: [e.incarnation for e in group.engines()][1] == deployment.engines[1].endpoint.info.incarnation)
-    group.pause(deadline=5)
+    group.pause(timeout=5)
     assert deployment.engines[1].calls == ["pause keep"]
-    group.resume(deadline=5)
+    group.resume(timeout=5)
 
 
 # Pause and resume
@@ -191,11 +196,11 @@ def test_an_engine_that_comes_back_is_used_again(deployment: Deployment, group: 
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
 def test_pause_and_resume_reach_every_engine_once(deployment: Deployment, group: EngineGroup, mode: str) -> None:
     for _ in range(2):
-        group.pause(mode, deadline=5)  # type: ignore[arg-type]
+        group.pause(mode, timeout=5)  # type: ignore[arg-type]
         assert states(group) == ["paused", "paused"]
         assert not any(engine.running for engine in deployment.engines.values())
     for _ in range(2):
-        group.resume(deadline=5)
+        group.resume(timeout=5)
         assert states(group) == ["running", "running"]
     for engine in deployment.engines.values():
         assert engine.calls == [f"pause {mode}", "resume"]
@@ -204,7 +209,7 @@ def test_pause_and_resume_reach_every_engine_once(deployment: Deployment, group:
 def test_engines_are_asked_all_at_once(deployment: Deployment, group: EngineGroup) -> None:
     for engine in deployment.engines.values():
         engine.seconds["pause"] = 0.5
-    assert seconds(lambda: group.pause(deadline=5)) < 0.95
+    assert seconds(lambda: group.pause(timeout=5)) < 0.95
 
 
 def test_an_engine_that_does_not_pause_is_named_and_the_others_run_again(
@@ -214,7 +219,7 @@ def test_an_engine_that_does_not_pause_is_named_and_the_others_run_again(
     stuck.seconds["pause"] = NEVER
     started = time.monotonic()
     with pytest.raises(PauseFailed) as failed:
-        group.pause(deadline=1.0)
+        group.pause(timeout=1.0)
     assert 1.0 <= time.monotonic() - started < 1.0 + OVERRUN
     assert stuck.name in str(failed.value)
     assert deployment.engines[0].name not in str(failed.value)
@@ -224,16 +229,16 @@ def test_an_engine_that_does_not_pause_is_named_and_the_others_run_again(
 def test_a_pause_that_fails_at_once_says_why(deployment: Deployment, group: EngineGroup) -> None:
     deployment.engines[0].errors["pause"] = "the scheduler is broken"
     with pytest.raises(PauseFailed, match="the scheduler is broken"):
-        group.pause(deadline=5)
+        group.pause(timeout=5)
     eventually(lambda: states(group) == ["running", "running"])
 
 
 def test_an_engine_that_does_not_resume_is_named(deployment: Deployment, group: EngineGroup) -> None:
-    group.pause(deadline=5)
+    group.pause(timeout=5)
     deployment.engines[1].seconds["resume"] = NEVER
     started = time.monotonic()
     with pytest.raises(PauseFailed, match="not every engine resumed: DP rank 1"):
-        group.resume(deadline=1.0)
+        group.resume(timeout=1.0)
     assert time.monotonic() - started < 1.0 + OVERRUN
     assert states(group) == ["running", "resuming"]
 
@@ -245,7 +250,7 @@ def test_a_pause_that_completes_just_when_it_is_taken_back_does_not_leave_the_en
     slow.seconds["pause"] = 1.1
     slow.seconds["cancel"] = 0.3  # by then the pause has completed
     with pytest.raises(PauseFailed):
-        group.pause(deadline=1.0)
+        group.pause(timeout=1.0)
     eventually(lambda: states(group) == ["running", "running"])
     assert slow.running
 
@@ -263,8 +268,8 @@ def test_two_clients_that_pause_and_resume_at_the_same_time_do_not_disturb_each_
         with EngineGroup.connect(deployment.directory, key_file=key_file) as client:
             client.wait_ready(2, timeout=10)
             for _ in range(4):
-                client.pause(deadline=10)
-                client.resume(deadline=10)
+                client.pause(timeout=10)
+                client.resume(timeout=10)
 
     threads = [in_thread(work) for _ in range(2)]
     for thread, _ in threads:
@@ -278,7 +283,7 @@ def test_calls_of_one_group_from_several_threads_run_one_after_the_other(
 ) -> None:
     for engine in deployment.engines.values():
         engine.seconds["pause"] = 0.1
-    threads = [in_thread(lambda: group.pause(deadline=5)), in_thread(lambda: group.resume(deadline=5))]
+    threads = [in_thread(lambda: group.pause(timeout=5)), in_thread(lambda: group.resume(timeout=5))]
     for thread, outcome in threads:
         thread.join(10)
         assert outcome == [None]
@@ -294,7 +299,7 @@ def test_a_client_that_died_with_the_lease_holds_the_next_up_until_it_expires(
     deployment: Deployment, group: EngineGroup, raw: Callable[..., RawClient]
 ) -> None:
     take_lease(raw(deployment.directory), "dead", 1.0)
-    assert 0.7 < seconds(lambda: group.pause(deadline=5.0)) < 2.0
+    assert 0.7 < seconds(lambda: group.pause(timeout=5.0)) < 2.0
     assert states(group) == ["paused", "paused"]
 
 
@@ -304,7 +309,7 @@ def test_a_lease_that_another_keeps_is_an_error_that_names_the_holder(
     take_lease(raw(deployment.directory), "trainer on node7", 60.0)
     started = time.monotonic()
     with pytest.raises(RequestError, match="trainer on node7 commands these engines") as held:
-        group.pause(deadline=1.0)
+        group.pause(timeout=1.0)
     assert held.value.kind == "held"
     assert time.monotonic() - started < 1.0 + OVERRUN
     assert states(group) == ["running", "running"], "status needs no lease"
@@ -320,18 +325,18 @@ def test_a_lease_is_renewed_for_as_long_as_a_call_takes(
         EngineGroup.connect(deployment.directory, key_file=key_file) as other,
     ):
         slow.wait_ready(2, timeout=10)
-        pausing, paused = in_thread(lambda: slow.pause(deadline=10))
+        pausing, paused = in_thread(lambda: slow.pause(timeout=10))
         eventually(lambda: deployment.engines[0].calls)
         with pytest.raises(RequestError, match="commands these engines"):
-            other.resume(deadline=1.2)
+            other.resume(timeout=1.2)
         pausing.join(10)
         assert paused == [None]
 
 
 def test_a_lease_is_given_back_at_once(deployment: Deployment, group: EngineGroup, key_file: Path) -> None:
-    group.pause(deadline=5)
+    group.pause(timeout=5)
     with EngineGroup.connect(deployment.directory, key_file=key_file) as next_one:
-        assert seconds(lambda: next_one.resume(deadline=5)) < 1.0
+        assert seconds(lambda: next_one.resume(timeout=5)) < 1.0
 
 
 def test_a_successor_aborts_what_a_dead_trainer_left_behind_and_resumes(
@@ -350,7 +355,7 @@ def test_a_successor_aborts_what_a_dead_trainer_left_behind_and_resumes(
         ):
             assert isinstance(trainer.ask(request), Ack)
     assert states(group) == ["paused", "paused"]
-    update(group, 7, deadline=10)
+    update(group, 7, timeout=10)
     assert versions(deployment) == [7, 7]
     assert states(group) == ["running", "running"]
 
@@ -371,7 +376,7 @@ def test_a_successor_finishes_what_a_dead_trainer_committed_on_one_engine(
         ):
             assert isinstance(trainer.ask(request), Ack)
     assert isinstance(trainers[0].ask(Commit(epoch=epoch, update="left")), Ack)
-    group.resume(deadline=10)
+    group.resume(timeout=10)
     assert versions(deployment) == ["half", "half"]
     assert states(group) == ["running", "running"]
     refused = trainers[1].ask(Fence(epoch=epoch))
@@ -382,7 +387,7 @@ def test_a_successor_finishes_what_a_dead_trainer_committed_on_one_engine(
 
 
 def test_an_update_moves_every_engine_and_says_what_it_took(deployment: Deployment, group: EngineGroup) -> None:
-    with group.update("v1", deadline=10) as opened:
+    with group.update("v1", timeout=10) as opened:
         opened.send("/nowhere")
         assert versions(deployment) == [0, 0], "nothing switches before the block is left"
         assert all(engine.running for engine in deployment.engines.values()), "they generate meanwhile"
@@ -400,17 +405,17 @@ def test_an_update_moves_every_engine_and_says_what_it_took(deployment: Deployme
 
 def test_versions_may_be_any_and_may_go_back(deployment: Deployment, group: EngineGroup) -> None:
     for version in (3, "three", 2):
-        update(group, version, deadline=10)
+        update(group, version, timeout=10)
         assert [state.version for state in group.status()] == [version, version]
         assert versions(deployment) == [version, version]
 
 
 def test_engines_that_were_paused_stay_paused(deployment: Deployment, group: EngineGroup) -> None:
-    group.pause(deadline=5)
-    update(group, 1, deadline=10)
+    group.pause(timeout=5)
+    update(group, 1, timeout=10)
     assert states(group) == ["paused", "paused"]
     assert versions(deployment) == [1, 1]
-    group.resume(deadline=5)
+    group.resume(timeout=5)
 
 
 @pytest.mark.parametrize("step", ["begin", "prepare"])
@@ -421,13 +426,13 @@ def test_a_worker_that_fails_aborts_the_update_everywhere(
     for rank in failing:
         deployment.engines[rank].errors[step] = "out of memory"
     with pytest.raises(UpdateAborted, match="out of memory"):
-        update(group, 1, deadline=10)
+        update(group, 1, timeout=10)
     assert versions(deployment) == [0, 0]
-    assert [state.phase for state in group.status()] == ["idle", "idle"]
+    assert [state.update_phase for state in group.status()] == ["idle", "idle"]
     for engine in deployment.engines.values():
         assert engine.calls == [], "generation was never touched"
         engine.errors.clear()
-    update(group, 2, deadline=10)
+    update(group, 2, timeout=10)
     assert versions(deployment) == [2, 2]
 
 
@@ -438,12 +443,12 @@ def test_an_engine_that_goes_silent_aborts_the_update_in_time(
     deployment.engines[1].seconds[step] = NEVER
     started = time.monotonic()
     with pytest.raises(UpdateAborted):
-        update(group, 1, deadline=1.0)
+        update(group, 1, timeout=1.0)
     assert time.monotonic() - started < 1.0 + OVERRUN
     deployment.engines[1].seconds.clear()
     eventually(lambda: states(group) == ["running", "running"])
     assert versions(deployment) == [0, 0]
-    update(group, 2, deadline=10)
+    update(group, 2, timeout=10)
     assert versions(deployment) == [2, 2]
 
 
@@ -452,40 +457,40 @@ def test_a_commit_that_fails_is_reported_and_its_engine_stays_out_until_the_next
 ) -> None:
     broken = deployment.engines[1]
     broken.errors["commit"] = "a weight did not fit"
-    with group.update(1, deadline=10) as opened:
+    with group.update(1, timeout=10) as opened:
         opened.send("/nowhere")
     assert list(opened.result.lost) == [broken.name]
     assert "a weight did not fit" in opened.result.lost[broken.name]
     assert opened.result.engines == (deployment.engines[0].name,)
-    assert [state.phase for state in group.status()] == ["idle", "tainted"]
+    assert [state.update_phase for state in group.status()] == ["idle", "tainted"]
     assert not broken.running
     with pytest.raises(PauseFailed, match="tainted"):
-        group.resume(deadline=2)
+        group.resume(timeout=2)
     broken.errors.clear()
-    update(group, 2, deadline=10)
+    update(group, 2, timeout=10)
     assert versions(deployment) == [2, 2]
 
 
 def test_an_error_in_the_block_aborts_the_update_and_is_not_hidden(deployment: Deployment, group: EngineGroup) -> None:
-    opened = group.update(1, deadline=10)
+    opened = group.update(1, timeout=10)
     with pytest.raises(ZeroDivisionError), opened:  # noqa: PT012 - the block is what is tested
         opened.send("/nowhere")
         raise ZeroDivisionError
     assert versions(deployment) == [0, 0]
-    assert [state.phase for state in group.status()] == ["idle", "idle"]
+    assert [state.update_phase for state in group.status()] == ["idle", "idle"]
     assert all(engine.calls == [] for engine in deployment.engines.values())
     with pytest.raises(ArealError, match="no result"):
         _ = opened.result
 
 
 def test_a_block_that_sends_nothing_is_an_error(deployment: Deployment, group: EngineGroup) -> None:
-    with pytest.raises(InvalidWeights, match=r"call update\.send"), group.update(1, deadline=10):
+    with pytest.raises(InvalidWeights, match=r"call update\.send"), group.update(1, timeout=10):
         pass
     assert all(engine.orders == [] for engine in deployment.engines.values())
 
 
 def test_an_update_sends_once(group: EngineGroup) -> None:
-    with group.update(1, deadline=10) as opened:
+    with group.update(1, timeout=10) as opened:
         opened.send("/nowhere")
         with pytest.raises(ArealError, match="sends once"):
             opened.send("/nowhere")
@@ -522,9 +527,9 @@ def another_process(key_file: Path, *options: str) -> Iterator[tuple[subprocess.
 
 def calls(group: EngineGroup, deadline: float) -> dict[str, Callable[[], object]]:
     return {
-        "pause": lambda: group.pause(deadline=deadline),
-        "resume": lambda: group.resume(deadline=deadline),
-        "update": lambda: update(group, 1, deadline=deadline),
+        "pause": lambda: group.pause(timeout=deadline),
+        "resume": lambda: group.resume(timeout=deadline),
+        "update": lambda: update(group, 1, timeout=deadline),
         "status": lambda: group.status(timeout=deadline),
         "engines": lambda: group.engines(timeout=deadline),
         "wait_ready": lambda: group.wait_ready(2, timeout=deadline),
@@ -541,8 +546,8 @@ def test_no_call_outlasts_its_deadline_where_everything_is_stopped_or_killed(key
             assert time.monotonic() - started < 0.4 + OVERRUN, name
         engines.send_signal(signal.SIGCONT)
         group.wait_ready(2, timeout=10)
-        group.pause(deadline=5)
-        group.resume(deadline=5)
+        group.pause(timeout=5)
+        group.resume(timeout=5)
         engines.kill()
         engines.wait()
         for name, call in calls(group, 0.3).items():
@@ -555,7 +560,7 @@ def test_no_call_outlasts_its_deadline_where_everything_is_stopped_or_killed(key
 @pytest.mark.parametrize("moment", ["receiving", "pausing"])
 def test_no_update_outlasts_its_deadline_where_everything_stops_in_its_midst(key_file: Path, moment: str) -> None:
     with another_process(key_file, "--pause-seconds", "0.5") as (engines, group):
-        opened = group.update(1, deadline=1.0)
+        opened = group.update(1, timeout=1.0)
         started = time.monotonic()
         with pytest.raises(UpdateAborted), opened:  # noqa: PT012 - the block is what is tested
             opened.send("/nowhere")
@@ -571,35 +576,21 @@ def test_a_pause_does_not_outlast_its_deadline_where_everything_stops_in_its_mid
         threading.Timer(0.25, engines.send_signal, (signal.SIGSTOP,)).start()
         started = time.monotonic()
         with pytest.raises(ArealError):
-            group.pause(deadline=0.7)
+            group.pause(timeout=0.7)
         assert time.monotonic() - started < 0.7 + OVERRUN
 
 
 # The classes
 
 
-def test_both_clients_have_the_same_methods() -> None:
-    def methods(kind: type) -> dict[str, list[str]]:
-        return {
-            name: [parameter for parameter in inspect.signature(member).parameters if parameter != "options"]
-            for name, member in inspect.getmembers(kind, callable)
-            if not name.startswith("_")
-        }
-
-    plain, asynchronous = methods(EngineGroup), methods(AsyncEngineGroup)
-    assert set(plain) == set(asynchronous)
-    for name in set(plain) - {"update"}:
-        assert plain[name] == asynchronous[name], name
-
-
 def test_the_asynchronous_client_does_the_same(deployment: Deployment, key_file: Path) -> None:
     async def work() -> None:
         async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as group:
             assert len(await group.wait_ready(2, timeout=10)) == 2
-            await group.pause("abort", deadline=5)
-            assert [state.state for state in await group.status()] == ["paused", "paused"]
-            await group.resume(deadline=5)
-            async with group.update(4, deadline=10) as opened:
+            await group.pause("abort", timeout=5)
+            assert [state.generation for state in await group.status()] == ["paused", "paused"]
+            await group.resume(timeout=5)
+            async with group.update(4, timeout=10) as opened:
                 await opened.send("/nowhere")
             assert opened.result.version == 4
             assert [engine.dp_rank for engine in await group.engines()] == [0, 1]
@@ -627,6 +618,6 @@ def test_a_group_leaves_no_thread_and_no_socket_behind(deployment: Deployment, k
     for _ in itertools.repeat(None, 3):
         with EngineGroup.connect(deployment.directory, key_file=key_file) as group:
             group.wait_ready(2, timeout=10)
-            group.pause(deadline=5)
-            group.resume(deadline=5)
+            group.pause(timeout=5)
+            group.resume(timeout=5)
     eventually(lambda: all(now <= then for now, then in zip(open_now(), before, strict=True)))

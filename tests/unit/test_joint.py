@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["checkpoint", "served", "shared_engines"]  # the fixtures
 
 
-def options(seed: int, deadline: float = 20.0, bucket: int = 300) -> dict[str, object]:
-    return {"seed": seed, "deadline": deadline, "bucket": bucket}
+def options(seed: int, timeout: float = 20.0, bucket: int = 300) -> dict[str, object]:
+    return {"seed": seed, "timeout": timeout, "bucket": bucket}
 
 
 def start(deployment: Deployment, key_file: Path) -> Ranks:
@@ -56,7 +56,7 @@ def test_weights_are_gathered_where_they_are_sharded_and_every_rank_has_the_resu
     ranks: Ranks, served: Served, work: str, bucket: int
 ) -> None:
     if work == "fsdp":
-        ranks.begin("imports", **options(0, deadline=100))
+        ranks.begin("imports", **options(0, timeout=100))
         assert [ranks.outcome(rank, timeout=120)[0] for rank in range(2)] == ["InvalidWeights", "UpdateAborted"]
     for seed in (1, 2):
         assert_works(ranks, served, seed, work, bucket)
@@ -122,7 +122,7 @@ def test_an_engine_that_votes_no_fails_all_ranks(ranks: Ranks, served: Served) -
 
 
 def test_a_rank_that_is_killed_leaves_no_other_hanging(mortal: Ranks, served: Served) -> None:
-    mortal.begin("one_by_one", "dies", **options(7, deadline=4.0))
+    mortal.begin("one_by_one", "dies", **options(7, timeout=4.0))
     kind, message, seconds = mortal.outcome(0)
     assert kind == "UpdateAborted", message
     assert seconds < 6.0
@@ -132,7 +132,7 @@ def test_a_rank_that_is_killed_leaves_no_other_hanging(mortal: Ranks, served: Se
 def test_rank_0_that_is_killed_leaves_no_other_hanging_and_engines_recover(
     mortal: Ranks, ranks: Ranks, served: Served
 ) -> None:
-    mortal.begin("dies", "one_by_one", **options(7, deadline=4.0))
+    mortal.begin("dies", "one_by_one", **options(7, timeout=4.0))
     kind, message, seconds = mortal.outcome(1)
     assert kind == "UpdateAborted", message
     assert seconds < 6.0
@@ -141,7 +141,7 @@ def test_rank_0_that_is_killed_leaves_no_other_hanging_and_engines_recover(
 
 def test_a_rank_that_never_comes_is_named(mortal: Ranks, served: Served) -> None:
     os.kill(mortal.pids[1] or 0, signal.SIGSTOP)
-    mortal.begin("whole", **options(9, deadline=1.5))
+    mortal.begin("whole", **options(9, timeout=1.5))
     kind, message, seconds = mortal.outcome(0)
     assert kind == "UpdateAborted"
     assert "did not agree in time: rank 1 of the trainer did not come to step 1" in message
@@ -153,7 +153,7 @@ def test_a_rank_that_never_comes_is_named(mortal: Ranks, served: Served) -> None
 def test_a_rank_that_stalls_is_given_up_by_all(mortal: Ranks, served: Served, stalling: int) -> None:
     work = ["one_by_one", "one_by_one"]
     work[stalling] = "waits"
-    mortal.begin(*work, **options(9, deadline=1.5))
+    mortal.begin(*work, **options(9, timeout=1.5))
     mortal.heard(stalling, "waiting")
     for rank in range(2):
         kind, _, seconds = mortal.outcome(rank)
@@ -163,7 +163,7 @@ def test_a_rank_that_stalls_is_given_up_by_all(mortal: Ranks, served: Served, st
 
 
 def test_a_rank_that_is_stuck_in_a_collective_is_given_up_by_its_deadline(mortal: Ranks, served: Served) -> None:
-    mortal.begin("rows", "leaves_the_collective", **options(9, deadline=1.5, bucket=1 << 20))
+    mortal.begin("rows", "leaves_the_collective", **options(9, timeout=1.5, bucket=1 << 20))
     mortal.heard(1, "left")
     for rank in range(2):
         kind, message, seconds = mortal.outcome(rank)

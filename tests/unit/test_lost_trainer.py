@@ -105,10 +105,10 @@ def test_engines_stay_paused_where_they_are_set_so(key: security.ClusterKey, key
             lambda: all(e.endpoint.participant.update_phase == "idle" for e in two.engines.values()), timeout=SETTLED
         )
         time.sleep(1.5)  # one more beat
-        assert {(state.state, state.phase) for state in group.status()} == {("paused", "idle")}
-        with group.update(2, deadline=5) as update:
+        assert {(state.generation, state.update_phase) for state in group.status()} == {("paused", "idle")}
+        with group.update(2, timeout=5) as update:
             update.send("/nowhere")
-        assert {(state.state, state.version) for state in group.status()} == {("running", 2)}
+        assert {(state.generation, state.version) for state in group.status()} == {("running", 2)}
 
 
 def test_a_live_trainer_is_left_alone(ready: Deployment, raw: Raw, key_file: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_live_trainer_is_left_alone(ready: Deployment, raw: Raw, key_file: Pat
     slow.seconds["prepare"] = 3.0
     with (
         EngineGroup.connect(ready.directory, key_file=key_file) as group,
-        group.update(1, deadline=20) as update,
+        group.update(1, timeout=20) as update,
     ):
         update.send("/nowhere")
     assert update.result.lost == {}
@@ -126,7 +126,7 @@ def test_a_pause_ends_with_its_holder(ready: Deployment, key_file: Path) -> None
     with EngineGroup.connect(ready.directory, key_file=key_file) as group:
         group.pause(lease=1.0)
         time.sleep(2.5)
-        assert {state.state for state in group.status()} == {"paused"}  # its holder lives
+        assert {state.generation for state in group.status()} == {"paused"}  # its holder lives
     eventually(lambda: all(engine.running for engine in ready.engines.values()), timeout=1.0 + SETTLED)
 
 
@@ -146,25 +146,27 @@ def update(group: EngineGroup, version: int, **options: object) -> None:
 
 def test_an_engine_that_restarts_serves_nothing_old(ready: Deployment, key_file: Path) -> None:
     with EngineGroup.connect(ready.directory, key_file=key_file) as group:
-        update(group, 1, deadline=5)
+        update(group, 1, timeout=5)
         ready.stop_engine(1)
         again = ready.start_engine(1)
         eventually(lambda: not again.running)
-        assert [state.phase for state in group.status()] == ["idle", "stale"]
+        assert [state.update_phase for state in group.status()] == ["idle", "stale"]
         with pytest.raises(PauseFailed, match=r"weights are stale \(the group is at version 1, this engine at 0\)"):
-            group.resume(deadline=2)
-        update(group, 2, deadline=5)
-        assert [(state.phase, state.state, state.version) for state in group.status()] == [("idle", "running", 2)] * 2
+            group.resume(timeout=2)
+        update(group, 2, timeout=5)
+        assert [(state.update_phase, state.generation, state.version) for state in group.status()] == [
+            ("idle", "running", 2)
+        ] * 2
         assert again.commits == [(2, True)]
 
 
 def test_engines_that_all_restart_serve_again(ready: Deployment, key_file: Path) -> None:
     with EngineGroup.connect(ready.directory, key_file=key_file) as group:
-        update(group, 1, deadline=5)
+        update(group, 1, timeout=5)
         for rank in (0, 1):
             ready.stop_engine(rank)
             ready.start_engine(rank)
-        eventually(lambda: [state.state for state in group.status()] == ["running"] * 2, timeout=8)
+        eventually(lambda: [state.generation for state in group.status()] == ["running"] * 2, timeout=8)
         assert [engine.version for engine in ready.engines.values()] == [0, 0]
 
 
@@ -173,20 +175,22 @@ def test_an_engine_lost_in_the_commit_is_dropped_and_the_others_go_on(ready: Dep
     stuck.seconds["commit"] = NEVER
     with EngineGroup.connect(ready.directory, key_file=key_file) as group:
         started = time.monotonic()
-        with group.update(1, deadline=2) as opened:
+        with group.update(1, timeout=2) as opened:
             opened.send("/nowhere")
         assert time.monotonic() - started < 3.0
         assert list(opened.result.lost) == [stuck.name]
         assert ready.engines[0].running
         ready.stop_engine(1)
         time.sleep(5.5)  # now the directory knows
-        update(group, 2, deadline=5)
+        update(group, 2, timeout=5)
         assert ready.engines[0].version == 2
         again = ready.start_engine(1)
         eventually(lambda: len(group.engines()) == 2)
         eventually(lambda: not again.running)
-        update(group, 3, deadline=5)
-        assert [(state.phase, state.state, state.version) for state in group.status()] == [("idle", "running", 3)] * 2
+        update(group, 3, timeout=5)
+        assert [(state.update_phase, state.generation, state.version) for state in group.status()] == [
+            ("idle", "running", 3)
+        ] * 2
         assert [engine.version for engine in ready.engines.values()] == [3, 3]
 
 
@@ -209,7 +213,7 @@ def test_commits_that_nobody_answers_are_an_error_of_their_own(ready: Deployment
         started = time.monotonic()
         with (
             pytest.raises(UpdateInDoubt, match="all will have switched, or none"),
-            group.update(1, deadline=1) as opened,
+            group.update(1, timeout=1) as opened,
         ):
             opened.send("/nowhere")
         assert time.monotonic() - started < 2.0
@@ -231,7 +235,7 @@ def test_the_directory_leaves_engines_alone_that_are_settled(
     """Beats from the midst of an update come, or count, until the next ones: they are no reason to fence anybody."""
     ready.engines[0].seconds["prepare"] = 1.2  # so that beats tell of an update
     with EngineGroup.connect(ready.directory, key_file=key_file) as group:
-        update(group, 1, deadline=5)
+        update(group, 1, timeout=5)
         epoch = ready.engines[0].endpoint.participant.epoch
         time.sleep(2.0)
     assert ready.engines[0].endpoint.participant.epoch == epoch
@@ -268,7 +272,7 @@ def test_a_trainer_that_slept_through_its_lease_hears_what_became_of_its_update(
             client.ask(Resume(epoch=lease.epoch))
 
     with EngineGroup.connect(ready.directory, key_file=key_file) as group:
-        opened = group.update(1, deadline=10, on_phase=successor_comes)
+        opened = group.update(1, timeout=10, on_phase=successor_comes)
         if committed:
             with opened:
                 opened.send("/nowhere")

@@ -104,7 +104,7 @@ def test_a_rank_that_writes_to_what_it_lends_fails_all(
 ) -> None:
     work = ["whole", "whole"]
     work[failing] = "writes_to_what_it_lends"
-    outcomes = ranks.both(*work, **options(7, deadline=8.0), senders=senders)
+    outcomes = ranks.both(*work, **options(7, timeout=8.0), senders=senders)
     assert [outcome[0] for outcome in outcomes] == ["UpdateAborted"] * 2, outcomes
     assert all("norm was changed before the update was over" in outcome[1] for outcome in outcomes), outcomes
     assert_untouched(served)
@@ -116,7 +116,7 @@ def test_a_rank_that_writes_to_what_it_lends_fails_all(
 def test_a_rank_that_fails_in_its_part_fails_all(ranks: Ranks, served: Served, senders: str, failing: int) -> None:
     work = ["whole", "whole"]
     work[failing] = "fails_in_its_part"
-    outcomes = ranks.both(*work, **options(7, deadline=8.0), senders=senders)
+    outcomes = ranks.both(*work, **options(7, timeout=8.0), senders=senders)
     assert outcomes[failing][0] == "ZeroDivisionError"
     assert outcomes[1 - failing][0] == "UpdateAborted"
     assert_untouched(served)
@@ -143,7 +143,7 @@ def test_a_rank_that_is_killed_in_its_part_leaves_no_other_hanging(
 ) -> None:
     work = ["whole", "whole"]
     work[dying] = "dies_in_its_part"
-    mortal.begin(*work, **options(9, deadline=4.0), senders=senders)
+    mortal.begin(*work, **options(9, timeout=4.0), senders=senders)
     kind, message, seconds = mortal.outcome(1 - dying)
     assert kind == "UpdateAborted", message
     assert seconds < 6.0

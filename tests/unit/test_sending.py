@@ -66,7 +66,7 @@ def test_many_small_buckets_bring_the_same(
     served: Served, group: EngineGroup, transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     new = weights(4)
-    opened = group.update(1, deadline=20, transport=transport)
+    opened = group.update(1, timeout=20, transport=transport)
     options = dataclasses.replace(opened._update._options, bucket_bytes=300)
     monkeypatch.setattr(opened._update, "_options", options)
     with opened:
@@ -91,7 +91,7 @@ def test_no_bucket_is_announced_after_one_that_did_not_get_through(
 
     monkeypatch.setattr(Sending, "announce", noted)
     monkeypatch.setattr(BroadcastSink, "start", stalls)
-    opened = group.update(1, deadline=20, transport="broadcast")
+    opened = group.update(1, timeout=20, transport="broadcast")
     monkeypatch.setattr(opened._update, "_options", dataclasses.replace(opened._update._options, bucket_bytes=300))
     with pytest.raises(UpdateAborted, match="the wire is dead"), opened:
         opened.send(weights(5))
@@ -101,7 +101,7 @@ def test_no_bucket_is_announced_after_one_that_did_not_get_through(
 
 def small_buckets(group: EngineGroup, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
     """An update in buckets of 300 bytes: one for each tensor but the last two."""
-    opened = group.update(1, deadline=20, **options)
+    opened = group.update(1, timeout=20, **options)
     monkeypatch.setattr(opened._update, "_options", dataclasses.replace(opened._update._options, bucket_bytes=300))
     return opened
 
@@ -196,7 +196,7 @@ def test_an_error_while_workers_get_ready_ends_an_update_in_order(
         patched.setattr(Sending, "part", lambda *_: 1 / 0)
         phases: list[tuple[str, float]] = []
         opened = group.update(
-            1, deadline=20, transport="shared_memory", on_phase=lambda phase: phases.append((phase, time.monotonic()))
+            1, timeout=20, transport="shared_memory", on_phase=lambda phase: phases.append((phase, time.monotonic()))
         )
         with pytest.raises(ZeroDivisionError), opened as update:
             update.send(weights(5))
@@ -351,7 +351,7 @@ def test_a_trainer_that_stalls_is_given_up_and_the_next_one_works(
             yield name, tensor
 
     with pytest.raises(UpdateAborted):
-        send(group, stalling(), deadline=1.0, transport=transport)
+        send(group, stalling(), timeout=1.0, transport=transport)
     assert_untouched(served)
     send(group, new)
     assert served.serves(new)
@@ -372,12 +372,12 @@ def test_an_engine_that_never_pauses_aborts_what_was_received(served: Served, gr
     engine.seconds["pause"] = NEVER
     try:
         with pytest.raises(UpdateAborted):
-            send(group, weights(1), deadline=1.0)
+            send(group, weights(1), timeout=1.0)
     finally:
         engine.seconds.clear()
     assert served.weights == {}
     eventually(served.staging_is_free)
-    eventually(lambda: [state.state for state in group.status()] == ["running", "running"])
+    eventually(lambda: [state.generation for state in group.status()] == ["running", "running"])
 
 
 def test_two_trainers_that_update_at_the_same_time_do_not_mix(served: Served, key_file: Path) -> None:
@@ -567,7 +567,7 @@ def test_weights_that_turn_out_wrong_pause_their_engine_until_the_next_update(
     served.receivers[0][1]._report_damage(engine.endpoint.participant.last_update, "layer.0 was not applied")
     eventually(lambda: not engine.running)
     state = group.status()[0]
-    assert (state.phase, state.error) == ("tainted", "worker 1: layer.0 was not applied")
+    assert (state.update_phase, state.error) == ("tainted", "worker 1: layer.0 was not applied")
     assert served.deployment.engines[1].running
     send(group, weights(2))
     assert served.serves(weights(2))

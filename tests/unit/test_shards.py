@@ -87,7 +87,7 @@ def staged_at_commit(shards: Shards, group: EngineGroup, version: int, **options
         if phase == "commit":
             whole.extend(set(one.receiver.reception.staged.tensors) for one in shards.ranks)
 
-    with group.update(version, deadline=20.0, on_phase=on_phase, **options) as running:
+    with group.update(version, timeout=20.0, on_phase=on_phase, **options) as running:
         running.send(weights(version))
     assert shards.serve(weights(version))
     return whole
@@ -127,7 +127,7 @@ def test_other_tensors_are_a_no_where_parts_only_were_kept_and_the_next_update_b
         pytest.raises(
             UpdateAborted, match="other tensors were sent than in the last update: nothing was applied; send"
         ),
-        group.update(7, deadline=20.0, bucket_mib=0) as running,
+        group.update(7, timeout=20.0, bucket_mib=0) as running,
     ):
         running.send(weights(7))
     assert shards.serve(weights(1))

@@ -85,7 +85,7 @@ def group(engines: Deployment, key_file: Path) -> Iterator[EngineGroup]:
 
 def update(group: EngineGroup, path: Path | None, seed: int = 1, bucket_bytes: int = 8192, **options: Any) -> None:
     """In buckets of a few tensors."""
-    opened = group.update(seed, **{"deadline": 20.0, "trace": path, **options})
+    opened = group.update(seed, **{"timeout": 20.0, "trace": path, **options})
     opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket_bytes)
     with opened:
         opened.send(weights(seed))
@@ -191,7 +191,7 @@ def test_an_aborted_update_has_a_trace_of_what_there_was(
     path = tmp_path / "trace.json"
 
     def trainer_fails() -> None:
-        with group.update(1, deadline=20, trace=path) as opened:
+        with group.update(1, timeout=20, trace=path) as opened:
             opened.send(weights(1))
             raise ZeroDivisionError
 
@@ -215,7 +215,7 @@ def test_a_worker_that_hangs_is_seen_where_it_hangs(
     monkeypatch.setattr(sender_stream, "first_corrupt", lambda *_: freed.wait(20) and None)
     try:
         with pytest.raises(UpdateAborted):
-            update(group, tmp_path / "trace.json", deadline=1.0)
+            update(group, tmp_path / "trace.json", timeout=1.0)
     finally:
         freed.set()
     found = File(tmp_path / "trace.json")
@@ -239,7 +239,7 @@ def test_an_engine_or_a_worker_that_does_not_tell_is_missing_and_no_error(
         deployment.engines[2].seconds["trace"] = NEVER
         deployment.engines[1].endpoint.tracing.ask = lambda *_: []  # type: ignore[method-assign] # it never answers
         started = time.monotonic()
-        with client.update(1, deadline=20, trace=path) as opened:
+        with client.update(1, timeout=20, trace=path) as opened:
             opened.send("/nothing")
         assert time.monotonic() - started < 4
         assert opened.result.lost == {}

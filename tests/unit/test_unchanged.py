@@ -149,7 +149,7 @@ def trained(before: int, after: int) -> dict[str, torch.Tensor]:
 
 
 def update(group: EngineGroup, source: Any, version: int, bucket_bytes: int = 1 << 20, **options: Any) -> Any:
-    opened = group.update(version, deadline=20.0, **options)
+    opened = group.update(version, timeout=20.0, **options)
     opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket_bytes)
     with opened as running:
         running.send(source)
@@ -243,15 +243,15 @@ def test_memory_that_was_lent_and_taken_back_before_it_was_loaded_taints_the_eng
         if phase == "commit":
             receiver.reception.staged.stamps[7] = torch.tensor(0)
 
-    with group.update(2, deadline=20.0, on_phase=on_phase) as running:
+    with group.update(2, timeout=20.0, on_phase=on_phase) as running:
         running.send(weights(2))
     ((lost, why),) = running.result.lost.items()
     assert lost == engines.deployment.engines[1].name
     assert "revoked its memory before it was loaded" in why
-    assert {state.phase for state in group.status()} == {"idle", "tainted"}
+    assert {state.update_phase for state in group.status()} == {"idle", "tainted"}
     assert update(group, weights(3), 3).kept == 0
     assert engines.serve(weights(3))
-    assert {state.phase for state in group.status()} == {"idle"}
+    assert {state.update_phase for state in group.status()} == {"idle"}
 
 
 def test_the_switch_interval_is_short_only_during_an_update(engines: Engines, group: EngineGroup) -> None:
@@ -270,7 +270,7 @@ def test_the_look_at_what_was_committed_waits_for_an_update_that_is_on_its_way(
             time.sleep(0.5)  # longer than it takes to come
             known.extend(one._areal_receiver.context.live_weights.base()[0] for one in engines.all_workers)
 
-    with group.update(3, deadline=20.0, on_phase=on_phase) as running:
+    with group.update(3, timeout=20.0, on_phase=on_phase) as running:
         running.send(trained(1, 3))
     assert known == [""] * len(engines.all_workers)
     engines.wait_known()

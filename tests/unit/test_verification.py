@@ -120,23 +120,23 @@ def test_every_engine_is_asked_and_a_busy_one_again(key: Any, key_file: Path) ->
     ):
         deployment.wait_attached()
         client.wait_ready(3, timeout=10)
-        assert client.verify(deadline=5).equal
+        assert client.verify(timeout=5).equal
         deployment.engines[1].live = {"embed": 1}
-        assert [one.engine for one in client.verify(deadline=5).differences] == [deployment.engines[1].name] * 2
+        assert [one.engine for one in client.verify(timeout=5).differences] == [deployment.engines[1].name] * 2
         del deployment.engines[1].live["embed"]
         deployment.engines[2].busy = 2
-        assert client.verify(deadline=5).equal
+        assert client.verify(timeout=5).equal
         assert deployment.engines[2].busy == 0
         deployment.engines[2].errors["digest"] = "RuntimeError: out of memory"
         started = time.monotonic()
         with pytest.raises(RequestError, match=r"DP rank 2 .*: worker \d: RuntimeError: out of memory"):
-            client.verify(deadline=5)
+            client.verify(timeout=5)
         assert time.monotonic() - started < 3, "only a busy engine is asked again"
         del deployment.engines[2].errors["digest"]
         deployment.engines[0].seconds["digest"] = NEVER
         started = time.monotonic()
         with pytest.raises(RequestError, match=r"DP rank 0 .*: no digests from worker 0, 1 in time"):
-            client.verify(deadline=0.5)
+            client.verify(timeout=0.5)
         assert time.monotonic() - started < 2
         with pytest.raises(NotACheckpoint, match="is not a directory"):
             client.verify("/nowhere")
