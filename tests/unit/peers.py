@@ -26,8 +26,15 @@ HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 
 _context = multiprocessing.get_context("forkserver")
+# The last one is what torch imports when a tensor is first distributed.
 _context.set_forkserver_preload(
-    ["torch.distributed", "areal_vllm_ext.transport.broadcast", "areal_vllm_ext.client.group"]
+    [
+        "areal_vllm_ext.transport.broadcast",
+        "areal_vllm_ext.client.group",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch._dynamo",
+    ]
 )
 
 
