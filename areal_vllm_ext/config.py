@@ -1,37 +1,43 @@
 """Settings: ``AREAL_VLLM_*`` variables first, then ``--additional-config '{"areal": {...}}'``, then defaults.
 
-vLLM hashes ``--additional-config`` into its compile cache key, so what differs from node to node or from run to run
-(addresses, ports) belongs into environment variables.
+vLLM hashes ``--additional-config`` into its compile cache key. So settings that differ between nodes or runs (addresses,
+ports) belong into environment variables.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from .errors import SettingsError
 
 DEFAULT_DIRECTORY_PORT = 29700
 ENV_PREFIX = "AREAL_VLLM_"
 
+_ADDRESS = re.compile(
+    r"tcp://(?:\[(?P<ipv6>[0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?)\]|(?P<name>[A-Za-z0-9_.-]{1,253})):(?P<port>[0-9]{1,5})"
+)
+_MAX_NAME_CHARACTERS = 256
+_RANGES = {"port": (0, 65_535), "max_message_mib": (1, 1024)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings of an engine; a client uses ``key_file`` and ``directory`` only.
+    """Settings of an engine; a client uses ``key_file``, ``directory`` and ``max_message_mib`` only.
 
     Attributes:
-        key_file: the cluster's key (``areal-vllm keygen``). Without one only loopback is served, with a key of this user.
+        key_file: the cluster's key (``areal-vllm keygen``). Without one, this user's key is used, on loopback only.
         directory: ``tcp://host:port`` of the directory. Default: port 29700 of vLLM's ``--data-parallel-address``.
-        host: own address that the endpoint binds to. Default: the one from which the directory is reached.
+        host: address of this node that the endpoint binds to. Default: the one from which the directory is reached.
         port: the endpoint's port; 0 takes a free one.
         replica: name of this vLLM deployment. Default: address and RPC port of its data-parallel head.
-        trainer_lost: what happens to engines that a trainer left paused when it died: ``resume``, or ``stay_paused`` until
-            the next one comes.
-        max_message_mib: longest message that is read, in MiB; longer ones end the sender's connection.
+        trainer_lost: what engines do that a lost trainer left paused: ``resume``, or ``stay_paused`` until the next trainer.
+        max_message_mib: upper bound of a message, in MiB; a longer one ends its sender's connection.
     """
 
     key_file: str | None = None
@@ -44,7 +50,7 @@ class Settings:
 
     @property
     def resume_orphans(self) -> bool:
-        """Whether engines run again that a trainer left paused when it died."""
+        """Whether engines resume that a lost trainer left paused."""
         return self.trainer_lost == "resume"
 
     @classmethod
@@ -53,47 +59,67 @@ class Settings:
     ) -> Settings:
         """Read the settings of this process.
 
+        Args:
+            additional_config: vLLM's ``--additional-config``.
+            environ: environment variables.
+
         Raises:
-            SettingsError: for an unknown name or a value of the wrong type, naming it.
+            SettingsError: a name is unknown, or a value is not what the setting takes.
         """
         given = (additional_config or {}).get("areal", {})
         if not isinstance(given, Mapping):
             raise SettingsError(
-                '--additional-config: "areal" must be an object, such as {"areal": {"key_file": "..."}}'
+                f'--additional-config: "areal" is {given!r}, not an object; write {{"areal": {{"key_file": "..."}}}}'
             )
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(given) - set(fields)):
+        if unknown := [name for name in given if name not in fields]:
             raise SettingsError(
-                f'--additional-config: "areal" has no setting {unknown[0]!r}; known: {", ".join(fields)}'
+                f'--additional-config: "areal" has no setting {unknown[0]!r}; known are {", ".join(fields)}'
             )
-        values: dict[str, Any] = dict(given)
-        for name in fields:
-            if text := environ.get(ENV_PREFIX + name.upper()):
-                values[name] = text
-        for name, value in values.items():
-            if fields[name].type == "int":
-                try:
-                    values[name] = int(value)
-                except (TypeError, ValueError):
-                    raise SettingsError(f"setting {ENV_PREFIX}{name.upper()} must be a number, not {value!r}") from None
-            elif not isinstance(value, str):
-                raise SettingsError(f"--additional-config: areal.{name} must be a string, not {value!r}")
-        settings = cls(**values)
-        if settings.trainer_lost not in ("resume", "stay_paused"):
-            raise SettingsError(
-                f"{ENV_PREFIX}TRAINER_LOST must be resume or stay_paused, not {settings.trainer_lost!r}"
-            )
-        return settings
+        values: dict[str, Any] = {}
+        for name, field in fields.items():
+            parse = _number if field.type == "int" else _text
+            if text := environ.get(variable := ENV_PREFIX + name.upper()):
+                values[name] = parse(variable, name, text)
+            elif name in given:
+                values[name] = parse(f"--additional-config: areal.{name}", name, given[name])
+        return cls(**values)
+
+
+def _number(source: str, name: str, value: object) -> int:
+    least, most = _RANGES[name]
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+            number = int(value)
+            if least <= number <= most:
+                return number
+    raise SettingsError(f"{source}: {value!r} is not a whole number from {least} to {most}")
+
+
+def _text(source: str, name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise SettingsError(f'{source}: {value!r} is not a string; write "{name}": "..."')
+    if not value.isprintable():
+        raise SettingsError(f"{source}: {value!r} has control characters; remove them")
+    if name == "trainer_lost" and value not in ("resume", "stay_paused"):
+        raise SettingsError(f"{source}: {value!r} is neither resume nor stay_paused; write one of them")
+    if name == "replica" and not 0 < len(value) <= _MAX_NAME_CHARACTERS:
+        raise SettingsError(f"{source}: the name has {len(value)} characters; use 1 to {_MAX_NAME_CHARACTERS}")
+    if name == "directory":
+        split_address(value)
+    return value
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``tcp://host:port``.
+    """Return host and port of ``tcp://host:port``.
 
     Raises:
-        SettingsError: where it is none.
+        SettingsError: the text is no such address.
     """
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(address)
-        if parts.scheme == "tcp" and parts.hostname and parts.port:
-            return parts.hostname, parts.port
-    raise SettingsError(f"{address!r} is not an address; write it as tcp://host:port")
+    if (found := _ADDRESS.fullmatch(address)) and 0 < int(found["port"]) <= 65_535:
+        if found["name"]:
+            return found["name"], int(found["port"])
+        with contextlib.suppress(ValueError):
+            ipaddress.IPv6Address(found["ipv6"])
+            return found["ipv6"], int(found["port"])
+    raise SettingsError(f"{address!r} is not an address; write it as tcp://host:port (IPv6: tcp://[address]:port)")

@@ -86,6 +86,7 @@ def _add_connection(parser: argparse.ArgumentParser, default: str, timeout: floa
     parser.add_argument(
         "--connect",
         metavar="ADDRESS",
+        default="",
         help="tcp://host:port of the directory (default: AREAL_VLLM_DIRECTORY, or port 29700 of this machine)",
     )
     add_key_file(parser)
@@ -106,8 +107,7 @@ def _version(text: str) -> Version:
 def _connect(options: argparse.Namespace) -> EngineGroup:
     from .. import EngineGroup
 
-    addresses = [options.connect] if options.connect else []
-    return EngineGroup.connect(*addresses, key_file=options.key_file)
+    return EngineGroup.connect(options.connect, key_file=options.key_file)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -1,15 +1,17 @@
-"""Who may connect: a cluster's one key pair, and CURVE on every socket.
+"""Who may connect: one key pair for a cluster, and CURVE on every socket.
 
-Whoever holds the cluster's key file is a member of the cluster, and nobody else gets past the handshake. Engines,
-workers, directory and trainers all use the same key pair: the server proves it to the client, the client to the server.
-Without a key file a key of this user is used and only loopback addresses are served, so that a laptop or a single node
-needs no setting, and other users of the same machine still stay outside.
+Whoever holds the cluster's key file is a member of the cluster; everybody else fails the handshake. Engines, workers,
+directory and trainers all use the same key pair: the server proves it to the client, and the client to the server.
+Without a key file, a key of this user is used and only loopback addresses are served. So a laptop or a single node needs
+no setting, and other users of the machine still stay outside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import secrets
 import socket
 import stat
 import threading
@@ -22,6 +24,7 @@ from zmq.utils import z85
 from ..errors import SettingsError
 
 _HEADER = "areal-vllm-ext cluster key 1"
+_MAX_KEY_FILE_BYTES = 4096
 
 
 class ClusterKey(NamedTuple):
@@ -32,78 +35,115 @@ class ClusterKey(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Enough of the public half to compare two key files by eye."""
+        """Return enough of the public half to compare two key files by eye."""
         return self.public[:8].decode()
 
 
 def new_key() -> ClusterKey:
-    """A key that nobody has yet."""
+    """Return a new random key."""
     return ClusterKey(*zmq.curve_keypair())
 
 
 def write_key(path: str | os.PathLike[str], key: ClusterKey | None = None) -> ClusterKey:
-    """Write ``key``, by default a new one, to ``path`` (mode 0600).
+    """Write ``key``, by default a new one, to a new file of mode 0600, and return it.
+
+    Folders that do not exist are made, with mode 0700. The umask has no effect on either.
 
     Raises:
-        SettingsError: where the file exists already or cannot be written.
+        SettingsError: the file exists already, or cannot be written.
     """
     key = key or new_key()
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"cannot write a key to {path}: {error.strerror}") from None
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        _make_private_folder(Path(path).parent)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            os.fchmod(descriptor, 0o600)
+            file.write(f"{_HEADER}\npublic {key.public.decode()}\nsecret {key.secret.decode()}\n")
     except FileExistsError:
-        raise SettingsError(f"{path} exists already: give another path, or remove it first") from None
-    except OSError as error:
-        raise SettingsError(f"cannot write a key to {path}: {error.strerror}") from None
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{_HEADER}\npublic {key.public.decode()}\nsecret {key.secret.decode()}\n")
+        raise SettingsError(f"key file {path} exists already; give another path, or remove it first") from None
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"key file {path} cannot be written: {_cause(error)}; give another path") from None
     return key
 
 
+def _make_private_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_private_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            folder.mkdir()
+            folder.chmod(0o700)
+
+
 def read_key(path: str | os.PathLike[str]) -> ClusterKey:
-    """Read a key file that only its owner can read.
+    """Read a key file.
+
+    Kind, owner and mode are checked on the open file before it is read, because a device or a pipe has no end, and a
+    file that others own or can read is no secret.
 
     Raises:
-        SettingsError: where it is missing, readable by others, or no key file.
+        SettingsError: the file is missing, not a regular file, owned or readable by others, or not a key file.
     """
     try:
-        mode = stat.S_IMODE(Path(path).stat().st_mode)
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise SettingsError(f"key file {path}: {cause}; make one with: areal-vllm keygen {path}") from None
-    if mode & 0o077:
-        raise SettingsError(f"key file {path} can be read by others (mode {mode:04o}); run: chmod 600 {path}")
-    match text.split():
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if problem := _key_file_problem(path, facts):
+                raise SettingsError(f"key file {path} {problem}")
+            content = file.read(_MAX_KEY_FILE_BYTES)
+    except (OSError, ValueError, TypeError) as error:
+        raise SettingsError(f"key file {path}: {_cause(error)}; make one with: areal-vllm keygen {path}") from None
+    match content.decode(errors="replace").split():
         case [*header, "public", public, "secret", secret] if " ".join(header) == _HEADER:
             key = ClusterKey(public.encode(), secret.encode())
-            if len(public) == 40 and len(secret) == 40 and zmq.curve_public(key.secret) == key.public:
+            if len(key.public) == 40 and len(key.secret) == 40 and zmq.curve_public(key.secret) == key.public:
                 return key
     raise SettingsError(f"{path} is not an areal-vllm key file; make one with: areal-vllm keygen FILE")
 
 
+def _key_file_problem(path: str | os.PathLike[str], facts: os.stat_result) -> str:
+    if not stat.S_ISREG(facts.st_mode):
+        return "is not a regular file; give the path of a file that areal-vllm keygen wrote"
+    if facts.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {facts.st_uid}, who can read and change it; run: chown {os.geteuid()} {path}"
+    if (mode := stat.S_IMODE(facts.st_mode)) & 0o077:
+        return f"can be read by others (mode {mode:04o}); run: chmod 600 {path}"
+    return ""
+
+
+def _cause(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def user_key() -> ClusterKey:
-    """The key of this user for loopback, made at first use."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    """Return this user's key for loopback, which the first call makes.
+
+    Raises:
+        SettingsError: the key cannot be read or written.
+    """
+    try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    except RuntimeError as error:
+        raise SettingsError(
+            f"no place for this user's key: {error}; set AREAL_VLLM_KEY_FILE or XDG_STATE_HOME"
+        ) from None
     path = state / "areal-vllm-ext" / "loopback.key"
-    if not path.exists():
-        # Engines of one node start together: each writes its own, the first link wins, all read that one.
-        draft = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-        write_key(draft)
+    if not os.path.lexists(path):
+        # Engines of one node start together. Each writes a key of its own, the first link wins, and all read that one.
+        draft = path.with_suffix(f".{secrets.token_hex(8)}")
         try:
-            path.hardlink_to(draft)
-        except FileExistsError:
-            pass
+            write_key(draft)
+            with contextlib.suppress(FileExistsError):
+                path.hardlink_to(draft)
+        except (SettingsError, OSError) as error:
+            raise SettingsError(f"this user's key: {error}; or set AREAL_VLLM_KEY_FILE or XDG_STATE_HOME") from None
         finally:
-            draft.unlink()
+            with contextlib.suppress(OSError):
+                draft.unlink()
     return read_key(path)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` (an address or a name) can be reached from this machine only."""
+    """Return whether ``host`` (an address or a name) can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -111,32 +151,32 @@ def is_loopback(host: str) -> bool:
 
 
 def key_for(host: str, key_file: str | None) -> ClusterKey:
-    """The key for a socket on, or to, ``host``.
+    """Return the key for a socket on, or to, ``host``.
 
     Raises:
-        SettingsError: off loopback without a key file.
+        SettingsError: ``host`` is not a loopback address and there is no key file, or the key cannot be read.
     """
     if key_file:
         return read_key(key_file)
     if is_loopback(host):
         return user_key()
     raise SettingsError(
-        f"{host} is not a loopback address, and no key is set: make one with 'areal-vllm keygen cluster.key', copy it to "
+        f"{host} is not a loopback address, and no key is set; make one with 'areal-vllm keygen cluster.key', copy it to "
         "every node, and set AREAL_VLLM_KEY_FILE=cluster.key there (or EngineGroup.connect(..., key_file=...))"
     )
 
 
 def own_address_toward(host: str) -> str:
-    """The address of this machine from which ``host`` is reached."""
+    """Return the address of this machine from which ``host`` is reached."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        # Connecting a datagram socket sends nothing: it only asks the routing table.
+        # Connecting a datagram socket sends nothing; the kernel only looks into its routing table.
         probe.connect((host, 9))
         return str(probe.getsockname()[0])
 
 
 def serve_curve(socket_: zmq.Socket[bytes], key: ClusterKey) -> None:
-    """Let only holders of ``key`` connect to this socket (before ``bind``; needs ``ZapAuthenticator`` on its context)."""
+    """Let only holders of ``key`` connect; call it before ``bind``, with a ``ZapAuthenticator`` on the context."""
     socket_.curve_server = True
     socket_.curve_publickey = key.public
     socket_.curve_secretkey = key.secret
@@ -144,14 +184,14 @@ def serve_curve(socket_: zmq.Socket[bytes], key: ClusterKey) -> None:
 
 
 def join_curve(socket_: zmq.Socket[Any], key: ClusterKey) -> None:
-    """Prove ``key`` to the server, and demand the same of it (before ``connect``)."""
+    """Prove ``key`` to the server, and demand the same proof from it; call it before ``connect``."""
     socket_.curve_serverkey = key.public
     socket_.curve_publickey = key.public
     socket_.curve_secretkey = key.secret
 
 
 class ZapAuthenticator:
-    """Answers ZeroMQ's authentication requests (ZAP, RFC 27) of one context: our key, or no entry."""
+    """Answers the authentication requests (ZAP, RFC 27) of one ZeroMQ context: holders of the key are let in."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], key: ClusterKey) -> None:
         self._allowed = z85.decode(key.public)

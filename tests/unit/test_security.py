@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -25,15 +26,42 @@ if TYPE_CHECKING:
 # Key files
 
 
-def test_a_key_file_is_for_its_owner_only(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "cluster.key"
-    mask = os.umask(0)
+@pytest.mark.parametrize("umask", [0, 0o077, 0o777])
+def test_a_key_file_and_its_new_folders_are_for_their_owner_only(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "deep" / "deeper" / "cluster.key"
+    before = os.umask(umask)
     try:
         key = security.write_key(path)
     finally:
-        os.umask(mask)
+        os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (path.parent, path.parent.parent)] == [0o700, 0o700]
     assert security.read_key(path) == key
+
+
+def test_a_folder_that_exists_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir(mode=0o755)
+    security.write_key(tmp_path / "shared" / "cluster.key")
+    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o755
+
+
+def test_the_key_of_this_user_is_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", os.fspath(tmp_path / "state"))
+    before = os.umask(0)
+    try:
+        security.user_key()
+    finally:
+        os.umask(before)
+    folder = tmp_path / "state" / "areal-vllm-ext"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "loopback.key").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("place", ["/proc/no", "/dev/null"])
+def test_no_place_for_the_key_of_this_user_names_the_settings(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", place)
+    with pytest.raises(SettingsError, match=f"{place}.*AREAL_VLLM_KEY_FILE or XDG_STATE_HOME"):
+        security.user_key()
 
 
 def test_keygen_never_overwrites_a_key(tmp_path: Path) -> None:
@@ -45,14 +73,67 @@ def test_keygen_never_overwrites_a_key(tmp_path: Path) -> None:
 
 
 def test_keygen_where_nothing_can_be_written_names_the_path() -> None:
-    with pytest.raises(SettingsError, match=r"cannot write a key to /proc/no/cluster\.key"):
+    with pytest.raises(SettingsError, match=r"key file /proc/no/cluster\.key cannot be written"):
         security.write_key("/proc/no/cluster.key")
 
 
 def test_keygen_below_a_file_names_the_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match=r"cannot write a key to .*file/cluster\.key"):
+    with pytest.raises(SettingsError, match=r"key file .*file/cluster\.key cannot be written: Not a directory"):
         security.write_key(tmp_path / "file" / "cluster.key")
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "kind", ["/dev/zero", "/dev/full", "/dev/tty", "folder", "pipe", "socket", "link to a pipe", "loop"]
+)
+def test_what_is_no_regular_file_is_refused_without_reading_it(tmp_path: Path, kind: str) -> None:
+    path = Path(kind) if kind.startswith("/") else tmp_path / "key"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path, 0o600)
+    elif kind == "link to a pipe":
+        os.mkfifo(tmp_path / "pipe", 0o600)
+        path.symlink_to(tmp_path / "pipe")
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(os.fspath(path))
+    with pytest.raises(SettingsError, match=f"key file {path}"):
+        security.read_key(path)
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    with path.open("wb") as file:
+        os.truncate(file.fileno(), 1 << 40)
+    path.chmod(0o600)
+    with pytest.raises(SettingsError, match="is not an areal-vllm key file"):
+        security.read_key(path)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "", 5, b"\xff", "\ud800"])
+def test_a_path_that_cannot_be_is_a_settings_error(path: object) -> None:
+    with pytest.raises(SettingsError, match="key file"):
+        security.read_key(path)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_key_of_another_user_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.key"
+    security.write_key(path)
+    os.chown(path, 12345, -1)
+    with pytest.raises(SettingsError, match=f"belongs to user 12345.*chown 0 {path}"):
+        security.read_key(path)
+
+
+def test_a_link_to_a_key_file_is_followed(tmp_path: Path) -> None:
+    """Kubernetes mounts secrets as links."""
+    key = security.write_key(tmp_path / "data")
+    (tmp_path / "cluster.key").symlink_to(tmp_path / "data")
+    assert security.read_key(tmp_path / "cluster.key") == key
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o610])
