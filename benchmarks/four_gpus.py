@@ -38,10 +38,10 @@ WARM_UP = 2
 CASES = [
     {"weights": "whole", "senders": "first", "transport": "ipc"},
     {"weights": "whole", "senders": "first", "transport": "broadcast"},
-    {"weights": "whole", "senders": "parts", "transport": "ipc"},
-    {"weights": "whole", "senders": "parts", "transport": "broadcast"},
+    {"weights": "whole", "senders": "partitioned", "transport": "ipc"},
+    {"weights": "whole", "senders": "partitioned", "transport": "broadcast"},
     {"weights": "sharded", "senders": "first", "transport": "ipc"},
-    {"weights": "sharded", "senders": "parts", "transport": "ipc"},
+    {"weights": "sharded", "senders": "partitioned", "transport": "ipc"},
 ]
 
 

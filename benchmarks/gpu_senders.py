@@ -38,9 +38,9 @@ SECONDS = 400
 
 # For each number of GPUs: the nodes' devices, vLLM's arguments, and who sends by what.
 LAYOUTS: dict[int, tuple[list[str], list[str], list[tuple[str, str]]]] = {
-    0: (["", ""], [], [("first", "broadcast"), ("parts", "broadcast"), ("colocated", "auto")]),
-    2: (["0", "1"], [], [("first", "auto"), ("parts", "auto"), ("colocated", "auto")]),
-    4: (["2,3"], ["--tensor-parallel-size", "2"], [("first", "auto"), ("parts", "auto")]),
+    0: (["", ""], [], [("rank0", "broadcast"), ("partitioned", "broadcast"), ("colocated", "auto")]),
+    2: (["0", "1"], [], [("rank0", "auto"), ("partitioned", "auto"), ("colocated", "auto")]),
+    4: (["2,3"], ["--tensor-parallel-size", "2"], [("rank0", "auto"), ("partitioned", "auto")]),
 }
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from areal_vllm_ext.client.update import UpdateResult
+from areal_vllm_ext.client.state import UpdateResult
 from areal_vllm_ext.errors import ArealError, UpdateAborted
 
 from .simulation import Call, Clock, Violation, World, require, simulated_time

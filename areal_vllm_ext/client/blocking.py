@@ -87,7 +87,7 @@ class EngineGroup:
         timeout: float = UPDATE_SECONDS,
         dtype: str | None = None,
         process_group: ProcessGroup | None = None,
-        senders: Senders = "first",
+        senders: Senders = "rank0",
         **options: Unpack[UpdateOptions],
     ) -> UpdateResult:
         """Move every engine to ``weights``, or none.
@@ -105,7 +105,7 @@ class EngineGroup:
         *,
         timeout: float = UPDATE_SECONDS,
         process_group: ProcessGroup | None = None,
-        senders: Senders = "first",
+        senders: Senders = "rank0",
         **options: Unpack[UpdateOptions],
     ) -> Update:
         """Return an update as a block, for trainers that do more between its start and its commit.
@@ -117,19 +117,19 @@ class EngineGroup:
             timeout: seconds for the whole update. After them, every engine keeps its old weights.
             process_group: the ranks of a trainer of several ranks (FSDP, TP, PP, DP). All ranks make the same call; rank 0
                 commands, and every rank gets the result, or the error of any rank.
-            senders: who sends. ``first``: rank 0, all of it. ``parts``: each rank a part of what it has; a rank need not
-                have all (PP, EP), and what several have is spread over them. ``colocated``: each rank all of it, to the
-                workers on its own device (by CUDA IPC).
+            senders: which ranks send. ``rank0``: rank 0 gathers and sends all tensors. ``partitioned``: each rank sends a
+                share of the tensors that it holds, so no rank needs to hold all of them (PP, EP). ``colocated``: each rank
+                sends all tensors to the workers on its own device (by CUDA IPC).
             options: see ``UpdateOptions``.
         """
         from .blocking_update import Update
 
-        update = self._group.update(version, timeout=timeout, **options)
+        transaction = self._group.update(version, timeout=timeout, **options).transaction
         if process_group is None:
-            return Update(self._thread, update)
-        from .joint import JointUpdate
+            return Update(self._thread, transaction)
+        from .ranks.update import JointUpdate
 
-        return JointUpdate(self._thread, update, process_group, version, senders)
+        return JointUpdate(self._thread, transaction, process_group, senders)
 
     def close(self) -> None:
         """Close the connections and end the thread. Engines keep running."""

@@ -1,34 +1,44 @@
-"""``Update``: the blocking form of ``AsyncUpdate``."""
+"""``Update``: the blocking face of an update."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import os
+
+    from ..protocol import Version
     from .loop_thread import LoopThread
     from .state import UpdateResult
-    from .update import AsyncUpdate
+    from .transaction import Transaction
+    from .weights import WeightSource
 
 
 class Update:
-    """The blocking form of ``AsyncUpdate``; made by ``EngineGroup.update``."""
+    """An update in progress; made by ``EngineGroup.update``."""
 
-    def __init__(self, thread: LoopThread, update: AsyncUpdate) -> None:
+    def __init__(self, thread: LoopThread, transaction: Transaction) -> None:
         self._thread = thread
-        self._update = update
+        self._transaction = transaction
+
+    @property
+    def version(self) -> Version:
+        """Names the new weights."""
+        return self._transaction.version
 
     @property
     def result(self) -> UpdateResult:
         """What the update took; set once its block has been left."""
-        return self._update.result
+        return self._transaction.result
 
-    def send(self, weights: Any, *, dtype: str | None = None) -> None:
+    def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | None = None) -> None:
         """See ``AsyncUpdate.send``. The tensors are handled in the caller's thread, on its current device and stream."""
-        self._update.send_blocking(weights, dtype=dtype)
+        self._transaction.send(weights, dtype=dtype)
 
     def __enter__(self) -> Update:
-        self._thread.run(self._update.__aenter__())
+        self._transaction.start(self._thread.loop)
+        self._thread.run(self._transaction.open())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._thread.run(self._update.__aexit__(kind, error, trace))
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._thread.run(self._transaction.close(error))

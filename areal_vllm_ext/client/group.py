@@ -265,9 +265,12 @@ class AsyncEngineGroup:
             timeout: seconds for the whole update. After them, every engine keeps its old weights.
             options: see ``UpdateOptions``.
         """
-        from .update import AsyncUpdate  # it imports torch, which status, pause and resume do without
+        # These import torch, which status, pause and resume do without.
+        from .transaction import Transaction
+        from .update import AsyncUpdate
 
-        return AsyncUpdate(self._commander, self._sinks, checked_version(version), Options.of(timeout, options))
+        checked = Options.of(timeout, options)
+        return AsyncUpdate(Transaction(self._commander, self._sinks, checked_version(version), checked))
 
     async def verify(
         self, checkpoint: str | os.PathLike[str] | None = None, *, timeout: float = VERIFY_SECONDS

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Transport = Literal["auto", "broadcast", "ipc", "shared_memory"]
-Senders = Literal["first", "parts", "colocated"]
+Senders = Literal["rank0", "partitioned", "colocated"]
 
 # Default timeouts.
 READY_SECONDS = 600.0

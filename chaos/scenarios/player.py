@@ -27,7 +27,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from areal_vllm_ext.client.update import UpdateResult
+from areal_vllm_ext.client.state import UpdateResult
 from areal_vllm_ext.protocol import (
     Begin,
     Bucket,

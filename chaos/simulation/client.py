@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from areal_vllm_ext.client import context as client_context
+from areal_vllm_ext.client import driver as client_driver
 from areal_vllm_ext.client import group as client_group
-from areal_vllm_ext.client import sending as client_sending
-from areal_vllm_ext.client import update as client_update
+from areal_vllm_ext.client import transaction as client_transaction
 from areal_vllm_ext.client.group import AsyncEngineGroup
-from areal_vllm_ext.client.sending import Sending
+from areal_vllm_ext.client.sending import Sending, SendReport
 from areal_vllm_ext.control import command as control_command
 from areal_vllm_ext.control.link import Link
 from areal_vllm_ext.errors import ArealError, EngineUnreachable
@@ -161,16 +162,18 @@ class Trainer(Asking):
             options = {"timeout": call.deadline, "on_phase": announce}
             async with self.engines.update(call.version, **options) as update:
                 # The steps of ``send``, which would take a thread.
-                await update._begin({name: {0: Sender(transfer=Disk(path="/"))} for name in update.engines})
-                loop = asyncio.get_running_loop()
-                sending = Sending(update.link, loop, update.engines, call.version, update.ends)
+                transaction = update.transaction
+                driver, delivery = transaction.driver, transaction.delivery
+                senders = {name: {0: Sender(transfer=Disk(path="/"))} for name in delivery.engines}
+                await driver.begin(senders, delivery.stagings())
+                sending = Sending(transaction.context, delivery.engines)
                 for index in range(BUCKETS):
                     await sending.announce(
-                        Bucket(epoch=0, update=update._coordinator.update, index=index, nbytes=0, segments=())
+                        Bucket(epoch=0, update=driver.coordinator.update, index=index, nbytes=0, segments=())
                     )
                     if not index:
                         announce("receiving")
-                update.sent_by(0, BUCKETS, 0, [])
+                delivery.record(0, SendReport(BUCKETS, 0, [], 0))
             outcome: object = update.result
         except Exception as error:
             outcome = error
@@ -193,7 +196,8 @@ def simulated_time() -> Iterator[None]:
     with (
         mock.patch.object(client_group, "time", SimulatedTime),
         mock.patch.object(control_command, "time", SimulatedTime),
-        mock.patch.object(client_update, "time", SimulatedTime),
-        mock.patch.object(client_sending, "time", SimulatedTime),
+        mock.patch.object(client_context, "time", SimulatedTime),
+        mock.patch.object(client_driver, "time", SimulatedTime),
+        mock.patch.object(client_transaction, "time", SimulatedTime),
     ):
         yield

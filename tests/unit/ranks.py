@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -91,8 +90,10 @@ def update(
     bucket: int,
     **given: Any,
 ) -> object:
+    from real_receivers import set_bucket_bytes
+
     opened = group.update(seed, process_group=dist.group.WORLD, timeout=timeout, **given)
-    opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket)
+    set_bucket_bytes(opened, bucket)
     with opened:
         work(opened, seed, connection)
     return opened.result.version
@@ -183,7 +184,7 @@ def not_in_step(opened: Any, seed: int, _: Connection) -> None:
 def writes_to_what_it_lends(opened: Any, seed: int, _: Connection) -> None:
     """By CUDA IPC; here what torch's counters would say is planted."""
     opened.send(tensors(seed))
-    opened._update.changed = lambda: "norm was changed before the update was over"
+    opened._transaction.sharing.changed = lambda: "norm was changed before the update was over"
 
 
 def dies_in_its_part(opened: Any, seed: int, _: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,12 @@ def group(served: Served, key_file: Path) -> Iterator[EngineGroup]:
 def send(group: EngineGroup, source: Any, version: int = 1, dtype: str | None = None, **options: Any) -> None:
     with group.update(version, **({"timeout": 20.0} | options)) as update:
         update.send(source, dtype=dtype)
+
+
+def set_bucket_bytes(opened: Any, nbytes: int) -> None:
+    """Make the buckets of an update smaller than a MiB."""
+    transaction = opened._transaction
+    transaction.options = dataclasses.replace(transaction.options, bucket_bytes=nbytes)
 
 
 def assert_untouched(served: Served) -> None:

@@ -85,12 +85,12 @@ FAILURES = {
         "UpdateAborted",
         "rank 0 .* ZeroDivisionError",
     ),
-    "the ranks have other tensors": (("rows", "fewer"), "UpdateAborted", "UpdateAborted", "would send other tensors"),
+    "the ranks have other tensors": (("rows", "fewer"), "UpdateAborted", "UpdateAborted", "has other tensors than"),
     "one rank has parts, the other all": (
         ("whole_where_others_have_rows", "rows"),
         "UpdateAborted",
         "UpdateAborted",
-        "would send other tensors",
+        "has other tensors than",
     ),
     "nobody sends": (("sends_nothing",), "InvalidWeights", "UpdateAborted", "the update sent nothing"),
 }
@@ -168,6 +168,6 @@ def test_a_rank_that_is_stuck_in_a_collective_is_given_up_by_its_deadline(mortal
     for rank in range(2):
         kind, message, seconds = mortal.outcome(rank)
         assert kind == "UpdateAborted"
-        assert "the collectives after it did not end" in message
+        assert "a collective after it did not end" in message
         assert seconds < 4.5
     assert_untouched(served)

@@ -14,8 +14,8 @@ from real_receivers import Served, assert_untouched, checkpoint, served, shared_
 from test_joint import mortal, options, ranks
 
 from areal_vllm_ext import InvalidWeights, UpdateAborted
-from areal_vllm_ext.client.agreement import Agreement
-from areal_vllm_ext.client.senders import Holding, Opening, place_of, plan
+from areal_vllm_ext.client.ranks.agreement import Agreement
+from areal_vllm_ext.client.ranks.plan import BeginContext, RankInventory, place_of, plan
 from areal_vllm_ext.protocol import TensorMeta, WorkerInfo
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["checkpoint", "mortal", "ranks", "served", "shared_engines"]  # the fixtures
 
-SENDERS = ("parts", "colocated")
+SENDERS = ("partitioned", "colocated")
 
 
 def assert_all_serve(ranks: Ranks, served: Served, seed: int, work: str, **given: object) -> None:
@@ -36,10 +36,10 @@ def assert_all_serve(ranks: Ranks, served: Served, seed: int, work: str, **given
 @pytest.mark.parametrize(
     ("senders", "work"),
     [
-        ("parts", "rows"),
-        ("parts", "own_layers"),
-        ("parts", "one_has_nearly_all"),
-        ("parts", "whole"),
+        ("partitioned", "rows"),
+        ("partitioned", "own_layers"),
+        ("partitioned", "one_has_nearly_all"),
+        ("partitioned", "whole"),
         ("colocated", "rows"),
         ("colocated", "whole"),
     ],
@@ -50,25 +50,30 @@ def test_every_rank_sends(ranks: Ranks, served: Served, senders: str, work: str,
         outcomes = ranks.both(work, **options(seed, bucket=bucket), senders=senders)
         assert [outcome[:2] for outcome in outcomes] == [("", str(seed))] * 2
         assert served.serves(weights(seed))
-        several = senders == "parts" and work != "one_has_nearly_all"
+        several = senders == "partitioned" and work != "one_has_nearly_all"
         assert set(served.senders.values()) == {2 if several else 1}
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
 def test_parts_go_by_each_transport(ranks: Ranks, served: Served, transport: str) -> None:
     for seed in (3, 4):
-        assert_all_serve(ranks, served, seed, "rows", senders="parts", transport=transport, staging="host")
+        assert_all_serve(ranks, served, seed, "rows", senders="partitioned", transport=transport, staging="host")
 
 
 FAILURES = {
-    "parts, a tensor is nowhere": (
-        "parts",
+    "partitioned, a tensor is nowhere": (
+        "partitioned",
         "fewer",
         ("InvalidWeights", "InvalidWeights"),
         "1 of 5 tensors are missing: norm",
     ),
-    "parts, tensors one by one": ("parts", "one_by_one", ("InvalidWeights", "InvalidWeights"), "an iterator"),
-    "parts, a value that cannot be": ("parts", "not_finite", None, "norm holds NaN"),
+    "partitioned, tensors one by one": (
+        "partitioned",
+        "one_by_one",
+        ("InvalidWeights", "InvalidWeights"),
+        "needs all tensor names",
+    ),
+    "partitioned, a value that cannot be": ("partitioned", "not_finite", None, "norm holds NaN"),
     "colocated, a rank lacks tensors": (
         "colocated",
         "own_layers",
@@ -127,13 +132,13 @@ def test_a_rank_that_fails_in_its_part_fails_all(ranks: Ranks, served: Served, s
 def test_a_rank_that_fails_to_meet_the_workers_is_not_waited_for(ranks: Ranks, served: Served, failing: int) -> None:
     work = ["whole", "whole"]
     work[failing] = "fails_to_meet"
-    outcomes = ranks.both(*work, **options(15), senders="parts", transport="broadcast")
+    outcomes = ranks.both(*work, **options(15), senders="partitioned", transport="broadcast")
     assert outcomes[failing][0] == "ZeroDivisionError"
     assert outcomes[1 - failing][0] == "UpdateAborted"
     assert "division by zero" in outcomes[1 - failing][1]
     assert max(outcome[2] for outcome in outcomes) < 5.0, "by its deadline only"
     assert_untouched(served)
-    assert_all_serve(ranks, served, 16, "whole", senders="parts")
+    assert_all_serve(ranks, served, 16, "whole", senders="partitioned")
 
 
 @pytest.mark.parametrize("senders", SENDERS)
@@ -168,24 +173,17 @@ def test_an_engine_that_refuses_fails_all_ranks_and_the_next_update_works(
 
 
 def test_workers_that_have_lost_their_connections_get_new_ones(ranks: Ranks, served: Served) -> None:
-    assert_all_serve(ranks, served, 13, "rows", senders="parts", transport="broadcast")
+    assert_all_serve(ranks, served, 13, "rows", senders="partitioned", transport="broadcast")
     for receivers in served.receivers.values():
         for receiver in receivers:
             receiver.context.sources.drop(receiver.context.sources._kept[-1][1])
-    assert_all_serve(ranks, served, 14, "rows", senders="parts", transport="broadcast")
+    assert_all_serve(ranks, served, 14, "rows", senders="partitioned", transport="broadcast")
 
 
 def agreements(seconds: float) -> list[Agreement]:
     """Of two ranks, in one process."""
     store = dist.HashStore()
-    made = []
-    for rank in range(2):
-        one = Agreement.__new__(Agreement)
-        one.rank, one.size, one._store, one._ends = rank, 2, store, time.monotonic() + seconds
-        one._step = one._said = one._shown = 0
-        one._failed = ""
-        made.append(one)
-    return made
+    return [Agreement(rank, 2, store, time.monotonic() + seconds) for rank in range(2)]
 
 
 def test_ranks_take_turns() -> None:
@@ -195,7 +193,7 @@ def test_ranks_take_turns() -> None:
     def take(agreement: Agreement) -> None:
         nonlocal at_once, most
         for _ in range(50):
-            with agreement.turn():
+            with agreement.lock():
                 at_once += 1
                 most = max(most, at_once)
                 time.sleep(1e-4)
@@ -209,11 +207,14 @@ def test_ranks_take_turns() -> None:
 
 def test_a_turn_that_does_not_end_is_given_up_with_the_rank_that_has_it() -> None:
     first, second = agreements(seconds=0.2)
-    with first.turn():
-        with pytest.raises(UpdateAborted, match="rank 0 of the trainer sends, and does not end"), second.turn():
+    with first.lock():
+        with (
+            pytest.raises(UpdateAborted, match="rank 0 of the trainer did not finish sending a bucket in time"),
+            second.lock(),
+        ):
             pass
         first.fail("broken")
-        with pytest.raises(UpdateAborted, match="broken"), second.turn():
+        with pytest.raises(UpdateAborted, match="broken"), second.lock():
             pass
 
 
@@ -224,7 +225,7 @@ def meta(name: str, size: int = 64) -> TensorMeta:
     return TensorMeta(name, "float32", (size,))
 
 
-def opening(*devices: tuple[str, ...], bucket_bytes: int = 512) -> Opening:
+def known(*devices: tuple[str, ...], bucket_bytes: int = 512) -> BeginContext:
     """Engines whose workers are on these devices."""
     engines = {}
     for number, places in enumerate(devices):
@@ -232,48 +233,48 @@ def opening(*devices: tuple[str, ...], bucket_bytes: int = 512) -> Opening:
             WorkerInfo(rank=rank, node="n/10.0.0.1", pid=1, device="cuda", device_id=place)
             for rank, place in enumerate(places)
         )
-        engines[f"engine {number}"] = (engine_info(number, device="cuda", workers=workers), 1)
-    return Opening(engines, (), "float32", bucket_bytes)
+        engines[f"engine {number}"] = (engine_info(number, workers=workers), 1)
+    return BeginContext(engines, (), "float32", bucket_bytes)
 
 
 def test_what_several_ranks_have_is_spread_over_them_by_size() -> None:
     sizes = {"a": 4096, "b": 1024, "c": 1024, "d": 1024, "own": 64}
     shared = tuple(meta(name, size) for name, size in sizes.items() if name != "own")
-    holdings = [
-        Holding(shared, "GPU-0", sharded=False),
-        Holding((*shared, meta("own")), "GPU-1", sharded=False),
-        Holding((), "GPU-2", sharded=False),
+    inventories = [
+        RankInventory(shared, "GPU-0", sharded=False),
+        RankInventory((*shared, meta("own")), "GPU-1", sharded=False),
+        RankInventory((), "GPU-2", sharded=False),
     ]
-    made = plan("parts", opening(("GPU-8", "GPU-9"), bucket_bytes=1 << 20), holdings)
+    made = plan("partitioned", known(("GPU-8", "GPU-9"), bucket_bytes=1 << 20), inventories)
     assert made.sends == [{"a"}, {"b", "c", "d", "own"}, set()]
     assert made.serves == [{"engine 0": (0, 1)}] * 3
     assert made.rounds == [["a", "b", "c", "d", "own"]]
 
 
 def test_a_round_is_as_large_as_a_bucket() -> None:
-    holdings = [Holding(tuple(meta(name) for name in "abcde"), "GPU-0", sharded=False)]
-    assert plan("parts", opening(("GPU-0",)), holdings).rounds == [["a", "b"], ["c", "d"], ["e"]]
+    inventories = [RankInventory(tuple(meta(name) for name in "abcde"), "GPU-0", sharded=False)]
+    assert plan("partitioned", known(("GPU-0",)), inventories).rounds == [["a", "b"], ["c", "d"], ["e"]]
 
 
 def test_each_worker_is_served_by_the_rank_on_its_device() -> None:
-    holdings = [Holding((meta("a"),), f"GPU-{rank}", sharded=False) for rank in range(4)]
-    made = plan("colocated", opening(("GPU-1", "GPU-0"), ("GPU-2", "GPU-0")), holdings)
+    inventories = [RankInventory((meta("a"),), f"GPU-{rank}", sharded=False) for rank in range(4)]
+    made = plan("colocated", known(("GPU-1", "GPU-0"), ("GPU-2", "GPU-0")), inventories)
     assert made.serves == [{"engine 0": (1,), "engine 1": (1,)}, {"engine 0": (0,)}, {"engine 1": (0,)}, {}]
     assert made.sends == [{"a"}] * 4
 
 
 def test_workers_of_one_device_are_shared_out_to_the_ranks_there() -> None:
-    holdings = [Holding((meta("a"),), place_of("cpu", "n"), sharded=False) for _ in range(2)]
-    made = plan("colocated", opening(("cpu", "cpu")), holdings)
+    inventories = [RankInventory((meta("a"),), place_of("cpu", "n"), sharded=False) for _ in range(2)]
+    made = plan("colocated", known(("cpu", "cpu")), inventories)
     assert made.serves == [{"engine 0": (0,)}, {"engine 0": (1,)}]
 
 
 def test_a_worker_without_a_rank_on_its_device_is_named() -> None:
-    with pytest.raises(UpdateAborted, match="worker 1 of engine 0 runs on GPU-7, where no rank of the trainer is"):
-        plan("colocated", opening(("GPU-0", "GPU-7")), [Holding((meta("a"),), "GPU-0", sharded=False)])
+    with pytest.raises(UpdateAborted, match="worker 1 of engine 0 runs on GPU-7, but no rank of the trainer does"):
+        plan("colocated", known(("GPU-0", "GPU-7")), [RankInventory((meta("a"),), "GPU-0", sharded=False)])
 
 
 def test_ranks_that_mean_different_tensors_by_one_name_are_told() -> None:
-    holdings = [Holding((meta("a", 4),), "GPU-0", sharded=False), Holding((meta("a", 5),), "GPU-1", sharded=False)]
-    with pytest.raises(InvalidWeights, match="a is another tensor on rank 1"):
-        plan("parts", opening(("GPU-0",)), holdings)
+    inventories = [RankInventory((meta("a", size),), f"GPU-{size}", sharded=False) for size in (4, 5)]
+    with pytest.raises(InvalidWeights, match="a has another shape or dtype on rank 1"):
+        plan("partitioned", known(("GPU-0",)), inventories)

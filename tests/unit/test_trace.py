@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from real_receivers import WORKERS, awaiting_workers, connected, save, vllm_config
+from real_receivers import WORKERS, awaiting_workers, connected, save, set_bucket_bytes, vllm_config
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.observability import trace
@@ -86,7 +85,7 @@ def group(engines: Deployment, key_file: Path) -> Iterator[EngineGroup]:
 def update(group: EngineGroup, path: Path | None, seed: int = 1, bucket_bytes: int = 8192, **options: Any) -> None:
     """In buckets of a few tensors."""
     opened = group.update(seed, **{"timeout": 20.0, "trace": path, **options})
-    opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket_bytes)
+    set_bucket_bytes(opened, bucket_bytes)
     with opened:
         opened.send(weights(seed))
 

@@ -5,7 +5,6 @@ stand-ins for vLLM's workers whose models are a few parameters.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from real_receivers import (
     checkpoint,  # noqa: F401 - a fixture
     connected,
     send,
+    set_bucket_bytes,
     vllm_config,
     weights,
 )
@@ -150,7 +150,7 @@ def trained(before: int, after: int) -> dict[str, torch.Tensor]:
 
 def update(group: EngineGroup, source: Any, version: int, bucket_bytes: int = 1 << 20, **options: Any) -> Any:
     opened = group.update(version, timeout=20.0, **options)
-    opened._update._options = dataclasses.replace(opened._update._options, bucket_bytes=bucket_bytes)
+    set_bucket_bytes(opened, bucket_bytes)
     with opened as running:
         running.send(source)
     return running.result

@@ -1,0 +1,270 @@
+"""``Delivery``: how the weights of one update get to the workers: by which transport, shared or copied, in which buckets."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import protocol
+from ..errors import UpdateAborted
+from ..integrity import digest
+from ..protocol import EngineInfo, Sender, Staging, TensorMeta, Transfer
+from ..transport.buckets import tensor_bytes, total_bytes
+from ..transport.device import device_id
+from .driver import Driver
+from .sending import Sending, SendReport
+from .weights import persistent_storages, warn_unchecked
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from ..control.command import Target
+    from ..integrity.digest import Contents
+    from ..transport.base import SharingSink, Sink
+    from .context import UpdateContext
+    from .weights import WeightSource
+
+    Tensors = Iterator[tuple[TensorMeta, torch.Tensor]]
+
+
+class Sharing:
+    """Zero-copy sharing of the trainer's tensors with colocated workers, during one update.
+
+    Attributes:
+        storages: addresses of the storages whose tensors may be shared, because they outlive the update.
+    """
+
+    def __init__(self) -> None:
+        self.storages: frozenset[int] = frozenset()
+        self._sink: SharingSink | None = None
+
+    @property
+    def batch_bytes(self) -> int:
+        """Upper bound of the bytes that one announcement shares; 0 if nothing is shared."""
+        return self._sink.batch_bytes if self._sink else 0
+
+    def allow(self, weights: WeightSource, dtype: str | None, staging: str) -> None:
+        """Allow the storages of ``weights``, if their tensors travel as they are and workers may stage them on the device."""
+        if dtype is None and staging in ("auto", "device"):
+            self.storages = persistent_storages(weights)
+
+    def transfers(self, sink: Sink) -> Sequence[Transfer]:
+        """Return the transfers of ``sink``, which shares the allowed storages from now on if it can."""
+        self._sink = sink.sharing if self.storages else None
+        return self._sink.transfers if self._sink else sink.transfers
+
+    def changed(self) -> str:
+        """Say which shared tensor was written to during the update; empty if none was."""
+        name = self._sink.first_changed() if self._sink else None
+        return (
+            f"{name} was changed before the update was over; change the weights after the update's block"
+            if name
+            else ""
+        )
+
+    def revoke(self) -> None:
+        """Stop sharing: workers that have not loaded the tensors yet refuse to."""
+        if self._sink:
+            self._sink.revoke()
+
+
+class Delivery:
+    """How the weights of one update get to the workers.
+
+    Attributes:
+        sharing: zero-copy sharing of the trainer's tensors.
+        nbytes: bytes that all senders have sent.
+        unchanged: how many tensors were not sent, because every engine has them.
+        entries: each tensor with its digest.
+        buckets: by sender, how many it has sent.
+    """
+
+    def __init__(self, context: UpdateContext, targets: Mapping[str, Target], driver: Driver, sharing: Sharing) -> None:
+        self.sharing = sharing
+        self.nbytes = 0
+        self.unchanged = 0
+        self.entries: list[tuple[TensorMeta, int]] = []
+        self.buckets: dict[int, int] = {}
+        self._context = context
+        self._targets = targets
+        self._driver = driver
+        self._engines = {name: target.engine for name, target in targets.items()}
+        self._expected_bytes = self._largest_bytes = 0
+
+    @property
+    def engines(self) -> dict[str, tuple[EngineInfo, int]]:
+        """The engines, by name, with their epochs."""
+        return {name: (target.engine, target.epoch) for name, target in self._targets.items()}
+
+    @functools.cached_property
+    def manifest(self) -> str:
+        """The digest of all that was sent; empty from disk, because then nothing passes through this process."""
+        return digest.manifest(self.entries) if self.entries else ""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which the engines compute."""
+        return next(iter(self._targets.values())).engine.dtype
+
+    def expected(self) -> tuple[TensorMeta, ...]:
+        """Return the engines' checkpoint, as the first engine describes it. Not from the event loop's thread."""
+        return asyncio.run_coroutine_threadsafe(self._describe(), self._context.loop).result()
+
+    async def _describe(self) -> tuple[TensorMeta, ...]:
+        sinks, engine = self._context.sinks, next(iter(self._targets.values())).engine
+        if engine.incarnation not in sinks.described:
+            answer = await self._context.link.request(engine.address, protocol.DescribeWeights(), self._context.left)
+            assert isinstance(answer, protocol.Weights), (engine.name, answer)
+            if answer.error:
+                warn_unchecked(answer.error)
+                return answer.tensors
+            tensors, dtype = answer.tensors, engine.dtype
+            largest = max((tensor_bytes(meta, dtype) for meta in tensors), default=0)
+            sinks.described = {engine.incarnation: (tensors, total_bytes(tensors, dtype), largest)}
+        tensors, self._expected_bytes, self._largest_bytes = sinks.described[engine.incarnation]
+        return tensors
+
+    def bucket_bytes(self, device: torch.device, transport: str = "") -> int:
+        """Return the size of the buckets in which tensors on ``device`` travel."""
+        return self._context.bucket_bytes(device, transport, self._expected_bytes)
+
+    def stagings(self) -> dict[str, Staging]:
+        """Return, by engine, what its workers stage, and how many of them share a device and a host."""
+        options = self._context.options
+        workers = [worker for target in self._targets.values() for worker in target.engine.workers]
+        devices = Counter(worker.device_id for worker in workers)
+        hosts = Counter(worker.node for worker in workers)
+        # Senders choose their transport later, so this is the upper bound over all transports.
+        bucket = self.sharing.batch_bytes or self.bucket_bytes(torch.device("cuda"), "broadcast")
+        return {
+            name: Staging(
+                kind=options.staging,
+                nbytes=self._expected_bytes,
+                on_device=max((devices[worker.device_id] for worker in target.engine.workers), default=1),
+                on_host=max((hosts[worker.node] for worker in target.engine.workers), default=1),
+                keep=options.keep_buffers,
+                bucket=max(bucket, self._largest_bytes),
+            )
+            for name, target in self._targets.items()
+        }
+
+    def begin(self, senders: Mapping[str, Mapping[int, Sender]]) -> Future[None]:
+        """Begin the update at every engine. Not from the event loop's thread.
+
+        Args:
+            senders: by engine, who sends to it.
+
+        Returns:
+            done when every worker is ready to receive; else its exception is UpdateAborted.
+        """
+        return asyncio.run_coroutine_threadsafe(self._driver.begin(senders, self.stagings()), self._context.loop)
+
+    def record(self, sender: int, report: SendReport) -> None:
+        """Record what a sender has sent."""
+        self.buckets[sender] = report.buckets
+        self.nbytes += report.nbytes
+        self.unchanged += report.unchanged
+        self.entries += report.entries
+
+    def send(self, pairs: Tensors, expected: Sequence[TensorMeta]) -> None:
+        """Send all tensors from this process; returns when every worker holds them.
+
+        Args:
+            pairs: the tensors.
+            expected: the engines' checkpoint.
+        """
+        context = self._context
+        first = next(pairs)
+        sending = Sending(context, self.engines)
+        remaining: Tensors = itertools.chain([first], pairs)
+
+        def split(sink: Sink) -> None:
+            nonlocal remaining
+            sending.split_shareable(sink, remaining, self.sharing.storages)
+            remaining = sending.all_tensors
+
+        sink = self._connect(first[1].device, expected, split)
+        coordinator = self._driver.coordinator
+        assert coordinator is not None
+        bucket_bytes = min(sink.bucket_bytes, self._expected_bytes or sink.bucket_bytes)
+        keep = context.options.keep_buffers
+        sending.send(coordinator.update, sink, bucket_bytes, base=self._base(coordinator.base), keep_buffers=keep)
+        self.record(0, sending.report)
+
+    def _base(self, manifest: str) -> Contents:
+        """Return what this group sent last, if it is what every engine says that it has; else nothing."""
+        sinks = self._context.sinks
+        return sinks.sent if manifest and manifest == sinks.sent_manifest else {}
+
+    def _connect(self, device: torch.device, expected: Sequence[TensorMeta], meanwhile: Callable[[Sink], None]) -> Sink:
+        """Begin the update; return a sink that is connected to every worker.
+
+        ``meanwhile`` is called with each sink that is tried, while the workers connect.
+        """
+        context = self._context
+        sinks, asked, engines = context.sinks, context.options.transport, self._engines
+        while True:
+            cached = sinks.sink is not None
+            kind = choose_transport(asked, device, engines.values(), peer_ipc_failed=sinks.peer_ipc_failed)
+            sink = sinks.open(kind, engines, device, self.bucket_bytes(device, kind), expected, context.left)
+            transfers = zip(engines, self.sharing.transfers(sink), strict=True)
+            opening = self.begin({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
+            try:
+                meanwhile(sink)
+            except BaseException:
+                concurrent.futures.wait([opening])  # requests that are in flight come to their end first
+                raise
+            try:
+                sink.meet(opening)
+                opening.result()
+            except UpdateAborted:
+                sinks.drop()
+                # Retry with a new connection if a worker no longer has the cached one. If CUDA IPC failed (for example, the
+                # worker is in another container), fall back to NCCL.
+                falls_back = kind == "ipc" and kind != choose_transport(
+                    asked, device, engines.values(), peer_ipc_failed=True
+                )
+                if not (self._driver.refused and (cached or falls_back)):
+                    raise
+                sinks.peer_ipc_failed = sinks.peer_ipc_failed or falls_back
+            else:
+                return sink
+
+
+def choose_transport(
+    asked: str, device: torch.device, engines: Iterable[EngineInfo], *, peer_ipc_failed: bool = False
+) -> str:
+    """Return the transport for tensors on ``device``: ``asked``, or what ``auto`` means for them.
+
+    Args:
+        asked: the transport that the user gave.
+        device: where the tensors are.
+        engines: the engines, with the workers to send to.
+        peer_ipc_failed: whether CUDA IPC to another GPU has failed before.
+    """
+    if asked != "auto":
+        return asked
+    if device.type != "cuda":
+        return "broadcast"
+    workers = {worker.device_id for engine in engines for worker in engine.workers}
+    # NCCL allows one rank per device, so a worker on the trainer's own GPU needs CUDA IPC. A single worker on another GPU of
+    # this host gets it too, because a copy takes no time from generation. Several workers would share the bandwidth of the
+    # trainer's GPU, while NCCL's broadcast passes the bytes on from worker to worker.
+    if device_id(device) in workers:
+        return "ipc"
+    if len(workers) == 1 and workers <= peers(device) and not peer_ipc_failed:
+        return "ipc"
+    return "broadcast"
+
+
+def peers(device: torch.device) -> set[str]:
+    """Return the GPUs that this process sees and that can read the memory of ``device``, including itself."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return {device_id(gpu) for gpu in gpus if gpu == device or torch.cuda.can_device_access_peer(gpu, device)}

@@ -1,0 +1,169 @@
+"""``Driver``: carries out what the coordinator of an update says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from .. import protocol
+from ..errors import EngineUnreachable, RequestError, UpdateAborted
+from ..observability import trace
+from .coordinator import Coordinator, Member
+
+if TYPE_CHECKING:
+    from ..control.command import Target
+    from ..control.connection import Round
+    from ..protocol import Answer, EngineRequest, Sender, Staging
+    from .context import UpdateContext
+
+    Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]
+
+# After the deadline we still send one Abort (or Commit) and one Resume and wait this long for the answers, under 1 s in total.
+# The directory recovers the rest.
+_GRACE_SECONDS = {"abort": 0.35, "commit": 0.3, "resume": 0.25}
+# An engine that commits for longer, while all others are paused, is dropped.
+_COMMIT_SECONDS = 120.0
+_ABORT_SECONDS = 5.0
+
+
+class Driver:
+    """Sends the coordinator's requests to the engines, and gives it their answers.
+
+    Attributes:
+        coordinator: the state of the update; None before ``begin``.
+        pause_started: when the engines were asked to pause, by ``time.monotonic()``.
+        commit_seconds: the longest commit of an engine.
+    """
+
+    def __init__(self, context: UpdateContext, targets: Mapping[str, Target]) -> None:
+        self.coordinator: Coordinator | None = None
+        self.pause_started = 0.0
+        self.commit_seconds = 0.0
+        self._context = context
+        self._targets = targets
+
+    async def begin(self, senders: Mapping[str, Mapping[int, Sender]], stagings: Mapping[str, Staging]) -> None:
+        """Begin the update at every engine, under a new id; returns when every worker is ready to receive.
+
+        Args:
+            senders: by engine, who sends to it.
+            stagings: by engine, what its workers stage.
+
+        Raises:
+            UpdateAborted: an engine is not ready.
+        """
+        options, targets = self._context.options, self._targets
+        members = {name: Member(target.epoch, target.resumes) for name, target in targets.items()}
+        coordinator = Coordinator(uuid.uuid4().hex, self._context.version, members, options.mode, options.kv)
+        self.coordinator = coordinator
+        spans = trace.spans_for(target.engine for target in targets.values()) if options.trace else 0
+        await self.run(coordinator.begin(senders, self._context.left, stagings, spans))
+        self.raise_if_given_up()
+
+    @property
+    def refused(self) -> bool:
+        """Whether an engine refused, instead of not answering."""
+        return self.coordinator is not None and self.coordinator.refused
+
+    def raise_if_given_up(self) -> None:
+        """Raise UpdateAborted if the update was given up."""
+        if self.coordinator and self.coordinator.reason:
+            raise UpdateAborted(self._context.given_up(self.coordinator.reason))
+
+    async def run(self, requests: dict[str, EngineRequest]) -> None:
+        """Send ``requests`` and what the coordinator answers to their outcome, until no engine is awaited.
+
+        A cancelled run goes on to the next state in which no engine waits: back to the old weights while that is possible,
+        else on to the new ones. Then it raises CancelledError. A second cancellation ends it at once.
+        """
+        coordinator = self.coordinator
+        assert coordinator is not None
+        sent, outcomes = self._send(coordinator.phase, requests)
+        cancelled: asyncio.CancelledError | None = None
+        try:
+            while coordinator.awaited:
+                try:
+                    name, outcome = await outcomes.get()
+                except asyncio.CancelledError as first:
+                    if cancelled:
+                        raise
+                    cancelled = first
+                    if coordinator.phase in ("begin", "prepare", "pause"):
+                        sent.cancel()
+                        requests = coordinator.give_up("the trainer was interrupted")
+                        sent, outcomes = self._send(coordinator.phase, requests)
+                    continue
+                phase = coordinator.phase
+                more = self._next(coordinator, name, outcome)
+                if coordinator.phase != phase:
+                    sent.cancel()  # requests of a phase that has ended
+                if more:
+                    sent, outcomes = self._send(coordinator.phase, more)
+                elif coordinator.phase != phase:
+                    break
+        finally:
+            sent.cancel()
+        self._context.spans.set_state("update", "" if coordinator.phase == "done" else coordinator.phase)
+        if cancelled:
+            raise cancelled
+
+    def _next(
+        self, coordinator: Coordinator, name: str, outcome: Answer | EngineUnreachable
+    ) -> dict[str, EngineRequest]:
+        """Give the coordinator the outcome of a request; return the requests that it sends next."""
+        left = self._context.left
+        if isinstance(outcome, EngineUnreachable):
+            return coordinator.silent(name, str(outcome), left)
+        if coordinator.phase == "commit" and isinstance(outcome, protocol.Ack):
+            self.commit_seconds = max(self.commit_seconds, outcome.seconds)
+        return coordinator.answered(name, outcome, left)
+
+    def _send(self, phase: str, requests: dict[str, EngineRequest]) -> tuple[Round, Outcomes]:
+        """Send the requests of a phase, all at once; the queue gets the outcome of each."""
+        self._context.spans.set_state("update", phase)
+        if on_phase := self._context.options.on_phase:
+            on_phase(phase)
+        if phase == "pause":
+            self.pause_started = time.monotonic()
+        outcomes: Outcomes = asyncio.Queue()
+        addressed = {name: (self._targets[name].engine.address, message) for name, message in requests.items()}
+
+        def heard(name: str, outcome: Answer | EngineUnreachable) -> None:
+            outcomes.put_nowait((name, outcome))
+
+        return self._context.link.ask(addressed, self._timeout_of(phase), heard), outcomes
+
+    def _timeout_of(self, phase: str) -> float:
+        left = self._context.left
+        if phase in _GRACE_SECONDS:
+            longest = _ABORT_SECONDS if phase == "abort" else _COMMIT_SECONDS
+            return min(max(left, 0.0) + _GRACE_SECONDS[phase], longest)
+        return max(left, 0.05)
+
+    async def ask_lost(self) -> set[str]:
+        """Ask the engines whose answer was lost for their state: they may have committed, or a successor aborted the update.
+
+        Returns:
+            the engines that a successor told to abort.
+        """
+        coordinator = self.coordinator
+        assert coordinator is not None
+        aborted: set[str] = set()
+        timeout = 1.0 if self._context.left > 1.0 else 0.1
+
+        async def ask(name: str) -> None:
+            with contextlib.suppress(EngineUnreachable, RequestError):
+                target = self._targets[name]
+                status = await self._context.link.request(target.engine.address, protocol.GetStatus(), timeout)
+                assert isinstance(status, protocol.Status)
+                if status.last_update == coordinator.update:
+                    coordinator.found_committed(name, running=status.generation == "running")
+                elif status.update != coordinator.update and status.committed_epoch < target.epoch:
+                    aborted.add(name)
+
+        await asyncio.gather(*(ask(name) for name in list(coordinator.lost)))
+        return aborted

@@ -1,0 +1,229 @@
+"""``Transaction``: one update, from the lease to its result. ``AsyncUpdate`` and ``Update`` are its faces."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import protocol
+from ..errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, join
+from ..observability import trace
+from ..observability.spans import SpanRecorder
+from ..process.switch_interval import ShortSwitchInterval
+from ..protocol import Sender, Version
+from ..transport.base import Cancelled
+from .context import UpdateContext
+from .delivery import Delivery, Sharing
+from .driver import Driver
+from .state import UpdateResult
+from .weights import Checker, Named, WeightSource, gathered
+
+if TYPE_CHECKING:
+    from ..control.command import Commander, Target
+    from .coordinator import Coordinator
+    from .options import Options
+    from .sinks import Sinks
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+# Time to collect the engines' part of a trace; the shorter one applies after the deadline.
+_TRACE_SECONDS, _LATE_TRACE_SECONDS = 2.0, 0.15
+
+
+class Transaction:
+    """One update of a group.
+
+    Attributes:
+        version: names the new weights.
+        options: as the user gave them.
+        sharing: zero-copy sharing of this process' tensors.
+        context: what all parts of the update use; set by ``start``.
+        driver, delivery: set by ``open``.
+    """
+
+    context: UpdateContext
+    driver: Driver
+    delivery: Delivery
+
+    def __init__(self, commander: Commander, sinks: Sinks, version: Version, options: Options) -> None:
+        self.version = version
+        self.options = options
+        self.sharing = Sharing()
+        self._commander = commander
+        self._sinks = sinks
+        self._lease = contextlib.AsyncExitStack()
+        self._targets: dict[str, Target] = {}
+        self._result: UpdateResult | None = None
+
+    @property
+    def result(self) -> UpdateResult:
+        """What the update took; set when its block has been left."""
+        if self._result is None:
+            raise ArealError("the update has no result yet: it is set when the update's block has been left")
+        return self._result
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> UpdateContext:
+        """Start the time of the update, which runs on ``loop``."""
+        now = time.monotonic()
+        spans = SpanRecorder(trace.MAX_SPANS_PER_KIND if self.options.trace else 0)
+        self.context = UpdateContext(
+            version=self.version,
+            options=self.options,
+            link=self._commander.link,
+            loop=loop,
+            sinks=self._sinks,
+            started=now,
+            ends=now + self.options.timeout,
+            spans=spans,
+        )
+        return self.context
+
+    async def open(self) -> None:
+        """Take the lease and fence every engine. ``start`` has been called."""
+        context = self.context
+        context.spans.set_state("update", "lease")
+        # The event loop needs the interpreter while another thread handles tensor after tensor.
+        self._lease.enter_context(ShortSwitchInterval())
+        try:
+            command = self._commander.command(context.left, without_lost=self.options.drop_lost)
+            self._targets = await self._lease.enter_async_context(command)
+        except BaseException:
+            await self._lease.aclose()
+            raise
+        self.driver = Driver(context, self._targets)
+        self.delivery = Delivery(context, self._targets, self.driver, self.sharing)
+        context.spans.set_state("update", "")
+
+    def send(
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered,
+    ) -> None:
+        """Bring the weights to every engine's staging. Not from the event loop's thread.
+
+        Args:
+            weights: see ``AsyncUpdate.send``.
+            dtype: see ``AsyncUpdate.send``.
+            gather: makes full tensors of sharded ones.
+        """
+        if self.driver.coordinator is not None:
+            raise ArealError("update.send(...) was called twice: an update sends once; begin another update")
+        delivery = self.delivery
+        if isinstance(weights, (str, os.PathLike)):
+            disk = Sender(transfer=protocol.Disk(path=str(Path(weights).absolute())))
+            delivery.begin({name: {0: disk} for name in self._targets}).result()
+            return
+        expected = delivery.expected()
+        pairs = Checker(expected, delivery.dtype, dtype).check_source(weights, gather)
+        self.sharing.allow(weights, dtype, self.options.staging)
+        with self.errors_of_sending():
+            delivery.send(pairs, expected)
+
+    @contextlib.contextmanager
+    def errors_of_sending(self) -> Iterator[None]:
+        """Turn what stops the body, which sends, into an error of this update."""
+        try:
+            yield
+        except (InvalidWeights, UpdateAborted):
+            raise
+        except (Cancelled, TimeoutError, concurrent.futures.TimeoutError, RuntimeError) as error:
+            raise UpdateAborted(self.context.given_up(str(error) or type(error).__name__)) from error
+
+    async def close(self, error: BaseException | None) -> None:
+        """End the update: commit what was sent, or give it up because of ``error``.
+
+        Raises:
+            InvalidWeights: nothing was sent.
+            UpdateAborted: every engine keeps its weights.
+            UpdateInDoubt: no engine answered the commit.
+        """
+        try:
+            coordinator = self.driver.coordinator
+            if coordinator is not None:
+                await self._end(coordinator, error)
+                if error is None:
+                    self._result = await self._conclude(coordinator)
+            elif error is None:
+                raise InvalidWeights("the update sent nothing: call update.send(...) inside its block")
+        finally:
+            self.sharing.revoke()
+            self._remember()
+            await self._lease.aclose()
+            if self.options.trace:
+                await self._write_trace(self.options.trace)
+
+    async def _end(self, coordinator: Coordinator, error: BaseException | None) -> None:
+        """Commit, or give up, at every engine."""
+        delivery, run = self.delivery, self.driver.run
+        if coordinator.phase in ("begin", "send") and error is not None:
+            await run(coordinator.give_up(f"{type(error).__name__}: {error}"))
+        elif coordinator.phase == "send" and (changed := self.sharing.changed()):
+            await run(coordinator.give_up(changed))
+        elif coordinator.phase == "send":
+            # From disk there is no manifest: then the engines' votes are only compared with each other.
+            base = coordinator.base if delivery.unchanged else ""
+            await run(coordinator.sent(delivery.buckets, delivery.manifest, base))
+
+    async def _conclude(self, coordinator: Coordinator) -> UpdateResult:
+        """Find out what became of the update at every engine."""
+        self.driver.raise_if_given_up()
+        aborted = await self.driver.ask_lost()
+        if not coordinator.committed and aborted == set(self._targets):
+            raise UpdateAborted(self.context.given_up(join(coordinator.lost)))
+        if not coordinator.committed:
+            raise UpdateInDoubt(
+                f"every engine was told to commit version {self.version} and none answered ({join(coordinator.lost)}); "
+                "all of them commit, or none: the directory finds out, and status() shows it"
+            )
+        self._commander.drop(
+            (self._targets[name].engine for name in coordinator.lost),
+            (target.engine for target in self._targets.values()),
+        )
+        finished = time.monotonic()
+        return UpdateResult(
+            version=self.version,
+            engines=tuple(coordinator.committed),
+            lost=dict(coordinator.lost),
+            nbytes=self.delivery.nbytes,
+            kept=self.delivery.unchanged,
+            total_ms=(finished - self.context.started) * 1e3,
+            pause_ms=(finished - self.driver.pause_started) * 1e3,
+            commit_ms=self.driver.commit_seconds * 1e3,
+        )
+
+    def _remember(self) -> None:
+        """Keep what the next update can use; after a failure, nothing."""
+        if self._result is None:
+            self._sinks.sent, self._sinks.sent_manifest = {}, ""
+            self._sinks.drop()
+        else:
+            self._sinks.sent = {meta.name: (meta, value) for meta, value in self.delivery.entries}
+            self._sinks.sent_manifest = self.delivery.manifest
+
+    async def _write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace. What is missing is logged; it never fails the update."""
+        context = self.context
+        engines: dict[str, list[protocol.Span]] = {}
+        problems: list[str] = []
+        about = {"version": str(self.version), "committed": self._result is not None}
+        try:
+            if coordinator := self.driver.coordinator:
+                about |= {"update": coordinator.update, "given_up": coordinator.reason, "lost": coordinator.lost}
+                timeout = min(_TRACE_SECONDS, max(context.left, _LATE_TRACE_SECONDS))
+                infos = {name: target.engine for name, target in self._targets.items()}
+                engines, problems = await trace.collect(context.link.request, infos, coordinator.update, timeout)
+            spans = context.spans.snapshot()
+            await asyncio.to_thread(trace.write, path, spans, engines, context.started, about)
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
+        if problems:
+            logger.warning("the trace %s of version %s is incomplete: %s", path, self.version, "; ".join(problems))
