@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import ArealError
-from .parser import add_key_file
+from .options import add_key_file
 
 if TYPE_CHECKING:
     import argparse
 
-    from .parser import Commands
+    from .options import Commands
 
 
 def add_to(commands: Commands) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .parser import count
+from .options import count
 
 if TYPE_CHECKING:
     import argparse
 
-    from .parser import Commands
+    from .options import Commands
 
 
 def add_to(commands: Commands) -> None:

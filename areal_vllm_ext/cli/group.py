@@ -7,8 +7,8 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+from .options import STATUS_CODE, VERIFY_CODE, add_key_file, count, seconds
 from .output import print_report, print_table
-from .parser import STATUS_CODE, VERIFY_CODE, add_key_file, count, seconds
 
 if TYPE_CHECKING:
     import argparse
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..client.blocking import EngineGroup
     from ..client.state import EngineState
     from ..protocol import Version
-    from .parser import Commands
+    from .options import Commands
 
 _STATUS_SECONDS = 5.0
 _READY_SECONDS = 600.0
@@ -29,8 +29,7 @@ def add_to(commands: Commands) -> None:
         "status",
         _status,
         "Show every engine: version, generation, update phase, requests",
-        "Engines that do not answer are listed as unreachable, engines that are lost as not heard.\n"
-        "Versions of vLLM and of this package are shown when they differ; --json always has them.",
+        "Engines that do not answer are listed as unreachable, engines that are lost as not heard.",
         code_3=STATUS_CODE,
     )
     parser.add_argument("--engines", metavar="N", type=count, help="first wait until N engines are ready")
@@ -142,15 +141,19 @@ def _print_states(states: Sequence[EngineState]) -> None:
 
 
 def _pause(options: argparse.Namespace) -> int:
+    ends = time.monotonic() + options.timeout
     with _connect(options) as group:
-        group.pause(options.mode, timeout=options.timeout, lease=None)
-        return print_report(options.json, {"paused": len(group.engines())}, "{paused} engines are paused")
+        engines = group.engines(options.timeout)
+        group.pause(options.mode, timeout=ends - time.monotonic(), lease=None)
+    return print_report(options.json, {"paused": len(engines)}, "{paused} engines are paused")
 
 
 def _resume(options: argparse.Namespace) -> int:
+    ends = time.monotonic() + options.timeout
     with _connect(options) as group:
-        group.resume(timeout=options.timeout)
-        return print_report(options.json, {"resumed": len(group.engines())}, "{resumed} engines generate")
+        engines = group.engines(options.timeout)
+        group.resume(timeout=ends - time.monotonic())
+    return print_report(options.json, {"resumed": len(engines)}, "{resumed} engines generate")
 
 
 def _update(options: argparse.Namespace) -> int:

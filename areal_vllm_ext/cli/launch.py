@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LaunchError, SettingsError
-from .parser import count, seconds
+from .options import count, seconds
 
 if TYPE_CHECKING:
     import argparse
 
     from ..launcher import ReplicaSpec
-    from .parser import Commands
+    from .options import Commands
 
 _FIELDS = (
     "model",
