@@ -1,6 +1,7 @@
-"""``python -m benchmarks`` (``make bench``): the CPU set, one after the other, into ``results/``.
+"""Run the CPU benchmarks one after the other, into ``results/``: ``python -m benchmarks`` (``make bench``).
 
-Arguments choose some by name: ``python -m benchmarks fanout update``. An hour on two cores; do nothing else meanwhile.
+Arguments choose benchmarks by name: ``python -m benchmarks fanout update``. All of them take an hour on two cores, on
+which nothing else may run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from harness.network import missing
 from .plot import RESULTS
 
 _WIRE = ["--transport", "shared_memory" if missing() else "broadcast"]
-# The name of each result, and the command.
+# By the name of its result, each benchmark's module and arguments.
 RUNS = {
     "fanout": ["fanout", "--rounds", "40"],
     "update_cpu_300mb": ["update", "--size", "300mb", "--load", "1", "--keep-buffers", *_WIRE],

@@ -1,4 +1,4 @@
-"""The workers' end of the baselines, beside our own extension: reached over vLLM's ``/collective_rpc``."""
+"""The workers' end of the baselines, which the trainer calls over vLLM's ``/collective_rpc``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .link import Link
 
 
 class BaselineWorker(WorkerExtension):
-    """Receives as AReaL's worker does: each tensor by a broadcast of its own, loaded when it has come."""
+    """Our worker extension and AReaL's way to receive: each tensor by its own broadcast, loaded on arrival."""
 
     def baseline_join(self: Any, address: str, port: int, size: int) -> None:
-        """Meet the trainer and all other workers."""
+        """Join the process group of the trainer and all workers."""
         parallel = self.vllm_config.parallel_config
         rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
         with _plain_nccl():
@@ -26,7 +26,7 @@ class BaselineWorker(WorkerExtension):
     def baseline_receive(
         self: Any, names: list[str], dtypes: list[str], shapes: list[list[int]], layerwise: bool
     ) -> None:
-        """Receive and load; ``layerwise`` in one of vLLM's reloads, else by ``load_weights`` on the live model."""
+        """Receive and load: in one of vLLM's reloads if ``layerwise``, else by ``load_weights`` on the live model."""
 
         def received() -> Iterator[tuple[str, torch.Tensor]]:
             for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
@@ -51,7 +51,7 @@ class BaselineWorker(WorkerExtension):
             self._baseline_link.meet()
 
     def baseline_memory(self: Any) -> list[int]:
-        """Bytes on this worker's GPU now, and at most since the last call; empty without a GPU."""
+        """Return the bytes on this worker's GPU: now, and the peak since the last call. Empty without a GPU."""
         if self.device.type != "cuda":
             return []
         found = [torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)]
@@ -60,7 +60,7 @@ class BaselineWorker(WorkerExtension):
 
 
 def _plain_nccl() -> contextlib.AbstractContextManager[None]:
-    """NCCL as the trainer sets it up: vLLM's worker has variables of its own, and both ends must agree."""
+    """Set up NCCL as the trainer does: vLLM's worker sets other variables, and both ends must agree."""
     try:
         from vllm.utils.nccl import unpinned_nccl_env
     except ImportError:

@@ -1,11 +1,12 @@
-"""What requests feel of updates: a steady load on all engines, first without updates, then with one every second by each way.
+"""Measure how updates delay the tokens of requests, for each way to update.
 
     python -m benchmarks.bubble --device cpu --size tiny [--engines 2] [--seconds 15]
 
-A bubble is the longest gap between two tokens of one request during an update, less the median gap without updates. Frozen
-requests go on in each way (vLLM's pause mode ``keep``). Ours lets them recompute their keys and values, as new weights ask
-for; the others keep those of the old weights (``--kv keep`` does too). Options as of ``benchmarks.update``; the last line
-is JSON.
+All engines are under a steady load: first without updates, then with an update every second by each way. A bubble is the
+longest gap between two tokens of one request during an update, less the median gap without updates. Every way freezes
+requests and lets them go on (vLLM's pause mode ``keep``). Ours lets them recompute their keys and values under the new
+weights; the other ways, and ours with ``--kv keep``, keep those of the old weights. The options are those of
+``benchmarks.update``. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ EVERY_SECONDS = 1.0
 
 
 class Window:
-    """Some seconds of load, and the updates in them."""
+    """A stretch of load, and the updates in it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -39,7 +40,7 @@ class Window:
         self.problem = ""
 
     def row(self, load: Load, quiet: Window) -> dict[str, Any]:
-        """What the load felt."""
+        """Return the row of the table: how the updates delayed tokens."""
         gap = statistics.median(load.gaps(quiet.start, quiet.end))
         speed = load.tokens(self.start, self.end) / (self.end - self.start)
         before = load.tokens(quiet.start, quiet.end) / (quiet.end - quiet.start)
@@ -65,7 +66,7 @@ class Window:
 
 
 def updates(server: Server, trainer: TrainerModel, way: Way, sets: list[Weights], seconds: float) -> Window:
-    """Update every second, or as soon as the last one has ended, with two sets of weights in turn."""
+    """Update every second, or as soon as the previous update has ended, with two sets of weights in turn."""
     turn = 0
 
     def update() -> tuple[float, float]:
@@ -78,7 +79,7 @@ def updates(server: Server, trainer: TrainerModel, way: Way, sets: list[Weights]
     window = Window(way.name)
     try:
         update()
-        update()  # the first two of a way set it up
+        update()  # the first two updates of a way set up its connections
         window = Window(way.name)
         while (due := window.start + len(window.updates) * EVERY_SECONDS) < window.start + seconds:
             time.sleep(max(due - time.monotonic(), 0.0))
@@ -99,7 +100,7 @@ def updates(server: Server, trainer: TrainerModel, way: Way, sets: list[Weights]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of load for each way")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the load for each way")
     options, place = parsed(parser)
     trainer = TrainerModel(options.size, options.dtype, place.trainer_device)
     sets: list[Weights] = []

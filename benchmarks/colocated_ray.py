@@ -1,12 +1,12 @@
-"""Trainers and vLLM workers on the same devices, by fractions: Ray's placement, CUDA IPC, tokens, and the end.
+"""Place trainers and vLLM workers on the same devices with Ray's fractions, update over CUDA IPC, and compare tokens.
 
     python -m benchmarks.colocated_ray --devices 1                    # one GPU: a trainer and an engine
     python -m benchmarks.colocated_ray --devices 2 --strategy STRICT_PACK
     python -m benchmarks.colocated_ray --devices 2 --cpu              # dry run, as root: shared memory, two namespaces as nodes
 
-Each trainer has a whole model, and TRAINER_SHARE of a device; each of the replica's TP workers has WORKER_SHARE of the same.
-Where they are is compared before anything is sent. All train alike, and each sends to the worker on its own device; the
-engine's greedy tokens must be those that Hugging Face generates from the first one's model. The last line is JSON.
+Each trainer has a whole model and TRAINER_SHARE of a device. Each TP worker of the replica has WORKER_SHARE of the same
+device, which is checked before any update. All trainers train alike, and each sends to the worker on its device. The
+engine's greedy tokens must be those that Hugging Face generates from the first trainer's model. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ class Trainer:
         self._group: EngineGroup | None = None
 
     def place(self) -> tuple[str, str]:
-        """Node and device."""
+        """Return this trainer's node and device."""
         return ray.util.get_node_ip_address(), own_device_id()
 
     def tokens(self) -> list[list[int]]:
-        """The oracle: what an engine with these weights must say."""
+        """Return the oracle's tokens: what an engine with these weights must generate."""
         return greedy_tokens(self.model, PROMPTS, TOKENS)
 
     def join(self, meeting: str, rank: int, ranks: int) -> None:
-        """Meet the other trainers."""
+        """Join the process group of the trainers."""
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
 
     def step(self, version: int, directory: DirectoryEndpoint) -> dict[str, float]:
-        """Train, and move every engine to the new weights. All trainers at a time."""
+        """Train and update every engine; all trainers call this at the same time."""
         self._group = self._group or EngineGroup.connect(directory.address, key=directory.key)
-        self.model.cpu()  # its random numbers are the CPU's
+        self.model.cpu()  # on the CPU, because a GPU draws other random numbers
         train(self.model, version)
         self.model.to(self.device)
         with self._group.update(version, process_group=dist.group.WORLD, senders="colocated", timeout=60) as update:
@@ -77,7 +77,7 @@ class Trainer:
 
 
 def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """The generation, on the cluster to which this process is connected."""
+    """Launch, update and compare, on the Ray cluster of this process."""
     placement = Placement.colocated(options.devices, WORKER_SHARE, strategy=options.strategy)
     group = placement.reserve()
     trainers = [
@@ -88,7 +88,7 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     for rank, place in enumerate(trainers_on):
         print(f"trainer {rank} is on {place}", flush=True)
     settings: dict[str, Any] = {"vllm_args": ("--enforce-eager", "--max-model-len", "512", "--dtype", "float32")}
-    # Triton's kernels would multiply float32 in TF32, and near-ties of the oracle's would fall the other way.
+    # Triton's kernels multiply float32 in TF32 by default, which changes tokens where two are nearly tied.
     settings["env"] = {"TRITON_F32_DEFAULT": "ieee"}
     if options.cpu:
         settings["env"] |= CPU_ENV
@@ -138,17 +138,17 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--devices", type=int, default=1, help="as many trainers, and TP workers (default: %(default)s)"
+        "--devices", type=int, default=1, help="number of trainers, and of TP workers (default: %(default)s)"
     )
     parser.add_argument("--strategy", default="PACK", choices=("PACK", "STRICT_PACK"))
     parser.add_argument("--cpu", action="store_true", help="a dry run without GPUs, over shared memory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        # Ray's workers import this file, and on CPU a plugin that gives vLLM's CPU platform Ray's devices.
+        # Ray's workers import this file and, on CPU, the plugin that gives vLLM's CPU platform Ray devices.
         sys.path.insert(0, str(Path(__file__).parent / "ray_on_cpu"))
         make_model(folder)
         if options.cpu:
-            # One node: Ray keeps a node's address in a folder that nodes on one machine share, and vLLM's drivers read it.
+            # Start one node only: nodes of one machine share the folder from which vLLM's driver reads Ray's address.
             stack.enter_context(ray_cluster(devices=options.devices, resource="GPU", nodes="a"))
         else:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")

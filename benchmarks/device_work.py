@@ -1,10 +1,10 @@
-"""What an update does on one GPU, piece by piece, beside the limit: one copy of the same bytes.
+"""Time each piece of an update's work on one device, and the lower bound: one copy of the same bytes.
 
     python -m benchmarks.device_work                 # Qwen3-8B's tensors, 16.4 GB of bf16: needs 50 GB of device memory
     python -m benchmarks.device_work --layers 2      # fewer layers; runs on a CPU too
-    python -m benchmarks.device_work --experts 128 --layers 4   # many small tensors: an MoE's, one by one
+    python -m benchmarks.device_work --experts 128 --layers 4   # many small tensors: the experts of an MoE, one by one
 
-Each piece must give the right bytes before its time counts. Medians of ``--repeat`` runs; the last line is JSON.
+Each piece must give the right bytes before its time counts. Times are medians of ``--repeat`` runs. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PIECE_BYTES = 1 << 30
 
 
 def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
-    """Qwen3-8B's tensors; with ``experts``, Qwen3-30B-A3B's MLP in place of its own."""
+    """Return the shapes of Qwen3-8B's tensors; with ``experts``, its MLP is that of Qwen3-30B-A3B."""
     hidden, ffn, moe_ffn, q, kv, vocabulary = 4096, 12288, 768, 4096, 1024, 151936
     found: dict[str, tuple[int, ...]] = {"embed": (vocabulary, hidden), "norm": (hidden,), "head": (vocabulary, hidden)}
     for i in range(layers):
@@ -46,7 +46,7 @@ def shapes(layers: int, experts: int) -> dict[str, tuple[int, ...]]:
 
 
 def staged(found: dict[str, tuple[int, ...]], device: torch.device, bucket_bytes: int) -> dict[str, torch.Tensor]:
-    """Random tensors in buckets, as they arrive."""
+    """Return random tensors in buckets, as they arrive at a worker."""
     tensors: dict[str, torch.Tensor] = {}
     bucket, end = torch.empty(0, dtype=torch.uint8), 0
     for name, shape in found.items():
@@ -59,7 +59,7 @@ def staged(found: dict[str, tuple[int, ...]], device: torch.device, bucket_bytes
 
 
 def plan_of(tensors: dict[str, torch.Tensor]) -> tuple[LoadPlan, list[torch.Tensor]]:
-    """A plan that copies each tensor to memory of its own, and that memory."""
+    """Return a plan that copies each tensor to memory of its own, and that memory."""
     targets, live = [], []
     for name, tensor in tensors.items():
         flat = torch.zeros(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
@@ -72,7 +72,7 @@ def plan_of(tensors: dict[str, torch.Tensor]) -> tuple[LoadPlan, list[torch.Tens
 
 
 def measured(work: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Milliseconds of ``work``, the median."""
+    """Return the median time of ``work`` in milliseconds."""
 
     def finish() -> None:
         if device.type == "cuda":
@@ -92,7 +92,7 @@ def measured(work: Callable[[], object], device: torch.device, repeat: int) -> f
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=36)
-    parser.add_argument("--experts", type=int, default=0, help="of each layer; 0: a dense model")
+    parser.add_argument("--experts", type=int, default=0, help="experts of each layer; 0: a dense model")
     parser.add_argument("--bucket-mib", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=7)
     options = parser.parse_args()

@@ -1,13 +1,13 @@
-"""How command of all engines grows with their number: the real client against real endpoints, without models.
+"""Measure how the time to command all engines grows with their number: the real client and real endpoints, without models.
 
     python -m benchmarks.fanout [--engines 1024] [--rounds 100] [--profile]
 
-For 1, 4, 16, ... engines, up to ``--engines``: p50 and p99 of pause-all, of resume-all, and of a whole transaction without
-bytes (begin, votes, pause, commit, resume). Endpoints, directory, client, CURVE and msgpack are the real ones; an engine
-behind its endpoint pauses at once. The endpoints live in as many processes as there are cores, or more so that 64 share
-one at most, and the client competes with them for the cores; in a cluster each engine has cores of its own. ``server_ms``
-tells what all endpoints together took of a pause in CPU time, and ``client_ms`` what the client took, ``loop_ms`` of it on
-its event loop (the rest is ZeroMQ's own thread: CURVE and the sockets). The last line is JSON.
+For 1, 4, 16, ... engines, up to ``--engines``: p50 and p99 of pause-all, of resume-all, and of a transaction without bytes
+(begin, votes, pause, commit, resume). Endpoints, directory, client, CURVE and msgpack are real; each engine is simulated and
+pauses at once. There is a process of endpoints for each core, and at most 64 endpoints share one. The client competes with
+them for the cores, whereas in a cluster each engine has its own cores. Each pause takes CPU time: ``server_ms`` of all
+endpoints, ``client_ms`` of the client, and ``loop_ms`` of the client's event loop. The rest of ``client_ms`` is ZeroMQ's
+thread, with CURVE and the sockets. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ ENGINES = Path(__file__).parent.parent / "harness" / "simulated_engine.py"
 COUNTS = (1, 4, 16, 64, 256, 1024)
 WARM_UP = 3
 DEADLINE = 20.0
-# Endpoints of one process take turns with the interpreter; a real one has it with its engine only.
+# Endpoints of one process share one interpreter, so their number per process is bounded.
 MOST_TOGETHER = 64
 
 
 @contextlib.contextmanager
 def deployed(count: int, key_file: Path) -> Iterator[tuple[str, list[int]]]:
-    """``count`` engines with their directory, in processes of their own; yields its address and their process ids."""
+    """Run ``count`` engines and their directory in processes; yields the directory's address and all process ids."""
     processes: list[subprocess.Popen[str]] = []
 
     def start(*command: str) -> subprocess.Popen[str]:
@@ -78,7 +78,7 @@ def deployed(count: int, key_file: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """What these processes have taken so far."""
+    """Return the CPU seconds that these processes have used so far."""
     ticks = 0
     for pid in pids:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -87,7 +87,7 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 async def measure(count: int, rounds: int, directory: str, key_file: Path, pids: list[int]) -> dict[str, Any]:
-    """Time calls on ``count`` engines: milliseconds, ``rounds`` of each kind."""
+    """Time ``rounds`` calls of each kind on ``count`` engines, in milliseconds."""
     times: dict[str, list[float]] = {"pause": [], "resume": [], "transaction": []}
     async with AsyncEngineGroup.connect(directory, key_file=key_file) as group:
         await group.wait_ready(engines=count, timeout=120)
@@ -98,7 +98,7 @@ async def measure(count: int, rounds: int, directory: str, key_file: Path, pids:
             times[what].append((time.perf_counter() - started) * 1e3)
 
         async def transaction(version: int) -> None:
-            # Nothing is read: workers that are simulated vote for what they are told to read.
+            # No file is read: simulated workers vote for any path.
             async with group.update(version, timeout=DEADLINE) as update:
                 await update.send("/nothing")
 
@@ -124,7 +124,7 @@ async def measure(count: int, rounds: int, directory: str, key_file: Path, pids:
             try:
                 await timed("transaction", transaction(version + 1))
                 version += 1
-            except UpdateAborted as error:  # the machine is too small for so many: none has switched
+            except UpdateAborted as error:  # the machine is too slow for this many engines; none has committed
                 aborted.append(str(error))
         states = await group.status(timeout=30)
         if {(state.version, state.state) for state in states} != {(version, "running")} or len(states) != count:
@@ -134,7 +134,7 @@ async def measure(count: int, rounds: int, directory: str, key_file: Path, pids:
         "rounds": rounds,
         **{f"{what}_ms": spread(values) for what, values in times.items() if values},
         "aborted": aborted,
-        # Of a pause or a resume, which do the same: discovery, lease, a fence of all, a command to all.
+        # Of one call: a pause and a resume both discover, take the lease, fence all engines and command all of them.
         "client_ms": round(client / rounds / 2 * 1e3, 2),
         "loop_ms": round(loop / rounds / 2 * 1e3, 2),
         "server_ms": round(max(server, 0.0) / rounds / 2 * 1e3, 2),
@@ -144,21 +144,23 @@ async def measure(count: int, rounds: int, directory: str, key_file: Path, pids:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", type=int, default=1024, help="at most so many")
-    parser.add_argument("--only", action="store_true", help="only that number, not the smaller ones too")
+    parser.add_argument("--engines", type=int, default=1024, help="largest number of engines")
+    parser.add_argument("--only", action="store_true", help="leave the smaller numbers out")
     parser.add_argument("--rounds", type=int, default=100, help="a quarter of these for more than 64 engines")
     parser.add_argument("--profile", action="store_true", help="print where the client spends its time")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     options = parser.parse_args()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # inherited: an endpoint takes some 25
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (most, most)
+    )  # inherited by the endpoints' processes; an endpoint needs about 25
     counts = [options.engines] if options.only else [count for count in COUNTS if count <= options.engines]
     rows = []
     with tempfile.TemporaryDirectory(prefix="areal-fanout-") as folder:
         key_file = Path(folder) / "cluster.key"
         security.write_key(key_file)
         for count in counts:
-            # So many take minutes; of few rounds the 99th percentile is the slowest.
+            # Fewer rounds for many engines, which take minutes; p99 is then the slowest round.
             rounds = options.rounds if count <= 64 else max(options.rounds // 4, 5)
             with deployed(count, key_file) as (directory, pids):
                 profile = cProfile.Profile()

@@ -1,12 +1,12 @@
-"""A trainer of two ranks and an engine of two workers (TP), a GPU each; beside it, in the same run, one rank and one worker.
+"""Time updates from a trainer of two ranks to an engine of two workers (TP), and from one rank to one worker.
 
     python -m benchmarks.four_gpus --size qwen3-8b --out results.json
 
-The trainer's ranks have the first two GPUs. Its weights are whole on both (data parallel) or half on each (sharded, as by
-FSDP: then they are gathered on the way, which is part of the time). Rank 0 sends, or each rank a part. After the last update
-of each case the engine must serve the trainer's weights (greedy tokens of Hugging Face's in float32, log-probabilities in
-bf16). Without GPUs: one worker on the CPU, to try the command. Medians; the first two updates of each do not count. The last
-line is JSON. Exits with 1 where weights were wrong.
+Each rank and each worker has a GPU; the trainer has the first two. Both ranks hold all weights (data parallel) or half of
+each tensor (sharded, as by FSDP). Sharded weights are gathered as part of the time. Rank 0 sends, or each rank sends half.
+After the last update of each case the engine must serve the trainer's weights: greedy tokens of Hugging Face in float32,
+log-probabilities in bf16. Without GPUs there is one worker on the CPU, to try the command. Times are medians without the
+first two updates of each case. The last line is JSON. Exits with 1 where weights were wrong.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ CASES = [
 
 
 def cases() -> list[dict[str, str]]:
-    """Without GPUs all go by broadcast."""
+    """Return the cases; without GPUs all of them use broadcast."""
     return CASES if torch.cuda.is_available() else [case | {"transport": "broadcast"} for case in CASES]
 
 
 def given(trainer: TrainerModel, rank: int, kind: str) -> Any:
-    """What a rank sends."""
+    """Return the weights that this rank sends."""
     weights = trainer.weights()
     if kind == "whole":
         return weights
@@ -62,7 +62,7 @@ def given(trainer: TrainerModel, rank: int, kind: str) -> Any:
 def updates(
     group: EngineGroup, trainer: TrainerModel, rank: int, kind: str, versions: Iterable[int], **options: Any
 ) -> list[UpdateResult]:
-    """One after the other, each to weights of its own."""
+    """Update several times, each time to other weights."""
     results = []
     for version in versions:
         trainer.set(version)
@@ -92,7 +92,7 @@ def row(gpus: int, case: dict[str, str], results: list[UpdateResult], wrong: str
 def update_all(
     group: EngineGroup, trainer: TrainerModel, rank: int, rounds: int, server: Server | None
 ) -> list[dict[str, Any]]:
-    """All cases, on every rank alike; rank 0 has the ``server`` and gets the rows."""
+    """Play all cases, on every rank alike; rank 0 has the ``server`` and returns the rows."""
     rows = []
     for number, case in enumerate(cases(), 1):
         versions = range(100 * number, 100 * number + WARM_UP + rounds)
@@ -105,7 +105,7 @@ def update_all(
 
 
 def update_alone(server: Server, trainer: TrainerModel, rounds: int) -> list[dict[str, Any]]:
-    """One rank, one worker."""
+    """Update from one rank to one worker."""
     rows = []
     for transport in dict.fromkeys(case["transport"] for case in cases()):
         with server.connect() as group:

@@ -1,10 +1,11 @@
-"""A trainer of two ranks, whose weights are sharded, updates a real vLLM: rank 0 sends, each rank a part, or each rank to the
-workers on its own GPU. Every update is compared token by token with Hugging Face.
+"""Update a real vLLM from a trainer of two ranks with sharded weights, for each choice of ``senders``.
 
     python -m benchmarks.gpu_senders --out results.json
 
-Two GPUs: a rank and an engine on each (CUDA IPC). Four: a rank on each of the first two, an engine of two workers (TP) on the
-others (NCCL). No GPU: two engines on the CPU. The last line is JSON. Exits with 1 where a token was wrong.
+Rank 0 sends, or each rank sends its share, or each rank sends to the workers on its GPU. Every update is compared token by
+token with Hugging Face. With two GPUs, each has a rank and an engine (CUDA IPC). With four, the first two have a rank each,
+and the others a worker each of one engine (TP, NCCL). Without GPUs there are two engines on the CPU. The last line is JSON.
+Exits with 1 where a token was wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .ranks import RANKS, device_of, joined
 UPDATES = 3
 SECONDS = 400
 
-# For each number of GPUs: the nodes' devices, vLLM's arguments, and who sends by what.
+# By number of GPUs: the nodes' devices, vLLM's arguments, and pairs of senders and transport.
 LAYOUTS: dict[int, tuple[list[str], list[str], list[tuple[str, str]]]] = {
     0: (["", ""], [], [("rank0", "broadcast"), ("partitioned", "broadcast"), ("colocated", "auto")]),
     2: (["0", "1"], [], [("rank0", "auto"), ("partitioned", "auto"), ("colocated", "auto")]),
@@ -47,11 +48,11 @@ LAYOUTS: dict[int, tuple[list[str], list[str], list[tuple[str, str]]]] = {
 def rank_main(
     rank: int, port: int, directory: str, url: str, folder: str, cases: list[list[str]], engines: int
 ) -> None:
-    """One rank of the trainer; rank 0 prints a line of JSON for each update."""
+    """Be one rank of the trainer; rank 0 prints a line of JSON for each update."""
     device = device_of(rank)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     model.generation_config.pad_token_id = 0
-    dice = torch.Generator().manual_seed(1)  # the same numbers on every rank
+    dice = torch.Generator().manual_seed(1)  # every rank draws the same numbers
     completions = Completions(url)
     with joined(rank, port), EngineGroup.connect(directory) as group:
         mesh = init_device_mesh(device.type, (RANKS,))
@@ -106,7 +107,7 @@ def main() -> int:
         nodes = [Node(env={"CUDA_VISIBLE_DEVICES": own} if own else {}) for own in devices]
         vllm_args = ["--skip-tokenizer-init", *arguments]
         logs = options.logs or folder / "logs"
-        # As in gpu_smoke: Triton's kernels would multiply float32 in TF32.
+        # Triton's kernels multiply float32 in TF32 by default, which changes tokens where two are nearly tied.
         made = Deployment(
             folder / "model", nodes, log_dir=logs, vllm_args=vllm_args, env={"TRITON_F32_DEFAULT": "ieee"}
         )

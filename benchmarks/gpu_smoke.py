@@ -1,13 +1,13 @@
-"""The acceptance run on GPUs: three updates of a real vLLM, dense and MoE, each compared token by token with Hugging Face.
+"""Accept the package on GPUs: three updates of a real vLLM, dense and MoE, compared token by token with Hugging Face.
 
     python -m benchmarks.gpu_smoke --out results.json   # one GPU: ipc, shared memory, disk (two dense engines, one MoE)
     python -m benchmarks.gpu_smoke --out results.json   # more: broadcast too; trainer on the first, an engine on each other
 
-Then, for broadcast and ipc, a trainer of its own process is killed in the handshake and in the middle of the bytes
-(``killed_trainer.py``), and the next trainer must update the same engines, token by token. ``--no-kill`` leaves that out.
+Then, for broadcast and ipc, a second trainer is killed in the handshake and in the middle of the bytes
+(``killed_trainer.py``). The next trainer must update the same engines, token by token. ``--no-kill`` leaves that out.
 
-The model has Qwen3's shape and some 100 MB in float32, random weights. Prints a line a run; the last line is JSON. Exits
-with 1 where a token was wrong or a run failed.
+The model has Qwen3's architecture, 100 MB in float32, and random weights. Each run prints a line; the last line is JSON.
+Exits with 1 where a token was wrong or a run failed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ UPDATES = 3
 
 
 def make_model(folder: Path, moe: bool, dtype: torch.dtype) -> PreTrainedModel:
-    """A Qwen3 of some 100 MB, saved to ``folder`` without a tokenizer (requests carry token ids)."""
+    """Save a Qwen3 of about 100 MB to ``folder``, without a tokenizer because requests carry token ids."""
     shape: dict[str, Any] = {
         "vocab_size": 8192,
         "hidden_size": 512,
@@ -76,7 +76,7 @@ def make_model(folder: Path, moe: bool, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def expected_tokens(model: PreTrainedModel) -> list[list[int]]:
-    """The oracle: greedy tokens of the trainer's model."""
+    """Return the oracle: greedy tokens of the trainer's model."""
     tokens = []
     for prompt in PROMPTS:
         ids = torch.tensor([prompt], device=model.device)
@@ -85,9 +85,9 @@ def expected_tokens(model: PreTrainedModel) -> list[list[int]]:
 
 
 def first_difference(model: PreTrainedModel, expected: list[list[int]], served: list[list[int]]) -> str:
-    """Where an engine's tokens part from the oracle's, and by how much the oracle preferred its own; empty where they do not.
+    """Return where an engine's tokens leave the oracle's, and the oracle's margin there; empty if they are equal.
 
-    Two sets of weights part with gaps of nats; two orders of summation part at near-ties.
+    Other weights differ by margins of nats, another order of summation only where two tokens are nearly tied.
     """
     for prompt, own, other in zip(PROMPTS, expected, served, strict=True):
         for place, (wanted, got) in enumerate(zip(own, other, strict=True)):
@@ -100,12 +100,12 @@ def first_difference(model: PreTrainedModel, expected: list[list[int]], served: 
 
 
 def served_tokens(completions: Completions, rank: int) -> list[list[int]]:
-    """Greedy tokens of the engine of DP rank ``rank``; one prompt at a time, since sums depend on what is in a batch."""
+    """Return greedy tokens of an engine; one prompt at a time, because sums depend on the batch."""
     return [completions.greedy([prompt], tokens=TOKENS, engine=rank)[0] for prompt in PROMPTS]
 
 
 class Trial:
-    """A model, the engines that serve it, and what became of each update."""
+    """A model, the engines that serve it, and the result of each update."""
 
     def __init__(self, kind: str, model: PreTrainedModel, deployment: Deployment, folder: Path, engines: int) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -119,7 +119,7 @@ class Trial:
         return [served_tokens(completions, rank) for rank in range(self._engines)]
 
     def attempt(self, what: str, work: Callable[[], None]) -> None:
-        """One transport or fault that does not work is no reason to leave the others out."""
+        """Do ``work`` and note its failure, so that other transports and faults are still tried."""
         try:
             work()
         except Exception as error:
@@ -137,7 +137,7 @@ class Trial:
         only: str = "",
         **facts: Any,
     ) -> None:
-        """Change the model (``only`` parameters with this in their name), move the engines to it, and compare."""
+        """Change the model (only parameters with ``only`` in their name), update the engines, and compare."""
         model = self._model
         before = expected_tokens(model)
         with torch.no_grad():
@@ -166,7 +166,7 @@ class Trial:
                 "keep_buffers": keep_buffers,
                 "only": only,
                 "kept": update.result.kept,
-                # Why the first update could not be compared with a fresh load; empty where it was, and was equal.
+                # Why the first update was not compared with a fresh load; empty if it was and was equal.
                 "unproven": sorted({state.unproven for state in group.status()}),
                 **facts,
                 "bytes": update.result.nbytes,
@@ -182,14 +182,14 @@ class Trial:
         print(self.rows[-1], flush=True)
 
     def verify(self, group: EngineGroup) -> None:
-        """Every engine's live weights are those of the others, and what they were after the commit."""
+        """Compare every engine's live weights with those of the others and with those after the commit."""
         found = group.verify(timeout=60)
         if not found.equal:
             raise RuntimeError(f"weights differ: {found.differences[:5]}")
         print(f"{self._kind}: verified, {found.tensors} tensors on {found.engines} engines", flush=True)
 
     def update_after_a_kill(self, transport: str, point: str, number: int) -> None:
-        """Have another trainer killed in its update; then a new one updates the engines, which are the same processes."""
+        """Kill another trainer in its update; then a new trainer updates the same engines."""
         command = [sys.executable, "-m", "benchmarks.killed_trainer", point, transport, self._deployment.directory]
         killed = subprocess.run(
             [*command, str(self._deployment.model_dir)], check=False, timeout=180, capture_output=True, text=True
@@ -198,7 +198,7 @@ class Trial:
             raise RuntimeError(f"the trainer ended with {killed.returncode}: {killed.stderr[-2000:]}")
         with EngineGroup.connect(self._deployment.directory) as group:
             before = [(engine.name, engine.incarnation) for engine in group.wait_ready(self._engines, timeout=30)]
-            # Its wall time includes what is left of the dead trainer's lease, 10 s at most.
+            # The wall time includes the rest of the dead trainer's lease, at most 10 s.
             self.update(group, transport, number, killed_in=point)
             if before != [(engine.name, engine.incarnation) for engine in group.engines()]:
                 raise RuntimeError("an engine was restarted")
@@ -211,11 +211,11 @@ def run(
     kind = "moe" if moe else "dense"
     model = make_model(folder / kind, moe, getattr(torch, dtype)).to(device)
     gpus = torch.cuda.device_count()
-    # An engine on each further GPU; on a single one two engines, unless they need NCCL between them (MoE).
+    # One engine on each further GPU. A single GPU has two, or one if engines need NCCL between them (MoE).
     devices = [str(i) for i in range(1, gpus)] or ["0"] * (1 if moe or not gpus else 2)
     nodes = [Node(env={"CUDA_VISIBLE_DEVICES": index} if gpus else {}) for index in devices]
     arguments = ["--dtype", dtype, "--skip-tokenizer-init"]
-    # vLLM's Triton kernels (the experts of an MoE) would multiply float32 in TF32, ten bits of mantissa: not the oracle's.
+    # vLLM's Triton kernels (the experts of an MoE) multiply float32 in TF32 by default; the oracle does not.
     ieee = {"TRITON_F32_DEFAULT": "ieee"}
     with Deployment(folder / kind, nodes, log_dir=logs / kind, vllm_args=arguments, env=ieee) as deployment:
         deployment.wait(timeout=240)
@@ -256,7 +256,7 @@ def main() -> int:
     parser.add_argument(
         "--transport", action="append", help="broadcast, ipc, shared_memory, disk (default: all that fit)"
     )
-    parser.add_argument("--no-kill", action="store_true", help="no trainers that are killed")
+    parser.add_argument("--no-kill", action="store_true", help="kill no trainers")
     parser.add_argument("--model", action="append", choices=("dense", "moe"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, help="write the JSON here too")

@@ -1,9 +1,9 @@
-"""A trainer that is killed (kill -9) in the middle of an update; started by ``gpu_smoke``.
+"""A trainer that kills itself with SIGKILL in the middle of an update; started by ``gpu_smoke``.
 
     python -m benchmarks.killed_trainer POINT TRANSPORT DIRECTORY CHECKPOINT
 
-POINT: ``meet``: the workers wait for it in the handshake, which it never begins. ``join``: shortly after it began it.
-``push``: workers were told of the second bucket, which it never sends (broadcast), or are copying it.
+At POINT ``meet``, the trainer dies before the handshake, for which the workers wait. At ``join``, it dies shortly after it
+began the handshake. At ``push``, the second bucket is announced, and never sent (broadcast) or being copied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A process group of the trainer and all workers, as plain as torch makes it: for baselines and for the raw link."""
+"""A plain torch process group of the trainer and all workers, for baselines and for the raw link."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _TIMEOUT = timedelta(seconds=120)
 
 
 class Link:
-    """gloo on CPU, NCCL on CUDA. The trainer is rank 0."""
+    """A process group: gloo on CPU, NCCL on CUDA. The trainer is rank 0."""
 
     def __init__(self, address: str, port: int, rank: int, size: int, device: torch.device) -> None:
-        """Meet the others at ``address:port``, where rank 0 listens."""
+        """Join the group at ``address:port``, where rank 0 listens."""
         self._device = device
         self._store = dist.TCPStore(address, port, is_master=rank == 0, wait_for_workers=False, timeout=_TIMEOUT)
         self._group: Any
@@ -27,13 +27,13 @@ class Link:
         self.meet()
 
     def broadcast(self, tensor: torch.Tensor) -> None:
-        """From rank 0 to all; returns when it may be used on the current stream (gloo: when it is there)."""
+        """Broadcast from rank 0; returns when the current stream may use the tensor (gloo: when it has arrived)."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
         self._group.broadcast([tensor], options).wait()
 
     def meet(self) -> None:
-        """Wait until all ranks have done what they did before this."""
+        """Wait until all ranks have come to this call."""
         self._group.allreduce([torch.zeros(1, device=self._device)]).wait()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

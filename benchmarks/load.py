@@ -1,10 +1,10 @@
-"""A steady load on a server, in a process of its own: when one request has its tokens, the next takes its place.
+"""Put a steady load on a server: when a request ends, the next one begins.
 
     python -m benchmarks.load URL MODEL ENGINES REQUESTS TOKENS   # REQUESTS at a time on each of ENGINES engines
 
-The first line of output says that tokens have come to each request. It runs until standard input is closed, and then prints
-one line of JSON: for each request the moments (``time.monotonic``, one clock for all processes of a machine) at which tokens
-came, and how many had come by then.
+The load has a process of its own. Its first line of output says that every request has tokens. It runs until standard input
+is closed, and then prints a line of JSON: for each request, the moments at which tokens came and how many had come by then.
+Moments are ``time.monotonic``, which all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -25,24 +25,22 @@ _ROOT = Path(__file__).parent.parent
 _PROMPT = [11, 7, 5, 3, 2, 13, 17, 19]
 
 
-# Tokens that are read within this came together: the server, or this process, was late for the first.
+# Longest gap in seconds between tokens that count as one arrival, because the server or this process was late.
 _TOGETHER_SECONDS = 0.0005
 
 
 @dataclass
 class Load:
-    """What came of a load; filled when its block has been left.
+    """The tokens of a load; filled when its context ends.
 
     Attributes:
-        streams: of each request, (moment, tokens so far), in order.
+        streams: for each request, pairs of a moment and the tokens so far, in order.
     """
 
     streams: list[list[tuple[float, int]]] = field(default_factory=list)
 
     def gaps(self, start: float, end: float) -> list[float]:
-        """Seconds between one token of a request and its next, where the gap lies between ``start`` and ``end`` or holds
-        one of both.
-        """
+        """Return the gaps in seconds between tokens of a request that overlap ``start`` to ``end``."""
         return [
             later - earlier
             for stream in self.streams
@@ -51,7 +49,7 @@ class Load:
         ]
 
     def tokens(self, start: float, end: float) -> int:
-        """How many tokens came to all requests between two moments."""
+        """Return how many tokens came to all requests between two moments."""
         total = 0
         for stream in self.streams:
             before = 0
@@ -65,7 +63,7 @@ class Load:
 def load(
     url: str, model: str, engines: int, requests: int, tokens: int, prefix: tuple[str, ...] = ()
 ) -> Iterator[Load]:
-    """Put a load on the server meanwhile; with 0 requests, none."""
+    """Put a load on the server inside this context; none with 0 requests."""
     result = Load()
     if not requests:
         yield result
@@ -109,7 +107,7 @@ async def _run(url: str, model: str, engines: int, requests: int, tokens: int) -
         while True:
             stream: list[tuple[float, int]] = []
             streams.append(stream)
-            # No two prompts alike, and none known to the prefix cache.
+            # Every prompt is new, so the prefix cache has none of them.
             prompt = [*_PROMPT, engine + 20, place + 20, len(streams) % 400 + 20]
             await _request(session, url, body | {"prompt": prompt}, engine, stream)
 

@@ -1,7 +1,7 @@
-"""Models of any size with random weights, made on the spot: the trainer's, and a checkpoint of their shape for vLLM.
+"""Models of many sizes with random weights: the trainer's model, and a checkpoint of its shape for vLLM.
 
-The checkpoint is a safetensors file whose header is true and whose data are a hole in the file: it takes no time and no
-room, and is for ``vllm serve --load-format dummy``. The engines' weights mean something after the first update only.
+The checkpoint is a safetensors file with a true header whose data is a hole in the file, so it takes no time and no disk.
+It is for ``vllm serve --load-format dummy``: the engines' weights have a meaning only after the first update.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from areal_vllm_ext.demo.model import greedy_tokens
 
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
-# hidden, layers, heads, KV heads, width of the MLP, vocabulary; the rest by name.
+# By name. ``shape`` is hidden size, layers, heads, KV heads, width of the MLP, and vocabulary.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"shape": (128, 2, 4, 2, 256, 512), "head_dim": 32},
     "300mb": {"shape": (1024, 5, 16, 8, 3072, 6144), "head_dim": 64},  # in float32
-    # A thousand matrices of 98 kB each, and the norms: hidden is chosen by dtype.
+    # A thousand matrices of 98 kB each, and norms. The hidden size depends on the dtype.
     "1000-tensors": {"shape": (0, 143, 3, 3, 192, 512), "head_dim": 64},
     "1gb-dense": {"shape": (2048, 8, 16, 8, 6144, 32768), "head_dim": 128},
     "qwen3-8b": {"shape": (4096, 36, 32, 8, 12288, 151936), "head_dim": 128},
     "tiny-moe": {"shape": (128, 2, 4, 2, 256, 512), "head_dim": 32, "experts": (8, 2, 64)},
-    # A thousand experts: 64 of three matrices in each of 6 layers, under names of their own.
+    # 1,152 matrices of experts: 64 experts of three matrices in each of 6 layers.
     "1gb-moe": {"shape": (1024, 6, 16, 8, 3072, 32768), "head_dim": 64, "experts": (64, 8, 384)},
     # Qwen3-30B-A3B's shape with 8 of its 48 layers.
     "qwen3-30b-a3b-8l": {"shape": (2048, 8, 32, 4, 6144, 151936), "head_dim": 128, "experts": (128, 8, 768)},
@@ -51,13 +51,13 @@ class TrainerModel:
     """The trainer's model.
 
     Attributes:
-        model: Hugging Face's.
-        nbytes: of the tensors that an update sends; tensors: how many those are.
+        model: the Hugging Face model.
+        nbytes, tensors: size and number of the tensors that an update sends.
     """
 
     def __init__(self, size: str, dtype: torch.dtype, device: torch.device) -> None:
-        # Its cores are the engines' too. A thread of torch's that waits for one of them holds all others up: with two on two
-        # cores beside a busy engine, a text takes a minute.
+        # The engines use the same cores. A torch thread that waits for a core delays all others: with two threads on two
+        # cores, beside a busy engine, one text takes a minute.
         if device.type == "cpu":
             torch.set_num_threads(max((os.cpu_count() or 1) // 2, 1))
         self.model = _make(size, dtype, device)
@@ -68,13 +68,13 @@ class TrainerModel:
 
     @torch.no_grad()
     def set(self, version: int) -> None:
-        """Weights that follow from ``version`` alone; they are there when this returns."""
+        """Set weights that follow from ``version`` alone; they are complete when this returns."""
         self.version = version
         parameters = list(self.model.parameters())
         generator = torch.Generator(parameters[0].device).manual_seed(version)
         for parameter in parameters:
             if parameter.dim() > 1:
-                # Wide enough for tokens that tell two sets of weights apart, narrow enough for logits within reason.
+                # Wide enough that versions differ in their tokens, narrow enough for moderate logits.
                 parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5, generator=generator)
             else:
                 parameter.normal_(1.0, 0.1, generator=generator)
@@ -82,19 +82,19 @@ class TrainerModel:
             torch.cuda.synchronize()
 
     def weights(self) -> list[tuple[str, torch.Tensor]]:
-        """What an update sends: checkpoint names (an expert each, in an MoE) and full tensors."""
+        """Return what an update sends: checkpoint names (one per expert) and full tensors."""
         weights = list(named_weights(self.model))
-        if weights[0][1].is_cuda:  # an MoE's are copies of what the model holds fused
+        if weights[0][1].is_cuda:  # tensors of experts are copies out of fused ones
             torch.cuda.synchronize()
         return weights
 
     def save_shape(self, folder: Path) -> None:
-        """Write what ``vllm serve --load-format dummy`` wants."""
+        """Write the files that ``vllm serve --load-format dummy`` needs."""
         folder.mkdir(parents=True, exist_ok=True)
         self.model.config.architectures = [type(self.model).__name__]
         self.model.config.save_pretrained(folder)
         GenerationConfig(do_sample=False, pad_token_id=0).save_pretrained(folder)
-        # vLLM gives log-probabilities to servers with a tokenizer only. A word for each token.
+        # vLLM needs a tokenizer to return log-probabilities. This one has a word for each token.
         words = {f"t{i}": i for i in range(self.model.config.vocab_size)}
         unknown = "t0"
         backend = Tokenizer(WordLevel(words, unk_token=unknown))
@@ -112,18 +112,18 @@ class TrainerModel:
             file.truncate(8 + len(text) + end)
 
     def greedy(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        """The oracle where arithmetic is exact enough for it: Hugging Face's own continuation of each prompt."""
+        """Return the oracle for float32: Hugging Face's own continuation of each prompt."""
         return greedy_tokens(self.model, prompts, tokens)
 
     @torch.no_grad()
     def logprobs(self, prompt: list[int]) -> list[float]:
-        """The oracle elsewhere: the log-probability of each token of ``prompt`` after those before it."""
+        """Return the oracle for bf16: the log-probability of each token of ``prompt`` after those before it."""
         ids = torch.tensor([prompt], device=self.model.device)
         logprobs = self.model(ids).logits[0, :-1].float().log_softmax(-1)
         return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
 
     def logprobs_of_others(self, prompt: list[int]) -> list[float]:
-        """``logprobs`` by other weights than these."""
+        """Return ``logprobs`` under other weights than these."""
         version = self.version
         self.set(version + 1000)
         others = self.logprobs(prompt)
@@ -161,7 +161,7 @@ def _make(size: str, dtype: torch.dtype, device: torch.device) -> PreTrainedMode
                 model = Qwen3ForCausalLM(Qwen3Config(**shape))
     finally:
         torch.set_default_dtype(default)
-    # Not ``model.to(dtype)``: it would round the rotary embedding's frequencies, which vLLM keeps in float32.
+    # Avoid ``model.to(dtype)``, which rounds the rotary embedding's frequencies; vLLM keeps them in float32.
     model = model.eval().requires_grad_(False)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)

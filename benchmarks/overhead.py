@@ -1,11 +1,11 @@
-"""What the extension costs when nothing is updated: a server with it and one without, under the same load in turns.
+"""Measure the cost of the extension without updates: a server with it and a server without, under load in turns.
 
     python -m benchmarks.overhead --device cpu [--size tiny] [--rounds 10] [--seconds 5]
 
-Both servers are up all the time and alike but for ``--worker-extension-cls``; a client is connected to the one with it. A
-round is a load on one and then on the other, which comes first alternates. The last line is JSON; ``ratio`` is the median
-of the rounds' ratios of tokens per second, with the extension to without. ``cpu_ratio`` is that of CPU time for a token of
-all of a server's processes, which tells more where others use the machine.
+Both servers run all the time and differ only in ``--worker-extension-cls``; a client is connected to the server with the
+extension. Each round loads one server and then the other, in alternating order. ``ratio`` is the median over the rounds of
+tokens per second with the extension, divided by those without. ``cpu_ratio`` is the same of CPU time per token, over all
+processes of a server; it is steadier on a shared machine. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _SETTLE_SECONDS = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of one server under a load of its own."""
+    """The speed of one server under its load."""
 
     tokens_per_s: float
     cpu_ms_per_token: float
 
 
 def cpu_seconds(server: Server) -> float:
-    """What all processes of the server have taken so far; those are the process group of ``vllm serve``."""
+    """Return the CPU seconds that all processes of the server's process group have used so far."""
     (process,) = server.deployment.processes
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # one that has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended meanwhile
             fields = stat.read_text().rpartition(")")[2].split()
             ticks += (int(fields[11]) + int(fields[12])) * (int(fields[2]) == process.pid)
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--load", type=int, default=8, help="requests at a time")
-    parser.add_argument("--tokens", type=int, default=300, help="of each of those requests")
+    parser.add_argument("--tokens", type=int, default=300, help="tokens of each request")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs here")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.plot``: draw ``results/updates.svg``, the times of every ``results/update_*.json``."""
+"""Draw the times of every ``results/update_*.json`` into ``results/updates.svg``: ``python -m benchmarks.plot``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the two ranks of a trainer have in common, processes of one torch.distributed job."""
+"""What the two ranks of a trainer share: device and process group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RANKS = 2
 
 
 def device_of(rank: int) -> torch.device:
-    """A GPU each, if there are any, from then on the current one."""
+    """Return the rank's GPU and make it the current device; the CPU if there are no GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(rank)
@@ -21,7 +21,7 @@ def device_of(rank: int) -> torch.device:
 
 @contextlib.contextmanager
 def joined(rank: int, port: int) -> Iterator[None]:
-    """The trainer's own process group."""
+    """Join the trainer's process group inside this context."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     try:

@@ -1,10 +1,11 @@
-"""vLLM's own data parallelism on Ray (``--data-parallel-backend ray``): an engine in an actor on each of two nodes, updated.
+"""Update engines of vLLM's own data parallelism on Ray (``--data-parallel-backend ray``).
 
     python -m benchmarks.ray_data_parallel            # a MoE; as root: two network namespaces as nodes
     python -m benchmarks.ray_data_parallel --dense    # engines that do not know of each other
 
-No launcher: the settings of docs/settings.md, "Ray". vLLM has no Ray devices for CPUs, so ``ray_on_cpu`` calls them GPUs. Three
-updates, each compared token by token with Hugging Face on both engines. The last line is JSON.
+Each of two nodes has an engine in an actor. There is no launcher; docs/settings.md, "Ray", has the settings. vLLM has no Ray
+devices for CPUs, so ``ray_on_cpu`` calls them GPUs. Three updates are compared token by token with Hugging Face on both
+engines. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ ARGUMENTS = ["--data-parallel-backend", "ray", "--data-parallel-size", "2", "--d
 
 
 def deployment(cluster: RayCluster, folder: Path, logs: Path) -> Deployment:
-    """``vllm serve`` on node ``a``, as somebody would start it who has no launcher."""
+    """Start ``vllm serve`` on node ``a`` without a launcher."""
     host = cluster.namespaces.addresses["a"]
-    # Ray keeps a node's address in a folder that nodes on one machine share: vLLM's driver would read that of node b.
+    # Nodes of one machine share the folder with Ray's address, so vLLM's driver would read the address of node b.
     for file in cluster.folder.glob("session_*/node_ip_address.json"):
         file.write_text(json.dumps({"node_ip_address": host}))
     security.write_key(folder / "cluster.key")
@@ -81,7 +82,7 @@ def measure(cluster: RayCluster, folder: Path, options: argparse.Namespace) -> d
 
 
 def shared_files() -> set[str]:
-    """The files of Python's shared memory, of anybody."""
+    """Return all files of Python's shared memory on this machine."""
     pattern = Path(SHARED_MEMORY)
     return {str(path) for path in pattern.parent.glob(f"{pattern.name}*")}
 
@@ -91,12 +92,12 @@ def main() -> int:
     parser.add_argument("--dense", action="store_true", help="a dense model instead")
     parser.add_argument("--logs", type=Path, help="keep vLLM's log here")
     options = parser.parse_args()
-    # Ray's workers find the platform on their path.
+    # Ray's workers find the platform plugin on this path.
     sys.path.insert(0, str(Path(__file__).parent / "ray_on_cpu"))
     before = shared_files()
     with tempfile.TemporaryDirectory() as folder, ray_cluster(devices=1, resource="GPU") as cluster:
         facts = measure(cluster, Path(folder), options)
-    # Ray kills vLLM's actors with the helpers that would remove this; the launcher's supervisor does it for its own.
+    # Ray kills vLLM's actors and their resource trackers, which would have removed these files.
     remove(shared_files() - before)
     print(json.dumps(facts))
     return 0 if all(facts["token_exact"]) and len(set(facts["nodes"])) == 2 else 1

@@ -1,9 +1,9 @@
-"""One script for it all: a two-node Ray cluster, a mixture-of-experts replica over both nodes, three updates, the end.
+"""Launch a mixture-of-experts replica over a Ray cluster of two nodes, update it three times, and shut it down.
 
     python -m benchmarks.ray_deferred [--dense]        # as root: the nodes are network namespaces
 
-Every engine's greedy tokens are compared with Hugging Face's on the trainer's model before the first update and after each.
-The last line is JSON.
+Before the first update and after each, every engine's greedy tokens are compared with those of Hugging Face on the trainer's
+model. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A real vLLM for the benchmarks, the trainer's place beside it, and the oracle: does it serve the trainer's weights?"""
+"""A real vLLM for the benchmarks, and the oracle that says whether it serves the trainer's weights."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from .models import TrainerModel
 BASELINE_WORKER = "benchmarks.baseline_worker.BaselineWorker"
 PROMPTS = [[10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7], [7] * 5]
 TOKENS = 16
-# Of the difference between two sets of weights. bf16 in another order of summation differs by some hundredths.
+# Largest distance of log-probabilities, as a share of the distance to other weights. Another order of summation in bf16
+# makes a few hundredths.
 _LOGPROB_TOLERANCE = 0.1
-# The same, where the engine has rounded its weights. That they are the right ones it has proven itself, against a fresh load.
+# The same for quantized weights, which each engine has also compared with a fresh load.
 _QUANTISED_TOLERANCE = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the engines and the trainer live.
+    """Where the engines and the trainer run.
 
     Attributes:
-        device: ``cpu`` or ``cuda``. On CPU with ``two_nodes`` the trainer is in one network namespace and all engines in
-            another; on CUDA the trainer has the first GPUs, and the engines the others, or with ``colocated`` the same.
-        trainers: GPUs of the trainer's.
-        engines: data-parallel engines, each of ``tp`` workers.
-        quantization: what vLLM makes of the weights as it loads them.
+        device: ``cpu`` or ``cuda``. On CPU with ``two_nodes``, the trainer has one network namespace and all engines
+            another. On CUDA, the trainer has the first GPUs; the engines have the others, or the same if ``colocated``.
+        trainers: the number of the trainer's GPUs.
+        engines: the number of data-parallel engines, each of ``tp`` workers.
+        quantization: how vLLM quantizes the weights as it loads them.
     """
 
     device: str
@@ -62,21 +63,21 @@ class Server:
     """A deployment and its trainer."""
 
     def __init__(self, deployment: Deployment, place: Place, key_file: str | None, host: str) -> None:
-        """``host``: the trainer's own address, which workers reach."""
+        """Connect; ``host`` is the trainer's address for the workers."""
         self.deployment, self.place, self.key_file, self.host = deployment, place, key_file, host
         self.model = str(deployment.model_dir)
         self.url = deployment.url
-        # How far log-probabilities of two sets of weights are apart, in nats; measured once.
+        # Distance in nats between log-probabilities of two sets of weights; measured once.
         self._scale = 0.0
 
     def connect(self) -> EngineGroup:
         return EngineGroup.connect(self.deployment.directory, key_file=self.key_file)
 
     def post(self, path: str, body: dict[str, Any] | None = None, timeout: float = 300.0, **query: str) -> Any:
-        """A call of vLLM's HTTP API.
+        """Call vLLM's HTTP API.
 
         Raises:
-            RuntimeError: it did not answer 200.
+            RuntimeError: the answer is not 200.
         """
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=timeout)
         with contextlib.closing(connection):
@@ -89,15 +90,15 @@ class Server:
         return json.loads(text) if text else None
 
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of every worker; returns the answers of the first engine's."""
+        """Call a method of every worker; returns the answers of the first engine's workers."""
         answer = self.post("/collective_rpc", {"method": method, "args": arguments})
         return answer["results"] if answer else []
 
     def wrong(self, trainer: TrainerModel) -> str:
-        """How what the engines serve differs from the trainer's model; empty where it does not.
+        """Return how the engines' output differs from the trainer's model; empty if it does not.
 
-        In float32 greedy tokens must be Hugging Face's. In bf16 near-ties part the two, so log-probabilities of a prompt are
-        compared instead: their mean distance must be a tenth, at most, of that to other weights.
+        In float32, greedy tokens must be those of Hugging Face. In bf16, nearly tied tokens may differ, so log-probabilities
+        of a prompt are compared: their mean distance may be at most a tenth of the distance to other weights.
         """
         completions = Completions(self.url)
         exact = trainer.model.dtype == torch.float32
@@ -130,14 +131,14 @@ def _distance(one: Sequence[float], other: Sequence[float]) -> float:
 def serving(
     trainer: TrainerModel, place: Place, logs: Path | None, *, native: str = "", extension: str | None = BASELINE_WORKER
 ) -> Iterator[Server]:
-    """Start engines of the trainer's shape. The calling thread is on the trainer's node meanwhile.
+    """Run engines of the trainer's shape; inside this context the calling thread is on the trainer's node.
 
     Args:
-        trainer: its shape and dtype.
-        place: where.
-        logs: a folder to keep the engines' logs in.
+        trainer: gives shape and dtype.
+        place: where engines and trainer run.
+        logs: a folder for the engines' logs.
         native: vLLM's own weight transfer to start with (``ipc``, ``nccl``), if any.
-        extension: the worker's class; None starts a vLLM that this package leaves alone.
+        extension: the worker's class; None starts a vLLM without this package.
     """
     arguments = ["--load-format", "dummy", "--no-enable-prefix-caching"]
     arguments += ["--dtype", str(trainer.model.dtype).removeprefix("torch."), "--tensor-parallel-size", str(place.tp)]
@@ -145,7 +146,7 @@ def serving(
         arguments += ["--quantization", place.quantization]
     if native:
         arguments += ["--weight-transfer-config", json.dumps({"backend": native})]
-    # The baselines' routes; an own TF32 of Triton's would not be the oracle's float32.
+    # The baselines need vLLM's development routes, and the oracle needs float32 without Triton's TF32.
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "TRITON_F32_DEFAULT": "ieee"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     with contextlib.ExitStack() as stack:
@@ -157,7 +158,7 @@ def serving(
             first = 0 if place.colocated else place.trainers
             own = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(first + gpus)))).split(",")
             node = dataclasses.replace(node, env={"CUDA_VISIBLE_DEVICES": ",".join(own[first : first + gpus])})
-            # Room for the trainer, its optimizer's stead, and staging; and for a load's keys and values.
+            # Memory for the trainer, as much again for an optimizer, and staging; the rest is for keys and values.
             arguments += ["--kv-cache-memory-bytes", str(4 << 30), "--gpu-memory-utilization", "0.4"]
         elif place.two_nodes:
             if problem := missing():

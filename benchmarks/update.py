@@ -1,13 +1,13 @@
-"""One update of a real vLLM under load: ours, AReaL's way, vLLM's own, and the raw link that none can beat.
+"""Time updates of a real vLLM under load: ours, AReaL's way, vLLM's own, and the raw link as the lower bound.
 
     python -m benchmarks.update --device cpu --transport broadcast --size 300mb          # two network namespaces, gloo
     python -m benchmarks.update --device cuda --transport ipc --colocated --size qwen3-8b     # one GPU for both
     python -m benchmarks.update --device cuda --transport broadcast,ipc --size qwen3-8b       # a GPU each: NCCL, and a pull
 
-The ways take turns, each turn with new weights, on one start of the server. After a way's first and last update every
-engine must serve the trainer's weights (greedy tokens of Hugging Face's in float32, log-probabilities in bf16), else the way
-is reported as wrong, and nothing is compared with it. Medians; the first ``--warm-up`` updates of each do not count. The
-last line is JSON.
+The ways take turns on one server, each turn with new weights. After a way's first and last update every engine must serve
+the trainer's weights: greedy tokens of Hugging Face in float32, log-probabilities in bf16. A way that does not is reported
+as wrong and compared with nothing. Times are medians without the first ``--warm-up`` updates of each way. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from .ways import Native, Ours, PerTensor, Timing, Way, Weights, join, raw_broad
 
 
 class Contest:
-    """The ways, and what became of each."""
+    """The ways, and the result of each."""
 
     def __init__(self, server: Server, trainer: TrainerModel) -> None:
         self._server, self._trainer = server, trainer
         self._version = 0
         self.timings: dict[str, list[Timing]] = {}
         self.problems: dict[str, str] = {}
-        # Of a way: what a worker held at most above what it held before, in MiB; and in its first updates, proof included.
+        # By way, a worker's peak memory above its memory before, in MiB: in all updates, and in the first ones with the proof.
         self.memory: dict[str, float] = {}
         self.first_memory: dict[str, float] = {}
 
     def turn(self, way: Way, *, counts: bool, check: bool) -> None:
-        """One update by ``way`` with weights of its own; a way that has failed is left out from then on."""
+        """Update once by ``way`` with new weights; a way that fails is left out from then on."""
         if way.name in self.problems:
             return
         self._version += 1
@@ -71,7 +71,7 @@ class Contest:
         return self._server.rpc("baseline_memory")
 
     def rows(self, raw: dict[str, list[float]]) -> list[dict[str, Any]]:
-        """The table: a way each, the raw links last. Shares are of the first of these."""
+        """Return the table: one row for each way, raw links last; shares are relative to the first raw link."""
         limit = statistics.median(next(iter(raw.values())))
         rows: list[dict[str, Any]] = []
         for name in [*self.timings, *(name for name in self.problems if name not in self.timings)]:
@@ -107,13 +107,13 @@ def _row(totals: list[float], nbytes: int, limit: float) -> dict[str, Any]:
 
 
 def results(rows: list[dict[str, Any]], trainer: TrainerModel, options: argparse.Namespace) -> dict[str, Any]:
-    """The JSON."""
+    """Return the results as JSON."""
     facts = {"bytes": trainer.nbytes, "tensors": trainer.tensors, "dtype": str(options.dtype), "load": options.load}
     return {**facts, "rows": rows, "compared": compared(rows)}
 
 
 def compared(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How often faster ours is than each other way that was right, in total and in its pause."""
+    """Return how many times faster ours is than each other right way, in total and in its pause."""
     by_name = {row["way"]: row for row in rows if row["right"] and "pause_ms" in row}
     if (ours := next((row for name, row in by_name.items() if name.startswith("ours")), None)) is None:
         return {}
@@ -135,8 +135,8 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
         raw = {f"raw {name}": raw_link(name, server, trainer, link, options) for name in options.transport}
         ways, native = ways_of(server, groups, link, weights, options)
         running = Contest(server, trainer)
-        # vLLM's transfers must be opened one at a time, and buffers are kept for the same way's next update only: these have
-        # their turns in a row.
+        # These ways take all their turns in a row: only one of vLLM's transfers can be open at a time, and buffers are kept
+        # only for the next update of the same way.
         apart: list[Way] = [*(kept_ways(groups, options) if options.keep_buffers else []), *native]
         sittings: list[list[Way]] = [ways, *([way] for way in apart)]
         busy = load(server.url, server.model, options.engines, options.load, options.tokens)
@@ -154,9 +154,9 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
                         running.turn(way, counts=number >= warm_up, check=number in {0, warm_up + rounds - 1})
                 if opened is not None:
                     opened.close()
-                # Should a later way hang, these are not lost.
+                # Save now, because a later way may hang.
                 save(results(running.rows(raw), trainer, options), options.out)
-        # After whatever the others did to the model, ours brings it right again; without load by now.
+        # A last update of ours, without load: it must be right whatever the other ways did to the model.
         ours = (kept_ways(groups, options) if options.keep_buffers else ways)[0]
         assert isinstance(ours, Ours)
         for _ in range(2):
@@ -169,7 +169,7 @@ def contest(server: Server, trainer: TrainerModel, options: argparse.Namespace) 
 def raw_link(
     transport: str, server: Server, trainer: TrainerModel, link: Link | None, options: argparse.Namespace
 ) -> list[float]:
-    """The same bytes by the bare transport."""
+    """Send the same bytes by the bare transport."""
     if transport == "broadcast":
         assert link is not None
         return raw_broadcast(server, link, trainer.nbytes, options.rounds + 1)[1:]
@@ -179,7 +179,7 @@ def raw_link(
 
 
 def connected(server: Server, stack: contextlib.ExitStack, options: argparse.Namespace) -> dict[str, EngineGroup]:
-    """A client for each transport: one alone would make its connections anew whenever the transport changes."""
+    """Connect a client for each transport, because one client would reconnect whenever the transport changes."""
     groups = {transport: stack.enter_context(server.connect()) for transport in options.transport}
     for group in groups.values():
         group.wait_ready(engines=options.engines, timeout=60)
@@ -187,13 +187,13 @@ def connected(server: Server, stack: contextlib.ExitStack, options: argparse.Nam
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Of our updates."""
+    """Return the options of our updates."""
     settings = {"staging": options.staging, "kv": options.kv, "timeout": 300}
     return settings | ({"bucket_mib": options.bucket_mib} if options.bucket_mib else {})
 
 
 def kept_ways(groups: dict[str, EngineGroup], options: argparse.Namespace) -> list[Way]:
-    """Ours, where workers keep their staging from one update to the next."""
+    """Return our ways whose workers keep their staging from one update to the next."""
     settings = settings_of(options) | {"keep_buffers": True}
     return [
         Ours(group, f"ours, {transport}, buffers kept", transport=transport, **settings)
@@ -204,9 +204,9 @@ def kept_ways(groups: dict[str, EngineGroup], options: argparse.Namespace) -> li
 def ways_of(
     server: Server, groups: dict[str, EngineGroup], link: Link | None, weights: Weights, options: argparse.Namespace
 ) -> tuple[list[Way], list[Native]]:
-    """Those that can take turns, ours first; and those of vLLM's, of which one can be open at a time."""
+    """Return the ways that can take turns, ours first, and vLLM's ways, of which one can be open at a time."""
     settings = settings_of(options)
-    # Loads of single tensors into a live model fail on CPU, where parameters are packed: there is nothing to load into.
+    # On CPU, single tensors cannot be loaded into a live model, because its parameters are packed and gone.
     forms = (True,) if options.device == "cpu" else (False, True)
     ways: list[Way] = [
         Ours(group, f"ours, {transport}", transport=transport, **settings) for transport, group in groups.items()
@@ -218,7 +218,7 @@ def ways_of(
 
 
 def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
-    """The command line, with what all benchmarks of updates are told."""
+    """Parse the command line, with the options that all benchmarks of updates share."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--transport", type=lambda text: text.split(","), default=["broadcast"], help="broadcast, ipc, shared_memory"
@@ -229,19 +229,21 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
     parser.add_argument("--tp", type=int, default=1, help="workers of each engine")
     parser.add_argument("--colocated", action="store_true", help="CUDA: engines on the trainer's GPU too")
     parser.add_argument("--load", type=int, default=4, help="requests at a time on each engine")
-    parser.add_argument("--tokens", type=int, default=300, help="of each of those requests")
+    parser.add_argument("--tokens", type=int, default=300, help="tokens of each request")
     parser.add_argument("--staging", default="auto")
-    parser.add_argument("--kv", default="recompute", help="keep: as the others do")
+    parser.add_argument(
+        "--kv", default="recompute", help="keep: frozen requests keep their keys and values, as in the other ways"
+    )
     parser.add_argument("--bucket-mib", type=int, default=0, help="default: the package's")
     parser.add_argument("--keep-buffers", action="store_true", help="ours also with keep_buffers")
-    parser.add_argument("--quantization", help="of the engines: fp8, for instance")
+    parser.add_argument("--quantization", help="how the engines quantize, for example fp8")
     parser.add_argument("--no-native", action="store_true", help="leave vLLM's own transfer out")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs here")
     options = parser.parse_args()
     options.dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     cuda = options.device == "cuda"
-    # vLLM has these on GPUs only.
+    # vLLM's own transfers need GPUs.
     options.native = "" if options.no_native or not cuda else "ipc" if options.colocated else "nccl"
     place = Place(
         options.device,
@@ -261,7 +263,7 @@ def main() -> int:
     parser.add_argument(
         "--trace",
         type=Path,
-        help="write the trace of one more update of ours, without load, with buffers kept if they were",
+        help="write the trace of one more update of ours, without load",
     )
     options, place = parsed(parser)
     trainer = TrainerModel(options.size, options.dtype, place.trainer_device)

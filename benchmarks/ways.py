@@ -1,7 +1,7 @@
-"""The ways to bring new weights to engines that are compared: ours, AReaL's, vLLM's own, and the raw link as the limit.
+"""The ways to update engines that are compared: ours, AReaL's, vLLM's own, and the raw link as the lower bound.
 
-Times are the trainer's, alike for all: ``total`` is from the first request of an update to the last answer, ``pause`` from
-the request to pause to the answer to resume (for ours ``UpdateResult.pause_ms``, which is that).
+Times are the trainer's for every way. ``total`` is from the first request of an update to the last answer. ``pause`` is from
+the request to pause to the answer to resume; ours has it as ``UpdateResult.pause_ms``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Timing:
     """Milliseconds of one update.
 
     Attributes:
-        commit_ms: ours: the longest switch of an engine.
-        phases: ours: from a phase's first request to the next phase's; ``connect`` is what comes before the first, and
-            ``begin`` ends when all bytes are sent.
+        commit_ms: only ours: the longest commit of an engine.
+        phases: only ours: from a phase's first request to that of the next phase. ``connect`` comes before the first
+            phase, and ``begin`` ends when all bytes are sent.
     """
 
     total_ms: float
@@ -48,7 +48,7 @@ class Way(Protocol):
 
 
 class Ours:
-    """A transaction of this package."""
+    """An update by this package."""
 
     def __init__(self, group: EngineGroup, name: str, **options: Any) -> None:
         self.name, self._group, self._options = name, group, options
@@ -69,7 +69,7 @@ class Ours:
 
 
 class _InThePause:
-    """A way that does all its work while the engines are paused."""
+    """A way that does all work while the engines are paused."""
 
     name: str
 
@@ -89,10 +89,10 @@ class _InThePause:
 
 
 class PerTensor(_InThePause):
-    """AReaL's: a broadcast for each tensor, and a ``load_weights`` for each.
+    """AReaL's way: a broadcast and a ``load_weights`` for each tensor.
 
-    ``layerwise`` feeds all of them to one reload of vLLM's instead: the nearest that is right where ``load_weights`` on a
-    live model is not (on CPU, where parameters are packed and gone; some MoE kernels).
+    ``layerwise`` feeds all tensors to one of vLLM's reloads. It is the nearest right way where ``load_weights`` on a live
+    model is wrong: on CPU, where parameters are packed and gone, and with some MoE kernels.
     """
 
     def __init__(self, server: Server, link: Link, *, layerwise: bool) -> None:
@@ -118,12 +118,12 @@ class Native(_InThePause):
         super().__init__(server)
         self.name = f"vLLM's {backend}{', packed' if packed else ''}"
         self._backend, self._packed = backend, packed
-        # Larger than the largest tensor, which must fit.
+        # The buffer must hold the largest tensor.
         self._buffer = max(1 << 30, *(tensor.nbytes for _, tensor in weights))
         self._engine: Any = None
 
     def open(self, weights: Weights) -> None:
-        """Meet the workers; one of these can be open at a time."""
+        """Connect to the workers; only one of vLLM's transfers can be open at a time."""
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 
         client = HTTPVLLMWeightSyncClient(self._server.url)
@@ -176,7 +176,7 @@ def _source(weights: Weights) -> Any:
 
 
 def join(server: Server) -> Link | None:
-    """A process group with all workers; None where trainer and engines share a GPU, which NCCL refuses."""
+    """Join a process group with all workers; None where trainer and engines share a GPU, which NCCL refuses."""
     if server.place.device == "cuda" and server.place.colocated:
         return None
     port, size = free_ports(1)[0], 1 + server.place.engines * server.place.tp
@@ -188,7 +188,7 @@ def join(server: Server) -> Link | None:
 
 
 def raw_broadcast(server: Server, link: Link, nbytes: int, rounds: int) -> list[float]:
-    """Milliseconds of one broadcast of ``nbytes`` to all workers, without anything else."""
+    """Return the milliseconds of one broadcast of ``nbytes`` to all workers."""
     buffer = torch.empty(nbytes, dtype=torch.uint8, device=server.place.trainer_device)
     with ThreadPoolExecutor(1) as pool:
         receiving = pool.submit(server.rpc, "baseline_raw", nbytes, rounds)
@@ -206,7 +206,7 @@ def raw_broadcast(server: Server, link: Link, nbytes: int, rounds: int) -> list[
 
 
 def raw_copy(weights: Weights, target: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of copying all tensors to ``target`` (the same device, another one, or host memory), once each."""
+    """Return the milliseconds of copying all tensors once to ``target``: the same device, another, or host memory."""
     sources = [tensor for _, tensor in weights]
     targets = [torch.empty_like(tensor, device=target) for tensor in sources]
 

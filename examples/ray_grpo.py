@@ -1,11 +1,11 @@
-"""The demo's training on a Ray cluster: a trainer actor and a vLLM replica over two nodes, placed by one file.
+"""Train as the demo does on a Ray cluster: a trainer actor and a vLLM replica over two nodes, placed by one file.
 
     ray up cluster.yaml && ray submit cluster.yaml examples/ray_grpo.py --config ray_grpo.yaml      # a real cluster
     python examples/ray_grpo.py --address 10.0.0.1:6379 --config examples/ray_grpo.yaml             # one that runs
     python examples/ray_grpo.py --namespaces        # as root: two network namespaces as nodes, CPUs as devices
 
-Each step: both engines answer, the trainer learns by group-relative policy gradient, and every engine moves to the new weights
-or none does. It ends with Ctrl-C, and takes every vLLM process of every node with it.
+In each step both engines generate, the trainer learns by group-relative policy gradient, and all engines move to the new
+weights or none does. Ctrl-C ends the script and every vLLM process on every node.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Trainer:
-    """One rank, in a bundle of the shared group."""
+    """The trainer: one rank, in a bundle of the shared placement group."""
 
     def __init__(self, model: str, url: str, directory: DirectoryEndpoint, engines: int) -> None:
         from transformers import AutoModelForCausalLM
@@ -47,7 +47,7 @@ class Trainer:
         self.random = torch.Generator().manual_seed(0)
 
     def step(self, version: int) -> dict[str, Any]:
-        """Roll out, learn, and move the engines to ``version``."""
+        """Roll out, learn, and update the engines to ``version``."""
         prompts = [make_prompt(COLOURS[i % len(COLOURS)], self.random) for i in range(PROMPTS)]
         share = -(-PROMPTS // self.engines)
         sequences, rewards, behaviour = [], [], []
@@ -72,7 +72,7 @@ class Trainer:
         }
 
     def learn(self, sequences: torch.Tensor, rewards: torch.Tensor, behaviour: torch.Tensor) -> None:
-        """One clipped step; an answer's advantage is over the others to its prompt."""
+        """Do one clipped step; an answer's advantage is relative to the other answers to its prompt."""
         groups = rewards.view(-1, ANSWERS)
         advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
         logits = self.model(sequences[:, :-1]).logits[:, -ANSWER_WORDS:]
@@ -85,7 +85,7 @@ class Trainer:
 
 
 def train(config: dict[str, Any], steps: int) -> bool:
-    """The whole of it; returns whether every engine's tokens were the trainer's after every update."""
+    """Launch and train; returns whether every engine's tokens were the trainer's after every update."""
     spec = msgspec.convert(config["replica"], ReplicaSpec)
     place = Placement.shared(**config["trainer"])
     group = place.reserve(timeout=60)

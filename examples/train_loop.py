@@ -1,11 +1,11 @@
-"""A trainer loop: each step changes the model, and every engine moves to the new weights.
+"""Train in a loop: each step changes the model, and all engines move to the new weights.
 
     vllm serve DIR --worker-extension-cls areal_vllm_ext.worker.WorkerExtension
     python examples/train_loop.py --model DIR --steps 3                               # blocking
     python examples/train_loop.py --model DIR --steps 3 --form async                  # asyncio
     torchrun --nproc-per-node 2 examples/train_loop.py --model DIR --form sharded     # FSDP2
 
-On other nodes than the engines': ``--connect tcp://HEAD:29700``, and AREAL_VLLM_KEY_FILE set (``areal-vllm keygen``).
+On another node than the engines, add ``--connect tcp://HEAD:29700`` and set AREAL_VLLM_KEY_FILE (see ``areal-vllm keygen``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from areal_vllm_ext import AsyncEngineGroup, EngineGroup, UpdateAborted, UpdateR
 
 
 def blocking(options: argparse.Namespace) -> None:
-    """The plain form: the trainer waits while its weights are sent."""
+    """Train and update in turn; the trainer waits while its weights are sent."""
     model, optimizer = load(options)
     with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         group.wait_ready(engines=options.engines, timeout=600)
@@ -30,29 +30,29 @@ def blocking(options: argparse.Namespace) -> None:
             loss = train_one_step(model, optimizer)
             try:
                 with group.update(version=step, timeout=options.timeout) as update:
-                    update.send(model)  # the engines generate meanwhile
-                # Leaving the block is the switch: votes, pause, commit, resume. Every engine is on `step` here ...
+                    update.send(model)  # the engines keep generating
+                # At the end of the block the engines vote, pause, commit and resume. Here all of them serve `step` ...
                 report(loss, update.result)
             except UpdateAborted as error:
-                # ... or still on the version before. The next step tries again, with newer weights.
+                # ... or all still serve the version before. The next step tries again with newer weights.
                 print(f"step {step}: {error}")
 
 
 async def asynchronous(options: argparse.Namespace) -> None:
-    """The same on an event loop: other tasks, such as those that collect rollouts, go on while weights are sent."""
+    """Do the same on an event loop; other tasks, such as rollouts, run while weights are sent."""
     model, optimizer = load(options)
     async with AsyncEngineGroup.connect(options.connect, key_file=options.key_file) as group:
         await group.wait_ready(engines=options.engines, timeout=600)
         for step in range(1, options.steps + 1):
             loss = await asyncio.to_thread(train_one_step, model, optimizer)
             async with group.update(version=step, timeout=options.timeout) as update:
-                # Tensors are read in a thread of asyncio's pool. Do not train before the block is left.
+                # A thread of asyncio's pool reads the tensors, so do not train before the block ends.
                 await update.send(model)
             report(loss, update.result)
 
 
 def sharded(options: argparse.Namespace) -> None:
-    """A trainer of several ranks (FSDP2): all of them gather, rank 0 sends."""
+    """Train on several ranks (FSDP2): all ranks gather, rank 0 sends."""
     dist.init_process_group()
     rank = dist.get_rank()
     if torch.accelerator.is_available():
@@ -61,15 +61,16 @@ def sharded(options: argparse.Namespace) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate)  # after sharding: of the DTensors
+    # Made after sharding, because its parameters are DTensors.
+    optimizer = torch.optim.SGD(model.parameters(), lr=options.learning_rate)
 
-    # On every rank; rank 0's commands the engines.
+    # Every rank connects; rank 0 commands the engines.
     with EngineGroup.connect(options.connect, key_file=options.key_file) as group:
         if rank == 0:
             group.wait_ready(engines=options.engines, timeout=600)
         for step in range(1, options.steps + 1):
             loss = train_one_step(model, optimizer)
-            # Gathered a bucket at a time, so no rank ever holds the whole model. An error of one rank is one of all.
+            # Tensors are gathered bucket by bucket, so no rank holds the whole model. If one rank fails, all raise.
             with group.update(version=step, timeout=options.timeout, process_group=dist.group.WORLD) as update:
                 update.send(model)
             if rank == 0:
@@ -78,7 +79,7 @@ def sharded(options: argparse.Namespace) -> None:
 
 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
-    """The model, in the checkpoint's dtype. (A trainer in float32 says ``update.send(model, dtype="bfloat16")``.)"""
+    """Load the model in the checkpoint's dtype."""
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
@@ -86,7 +87,7 @@ def load(options: argparse.Namespace) -> tuple[PreTrainedModel, torch.optim.Opti
 
 
 def train_one_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> float:
-    """Stands for the real thing: one gradient step on random tokens."""
+    """Stand in for real training: one gradient step on random tokens."""
     tokens = torch.randint(model.config.vocab_size, (2, 16), device=model.device)
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
@@ -98,10 +99,10 @@ def train_one_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> 
 def report(loss: float, result: UpdateResult) -> None:
     print(
         f"version {result.version}: loss {loss:.3f}, {len(result.engines)} engines, {result.nbytes / 1e6:.1f} MB, "
-        f"{result.total_ms:.0f} ms, paused for {result.pause_ms:.0f} ms (switch {result.commit_ms:.0f} ms)",
+        f"{result.total_ms:.0f} ms, paused for {result.pause_ms:.0f} ms (commit {result.commit_ms:.0f} ms)",
         flush=True,
     )
-    for engine, cause in result.lost.items():  # did not switch, after others had
+    for engine, cause in result.lost.items():  # did not commit although others had
         print(f"  lost: {engine}: {cause}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What a replica has on this machine, and what is left of that later: processes, listening ports, shared memory, folders."""
+"""Record a replica's processes, listening ports, shared memory and folders, and find what is left of them later."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHARED_MEMORY = "/dev/shm/"  # noqa: S108 - where Linux has it
 
 @dataclasses.dataclass
 class Footprint:
-    """Of one replica, over all namespaces, while it runs."""
+    """What one replica holds while it runs, over all namespaces."""
 
     replica: str
     processes: set[int]
@@ -25,17 +25,17 @@ class Footprint:
 
     @classmethod
     def of(cls, replica: str) -> Footprint:
-        """Look at what the replica has now."""
+        """Record what the replica holds now."""
         found = cls(replica, processes(replica))
         for pid in found.processes:
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended meanwhile
                 found.ports |= _listening(pid)
                 found.shared_memory |= _mapped(pid)
                 found.folders.add(Path(_environment(pid)["VLLM_RPC_BASE_PATH"]))
         return found
 
     def left(self, namespaces: Namespaces) -> list[str]:
-        """What is still there."""
+        """Return a line for each thing that is still there."""
         left = [f"process {pid}: {_command(pid)}" for pid in processes(self.replica)]
         left += [f"shared memory {path}" for path in self.shared_memory if path.exists()]
         left += [f"folder {path}" for path in self.folders if path.exists()]
@@ -47,13 +47,13 @@ class Footprint:
 
 
 def processes(replica: str) -> set[int]:
-    """The processes that carry the replica's name in their environment: vLLM and all that it started."""
+    """Return the processes with the replica's name in their environment: vLLM and all that it started."""
     pids = (int(folder.name) for folder in Path("/proc").glob("[0-9]*"))
     return {pid for pid in pids if _environment(pid).get("AREAL_VLLM_REPLICA") == replica}
 
 
 def _environment(pid: int) -> dict[str, str]:
-    with contextlib.suppress(OSError):  # it has ended
+    with contextlib.suppress(OSError):  # the process has ended
         text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
         return dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
     return {}
@@ -78,7 +78,7 @@ def _listening(pid: int) -> set[int]:
 
 
 def _listening_sockets(process: str) -> list[tuple[int, str]]:
-    """Ports and inodes of the TCP sockets that listen in the network namespace of ``process``."""
+    """Return ports and inodes of the TCP sockets that listen in the network namespace of ``process``."""
     tables = [Path(f"/proc/{process}/net/{table}").read_text().splitlines() for table in ("tcp", "tcp6")]
     rows = [row.split() for table in tables for row in table]
     return [(int(row[1].rpartition(":")[2], 16), row[9]) for row in rows if row[3] == "0A"]

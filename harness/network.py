@@ -1,4 +1,4 @@
-"""Two nodes on one machine: two network namespaces joined by a veth pair, each with an address of its own."""
+"""Two nodes on one machine: two network namespaces, joined by a veth pair, each with its own address."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def ip(*arguments: str) -> None:
 
 
 def missing() -> str:
-    """Why namespaces cannot be made here; empty where they can."""
+    """Return why namespaces cannot be made here; empty if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     return "" if shutil.which("ip") else "network namespaces need iproute2"
 
 
 class Namespaces:
-    """Nodes ``a`` and ``b``; ``inside`` puts the calling thread, and what it starts, onto one of them."""
+    """Nodes ``a`` and ``b``; ``inside`` moves the calling thread to one of them."""
 
     addresses: ClassVar = {"a": "10.77.0.1", "b": "10.77.0.2"}
 
@@ -46,7 +46,7 @@ class Namespaces:
             ip("-n", name, "link", "set", "lo", "up")
 
     def lay_wire(self) -> None:
-        """Give each node a device, joined with the other's."""
+        """Give each node a network device that is joined with the other node's."""
         ip("link", "add", self.links["a"], "type", "veth", "peer", "name", self.links["b"])
         for node, name in self.names.items():
             ip("link", "set", self.links[node], "netns", name)
@@ -57,16 +57,16 @@ class Namespaces:
                 ip("netns", "del", name)
 
     def prefix(self, node: str) -> list[str]:
-        """Put before a command to run it on ``node``."""
+        """Return the words before a command that run it on ``node``."""
         return ["ip", "netns", "exec", self.names[node]]
 
     def set_link(self, node: str, state: str) -> None:
-        """Cut ``node`` off (``down``) or join it again (``up``)."""
+        """Cut ``node`` off (``down``) or connect it again (``up``)."""
         ip("-n", self.names[node], "link", "set", self.links[node], state)
 
     @contextlib.contextmanager
     def inside(self, node: str) -> Iterator[None]:
-        """The calling thread lives on ``node`` meanwhile; threads and processes that it starts do too."""
+        """Move the calling thread to ``node``, with the threads and processes that it starts inside this context."""
         libc = ctypes.CDLL(None, use_errno=True)
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         there = os.open(Path("/run/netns") / self.names[node], os.O_RDONLY)

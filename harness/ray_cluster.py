@@ -1,4 +1,4 @@
-"""A real Ray cluster of two nodes on one machine: a network namespace for each, with devices that are CPUs."""
+"""A real Ray cluster of two nodes on one machine: each node is a network namespace, and its devices are CPUs."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ print(sum(node["Alive"] for node in ray.nodes()))
 
 
 class RayCluster:
-    """Nodes ``a`` (Ray's head) and ``b``. Processes are ended by their ids, never with ``ray stop``."""
+    """Nodes ``a`` (Ray's head) and ``b``. Processes are ended by id, because ``ray stop`` ends those of others too."""
 
     def __init__(self, namespaces: Namespaces, devices: int, resource: str) -> None:
         self.namespaces = namespaces
         self.address = f"{namespaces.addresses['a']}:{_PORT}"
-        # Whoever has used Ray before may have a token, which only some of these processes would find.
+        # A user of Ray may have a token, which only some of these processes would find.
         os.environ["RAY_AUTH_MODE"] = "disabled"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._devices, self._resource = devices, resource
-        # Short: Ray's sockets are in it, and their paths may have 107 characters.
+        # The path is short because it is part of the paths of Ray's sockets, which may have at most 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="ar-"))
 
     def start(self, node: str) -> None:
@@ -56,22 +56,22 @@ class RayCluster:
         command.append("--disable-usage-stats")
         prefix = [*self.namespaces.prefix(node), *own_cores("ab".index(node), 2)]
         log = self.folder / f"{node}.log"
-        # gloo would take the address that the machine's name has.
+        # Without this, gloo would take the address of the host name.
         env = {**os.environ, "GLOO_SOCKET_IFNAME": self.namespaces.links[node]}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        # Not supervised: a supervisor would adopt, and end, what a launcher of this cluster has left; nobody does in earnest.
+        # No supervisor: it would adopt and end what a launcher leaves behind, which a real cluster does not do.
         with log.open("w") as output:
             self.processes[node] = subprocess.Popen(
                 [*prefix, *command], stdout=output, stderr=output, env=env, start_new_session=True
             )
 
     def restart(self, node: str) -> None:
-        """End what is left of Ray on ``node`` and start it anew."""
+        """End what is left of Ray on ``node`` and start Ray again."""
         self._end(self.processes.pop(node))
         self.start(node)
 
     def wait(self) -> None:
-        """Wait until both nodes are members. (Asked by processes of their own: a driver outlives no restart of the head.)"""
+        """Wait until both nodes are members; a new process asks each time, because no driver outlives Ray's head."""
         ends = time.monotonic() + 90
         command = [*self.namespaces.prefix("a"), sys.executable, "-c", _COUNT_NODES, self.address]
         while self._said(command) != str(len(self.processes)):
@@ -79,7 +79,7 @@ class RayCluster:
                 logs = "\n".join((self.folder / f"{node}.log").read_text()[-2000:] for node in self.processes)
                 raise TimeoutError(f"the Ray cluster has not its two nodes\n{logs}")
             for node, process in list(self.processes.items()):
-                if process.poll() is not None:  # it asked before the head was there
+                if process.poll() is not None:  # this node started before the head was up
                     self.start(node)
             time.sleep(0.5)
 
@@ -90,7 +90,7 @@ class RayCluster:
         return ""
 
     def raylet(self, node: str) -> int:
-        """The process id of the raylet on ``node``."""
+        """Return the process id of the raylet on ``node``."""
         address = f"--node_ip_address={self.namespaces.addresses[node]}"
         for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ class RayCluster:
         raise LookupError(f"no raylet on {node}")
 
     def end(self) -> None:
-        """End what was started here."""
+        """End all processes of this cluster."""
         if ray.is_initialized():
             ray.shutdown()
         for process in self.processes.values():
@@ -111,7 +111,7 @@ class RayCluster:
 
     @staticmethod
     def _end(process: subprocess.Popen[bytes]) -> None:
-        """``ray start --block`` ends its children when it is told to end."""
+        """End ``ray start --block``, which ends its children on SIGTERM."""
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
@@ -124,7 +124,7 @@ class RayCluster:
 def ray_cluster(
     devices: int = 1, resource: str = "CPU", *, nodes: str = "ab", connect: bool = True
 ) -> Iterator[RayCluster]:
-    """Both nodes, each with ``devices`` of ``resource``; the calling thread is a driver on node ``a`` meanwhile."""
+    """Run both nodes, each with ``devices`` of ``resource``; inside this context the caller is a driver on node ``a``."""
     namespaces = Namespaces()
     with contextlib.ExitStack() as stack:
         stack.callback(namespaces.remove)

@@ -1,4 +1,4 @@
-"""What every benchmark says of itself: how it is repeated, when, on what machine, with which versions."""
+"""Describe results: the command that repeats them, date, machine and versions; and print tables."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-# Where results and logs were written to does not matter for a repetition.
+# Options that do not matter for a repetition.
 _PLACES = ("--out", "--logs")
 
 
 def command() -> str:
-    """How this run is repeated."""
+    """Return the command that repeats this run."""
     spec = sys.modules["__main__"].__spec__
     name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).stem
     words = [
@@ -32,8 +32,8 @@ def command() -> str:
 
 
 def machine() -> str:
-    """Cores, memory and GPUs."""
-    import torch  # takes seconds, and not everyone who repeats a command asks for the machine
+    """Return the machine's cores, memory and GPUs."""
+    import torch  # imported here because it takes seconds, and most callers need only the command
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
     gpus = torch.cuda.device_count()
@@ -41,7 +41,7 @@ def machine() -> str:
 
 
 def described(results: dict[str, Any]) -> dict[str, Any]:
-    """``results``, with how, when and where they came about."""
+    """Return ``results`` with command, date, machine and versions."""
     return {
         "command": command(),
         "date": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
@@ -53,7 +53,7 @@ def described(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def installed(package: str) -> str:
-    """Its version; empty where it is not there."""
+    """Return the package's version; empty if it is not installed."""
     try:
         return package_version(package)
     except PackageNotFoundError:
@@ -61,7 +61,7 @@ def installed(package: str) -> str:
 
 
 def save(results: dict[str, Any], out: Path | None) -> dict[str, Any]:
-    """Write the results to ``out``, if any; returns them with their description."""
+    """Describe the results, write them to ``out``, if any, and return them."""
     whole = described(results)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,18 +70,18 @@ def save(results: dict[str, Any], out: Path | None) -> dict[str, Any]:
 
 
 def finish(results: dict[str, Any], out: Path | None) -> None:
-    """Write the results to ``out``, if any, and print them as the last line."""
+    """Describe the results, write them to ``out``, if any, and print them as the last line."""
     print(json.dumps(save(results, out)), flush=True)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest of ``values`` that a ``share`` (0 to 1) of them does not exceed."""
+    """Return the smallest of ``values`` that a ``share`` (0 to 1) of them does not exceed."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, 99th percentile and extremes, as measured."""
+    """Return median, 99th percentile and extremes."""
     return {
         "p50": round(statistics.median(values), 3),
         "p99": round(percentile(values, 0.99), 3),
@@ -91,7 +91,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """``rows`` for people: ``columns`` side by side."""
+    """Return ``rows`` as a text table of ``columns``."""
     cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)

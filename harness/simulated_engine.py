@@ -1,7 +1,7 @@
-"""Engines without a model: the real endpoint, directory and wire, over an engine loop and workers that are simulated.
+"""Engines without a model: real endpoint, directory and wire, with a simulated engine loop and simulated workers.
 
-``Deployment`` runs any number of them in this process. ``python harness/simulated_engine.py`` runs them in its own process,
-which can be killed or stopped (or in several: a thousand engines need some 25 file descriptors and 4 threads each).
+``Deployment`` runs any number of engines in this process. ``python harness/simulated_engine.py`` runs them in its own process,
+which can be killed or stopped. Each engine needs about 25 file descriptors and 4 threads, so a thousand need several processes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NEVER = math.inf
 
 
 class Later:
-    """Runs calls when their time has come, on one thread for all engines of the process."""
+    """Runs delayed calls, on one thread for all engines of the process."""
 
     def __init__(self) -> None:
         self._due: list[tuple[float, int, Callable[[], None]]] = []
@@ -64,7 +64,7 @@ class Later:
         self._thread.start()
 
     def call(self, seconds: float, what: Callable[[], None]) -> None:
-        """At once for 0, never for ``NEVER``."""
+        """Call ``what`` after ``seconds``: at once for 0, never for ``NEVER``."""
         if seconds == 0:
             what()
         elif seconds != NEVER:
@@ -93,18 +93,19 @@ class Later:
 
 
 class SimulatedEngine:
-    """What ``endpoint.Engine`` asks for, without a model.
+    """Implements ``endpoint.Engine`` without a model.
 
     Attributes:
         seconds: how long a call (``pause``, ``resume``, ``cancel``, ``commit``) or a worker's step (``begin``, ``bucket``,
-            ``prepare``) takes; at once where there is no entry.
-        errors: calls and steps that fail, and what they say.
-        calls: what the endpoint asked of the engine, in order.
-        orders: what the first worker was told, in order.
-        commits: every version that was switched to, with whether the engine was paused then.
-        manifest: what the workers vote that they hold; where it is empty, what was announced to them.
-        live: digests of what the workers serve; busy: how often they have none because of a commit.
-        staged: called with the update's id at commit (a test with real receivers takes the tensors there).
+            ``prepare``) takes; 0 without an entry.
+        errors: by call or step that fails, its error message.
+        calls: the calls of the endpoint, in order.
+        orders: the orders to the first worker, in order.
+        commits: every committed version, with whether the engine was paused.
+        manifest: the digest that the workers vote with; if empty, the digest of what was announced to them.
+        live: digests of the weights that the workers serve.
+        busy: how many requests for digests the workers refuse because of a commit.
+        staged: called with the update's id at commit; a test with real receivers loads the tensors there.
     """
 
     def __init__(self, later: Later, version: Version) -> None:
@@ -186,13 +187,13 @@ class SimulatedEngine:
 
 
 class Workers:
-    """The simulated workers of all engines of this process, on one thread: they receive nothing, and vote as told."""
+    """The simulated workers of all engines of this process, on one thread; they receive no bytes."""
 
     def __init__(self, key: security.ClusterKey, later: Later) -> None:
         self._key, self._later = key, later
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._workers: dict[zmq.Socket[bytes], tuple[SimulatedEngine, int]] = {}
-        # Of each worker and update what was announced.
+        # By worker and update, the tensors that were announced, with their digests.
         self._manifests: dict[tuple[zmq.Socket[bytes], str], dict[str, tuple[protocol.TensorMeta, int]]] = {}
         self._work: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -210,7 +211,7 @@ class Workers:
         self._do(lambda: self._detach(engine))
 
     def say(self, engine: SimulatedEngine, message: protocol.WorkerMessage) -> None:
-        """Have the worker with the message's rank send it now, whatever it was asked."""
+        """Let the worker with the message's rank send it now."""
 
         def send() -> None:
             for worker, (owner, rank) in self._workers.items():
@@ -233,7 +234,7 @@ class Workers:
 
     def _do(self, what: Callable[[], None]) -> None:
         self._work.append(what)
-        with contextlib.suppress(BlockingIOError):  # the buffer is full, so the thread wakes anyway
+        with contextlib.suppress(BlockingIOError):  # the buffer is full, so the thread will wake anyway
             self._wake_write.send(b"\0")
 
     def _attach(self, engine: SimulatedEngine, rank: int) -> None:
@@ -317,10 +318,10 @@ class Workers:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What a deployment tells of itself."""
+    """The properties of a deployment."""
 
     replica: str = "simulated"
-    dp_size: int | None = None  # default: as many as there are engines
+    dp_size: int | None = None  # default: the number of engines
     workers: int = 1
     version: Version = 0
     model: str = ""
@@ -329,7 +330,7 @@ class Shape:
 
 
 class Deployment:
-    """Engines ``ranks`` of one replica, with a directory (where ``directory`` is not given) and their workers."""
+    """Engines ``ranks`` of one replica, their workers, and a directory unless ``directory`` names one."""
 
     def __init__(
         self,
@@ -356,7 +357,7 @@ class Deployment:
             self.start_engine(rank)
 
     def start_directory(self, port: int = 0) -> str:
-        """Start the directory; its clock is ``clock_skew`` ahead. Returns its address."""
+        """Start the directory, whose clock is ``clock_skew`` ahead; returns its address."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         security.ZapAuthenticator(context, self.key)
         self._directory_context = context
@@ -376,7 +377,7 @@ class Deployment:
             self._directory_context = None
 
     def start_engine(self, rank: int) -> SimulatedEngine:
-        """Start an engine, or the next incarnation of one that was stopped."""
+        """Start an engine, or the next incarnation of a stopped one."""
         engine = SimulatedEngine(self.later, self.shape.version)
         info = EngineInfo(
             replica=self.shape.replica,
@@ -407,7 +408,7 @@ class Deployment:
         return engine
 
     def stop_engine(self, rank: int) -> None:
-        """As a crash: nobody is told."""
+        """Stop an engine as a crash does, without a farewell."""
         engine = self.engines.pop(rank)
         self.workers.detach(engine)
         engine.endpoint.stop(farewell=False)
@@ -426,7 +427,7 @@ class Deployment:
 
 @contextlib.contextmanager
 def deployed(key: security.ClusterKey, engines: int = 2, **options: object) -> Iterator[Deployment]:
-    """A deployment for the body."""
+    """Run a deployment inside this context."""
     deployment = Deployment(key, engines, **options)  # type: ignore[arg-type]
     try:
         yield deployment
