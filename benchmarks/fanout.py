@@ -127,7 +127,7 @@ async def measure(count: int, rounds: int, directory: str, key_file: Path, pids:
             except UpdateAborted as error:  # the machine is too slow for this many engines; none has committed
                 aborted.append(str(error))
         states = await group.status(timeout=30)
-        if {(state.version, state.state) for state in states} != {(version, "running")} or len(states) != count:
+        if {(state.version, state.generation) for state in states} != {(version, "running")} or len(states) != count:
             raise RuntimeError(f"not every engine runs on version {version}")
     return {
         "engines": count,

@@ -3,11 +3,12 @@
     python -m benchmarks.killed_trainer POINT TRANSPORT DIRECTORY CHECKPOINT
 
 At POINT ``meet``, the trainer dies before the handshake, for which the workers wait. At ``join``, it dies shortly after it
-began the handshake. At ``push``, the second bucket is announced, and never sent (broadcast) or being copied.
+began the handshake. At ``send``, the second bucket is announced, and never sent (broadcast) or being copied.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.client import sinks
 
-POINTS = ("meet", "join", "push")
+POINTS = ("meet", "join", "send")
 
 
 def die(after: float) -> None:
@@ -54,15 +55,14 @@ def main() -> None:
 
             sink.meet = meet_and_die
         else:
-            push, pushed = sink.push, []
+            start, started = sink.start, itertools.count(1)
 
-            def push_or_die(*given: Any) -> None:
-                pushed.append(None)
-                if len(pushed) == 2:
+            def start_or_die(*given: Any) -> Any:
+                if next(started) == 2:
                     die(after=0.5)
-                push(*given)
+                return start(*given)
 
-            sink.push = push_or_die
+            sink.start = start_or_die
         return sink
 
     sinks.make_sink = deadly_sink

@@ -1,6 +1,6 @@
 """The trainer process of the fault rounds: it updates the engines on command and reports every phase.
 
-It reads one line of JSON for each update: ``version``, ``deadline``, and ``stop_at``, the phase before which the trainer
+It reads one line of JSON for each update: ``version``, ``timeout``, and ``stop_at``, the phase before which the trainer
 waits for another line. It prints one line of JSON for each phase, and one for the end: ``outcome`` and ``seconds``.
 
 The weights follow from the version alone, so any process can make the model of a version.
@@ -67,7 +67,7 @@ def main() -> None:
         model = weights.set(order["version"])
         started = time.monotonic()
         try:
-            with group.update(order["version"], timeout=order["deadline"], bucket_mib=1, on_phase=on_phase) as update:
+            with group.update(order["version"], timeout=order["timeout"], bucket_mib=1, on_phase=on_phase) as update:
                 update.send(tensors(model))
             outcome, lost = "committed", list(update.result.lost)
         except UpdateAborted as error:

@@ -208,7 +208,7 @@ class RealDeployment:
         """Update with the second trainer, without faults; returns the end of the update."""
         self.version += 1
         trainer = self.trainers[1]
-        trainer.send(version=self.version, deadline=60.0, stop_at="")
+        trainer.send(version=self.version, timeout=60.0, stop_at="")
         return trainer.await_end(70.0) or {"outcome": "hangs", "seconds": 70.0}
 
 

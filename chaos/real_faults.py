@@ -33,7 +33,7 @@ LEASE_SECONDS = 10.0
 # Longest time in which vLLM ends a deployment of which a worker was killed.
 ENDED_SECONDS = 30.0
 SERVES_AGAIN_SECONDS = LEASE_SECONDS + 5.0
-DEADLINE = 20.0
+TIMEOUT = 20.0
 STOP_SECONDS = 12.0
 OVERRUN_SECONDS = 1.0
 # Most descriptors that a process may gain; each worker keeps the connections of four earlier trainers.
@@ -126,14 +126,14 @@ class Round:
         end = self.update_under_fault()
         healed = time.monotonic()
         if end is None:
-            end = self.trainer.await_end(DEADLINE + 45.0)
+            end = self.trainer.await_end(TIMEOUT + 45.0)
         outcome.outcome = end["outcome"] if end else "hangs"
         if end is None:
-            outcome.violated("hangs", f"the trainer's update does not end in {DEADLINE + 45:.0f} s")
+            outcome.violated("hangs", f"the trainer's update does not end in {TIMEOUT + 45:.0f} s")
         elif "trainer" not in self.kind:  # a stopped process cannot keep a deadline
-            outcome.overrun_s = round(max(end["seconds"] - DEADLINE, 0.0), 2)
+            outcome.overrun_s = round(max(end["seconds"] - TIMEOUT, 0.0), 2)
             if outcome.overrun_s > OVERRUN_SECONDS:
-                outcome.violated("overruns", f"took {end['seconds']:.1f} s of {DEADLINE:.0f} s")
+                outcome.violated("overruns", f"took {end['seconds']:.1f} s of {TIMEOUT:.0f} s")
         self.check_engines(healed)
         if self.kind == "kill trainer":
             self.deployment.replace_trainer()
@@ -144,12 +144,12 @@ class Round:
         trainer, phase = self.trainer, self.outcome.phase
         if self.kind in QUALITY:
             self.strike()
-        trainer.send(version=self.version, deadline=DEADLINE, stop_at=phase)
+        trainer.send(version=self.version, timeout=TIMEOUT, stop_at=phase)
         if self.kind in QUALITY:
-            end = trainer.await_end(DEADLINE + 45.0)
+            end = trainer.await_end(TIMEOUT + 45.0)
             self.heal()
             return end
-        while (line := trainer.read(DEADLINE)) and line.get("phase") != phase:
+        while (line := trainer.read(TIMEOUT)) and line.get("phase") != phase:
             if "outcome" in line:
                 return line
         if self.outcome.during:

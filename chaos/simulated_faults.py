@@ -133,19 +133,19 @@ def clock_drift(world: World, dice: random.Random) -> Fault:
 def two_trainers(world: World, dice: random.Random) -> Fault:
     """Let another trainer update at the same time."""
     rival = world.trainer()
-    deadline = dice.uniform(2.0, 20.0)
+    timeout = dice.uniform(2.0, 20.0)
 
     def strike() -> None:
-        rival.update("v-rival", deadline)
+        rival.update("v-rival", timeout)
 
     return Fault(strike)
 
 
 def a_pause(world: World, dice: random.Random) -> Fault:
     """Let a user pause and resume all engines, or only resume them."""
-    rival, pauses, deadline = world.trainer(), dice.random() < 0.5, dice.uniform(2.0, 20.0)
+    rival, pauses, timeout = world.trainer(), dice.random() < 0.5, dice.uniform(2.0, 20.0)
     steps = ("pause", "resume") if pauses else ("resume",)
-    return Fault(lambda: rival.command(*steps, deadline=deadline))
+    return Fault(lambda: rival.command(*steps, timeout=timeout))
 
 
 def two_faults(world: World, dice: random.Random) -> Fault:
@@ -215,7 +215,7 @@ class Round:
         if dice.random() < 0.1:
             world.at(world.now, WORLDS_HAND, fault.strike)
             self.struck = world.now
-        call = first.update("v1", deadline=dice.choice([1.0, 5.0, 20.0]), on_phase=on_phase)
+        call = first.update("v1", timeout=dice.choice([1.0, 5.0, 20.0]), on_phase=on_phase)
         world.run(until=world.now + 5.0, done=lambda: bool(self.struck) or call.outcome is not None)
 
         # The next trainer comes while the fault lasts, or after it.
@@ -256,11 +256,11 @@ class Round:
         world = self.world
         next_trainer = world.trainer()
         if self.dice.random() < 0.3:  # a user resumes the engines first
-            next_trainer.command("resume", deadline=5.0)
+            next_trainer.command("resume", timeout=5.0)
         attempt = 0
         while True:
             attempt += 1
-            call = next_trainer.update(f"v2.{attempt}", deadline=self.dice.uniform(5.0, 20.0))
+            call = next_trainer.update(f"v2.{attempt}", timeout=self.dice.uniform(5.0, 20.0))
             self.run_until_ended(call, healed + 2 * RECOVERY_SECONDS)
             require(call.outcome is not None, "hang", f"the update to {call.version} does not end")
             if isinstance(call.outcome, UpdateResult) and world.now >= healed and not call.outcome.lost:
@@ -313,9 +313,9 @@ class Round:
             require(isinstance(call.outcome, ArealError), "rule", f"the update ended with {call.outcome!r}")
 
     def check_deadline(self, call: Call) -> None:
-        self.overrun = max(self.overrun, call.seconds - call.deadline)
-        late = f"the update to {call.version} took {call.seconds:.2f} s of {call.deadline:.2f} s: {call.outcome!r}"
-        require(call.seconds - call.deadline <= OVERRUN_SECONDS, "overrun", late)
+        self.overrun = max(self.overrun, call.seconds - call.timeout)
+        late = f"the update to {call.version} took {call.seconds:.2f} s of {call.timeout:.2f} s: {call.outcome!r}"
+        require(call.seconds - call.timeout <= OVERRUN_SECONDS, "overrun", late)
 
 
 class _Hand:

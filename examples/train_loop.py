@@ -29,13 +29,13 @@ def blocking(options: argparse.Namespace) -> None:
         for step in range(1, options.steps + 1):
             loss = train_one_step(model, optimizer)
             try:
-                with group.update(version=step, timeout=options.timeout) as update:
-                    update.send(model)  # the engines keep generating
-                # At the end of the block the engines vote, pause, commit and resume. Here all of them serve `step` ...
-                report(loss, update.result)
+                # The engines generate while weights are sent, then vote, pause, commit and resume.
+                result = group.update_weights(model, version=step, timeout=options.timeout)
             except UpdateAborted as error:
-                # ... or all still serve the version before. The next step tries again with newer weights.
+                # All engines still serve the version before. The next step tries again with newer weights.
                 print(f"step {step}: {error}")
+            else:
+                report(loss, result)
 
 
 async def asynchronous(options: argparse.Namespace) -> None:
@@ -45,10 +45,8 @@ async def asynchronous(options: argparse.Namespace) -> None:
         await group.wait_ready(engines=options.engines, timeout=600)
         for step in range(1, options.steps + 1):
             loss = await asyncio.to_thread(train_one_step, model, optimizer)
-            async with group.update(version=step, timeout=options.timeout) as update:
-                # A thread of asyncio's pool reads the tensors, so do not train before the block ends.
-                await update.send(model)
-            report(loss, update.result)
+            # A thread of asyncio's pool reads the tensors, so do not train before this returns.
+            report(loss, await group.update_weights(model, version=step, timeout=options.timeout))
 
 
 def sharded(options: argparse.Namespace) -> None:

@@ -145,7 +145,7 @@ class Player:
     def _command(self, what: str, by: str | None) -> None:
         trainer, world = self._trainer(by), self._world
         done: list[object] = []
-        trainer.command(what, deadline=20.0, done=done.append)
+        trainer.command(what, timeout=20.0, done=done.append)
         world.run(until=world.now + LONGEST_WAIT, done=lambda: bool(done))
         self._say(f"{what} {ending(done[0]) if done else 'does not end'}")
 

@@ -116,7 +116,7 @@ class Call:
     """
 
     version: str
-    deadline: float
+    timeout: float
     started: float
     outcome: object = None
     seconds: float = 0.0
@@ -131,20 +131,20 @@ class Trainer(Asking):
         self.engines = self.group()
         world.join(self)
 
-    def update(self, version: str, deadline: float, on_phase: Callable[[str], None] = nothing) -> Call:
+    def update(self, version: str, timeout: float, on_phase: Callable[[str], None] = nothing) -> Call:
         """Start an update; ``on_phase`` is called with each phase, and with ``receiving`` between two buckets."""
-        call = Call(version, deadline, started=self.world.now)
+        call = Call(version, timeout, started=self.world.now)
         self.calls.append(call)
         self.run(lambda: self.create_task(self._update(call, on_phase)))
         return call
 
-    def command(self, *steps: str, deadline: float, done: Callable[[object], None] = nothing) -> None:
+    def command(self, *steps: str, timeout: float, done: Callable[[object], None] = nothing) -> None:
         """Start pauses and resumes of a user, in turn; ``done`` is called after each, with None or its error."""
 
         async def run() -> None:
             for step in steps:
                 try:
-                    await (self.engines.pause if step == "pause" else self.engines.resume)(timeout=deadline)
+                    await (self.engines.pause if step == "pause" else self.engines.resume)(timeout=timeout)
                 except ArealError as error:
                     done(error)
                 else:
@@ -159,7 +159,7 @@ class Trainer(Asking):
 
         started = self.time()
         try:
-            options = {"timeout": call.deadline, "on_phase": announce}
+            options = {"timeout": call.timeout, "on_phase": announce}
             async with self.engines.update(call.version, **options) as update:
                 # The steps of ``send``, which would take a thread.
                 transaction = update.transaction
