@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 from raw_client import RawClient
 
-from areal_vllm_ext.protocol import security
+from areal_vllm_ext.protocol import security, timing
 from harness.simulated_engine import HOST, Deployment, deployed
 
 # Busy machines stall for seconds, and what hypothesis has found once belongs into a test of its own.
@@ -55,6 +55,13 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def key(key_file: Path) -> security.ClusterKey:
     return security.read_key(key_file)
+
+
+@pytest.fixture
+def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines report to the directory ten times as often, and the directory looks at its clock as often."""
+    monkeypatch.setattr(timing, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("areal_vllm_ext.control.directory_server._POLL_MILLISECONDS", 20)
 
 
 @pytest.fixture
