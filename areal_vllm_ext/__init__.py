@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         HookError,
         InvalidWeights,
         LaunchError,
+        NotACheckpoint,
         PauseFailed,
         RequestError,
         SettingsError,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
         UpdateInDoubt,
         WeightsTainted,
     )
-    from .integrity.checkpoint import NotACheckpoint
     from .integrity.verify import Difference, Verification
     from .protocol import EngineInfo
 
@@ -71,7 +71,6 @@ _MODULES = {
     "EngineGroup": "client.blocking",
     "EngineInfo": "protocol",
     "EngineState": "client.state",
-    "NotACheckpoint": "integrity.checkpoint",
     "Update": "client.blocking_update",
     "UpdateOptions": "client.options",
     "UpdateResult": "client.state",

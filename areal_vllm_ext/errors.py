@@ -1,4 +1,4 @@
-"""The errors that users meet. Each message names the engine or the setting, the cause, and the way out."""
+"""The errors of this package. Each message names what failed, the cause, and what to do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def join(problems: Mapping[str, str]) -> str:
-    """Problems of several engines, as one line."""
+    """Return the problems of several engines as one line."""
     return "; ".join(f"{name}: {problem}" for name, problem in sorted(problems.items()))
 
 
-# What to do about bytes that changed on their way: they are not in doubt, their carrier is.
-SEND_AGAIN = "nothing was applied; send again, and if it happens again look at that node's memory and network"
+# The way out where bytes changed in transit: the update was refused, so only the hardware is in question.
+SEND_AGAIN = "nothing was applied; send again, and if it happens again check that node's memory and network"
 
 
 class ArealError(RuntimeError):
@@ -22,11 +22,11 @@ class ArealError(RuntimeError):
 
 
 class SettingsError(ArealError):
-    """A setting is missing or wrong; the message says which one and what to write instead."""
+    """A setting is missing or wrong; the message names it and says what to write instead."""
 
 
 class HookError(ArealError):
-    """The hook could not be put into this vLLM, so the engine must not start."""
+    """This vLLM cannot be hooked, so the engine must not start."""
 
 
 class RequestError(ArealError):
@@ -42,32 +42,39 @@ class RequestError(ArealError):
 
 
 class EngineUnreachable(ArealError):
-    """An engine or the directory did not answer before the deadline."""
+    """An engine or the directory did not answer in time."""
 
 
 class EnginesMissing(ArealError):
-    """Not every expected engine registered before the deadline."""
+    """An expected engine is lost or never registered."""
+
+
+class NotACheckpoint(ArealError):
+    """The directory holds no complete safetensors checkpoint; the message says what is missing."""
 
 
 class InvalidWeights(ArealError):
-    """The weights to send do not fit the model that the engines serve. No engine was touched."""
+    """The weights do not fit the model that the engines serve. No engine was touched."""
 
 
 class UpdateAborted(ArealError):
-    """The update was given up: every engine still serves the version that it served before."""
+    """The update was given up. Every engine still serves the version that it served before."""
 
 
 class WeightsTainted(ArealError):
-    """An update without staging failed: the engines' weights are nobody's. They stay paused until an update succeeds."""
+    """The commit failed on an engine, which now holds a partially loaded set of weights.
+
+    The engine stays paused and serves nothing until an update succeeds.
+    """
 
 
 class UpdateInDoubt(ArealError):
-    """Every engine had agreed to switch and was told to, but none answered. All of them will have switched, or none."""
+    """Every engine was told to commit and none answered. All of them commit, or none."""
 
 
 class PauseFailed(ArealError):
-    """Not every engine paused (or resumed) before the deadline; the message names those that did not."""
+    """An engine did not pause (or resume) in time; the message names it."""
 
 
 class LaunchError(ArealError):
-    """What was to be launched did not come up, or has ended. The first line is the cause; lines of logs may follow."""
+    """What was launched did not come up, or has ended. The first line is the cause; lines of logs may follow."""

@@ -16,7 +16,7 @@ from .coordinator import Coordinator, Member
 
 if TYPE_CHECKING:
     from ..control.command import Target
-    from ..control.connection import Round
+    from ..control.connection import RequestBatch
     from ..protocol import Answer, EngineRequest, Sender, Staging
     from .context import UpdateContext
 
@@ -122,7 +122,7 @@ class Driver:
             self.commit_seconds = max(self.commit_seconds, outcome.seconds)
         return coordinator.answered(name, outcome, left)
 
-    def _send(self, phase: str, requests: dict[str, EngineRequest]) -> tuple[Round, Outcomes]:
+    def _send(self, phase: str, requests: dict[str, EngineRequest]) -> tuple[RequestBatch, Outcomes]:
         """Send the requests of a phase, all at once; the queue gets the outcome of each."""
         self._context.spans.set_state("update", phase)
         if on_phase := self._context.options.on_phase:

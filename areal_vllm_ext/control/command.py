@@ -179,13 +179,13 @@ class Commander:
                 all_here=all_here and len(targets) == len(engines),
             )
             resumes = plan.resume if resume else {}
-            if not (plan.settle or resumes or plan.wait):
+            if not (plan.resolve or resumes or plan.wait):
                 return targets
-            for requests in (plan.settle, plan.agree, resumes if not plan.wait else {}):
+            for requests in (plan.resolve, plan.adopt, resumes if not plan.wait else {}):
                 if failed := await self.ask_all(targets, requests, ends):
-                    raise PauseFailed(f"an earlier update cannot be settled: {join(failed)}")
+                    raise PauseFailed(f"an earlier update cannot be resolved: {join(failed)}")
             if time.monotonic() > ends:
-                raise PauseFailed("an earlier update could not be settled in time; its engines stay as they are")
+                raise PauseFailed("an earlier update could not be resolved in time; its engines stay as they are")
             await asyncio.sleep(POLL_SECONDS / 20)
 
     @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""One socket for all engines: requests out, answers in, each with its own deadline."""
+"""``Connection``: one socket for all engines. Requests go out, answers come in, and each request has a deadline."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
     from ..protocol import Answer, Message
 
-    Heard = Callable[[str, Answer | EngineUnreachable], None]
+    OnReply = Callable[[str, Answer | EngineUnreachable], None]
 
-# A request whose answer is late is sent again under its id: a cut link may have swallowed it. Engines answer an id once.
+# A request without an answer is sent again under its id after this time, because a cut link may have lost it. A server
+# carries out each id once.
 _REPEAT_SECONDS = 1.0
-# A server whose connection is lost for so long is taken for gone, however long its caller would wait.
+# A server without a connection for this time counts as gone, however long its caller would wait.
 _GONE_SECONDS = 5.0
+# Messages that are read before other work of the loop runs.
 _READ_AT_ONCE = 64
 
 _EVENTS = {
@@ -45,52 +47,52 @@ _EVENTS = {
 }
 
 
-# Flags as plain numbers: combining an enum's takes longer than sending a frame.
+# Plain numbers, because combining enum flags takes longer than sending a frame.
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 @dataclasses.dataclass(slots=True)
 class _Pending:
-    """A request under way: who it is for, and what was sent where."""
+    """A request in flight: its name, its address, and the bytes that were sent."""
 
     name: str
     address: str
     peer: bytes
     payload: bytes
-    round: Round
+    batch: RequestBatch
 
 
-class Round:
-    """Requests that were sent together and are waited for with one timer."""
+class RequestBatch:
+    """Requests that were sent together and share one timer."""
 
-    def __init__(self, connection: Connection, timeout: float, ends: float, heard: Heard) -> None:
+    def __init__(self, connection: Connection, timeout: float, ends: float, on_reply: OnReply) -> None:
         self.timeout = timeout
         self.ends = ends
-        self.heard = heard
+        self.on_reply = on_reply
         self.waiting: dict[bytes, _Pending] = {}
         self.timer: asyncio.TimerHandle | None = None
         self._connection = connection
 
     def cancel(self) -> None:
-        """Nobody waits for what was not answered any more."""
+        """Stop waiting for the requests without an answer."""
         if self.timer:
             self.timer.cancel()
-        self._connection.forget(self.waiting)
+        self._connection.drop(self.waiting)
         self.waiting.clear()
 
 
 class Connection:
     """A ROUTER socket, connected to many servers. Belongs to one event loop.
 
-    The loop watches the socket itself, without ``zmq.asyncio``: a command of a thousand engines is two thousand messages,
-    and that costs several tasks, futures and system calls for each of them. For the same reason requests are asked in rounds.
+    The loop watches the socket itself. ``zmq.asyncio`` would cost several tasks, futures and system calls per message, and
+    a command to a thousand engines is two thousand messages. Requests are sent in batches for the same reason.
     """
 
     def __init__(self, key_for: Callable[[str], security.ClusterKey], max_message_bytes: int = 16 << 20) -> None:
         """
         Args:
             key_for: the key for a host, see ``security.key_for``.
-            max_message_bytes: what engines read at most; longer messages are refused here, with a reason.
+            max_message_bytes: the longest message that engines read; longer ones are refused here, with the reason.
         """
         self._key_for = key_for
         self._max_message_bytes = max_message_bytes
@@ -112,24 +114,27 @@ class Connection:
         self._reading = False
         self._loop.add_reader(self._socket.fileno(), self._read)
         self._loop.add_reader(self._monitor.fileno(), self._watch)
-        self._loop.call_soon(self._watch)  # a ZeroMQ descriptor tells nothing before the first look
+        self._loop.call_soon(self._watch)  # the ZeroMQ fd is edge-triggered: it signals only after a first read
 
-    def ask(self, requests: Mapping[str, tuple[str, Message]], timeout: float, heard: Heard) -> Round:
-        """Send requests, by any name, to addresses; one message for many is encoded once.
+    def ask(self, requests: Mapping[str, tuple[str, Message]], timeout: float, on_reply: OnReply) -> RequestBatch:
+        """Send requests to addresses, by any name. A message to several addresses is encoded once.
 
-        ``heard`` gets each name once, with its answer, or with why there is none within ``timeout`` seconds: what the
-        connection saw. Unless the round is cancelled before.
+        Args:
+            requests: address and message, by any name.
+            timeout: seconds until a request without an answer counts as unreachable.
+            on_reply: called once per name, with the answer or with the reason why there is none. A cancelled batch calls
+                it no more.
 
         Raises:
             ValueError: a message is longer than engines read; nothing was sent.
         """
         now = self._loop.time()
-        made = Round(self, timeout, now + timeout, heard)
+        made = RequestBatch(self, timeout, now + timeout, on_reply)
         encoded, payload = None, b""
         for name, (address, message) in requests.items():
             if message is not encoded:
                 encoded, payload = message, self._encoded(message)
-            # Ids are this connection's own, as its routing id is: counted, since randomness is a system call for each.
+            # Count ids instead of drawing them, because each random id would cost a system call.
             request_id = self._id_prefix + next(self._id_numbers).to_bytes(8, "big")
             made.waiting[request_id] = _Pending(name, address, self._peer(address), payload, made)
         self._pending.update(made.waiting)
@@ -147,13 +152,13 @@ class Connection:
             )
         return payload
 
-    def forget(self, request_ids: Iterable[bytes]) -> None:
-        """Answers to these are not heard any more."""
+    def drop(self, request_ids: Iterable[bytes]) -> None:
+        """Ignore answers to these requests from now on."""
         for request_id in request_ids:
             self._pending.pop(request_id, None)
 
-    def _send(self, made: Round) -> None:
-        """Send what is not answered, and look again when it should have been."""
+    def _send(self, made: RequestBatch) -> None:
+        """Send the requests without an answer, and start the timer that repeats them."""
         for request_id, pending in made.waiting.items():
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.send(pending.peer, _MORE)
@@ -163,34 +168,34 @@ class Connection:
         seconds = min(made.ends - self._loop.time(), _REPEAT_SECONDS)
         made.timer = self._loop.call_later(seconds, self._repeat, made)
 
-    def _repeat(self, made: Round) -> None:
-        """Some were not answered: give them up, or say them again."""
+    def _repeat(self, made: RequestBatch) -> None:
+        """Give up the requests whose time is over, and send the others again."""
         now = self._loop.time()
         for request_id, pending in list(made.waiting.items()):
             if now >= made.ends or self._seconds_unconnected(pending.address) > _GONE_SECONDS:
-                self._settle(request_id, self._unreachable(pending.address, made.timeout))
+                self._reply(request_id, self._unreachable(pending.address, made.timeout))
         if made.waiting:
             self._send(made)
 
     def _seconds_unconnected(self, address: str) -> float:
         return time.monotonic() - self._unconnected_since.get(address, math.inf)
 
-    def _settle(self, request_id: bytes, outcome: Answer | EngineUnreachable) -> None:
+    def _reply(self, request_id: bytes, outcome: Answer | EngineUnreachable) -> None:
         if (pending := self._pending.pop(request_id, None)) is None:
             return
-        made = pending.round
+        made = pending.batch
         del made.waiting[request_id]
         if not made.waiting:
             made.cancel()
-        made.heard(pending.name, outcome)
+        made.on_reply(pending.name, outcome)
 
     def _unreachable(self, address: str, timeout: float) -> EngineUnreachable:
         if (seconds := self._seconds_unconnected(address)) > _GONE_SECONDS:
-            return EngineUnreachable(f"{address} is not connected since {seconds:.1f} s{self._why(address)}")
+            return EngineUnreachable(f"{address} has not been connected for {seconds:.1f} s{self._why(address)}")
         return EngineUnreachable(f"{address} did not answer within {timeout:.1f} s{self._why(address)}")
 
     def keep_only(self, addresses: set[str]) -> None:
-        """Stop reconnecting to engines that are gone."""
+        """Close the connections to all other addresses, and stop reconnecting to them."""
         for address in self._peers.keys() - addresses:
             del self._peers[address], self._unconnected_since[address]
             with contextlib.suppress(zmq.ZMQError):
@@ -198,6 +203,7 @@ class Connection:
         self._read_soon()
 
     async def close(self) -> None:
+        """Close the socket."""
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self._socket.disable_monitor()
@@ -222,7 +228,7 @@ class Connection:
         return f": {reason}" if reason else ""
 
     def _read_soon(self) -> None:
-        # A ZeroMQ descriptor tells of a change once, and any call on the socket may use that up: look after each.
+        # The ZeroMQ fd is edge-triggered and any socket call may consume the edge, so read again after each call.
         if not self._reading:
             self._reading = True
             self._loop.call_soon(self._read)
@@ -245,8 +251,8 @@ class Connection:
                 answer = protocol.answer_decoder.decode(frames[2])
             except protocol.UNREADABLE as error:
                 answer = protocol.Error(kind="malformed", message=f"the answer cannot be read: {error}")
-            self._settle(frames[1], answer)
-        self._read_soon()  # after others of this loop have had their turn
+            self._reply(frames[1], answer)
+        self._read_soon()  # other work of this loop runs first
 
     def _watch(self) -> None:
         while not self._monitor.closed:
@@ -255,7 +261,7 @@ class Connection:
             except zmq.Again:
                 return
             address, kind = event["endpoint"].decode(), zmq.Event(event["event"])
-            # A refused handshake ends in a disconnect: the cause is worth more than its consequence.
+            # A refused handshake ends in a disconnect. Keep the cause, not its consequence.
             refused = self._events.get(address) in (
                 zmq.Event.HANDSHAKE_FAILED_NO_DETAIL,
                 zmq.Event.HANDSHAKE_FAILED_AUTH,

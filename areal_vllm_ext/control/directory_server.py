@@ -33,7 +33,7 @@ _MAX_MESSAGE_BYTES = 1 << 20
 
 
 class DirectoryServer:
-    """Runs a ``Directory`` in a thread of its own, and recoveries in another."""
+    """Runs a ``Directory`` in a thread, and each recovery in another thread."""
 
     def __init__(
         self,
@@ -47,17 +47,17 @@ class DirectoryServer:
         settle_seconds: float = 0.0,
         resume_orphans: bool = True,
     ) -> None:
-        """Bind now, so that an address in use is an error here and not in a thread.
+        """Bind the address and start the thread. An address in use is an error here, not in the thread.
 
         Args:
-            context: its sockets are closed when it ends.
-            host: own address.
-            port: 0 takes a free one.
-            key: the cluster's.
-            max_message_bytes: longest message that is read.
-            clock: for tests.
+            context: terminating it ends the server.
+            host: an address of this machine.
+            port: 0 takes a free port.
+            key: the cluster's key.
+            max_message_bytes: the longest message that is read.
+            clock: the time in seconds; tests pass their own.
             settle_seconds: see ``Directory``.
-            resume_orphans: whether engines run again when whoever paused them is gone.
+            resume_orphans: whether engines resume when the client that paused them is gone.
         """
         self._server = Server(context, host, port, key, protocol.directory_decoder, max_message_bytes)
         self._directory = Directory(clock(), settle_seconds)
@@ -82,7 +82,7 @@ class DirectoryServer:
             self._server.socket.close()
 
     def _recover(self) -> None:
-        """Do what the next client would do first."""
+        """Take the lease, and resolve what a client left behind, as the next client would."""
 
         async def recover() -> None:
             link = Link(lambda _: self._key, _MAX_MESSAGE_BYTES)
@@ -93,7 +93,9 @@ class DirectoryServer:
 
         try:
             asyncio.run(recover())
-            logger.warning("areal_vllm_ext: a client was gone; the engines that it left in an update were settled")
+            logger.warning("areal_vllm_ext: a client is gone; what it left behind at the engines was resolved")
         except Exception as error:
-            logger.warning("areal_vllm_ext: engines that a client left cannot be settled yet: %s", error)
+            logger.warning(
+                "areal_vllm_ext: a client is gone, and what it left behind cannot be resolved yet: %s", error
+            )
             time.sleep(timing.HEARTBEAT_SECONDS)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from ..protocol import Answer, Message, security
-    from .connection import Heard, Round
+    from .connection import OnReply, RequestBatch
 
 
 class Link:
@@ -55,30 +55,30 @@ class Link:
             the answer to each request, or the error that ``request`` would raise.
         """
         outcomes: dict[str, Answer | EngineUnreachable | RequestError] = {}
-        all_heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        enough_heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def heard(name: str, outcome: Answer | EngineUnreachable) -> None:
+        def on_reply(name: str, outcome: Answer | EngineUnreachable) -> None:
             error = isinstance(outcome, (protocol.Error, EngineUnreachable))
             outcomes[name] = (
                 RequestError(outcome.kind, outcome.message) if isinstance(outcome, protocol.Error) else outcome
             )
             enough = len(outcomes) == len(requests) or (until_error and error)
-            if enough and not all_heard.done():
-                all_heard.set_result(None)
+            if enough and not enough_heard.done():
+                enough_heard.set_result(None)
 
         if requests:
-            asked = self.ask(requests, timeout, heard)
+            asked = self.ask(requests, timeout, on_reply)
             try:
-                await all_heard
+                await enough_heard
             finally:
                 asked.cancel()
         return outcomes
 
-    def ask(self, requests: Mapping[str, tuple[str, Message]], timeout: float, heard: Heard) -> Round:
-        """Send all requests at once; ``heard`` gets each outcome. See ``Connection.ask``."""
+    def ask(self, requests: Mapping[str, tuple[str, Message]], timeout: float, on_reply: OnReply) -> RequestBatch:
+        """Send all requests at once; ``on_reply`` gets each outcome. See ``Connection.ask``."""
         if self._connection is None:
             self._connection = Connection(self._key_for, self._max_message_bytes)
-        return self._connection.ask(requests, timeout, heard)
+        return self._connection.ask(requests, timeout, on_reply)
 
     def keep_only(self, addresses: set[str]) -> None:
         """Close the connections to all other addresses."""

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
+from ..errors import NotACheckpoint
 from ..integrity import checkpoint
 from ..protocol import DigestsTaken, DigestWeights, Error, WeightDigests, Weights, WorkerWeights
 from .effects import Effect, Order, Reply
@@ -69,7 +70,7 @@ class WeightQueries:
     def _read_headers(self) -> None:
         try:
             weights = Weights(tensors=tuple(checkpoint.describe(self._model, self._revision)))
-        except checkpoint.NotACheckpoint as error:
+        except NotACheckpoint as error:
             weights = Weights(tensors=(), error=str(error))
         except Exception as error:
             weights = Weights(tensors=(), error=f"{type(error).__name__}: {error}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..errors import NotACheckpoint
 from ..protocol import TensorMeta
 
 if TYPE_CHECKING:
@@ -41,10 +42,6 @@ class _Entry(msgspec.Struct):
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
-
-
-class NotACheckpoint(ValueError):
-    """The folder holds no complete safetensors checkpoint. The message says what is missing."""
 
 
 def files(directory: str | os.PathLike[str]) -> list[Path]:

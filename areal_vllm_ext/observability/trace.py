@@ -1,7 +1,7 @@
-"""The trace of an update on every engine: collected when it is over, and written for Perfetto (Chrome's trace format).
+"""The trace of an update: collected from every engine at its end, and written for Perfetto (Chrome's trace format).
 
-Each process is one of the trace's, with the rows that it called its tracks. Engines tell times by their own clocks, and are
-put beside the trainer's by the round trip of the question.
+Each process of the update is a process of the trace, with one row per track. Engines record times by their own clocks. The
+round trip of the request gives the offset to the trainer's clock.
 """
 
 from __future__ import annotations
@@ -26,24 +26,31 @@ if TYPE_CHECKING:
 
     Request = Callable[[str, Message, float], Awaitable[Answer]]
 
-# Of each kind so many spans in a process; of all workers' together so many, as long as each has a few.
+# Upper bounds of spans: per kind in a process, and for all workers together. Each worker keeps at least the last number.
 MAX_SPANS_PER_KIND = 512
-_OF_ALL_WORKERS, _FEWEST = 50_000, 16
-# Workers get this share of the time to tell their engine.
+_MAX_SPANS_OF_WORKERS, _MIN_SPANS_PER_KIND = 50_000, 16
+# Share of the time in which workers answer their engine.
 _WORKERS_SHARE = 0.7
 
 
 def spans_for(engines: Iterable[EngineInfo]) -> int:
-    """How many spans of each kind a worker keeps, so that the trace of very many can be read."""
+    """Return how many spans of each kind a worker keeps, so that the trace of many workers stays readable."""
     workers = sum(len(engine.workers) for engine in engines)
-    return max(min(MAX_SPANS_PER_KIND, _OF_ALL_WORKERS // max(workers, 1)), _FEWEST)
+    return max(min(MAX_SPANS_PER_KIND, _MAX_SPANS_OF_WORKERS // max(workers, 1)), _MIN_SPANS_PER_KIND)
 
 
 async def collect(
     request: Request, engines: Mapping[str, EngineInfo], update: str, timeout: float
 ) -> tuple[dict[str, list[Span]], list[str]]:
-    """What the engines did in ``update``, by name and by this process' clock; and what is missing, for people."""
-    told: dict[str, list[Span]] = {}
+    """Return what the engines did in ``update``, by name and by this process' clock, and what is missing.
+
+    Args:
+        request: sends a request to an address, see ``Link.request``.
+        engines: by name.
+        update: its id.
+        timeout: seconds.
+    """
+    collected: dict[str, list[Span]] = {}
     problems: list[str] = []
     question = protocol.GetTrace(update=update, timeout=timeout * _WORKERS_SHARE)
 
@@ -55,11 +62,11 @@ async def collect(
             problems.append(f"{name}: {error}")
             return
         assert isinstance(trace, protocol.Trace)
-        told[name] = shifted(trace.spans, clock_offset(sent, trace.received, trace.answered, monotonic()))
-        problems.extend(f"{name}: worker {rank} did not tell in time" for rank in trace.silent)
+        collected[name] = shifted(trace.spans, clock_offset(sent, trace.received, trace.answered, monotonic()))
+        problems.extend(f"{name}: worker {rank} did not answer in time" for rank in trace.silent)
 
     await asyncio.gather(*(ask(name, engine) for name, engine in engines.items()))
-    return {name: told[name] for name in engines if name in told}, problems
+    return {name: collected[name] for name in engines if name in collected}, problems
 
 
 def write(
@@ -69,7 +76,14 @@ def write(
     started: float,
     about: Mapping[str, Any],
 ) -> None:
-    """Write the trace; ``started`` is its zero, ``about`` is told with it.
+    """Write the trace.
+
+    Args:
+        path: the file.
+        trainer: spans of this process.
+        engines: spans by engine.
+        started: the time that becomes zero.
+        about: facts that the file carries with it.
 
     Raises:
         OSError: the file cannot be written.
@@ -92,7 +106,7 @@ def _events(process: int, name: str, spans: Sequence[Span], started: float) -> I
     yield {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": process}}
     tracks: dict[str, list[tuple[int, int, str]]] = {}
     for span in spans:
-        # Whole nanoseconds: what lies within another still does so after rounding.
+        # Round to whole nanoseconds, which keeps nested spans nested.
         start, end = (round((at - started) * 1e9) for at in (span.start, span.end))
         tracks.setdefault(span.track, []).append((start, max(end, start), span.name))
     thread = 0
@@ -107,19 +121,19 @@ def _events(process: int, name: str, spans: Sequence[Span], started: float) -> I
 
 
 def rows(entries: Iterable[tuple[int, int, str]]) -> list[list[tuple[int, int, str]]]:
-    """(start, end, name) in as many rows as it takes: of two in a row, one ends before the other starts, or lies within it."""
+    """Return (start, end, name) in rows. Two entries of a row are disjoint or nested, as the trace format demands."""
     made: list[list[tuple[int, int, str]]] = []
-    under_way: list[list[int]] = []  # of each row, the ends of what is not over, the first to end last
+    open_ends: list[list[int]] = []  # by row, the ends of the entries that are still open; the last one ends first
     for entry in sorted(entries, key=lambda one: (one[0], -one[1])):
         start, end, _ = entry
-        for row, ends in zip(made, under_way, strict=True):  # noqa: B007 - used when found
+        for row, ends in zip(made, open_ends, strict=True):  # noqa: B007 - used when found
             while ends and ends[-1] <= start:
                 ends.pop()
             if not ends or end <= ends[-1]:
                 break
         else:
             made.append(row := [])
-            under_way.append(ends := [])
+            open_ends.append(ends := [])
         row.append(entry)
         ends.append(end)
     return made

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import NotACheckpoint
 from ..integrity import checkpoint
 from ..transport.base import WorkerSite
 from .live_weights import LiveWeights
@@ -57,7 +58,7 @@ class WorkerContext:
         if self._expected is None:
             try:
                 self._expected = {tensor.name: tensor for tensor in checkpoint.describe(*self._model)}
-            except checkpoint.NotACheckpoint as error:
+            except NotACheckpoint as error:
                 logger.warning("areal_vllm_ext: names and shapes of incoming weights cannot be checked: %s", error)
                 return None
         return self._expected

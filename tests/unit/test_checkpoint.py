@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from areal_vllm_ext.errors import NotACheckpoint
 from areal_vllm_ext.integrity import checkpoint
-from areal_vllm_ext.integrity.checkpoint import NotACheckpoint
 from areal_vllm_ext.protocol import TensorMeta
 
 TENSORS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from areal_vllm_ext.integrity.checkpoint import NotACheckpoint
+from areal_vllm_ext.errors import NotACheckpoint
 from areal_vllm_ext.protocol import Bucket, Disk
 from areal_vllm_ext.transport.disk import DiskSource
 

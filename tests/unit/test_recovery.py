@@ -37,13 +37,13 @@ def plan(**statuses: Status) -> recovery.Recovery:
 
 def test_nothing_to_do_for_engines_that_serve() -> None:
     found = plan(a=IDLE, b=status(version=2))
-    assert (found.settle, found.resume, found.wait) == ({}, {}, False)
+    assert (found.resolve, found.resume, found.wait) == ({}, {}, False)
 
 
 def test_an_update_that_nobody_committed_is_aborted_everywhere() -> None:
     prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u")
     found = plan(a=prepared, b=status(update_phase="receiving", update="u"))
-    assert {name: type(request) for name, request in found.settle.items()} == {"a": Abort, "b": Abort}
+    assert {name: type(request) for name, request in found.resolve.items()} == {"a": Abort, "b": Abort}
     assert isinstance(found.resume["a"], Resume)
     assert "b" not in found.resume
 
@@ -52,7 +52,7 @@ def test_an_update_that_one_engine_committed_is_committed_everywhere() -> None:
     prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u")
     committed = status(generation="paused", last_update="u", version=2, paused_for="u")
     found = plan(a=prepared, b=committed)
-    assert found.settle == {"a": Commit(epoch=3, update="u")}
+    assert found.resolve == {"a": Commit(epoch=3, update="u")}
     assert set(found.resume) == {"a", "b"}
 
 
@@ -72,7 +72,7 @@ def test_an_engine_that_is_switching_is_waited_for() -> None:
 def test_an_update_that_one_engine_is_switching_to_is_not_aborted_elsewhere() -> None:
     prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u")
     switching = status(update_phase="committing", generation="paused", update="u", paused_for="u")
-    assert not any(isinstance(request, Abort) for request in plan(a=prepared, b=switching).settle.values())
+    assert not any(isinstance(request, Abort) for request in plan(a=prepared, b=switching).resolve.values())
 
 
 # Engines that are away, behind, or paused by somebody who is gone
@@ -81,19 +81,19 @@ def test_an_update_that_one_engine_is_switching_to_is_not_aborted_elsewhere() ->
 def test_where_one_is_away_the_others_agree_anew_before_they_resume() -> None:
     prepared = status(update_phase="prepared", generation="paused", update="u", paused_for="u", committed_epoch=2)
     found = recovery.plan({"a": prepared, "b": prepared}, 3, all_here=False)
-    assert found.agree == {"a": AdoptEpoch(epoch=3), "b": AdoptEpoch(epoch=3)}
+    assert found.adopt == {"a": AdoptEpoch(epoch=3), "b": AdoptEpoch(epoch=3)}
     assert sorted(found.resume) == ["a", "b"]
-    assert plan(a=prepared, b=prepared).agree == {}
+    assert plan(a=prepared, b=prepared).adopt == {}
     committed = status(last_update="u", generation="paused", paused_for="u", committed_epoch=3)
     gone_forward = recovery.plan({"a": prepared, "b": committed}, 3, all_here=False)
-    assert gone_forward.agree == {}, "whoever is away has switched, or can"
+    assert gone_forward.adopt == {}, "whoever is away has switched, or can"
 
 
 def test_an_engine_that_is_behind_stays_paused() -> None:
     behind = status(update_phase="prepared", generation="paused", update="u", paused_for="u", committed_epoch=2)
     ahead = status(last_update="w", committed_epoch=3)
     found = plan(a=behind, b=ahead)
-    assert isinstance(found.settle["a"], Abort)
+    assert isinstance(found.resolve["a"], Abort)
     assert found.resume == {}
     stale = status(update_phase="stale", generation="paused", paused_for="stale", committed_epoch=2)
     assert plan(a=stale, b=ahead) == recovery.Recovery({}, {}, {}, wait=False)

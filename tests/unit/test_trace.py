@@ -244,7 +244,7 @@ def test_an_engine_or_a_worker_that_does_not_tell_is_missing_and_no_error(
         assert opened.result.lost == {}
     found = File(path)
     assert found.processes[1:] == [names[0], names[2]]
-    assert f"{names[2]}: worker 1 did not tell in time" in caplog.text
+    assert f"{names[2]}: worker 1 did not answer in time" in caplog.text
     assert f"{names[1]}: tcp://" in caplog.text
 
 

@@ -92,10 +92,10 @@ class Client:
             if len(statuses) < len(NAMES):
                 return None
             plan = recovery.plan(statuses, self.epoch)
-            if not (plan.settle or plan.resume or plan.wait):
+            if not (plan.resolve or plan.resume or plan.wait):
                 return statuses
             event("something was left to settle")
-            for requests in (plan.settle, plan.resume if not plan.wait else {}):
+            for requests in (plan.resolve, plan.resume if not plan.wait else {}):
                 if requests:
                     answers = yield requests
                     if not all(isinstance(answer, Ack) for answer in answers.values()):

@@ -15,9 +15,8 @@ import torch
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
-from areal_vllm_ext.errors import RequestError
+from areal_vllm_ext.errors import NotACheckpoint, RequestError
 from areal_vllm_ext.integrity import digest
-from areal_vllm_ext.integrity.checkpoint import NotACheckpoint
 from areal_vllm_ext.integrity.verify import Verification, compare
 from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, WorkerWeights
 from areal_vllm_ext.worker import live_weights
