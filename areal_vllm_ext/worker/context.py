@@ -12,6 +12,7 @@ from ..integrity import checkpoint
 from ..transport.base import WorkerSite
 from .live_weights import LiveWeights
 from .load.loader import Loader
+from .residency import Residency
 from .sources import Sources
 from .staging import StagingMemory
 
@@ -33,6 +34,7 @@ class WorkerContext:
         own_host: the address at which other ranks reach this worker.
         loader: loads staged weights into the live model.
         live_weights: what the worker serves.
+        residency: whether the live weights are in memory.
         memory: where updates stage.
         sources: the worker's ends of its trainers' connections.
         report: sends the outcome of a step to the engine's endpoint.
@@ -47,8 +49,8 @@ class WorkerContext:
         self.dtype = str(model_config.dtype).removeprefix("torch.")
         self.own_host = own_host
         self.loader = Loader(worker)
-        self.live_weights = LiveWeights(worker, self._model)
-        self.live_weights.watch_sleep()
+        self.residency = Residency(worker)
+        self.live_weights = LiveWeights(worker, self.residency, self._model)
         self.memory = StagingMemory(self.device)
         self.sources = Sources(WorkerSite(self.rank, self.device, own_host))
         self.report = report

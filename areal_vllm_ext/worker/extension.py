@@ -27,12 +27,18 @@ class WorkerExtension:
             RuntimeError: the staged weights are not those of ``update``, loading them failed, or the live weights are not
                 what a fresh load gives.
         """
+        from .residency import NotResident
+
         receiver = self._areal_receiver
         context = receiver.context
         spans, track = receiver.spans(update), f"worker {context.rank}"
         try:
             staged = receiver.staged(update)
             weights, run = list(staged.tensors.items()), staged.run
+            # An engine can fall asleep between its vote and now. A load plan compares the model's tensors itself.
+            planned = run is not None and run.complete
+            if reason := context.residency.asleep_reason() if planned else context.residency.absent_reason():
+                raise NotResident(f"worker {context.rank} applied nothing: {reason}")
             with context.live_weights.committing(staged.manifest, update):
                 with spans.span(track, "load"):
                     context.live_weights.copied = context.loader.load(weights, run)

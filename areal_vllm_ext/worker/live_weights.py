@@ -7,7 +7,6 @@ digests are taken beside generation, on a thread of their own, so that no pause 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,12 @@ from ..integrity.digest import Contents
 from ..protocol import WorkerWeights
 from . import background
 from .load import proof
+from .residency import NotResident
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from .residency import Residency
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -42,13 +44,15 @@ class LiveWeights:
         is_busy: whether an update is in progress, which reading the weights would slow down.
     """
 
-    def __init__(self, worker: Any, model: tuple[str, str | None]) -> None:
+    def __init__(self, worker: Any, residency: Residency, model: tuple[str, str | None]) -> None:
         """
         Args:
             worker: vLLM's worker.
+            residency: whether its live weights are in memory.
             model: path or hub name of the checkpoint that it was started from, and the revision.
         """
-        self._worker = worker
+        self._worker, self._residency = worker, residency
+        residency.on_sleep = self.forget_base
         self._model = model
         self._contents: Contents | None = None
         self._after_commit: dict[str, int] = {}
@@ -85,20 +89,10 @@ class LiveWeights:
         # Not now: for 16 GB it would lengthen the pause by 6 ms.
         self._read_later(self._changes)
 
-    def watch_sleep(self) -> None:
-        """Notice each use of vLLM's sleep mode, which takes the weights' memory and may lose its contents."""
-        worker = self._worker
-        if (sleep := getattr(worker, "sleep", None)) is None:
-            return
-
-        @functools.wraps(sleep)
-        def noticed(*args: Any, **options: Any) -> Any:
-            with self._state:
-                # From now on no update may count on the old weights, until a commit.
-                self._slept, self._manifest = True, ""
-            return sleep(*args, **options)
-
-        worker.sleep = noticed
+    def forget_base(self) -> None:
+        """Build no update on the live weights until a commit, because they may lose what is in them."""
+        with self._state:
+            self._slept, self._manifest = True, ""
 
     def can_be_proven(self) -> bool:
         """Return whether the loader is not proven yet and there is room for the proof. Safe on any thread."""
@@ -148,7 +142,8 @@ class LiveWeights:
             runs: by name, the run of live memory that has a tensor's digest. For tensors without one all weights are read.
         """
         read = {name: run for name, run in runs.items() if name in contents}
-        values = dict(zip(read, digest.digests_of(read.values()), strict=True))
+        with self._residency.access():
+            values = dict(zip(read, digest.digests_of(read.values()), strict=True))
         if any(contents[name][1] != value for name, value in values.items()):
             return False
         if len(read) == len(contents):
@@ -164,6 +159,7 @@ class LiveWeights:
 
         Raises:
             WeightsChanged: a commit ran meanwhile.
+            NotResident: the engine sleeps.
         """
         live, after_commit, committed = self._read()
         if contents and committed is None:
@@ -182,7 +178,7 @@ class LiveWeights:
     def _read(self) -> tuple[dict[str, int], dict[str, int], Contents | None]:
         """Return live digests, those after the last commit, and what was committed then: all of one commit."""
         changes = self._changes
-        with self._reading:
+        with self._reading, self._residency.access():
             try:
                 live = proof.digests_of_model(self._worker.get_model())
             except Exception:
@@ -211,13 +207,16 @@ class LiveWeights:
                 self._compare_copied()
         except WeightsChanged:
             pass  # the next commit reads them itself
+        except NotResident:
+            pass  # nothing builds on them until a commit
         except Exception:
             logger.warning("areal_vllm_ext: no digests of the live weights could be taken", exc_info=True)
 
     def _compare_copied(self) -> None:
         """Compare what the last commit copied with what was received, and report a difference."""
         changes, contents, copied, update = self._changes, self._contents, self.copied, self._update
-        values = dict(zip(copied, digest.digests_of(copied.values()), strict=True))
+        with self._residency.access():
+            values = dict(zip(copied, digest.digests_of(copied.values()), strict=True))
         with self._state:
             if changes != self._changes or changes % 2 or not contents:
                 return

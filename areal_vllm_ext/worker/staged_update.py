@@ -18,6 +18,7 @@ from ..protocol import TensorMeta, WorkerDone
 from ..transport import host_memory
 from ..transport.buckets import UnpackedBucket, first_non_finite
 from . import staging
+from .residency import NotResident
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -95,12 +96,14 @@ class StagedUpdate:
 
         Raises:
             RuntimeError: there is no room to stage.
+            NotResident: the live weights are not in memory.
         """
         context = self.context
         with self._opening:
             self._sources[sender] = source
             if len(self._sources) < len(self.received):
                 return False
+            self._check_resident()
             self.run = context.loader.begin_run()
             if self.run:
                 if not self.run.plan.packings:  # packed weights cannot be compared with what they were
@@ -200,7 +203,9 @@ class StagedUpdate:
         Raises:
             RuntimeError: buckets, or the base of a delta update, are missing.
             ValueError: tensors are missing, or do not fit this engine.
+            NotResident: the live weights are not in memory.
         """
+        self._check_resident()
         for number, source in self._sources.items():
             for tensors in batches(source.load_all()):
                 self._add_loaded(tensors, unchecked=source.unchecked)
@@ -214,6 +219,10 @@ class StagedUpdate:
         if expected is not None and (problem := checkpoint.missing_reason(self.manifest, expected)):
             raise ValueError(problem)
         return digest.manifest(self.manifest.values())
+
+    def _check_resident(self) -> None:
+        if reason := self.context.residency.absent_reason():
+            raise NotResident(f"nothing was applied: {reason}")
 
     def _add_loaded(self, tensors: dict[str, torch.Tensor], *, unchecked: bool) -> None:
         staged = {name: self.put(tensor) for name, tensor in tensors.items()}

@@ -73,7 +73,10 @@ class Served:
 
 def worker(rank: int, checkpoint: Path, key_file: Path) -> Any:
     """What a receiver asks of vLLM's worker."""
-    return SimpleNamespace(rank=rank, device="cpu", vllm_config=vllm_config(checkpoint, key_file))
+    model = torch.nn.Module()
+    return SimpleNamespace(
+        rank=rank, device="cpu", vllm_config=vllm_config(checkpoint, key_file), get_model=lambda: model
+    )
 
 
 def vllm_config(checkpoint: Path, key_file: Path, **more: Any) -> Any:

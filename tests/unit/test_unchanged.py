@@ -81,6 +81,9 @@ class Worker:
     def sleep(self, level: int = 1) -> None:
         self.slept = level
 
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self.slept = 0
+
 
 class Engines(Served):
     """Engines that commit as real ones do."""
@@ -207,6 +210,7 @@ def test_an_engine_that_cannot_do_with_parts_gets_all_and_so_do_the_others(
     engines.all_workers[-1].sleep(level=2)
     assert engines.all_workers[-1].slept == 2
     engines.all_workers[-1].model.embed.data.zero_()
+    engines.all_workers[-1].wake_up()
     assert update(group, trained(1, 2), 2).kept == 0
     assert engines.serve(trained(1, 2))
     engines.wait_known()

@@ -22,6 +22,7 @@ from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, Wo
 from areal_vllm_ext.worker import live_weights
 from areal_vllm_ext.worker.live_weights import LiveWeights, WeightsChanged
 from areal_vllm_ext.worker.load import proof
+from areal_vllm_ext.worker.residency import Residency
 from harness.simulated_engine import NEVER, Shape, deployed
 
 LIVE = {"embed": 1, "norm": 2}
@@ -166,7 +167,7 @@ def live(monkeypatch: pytest.MonkeyPatch) -> tuple[LiveWeights, Model]:
     )
     config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(dtype=torch.float32))
     stand_in = SimpleNamespace(rank=0, device=torch.device("cpu"), vllm_config=config, get_model=lambda: model)
-    return LiveWeights(stand_in, ("/nowhere", None)), model
+    return LiveWeights(stand_in, Residency(stand_in), ("/nowhere", None)), model
 
 
 def test_a_weight_that_changes_without_a_commit_is_damage(live: tuple[LiveWeights, Model]) -> None:
@@ -276,9 +277,11 @@ import time
 from types import SimpleNamespace
 import torch
 from areal_vllm_ext.worker.live_weights import LiveWeights
+from areal_vllm_ext.worker.residency import Residency
 
 model = torch.nn.ParameterList([torch.zeros(8, 8).t() for _ in range(20_000)])
-served = LiveWeights(SimpleNamespace(device=torch.device("cpu"), get_model=lambda: model, rank=0), ("", None))
+worker = SimpleNamespace(device=torch.device("cpu"), get_model=lambda: model, rank=0)
+served = LiveWeights(worker, Residency(worker), ("", None))
 with served.committing({}):
     pass
 time.sleep(float(__import__("sys").argv[1]))

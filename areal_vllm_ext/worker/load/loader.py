@@ -60,6 +60,9 @@ class Loader:
             by incoming tensor that a plan copied whole to one run of live memory: that memory, which must have its digest.
         """
         copied: dict[str, torch.Tensor] = {}
+        if run is not None and run.plan is self._plan and not run.plan.fits(self._worker.get_model()):
+            # Changed since the update began: the plan would write to memory that the model no longer uses.
+            self.forget()
         if run is not None and run.complete and run.plan is self._plan:
             run.copy()
             self._reset_caches()
