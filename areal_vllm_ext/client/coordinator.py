@@ -3,9 +3,10 @@
     BEGIN ──all ready──▶ SEND ──sent──▶ PREPARE ──all yes──▶ PAUSE ──all paused──▶ COMMIT ──all answered──▶ RESUME ──▶ DONE
       │                   │               │ one no, or silence  │                    (an engine lost here is dropped)
       └───────────────────┴───────────────┴────────────────────┴──▶ ABORT ──all answered──▶ DONE
+                                                                      ▲ (every engine refused the commit, or failed in it)
 
-Answers and time-outs go in; the requests to send come out. Commit is sent only after every engine has acknowledged the
-pause: until then every engine can still be told to keep its old weights, and is.
+Answers and time-outs go in; the requests to send come out. Commit is sent only after every engine has acknowledged the pause.
+Until then every engine can still be told to keep its old weights, and is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import SEND_AGAIN
+from ..errors import SEND_AGAIN, join
 from ..protocol import (
     Abort,
     Ack,
@@ -40,7 +41,12 @@ Phase = Literal["begin", "send", "prepare", "pause", "commit", "resume", "abort"
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """An engine of the update: its epoch of the lease, and whether it was generating when the update began."""
+    """An engine of the update.
+
+    Attributes:
+        epoch: of the lease.
+        running: whether the engine generated when the update began.
+    """
 
     epoch: int
     running: bool = True
@@ -51,10 +57,11 @@ class Coordinator:
 
     Attributes:
         phase: where the update is.
-        reason: why it was given up; empty where it was not.
-        refused: whether an engine said no, instead of nothing.
-        committed: the engines that switched.
-        lost: the engines that did not answer or failed from the first commit on, with the cause.
+        reason: why the update was given up; empty if it was not.
+        refused: whether an engine refused, instead of not answering.
+        commit_sent: whether an engine may have committed.
+        committed: the engines that committed.
+        lost: the engines that did not answer, or failed, once the commit was sent, with the cause.
     """
 
     def __init__(
@@ -73,23 +80,26 @@ class Coordinator:
         self.phase: Phase = "begin"
         self.reason = ""
         self.refused = False
+        self.commit_sent = False
         self.committed: list[str] = []
         self.lost: dict[str, str] = {}
         self._awaited: set[str] = set()
         self._bases: set[str] = set()
         self._pause_sent = False
-        # What every engine must hold, and who says so: the trainer, or, from disk, the first engine that votes.
+        # Engines that answered the commit with a refusal or a failure, so that they will not commit later.
+        self._not_committing: set[str] = set()
+        # The manifest that every engine must hold. It comes from the trainer or, from disk, from the first engine that votes.
         self._manifest: str | None = None
         self._manifest_of = "the trainer"
 
     @property
     def base(self) -> str:
-        """The manifest of what every engine has, where all could do with what has changed since; else empty."""
+        """The manifest of the weights that every engine has, if all can take changed tensors only; else empty."""
         return next(iter(self._bases)) if len(self._bases) == 1 else ""
 
     @property
     def awaited(self) -> frozenset[str]:
-        """The engines whose answer the phase waits for."""
+        """The engines whose answer is awaited."""
         return frozenset(self._awaited)
 
     def begin(
@@ -99,7 +109,14 @@ class Coordinator:
         stagings: Mapping[str, Staging] | None = None,
         spans: int = 0,
     ) -> dict[str, EngineRequest]:
-        """Open the update everywhere. ``senders``: by engine, who sends to it. ``spans``: see ``protocol.Begin``."""
+        """Begin the update at every engine.
+
+        Args:
+            senders: by engine, who sends to it.
+            timeout: seconds that are left for the update.
+            stagings: by engine, what its workers stage.
+            spans: see ``protocol.Begin``.
+        """
         self._awaited = set(self.members)
         return {
             name: Begin(
@@ -115,9 +132,12 @@ class Coordinator:
         }
 
     def sent(self, buckets: Mapping[int, int], manifest: str = "", base: str = "") -> dict[str, EngineRequest]:
-        """All bytes were sent, by each sender in so many buckets: ask for the votes.
+        """Ask for the votes, because all bytes were sent.
 
-        ``manifest`` is of all weights; empty where the trainer cannot tell. ``base``: see ``protocol.Prepare``.
+        Args:
+            buckets: by sender, how many buckets it sent.
+            manifest: of all weights; empty if the trainer does not know it.
+            base: see ``protocol.Prepare``.
         """
         assert self.phase == "send", self.phase
         self._manifest = manifest or None
@@ -128,7 +148,16 @@ class Coordinator:
         }
 
     def answered(self, name: str, answer: Answer, timeout: float) -> dict[str, EngineRequest]:
-        """An engine answered the phase's request; ``timeout`` is what is left for the update, in seconds."""
+        """Take an engine's answer to the request of this phase.
+
+        Args:
+            name: the engine.
+            answer: its answer.
+            timeout: seconds that are left for the update.
+
+        Returns:
+            the requests to send next, by engine.
+        """
         if name not in self._awaited:
             return {}
         problem = "" if isinstance(answer, Ack) else describe(answer)
@@ -143,6 +172,8 @@ class Coordinator:
         if self.phase == "commit":
             if problem:
                 self.lost[name] = problem
+                if isinstance(answer, Error) and answer.kind in ("failed", "state"):
+                    self._not_committing.add(name)
             else:
                 self.committed.append(name)
         elif self.phase == "resume" and problem:
@@ -150,7 +181,7 @@ class Coordinator:
         return {} if self._awaited else self._advance(timeout)
 
     def silent(self, name: str, cause: str, timeout: float) -> dict[str, EngineRequest]:
-        """An engine did not answer the phase's request in time."""
+        """Note that an engine did not answer the request of this phase in time. Arguments as in ``answered``."""
         if name not in self._awaited:
             return {}
         if self.phase in ("begin", "prepare", "pause"):
@@ -161,22 +192,25 @@ class Coordinator:
         return {} if self._awaited else self._advance(timeout)
 
     def give_up(self, reason: str) -> dict[str, EngineRequest]:
-        """Back to the old weights everywhere. Not possible once a commit was sent."""
+        """Go back to the old weights at every engine. Not possible once an engine may commit."""
         assert self.phase in ("begin", "send", "prepare", "pause"), self.phase
+        return self._abort(reason)
+
+    def _abort(self, reason: str) -> dict[str, EngineRequest]:
         self.phase, self.reason, self._awaited = "abort", reason, set(self.members)
         return {
             name: Abort(epoch=member.epoch, update=self.update, reason=reason) for name, member in self.members.items()
         }
 
     def found_committed(self, name: str, *, running: bool) -> None:
-        """An engine that was lost has switched after all; where it is not ``running`` it is still to be resumed."""
+        """Note that a lost engine has committed after all. Unless it is ``running``, it counts as lost until it is resumed."""
         if name not in self.committed:
             self.committed.append(name)
         if running:
             self.lost.pop(name, None)
 
     def _compare(self, name: str, manifest: str) -> str:
-        """What is wrong with the vote of ``name``; empty where it holds what all others do."""
+        """Return what is wrong with the vote of ``name``; empty if its manifest is that of all others."""
         if self._manifest is None:
             self._manifest, self._manifest_of = manifest, name
         if manifest == self._manifest:
@@ -184,7 +218,7 @@ class Coordinator:
         return f"holds other weights than {self._manifest_of}: {SEND_AGAIN}"
 
     def _advance(self, timeout: float) -> dict[str, EngineRequest]:
-        """Every awaited engine has answered."""
+        """Go to the next phase, because every awaited engine has answered."""
         match self.phase:
             case "begin":
                 self.phase = "send"
@@ -192,10 +226,12 @@ class Coordinator:
             case "prepare":
                 return self._pause(timeout)
             case "pause" if timeout <= 0:
-                return self.give_up("its time was over when all was ready")
+                return self.give_up("its timeout was over when every engine had paused; use a longer timeout")
             case "pause":
-                self.phase, self._awaited = "commit", set(self.members)
+                self.phase, self._awaited, self.commit_sent = "commit", set(self.members), True
                 return {name: Commit(epoch=member.epoch, update=self.update) for name, member in self.members.items()}
+            case "commit" if self._not_committing == set(self.members):
+                return self._abort(f"no engine committed: {join(self.lost)}")
             case "commit":
                 return self._resume([name for name in self.members if name not in self.lost], "resume")
             case "abort" if self._pause_sent:
@@ -213,7 +249,7 @@ class Coordinator:
         }
 
     def _resume(self, names: list[str], phase: Phase) -> dict[str, EngineRequest]:
-        """Let those run again that ran before."""
+        """Let the engines run that ran before the update."""
         requests: dict[str, EngineRequest] = {
             name: Resume(epoch=self.members[name].epoch) for name in names if self.members[name].running
         }
@@ -222,5 +258,5 @@ class Coordinator:
 
 
 def describe(answer: Answer) -> str:
-    """An unwelcome answer, for people."""
+    """Describe an unexpected answer for people."""
     return answer.message if isinstance(answer, Error) else f"unexpected answer {type(answer).__name__}"

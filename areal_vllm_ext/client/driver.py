@@ -7,7 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .. import protocol
 from ..errors import EngineUnreachable, RequestError, UpdateAborted
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..protocol import Answer, EngineRequest, Sender, Staging
     from .context import UpdateContext
 
+    # What an engine serves after a commit that it did not answer, or answered with an error.
+    Fate = Literal["committed", "old weights", "tainted"]
     Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]
 
 # After the deadline we still send one Abort (or Commit) and one Resume and wait this long for the answers, under 1 s in total.
@@ -144,15 +146,15 @@ class Driver:
             return min(max(left, 0.0) + _GRACE_SECONDS[phase], longest)
         return max(left, 0.05)
 
-    async def ask_lost(self) -> set[str]:
-        """Ask the engines whose answer was lost for their state: they may have committed, or a successor aborted the update.
+    async def ask_lost(self) -> dict[str, Fate]:
+        """Ask the engines that did not commit, as far as is known, what became of the update.
 
         Returns:
-            the engines that a successor told to abort.
+            by engine, what it serves. Engines that do not know yet, or do not answer, are left out.
         """
         coordinator = self.coordinator
         assert coordinator is not None
-        aborted: set[str] = set()
+        fates: dict[str, Fate] = {}
         timeout = 1.0 if self._context.left > 1.0 else 0.1
 
         async def ask(name: str) -> None:
@@ -162,8 +164,11 @@ class Driver:
                 assert isinstance(status, protocol.Status)
                 if status.last_update == coordinator.update:
                     coordinator.found_committed(name, running=status.generation == "running")
+                    fates[name] = "committed"
+                elif status.update_phase == "tainted":
+                    fates[name] = "tainted"
                 elif status.update != coordinator.update and status.committed_epoch < target.epoch:
-                    aborted.add(name)
+                    fates[name] = "old weights"
 
         await asyncio.gather(*(ask(name) for name in list(coordinator.lost)))
-        return aborted
+        return fates

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import protocol
-from ..errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, join
+from ..errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, WeightsTainted, join
 from ..observability import trace
 from ..observability.spans import SpanRecorder
 from ..process.switch_interval import ShortSwitchInterval
@@ -28,6 +28,7 @@ from .weights import Checker, Named, WeightSource, gathered
 if TYPE_CHECKING:
     from ..control.command import Commander, Target
     from .coordinator import Coordinator
+    from .driver import Fate
     from .options import Options
     from .sinks import Sinks
 
@@ -143,8 +144,9 @@ class Transaction:
 
         Raises:
             InvalidWeights: nothing was sent.
-            UpdateAborted: every engine keeps its weights.
-            UpdateInDoubt: no engine answered the commit.
+            UpdateAborted: every engine keeps its old weights.
+            WeightsTainted: no engine committed, and the commit of some failed half-way.
+            UpdateInDoubt: no engine is known to have committed, and some did not answer.
         """
         try:
             coordinator = self.driver.coordinator
@@ -175,15 +177,11 @@ class Transaction:
 
     async def _conclude(self, coordinator: Coordinator) -> UpdateResult:
         """Find out what became of the update at every engine."""
-        self.driver.raise_if_given_up()
-        aborted = await self.driver.ask_lost()
-        if not coordinator.committed and aborted == set(self._targets):
-            raise UpdateAborted(self.context.given_up(join(coordinator.lost)))
+        if not coordinator.commit_sent:
+            self.driver.raise_if_given_up()
+        fates = await self.driver.ask_lost()
         if not coordinator.committed:
-            raise UpdateInDoubt(
-                f"every engine was told to commit version {self.version} and none answered ({join(coordinator.lost)}); "
-                "all of them commit, or none: the directory finds out, and status() shows it"
-            )
+            raise self._not_committed(coordinator, fates)
         self._commander.drop(
             (self._targets[name].engine for name in coordinator.lost),
             (target.engine for target in self._targets.values()),
@@ -199,6 +197,24 @@ class Transaction:
             pause_ms=(finished - self.driver.pause_started) * 1e3,
             commit_ms=self.driver.commit_seconds * 1e3,
         )
+
+    def _not_committed(self, coordinator: Coordinator, fates: dict[str, Fate]) -> ArealError:
+        """Return the error of an update that was to commit, and that no engine is known to have committed."""
+        causes = join(coordinator.lost)
+        tainted = sorted(name for name, fate in fates.items() if fate == "tainted")
+        if set(fates) < set(self._targets):
+            failed = f"; {', '.join(tainted)} is tainted and stays paused" if tainted else ""
+            return UpdateInDoubt(
+                f"every engine was told to commit version {self.version}, and it is unknown whether one has: {causes}{failed}; "
+                "all other engines commit, or none: the directory resolves this, and status() shows it"
+            )
+        if tainted:
+            others = "" if len(tainted) == len(fates) else "; all other engines serve their old weights"
+            return WeightsTainted(
+                f"version {self.version} failed while it was committed: {causes}; "
+                f"{', '.join(tainted)} holds a partially loaded set of weights and stays paused{others}: send another update"
+            )
+        return UpdateAborted(self.context.given_up(causes))
 
     def _remember(self) -> None:
         """Keep what the next update can use; after a failure, nothing."""

@@ -206,6 +206,31 @@ def test_where_every_engine_is_lost_at_commit_nobody_committed() -> None:
     assert list(trainer.coordinator.lost) == list(NAMES)
 
 
+def test_where_every_engine_refuses_the_commit_the_update_is_aborted() -> None:
+    trainer = Trainer().to("commit")
+    for name in NAMES:
+        trainer.answer(name, Error(kind="state", message="somebody else resumed this engine"))
+    assert trainer.coordinator.phase == "abort"
+    assert trainer.requests(Abort) == list(NAMES)
+    trainer.to("done")
+    assert trainer.coordinator.committed == []
+    assert "a: somebody else resumed this engine" in trainer.coordinator.reason
+    assert trainer.coordinator.commit_sent
+
+
+@pytest.mark.parametrize("kind", ["busy", "fenced", "silent"])
+def test_an_engine_that_may_still_commit_keeps_the_update_from_being_aborted(kind: str) -> None:
+    trainer = Trainer().to("commit")
+    trainer.answer("a", NO)
+    trainer.answer("c", NO)
+    if kind == "silent":
+        trainer.silence("b")
+    else:
+        trainer.answer("b", Error(kind=kind, message="another client"))  # type: ignore[arg-type]
+    assert trainer.coordinator.phase == "done"
+    assert trainer.requests(Abort) == []
+
+
 def test_abort_goes_on_whatever_the_engines_answer() -> None:
     trainer = Trainer().to("pause")
     trainer.answer("a", NO)

@@ -230,7 +230,7 @@ def test_commits_that_nobody_answers_are_an_error_of_their_own(ready: Deployment
     with EngineGroup.connect(ready.directory, key_file=key_file) as group:
         started = time.monotonic()
         with (
-            pytest.raises(UpdateInDoubt, match="all will have switched, or none"),
+            pytest.raises(UpdateInDoubt, match="all other engines commit, or none"),
             group.update(1, timeout=1) as opened,
         ):
             opened.send("/nowhere")

@@ -22,7 +22,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from ...errors import ArealError, UpdateAborted, UpdateInDoubt
+from ...errors import ArealError, UpdateAborted, UpdateInDoubt, WeightsTainted
 from ..blocking_update import Update
 from ..options import Senders
 from ..state import UpdateResult
@@ -42,17 +42,20 @@ class _Outcome(msgspec.Struct):
     """How the update ended, as rank 0 publishes it."""
 
     error: str = ""
-    kind: Literal["UpdateAborted", "UpdateInDoubt"] = "UpdateAborted"
+    kind: Literal["UpdateAborted", "UpdateInDoubt", "WeightsTainted"] = "UpdateAborted"
     result: UpdateResult | None = None
 
     @classmethod
     def of(cls, error: BaseException) -> _Outcome:
-        """Return the outcome for the other ranks: rank 0 gave the update up, unless its error leaves that in doubt."""
+        """Return the outcome for the other ranks: rank 0 gave the update up, unless its error says otherwise."""
         message = f"rank 0 of the trainer: {str(error) or type(error).__name__}"
-        return cls(message, "UpdateInDoubt" if isinstance(error, UpdateInDoubt) else "UpdateAborted")
+        if isinstance(error, UpdateInDoubt):
+            return cls(message, "UpdateInDoubt")
+        return cls(message, "WeightsTainted" if isinstance(error, WeightsTainted) else "UpdateAborted")
 
     def exception(self) -> ArealError:
-        return UpdateInDoubt(self.error) if self.kind == "UpdateInDoubt" else UpdateAborted(self.error)
+        kinds = {"UpdateInDoubt": UpdateInDoubt, "WeightsTainted": WeightsTainted}
+        return kinds.get(self.kind, UpdateAborted)(self.error)
 
 
 class JointUpdate(Update):
