@@ -44,6 +44,11 @@ def mortal(served: Served, key_file: Path) -> Iterator[Ranks]:
     pair.close()
 
 
+def end_lease(served: Served) -> None:
+    """Have the directory's clock go on to the end of a lease whose holder was killed."""
+    served.deployment.clock_skew += 10.0
+
+
 def assert_works(ranks: Ranks, served: Served, seed: int, work: str = "rows", bucket: int = 300) -> None:
     outcomes = ranks.both(work, **options(seed, bucket=bucket))
     assert [outcome[:2] for outcome in outcomes] == [("", str(seed))] * 2
@@ -122,7 +127,7 @@ def test_an_engine_that_votes_no_fails_all_ranks(ranks: Ranks, served: Served) -
 
 
 def test_a_rank_that_is_killed_leaves_no_other_hanging(mortal: Ranks, served: Served) -> None:
-    mortal.begin("one_by_one", "dies", **options(7, timeout=4.0))
+    mortal.begin("one_by_one", "dies", **options(7, timeout=2.0))
     kind, message, seconds = mortal.outcome(0)
     assert kind == "UpdateAborted", message
     assert seconds < 6.0
@@ -132,10 +137,11 @@ def test_a_rank_that_is_killed_leaves_no_other_hanging(mortal: Ranks, served: Se
 def test_rank_0_that_is_killed_leaves_no_other_hanging_and_engines_recover(
     mortal: Ranks, ranks: Ranks, served: Served
 ) -> None:
-    mortal.begin("dies", "one_by_one", **options(7, timeout=4.0))
+    mortal.begin("dies", "one_by_one", **options(7, timeout=2.0))
     kind, message, seconds = mortal.outcome(1)
     assert kind == "UpdateAborted", message
     assert seconds < 6.0
+    end_lease(served)
     assert_works(ranks, served, 8)
 
 
@@ -145,7 +151,7 @@ def test_a_rank_that_never_comes_is_named(mortal: Ranks, served: Served) -> None
     kind, message, seconds = mortal.outcome(0)
     assert kind == "UpdateAborted"
     assert "did not agree in time: rank 1 of the trainer did not come to step 1" in message
-    assert seconds < 4.0
+    assert seconds < 6.0
     assert_untouched(served)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from engine_infos import engine_info
 from real_receivers import Served, assert_untouched, checkpoint, served, shared_engines, weights
-from test_joint import mortal, options, ranks
+from test_joint import end_lease, mortal, options, ranks
 
 from areal_vllm_ext import InvalidWeights, UpdateAborted
 from areal_vllm_ext.client.ranks.agreement import Agreement
@@ -148,12 +148,14 @@ def test_a_rank_that_is_killed_in_its_part_leaves_no_other_hanging(
 ) -> None:
     work = ["whole", "whole"]
     work[dying] = "dies_in_its_part"
-    mortal.begin(*work, **options(9, timeout=4.0), senders=senders)
+    mortal.begin(*work, **options(9, timeout=2.0), senders=senders)
     kind, message, seconds = mortal.outcome(1 - dying)
     assert kind == "UpdateAborted", message
     assert seconds < 6.0
     if dying:
         assert_untouched(served)
+    else:
+        end_lease(served)
     assert_all_serve(ranks, served, 10, "rows", senders=senders)
 
 
