@@ -38,7 +38,16 @@ def main() -> int:
     if options.simulated and options.out:
         options.out.write_text(json.dumps(described({"totals": totals}), indent=1) + "\n")
     print(json.dumps(totals))
-    kinds = ("mixed_versions", "hangs", "wrong_tokens", "leftovers", "overruns", "untrue_outcomes", "broken_rules")
+    kinds = (
+        "mixed_versions",
+        "hangs",
+        "wrong_tokens",
+        "leftovers",
+        "overruns",
+        "untrue_outcomes",
+        "broken_rules",
+        "wrong_histories",
+    )
     return int(any(totals.get(kind) for kind in kinds))
 
 

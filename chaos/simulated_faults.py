@@ -97,14 +97,14 @@ def engine_fails(world: World, dice: random.Random) -> Fault:
 
 
 def directory_crash(world: World, dice: random.Random) -> Fault:
-    return Fault(world.directory.kill, world.start_directory)
+    return Fault(world.crash_directory, world.start_directory)
 
 
 def head_crash(world: World, dice: random.Random) -> Fault:
     """Kill the process of engine 0 and the directory."""
 
     def strike() -> None:
-        world.directory.kill()
+        world.crash_directory()
         world.crash_engine(0)
 
     def heal() -> None:
@@ -298,6 +298,7 @@ class Round:
         require(
             len(versions) == 1, "mixed versions", f"at the end engines serve {versions}, the last update was {serving}"
         )
+        world.check_history()
         for trainer, call in calls:  # last, because a deadline is the least of these promises
             if trainer.alive and not trainer.slept:  # a process that was stopped keeps no deadline
                 self.check_deadline(call)
@@ -380,6 +381,7 @@ def simulate(options: argparse.Namespace) -> dict[str, object]:
         "leftovers": violations["leftover"],
         "overruns": violations["overrun"],
         "untrue_outcomes": violations["untrue outcome"],
+        "wrong_histories": violations["history"],
         "broken_rules": violations["rule"],
         "max_overrun_s": round(overrun, 3),
         "slowest_recovery_s": round(max(recovery.values()), 1),

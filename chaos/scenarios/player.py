@@ -159,6 +159,8 @@ class Player:
         match what:
             case "crash" if rank >= 0:
                 world.crash_engine(rank)
+            case "crash" if place == "directory":
+                world.crash_directory()
             case "crash":
                 process.kill()
             case "restart" if rank >= 0:

@@ -17,7 +17,7 @@ GONE_SECONDS = 5.0
 REPEAT_SECONDS = 1.0
 BUCKETS = 2
 
-Kind = Literal["mixed versions", "hang", "wrong tokens", "leftover", "overrun", "rule", "untrue outcome"]
+Kind = Literal["mixed versions", "hang", "wrong tokens", "leftover", "overrun", "rule", "untrue outcome", "history"]
 EngineCall = CallPause | CallResume | CallCancelPause | CallCommit
 IDS = itertools.count()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -16,11 +17,13 @@ from areal_vllm_ext.client import group as client_group
 from areal_vllm_ext.client import transaction as client_transaction
 from areal_vllm_ext.client.group import AsyncEngineGroup
 from areal_vllm_ext.client.sending import Sending, SendReport
+from areal_vllm_ext.client.state import UpdateResult
 from areal_vllm_ext.control import command as control_command
 from areal_vllm_ext.control.link import Link
-from areal_vllm_ext.errors import ArealError, EngineUnreachable
+from areal_vllm_ext.errors import ArealError, EngineUnreachable, UpdateInDoubt, WeightsTainted
 from areal_vllm_ext.protocol import Answer, Bucket, Disk, Message, Sender
 from areal_vllm_ext.protocol.server import ReplyTo
+from chaos.history import Write
 
 from .base import BUCKETS, DIRECTORY, GONE_SECONDS, REPEAT_SECONDS, nothing
 from .process import Process, new_caller
@@ -113,6 +116,7 @@ class Call:
     Attributes:
         outcome: None while the update runs; then its result or its error.
         seconds: how long the update took by the trainer's clock.
+        ended: the true time of the end.
     """
 
     version: str
@@ -120,6 +124,14 @@ class Call:
     started: float
     outcome: object = None
     seconds: float = 0.0
+    ended: float = math.inf
+
+    def write(self) -> Write:
+        """Return the update as a write of the history."""
+        if isinstance(self.outcome, UpdateResult):
+            return Write(self.version, self.started, self.ended, "committed")
+        unknown = self.outcome is None or isinstance(self.outcome, UpdateInDoubt | WeightsTainted)
+        return Write(self.version, self.started, self.ended, "unknown" if unknown else "aborted")
 
 
 class Trainer(Asking):
@@ -178,7 +190,7 @@ class Trainer(Asking):
         except Exception as error:
             outcome = error
         if self.alive:
-            call.outcome, call.seconds = outcome, self.time() - started
+            call.outcome, call.seconds, call.ended = outcome, self.time() - started, self.world.now
             self.world.log(self.name, f"update to {call.version} ends after {call.seconds:.3f} s: {outcome!r}")
 
 

@@ -33,6 +33,11 @@ class DirectoryProcess(Asking):
         world.join(self, DIRECTORY)
         self.after(WATCH_SECONDS, self.watch)
 
+    @property
+    def newest(self) -> int:
+        """The highest committed epoch that it has heard of."""
+        return self.directory._newest.committed_epoch if self.directory._newest else 0
+
     def watch(self) -> None:
         """Recover what a client has left, as ``DirectoryServer`` does."""
         if (self.recovery is None or self.recovery.done()) and self.directory.recovery_due(self.time()):
@@ -82,6 +87,14 @@ class EngineProcess(Process):
             return
         self.engine.receive(caller, message, self.time())
         self.flush()
+
+    def sleep(self) -> None:
+        super().sleep()
+        self.world.account_for(self.rank)
+
+    def wake(self) -> None:
+        super().wake()
+        self.world.check(self.rank)
 
     def tick(self) -> None:
         participant, now = self.engine.participant, self.time()

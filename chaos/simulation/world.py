@@ -14,6 +14,7 @@ from areal_vllm_ext.engine_core.participant import CallCommit
 from areal_vllm_ext.protocol import Message, Version
 from areal_vllm_ext.protocol.server import ReplyTo
 
+from .account import Account, Served
 from .base import brief, nothing, require
 from .client import Trainer
 from .engine import engine_info
@@ -46,15 +47,14 @@ class World:
         self.network = Network(self.dice)
         self.switched: dict[Version, set[int]] = collections.defaultdict(set)
         self._begun: set[str] = set()
-        self._serving: collections.Counter[Version] = collections.Counter()
-        self._counted: dict[int, Version] = {}
+        self.account = Account()
         self._incarnations = itertools.count(1)
         self.drift = 0.0
         self.engines: list[EngineProcess] = []
         self.start_directory()
         for rank in range(engines):
             self.engines.append(self._new_engine(rank, engines))
-            self._count(rank)
+            self.account_for(rank)
         self.trainers: list[Trainer] = []
 
     # Processes
@@ -70,12 +70,17 @@ class World:
     def start_directory(self) -> None:
         self.directory = DirectoryProcess(self)
 
+    def crash_directory(self) -> None:
+        self.directory.kill()
+        self.remember()
+
     def _new_engine(self, rank: int, engines: int) -> EngineProcess:
         return EngineProcess(self, engine_info(rank, engines, next(self._incarnations)), rank)
 
     def crash_engine(self, rank: int) -> None:
         self.engines[rank].kill()
-        self._count(rank)
+        self.account_for(rank)
+        self.remember()
         self.log(self.engines[rank].name, "crashes")
 
     def restart_engine(self, rank: int) -> None:
@@ -160,21 +165,33 @@ class World:
 
     def check(self, rank: int) -> None:
         """Check that all serving engines have one version, after ``rank`` has changed."""
-        self._count(rank)
-        require(len(self._serving) <= 1, "mixed versions", f"engines serve {sorted(map(str, self._serving))}")
+        self.account_for(rank)
+        versions = self.account.versions
+        require(len(versions) <= 1, "mixed versions", f"engines serve {sorted(map(str, versions))}")
         engine = self.engines[rank].engine
         require(not (engine.tainted and engine.running), "wrong tokens", f"engine {rank} serves tainted weights")
 
-    def _count(self, rank: int) -> None:
-        """Count the versions that engines serve."""
-        if before := self._counted.pop(rank, None):
-            self._serving[before] -= 1
-            if not self._serving[before]:
-                del self._serving[before]
+    def account_for(self, rank: int) -> None:
+        """Note what engine ``rank`` serves now."""
         process = self.engines[rank]
-        if process.alive and process.engine.running:
-            self._counted[rank] = process.engine.version
-            self._serving[process.engine.version] += 1
+        participant, served = process.engine.participant, None
+        if process.alive and not process.asleep and process.engine.running:
+            served = Served(process.name, participant.version, process.engine.version)
+            self.account.newest = max(self.account.newest, participant.committed_epoch)
+        self.account.serves(rank, served, self.now)
+
+    def remember(self) -> None:
+        """Note, after a process has died, what the others remember of committed epochs."""
+        epochs = [one.engine.participant.committed_epoch for one in self.engines if one.alive]
+        if self.directory.alive:
+            epochs.append(self.directory.newest)
+        self.account.remembered(max(epochs, default=0), self.now)
+
+    def check_history(self) -> None:
+        """Check that all engines together have behaved like one register of weights."""
+        writes = [call.write() for trainer in self.trainers for call in trainer.calls]
+        found = self.account.problems(writes, self.now)
+        require(not found, "history", "; ".join(found[:3]))
 
     def switching(self, rank: int, call: CallCommit) -> None:
         """Check, when the first engine of an update commits, that its engines are ready and others are paused."""
