@@ -48,8 +48,10 @@ def _directory(options: argparse.Namespace) -> int:
 
     from ..config import Settings, split_address
     from ..control.directory_server import DirectoryServer
+    from ..process.file_limit import raise_file_limit
     from ..protocol import security, timing
 
+    raise_file_limit()
     host, port = split_address(options.address)
     settings = Settings.load()
     key = security.key_for(host, options.key_file or settings.key_file)

@@ -20,6 +20,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from ..process.file_limit import raise_file_limit
 from ..protocol import Broadcast, Bucket
 from . import host_memory, nccl
 from .base import watch
@@ -274,6 +275,7 @@ class BroadcastSink:
             )
 
     def _open_door(self) -> str:
+        raise_file_limit()  # connections of strangers count against the trainer's limit too
         # On the one address that the workers use, not on all of this machine.
         listener = socket.create_server(
             (self._host, 0), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET
