@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from real_receivers import SHAPES, WORKERS, checkpoint, connected, send, weights  # noqa: F401 - a fixture
+from real_receivers import SHAPES, WORKERS, checkpoint, connected, send, set_bucket_bytes, weights  # noqa: F401 - a fixture
 from test_unchanged import Engines, Worker
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
@@ -79,15 +79,20 @@ def group(shards: Shards, key_file: Path) -> Iterator[EngineGroup]:
         yield client
 
 
-def staged_at_commit(shards: Shards, group: EngineGroup, version: int, **options: Any) -> list[set[str]]:
-    """What each worker has whole when all is there, after an update to ``weights(version)``."""
+def staged_at_commit(
+    shards: Shards, group: EngineGroup, version: int, *, bucket_bytes: int | None = None, **options: Any
+) -> list[set[str]]:
+    """Return which whole tensors each worker has at the commit of ``weights(version)``; 1 byte: a bucket a tensor."""
     whole: list[set[str]] = []
 
     def on_phase(phase: str) -> None:
         if phase == "commit":
             whole.extend(set(one.receiver.reception.staged.tensors) for one in shards.ranks)
 
-    with group.update(version, timeout=20.0, on_phase=on_phase, **options) as running:
+    opened = group.update(version, timeout=20.0, on_phase=on_phase, **options)
+    if bucket_bytes is not None:
+        set_bucket_bytes(opened, bucket_bytes)
+    with opened as running:
         running.send(weights(version))
     assert shards.serve(weights(version))
     return whole
@@ -95,7 +100,7 @@ def staged_at_commit(shards: Shards, group: EngineGroup, version: int, **options
 
 def test_only_a_rank_s_parts_are_kept(shards: Shards, group: EngineGroup) -> None:
     assert all(one.receiver.context.loader._plan.of_a_shard for one in shards.ranks)
-    assert staged_at_commit(shards, group, 2, bucket_mib=0) == [set()] * len(shards.ranks)
+    assert staged_at_commit(shards, group, 2, bucket_bytes=1) == [set()] * len(shards.ranks)
     assert staged_at_commit(shards, group, 3, keep_buffers=True) == [set()] * len(shards.ranks)
     assert not any(one.receiver.context.memory.kept for one in shards.ranks)
     assert group.verify().equal
@@ -123,11 +128,13 @@ def test_other_tensors_are_a_no_where_parts_only_were_kept_and_the_next_update_b
     # Of another dtype than it was recorded with, and in a later bucket than what is kept by then.
     last = list(plan.sources)[-1]
     plan.sources[last] = (torch.float64, plan.sources[last][1])
+    opened = group.update(7, timeout=20.0)
+    set_bucket_bytes(opened, 1)
     with (
         pytest.raises(
             UpdateAborted, match="other tensors were sent than in the last update: nothing was applied; send"
         ),
-        group.update(7, timeout=20.0, bucket_mib=0) as running,
+        opened as running,
     ):
         running.send(weights(7))
     assert shards.serve(weights(1))
@@ -140,7 +147,7 @@ def test_other_tensors_from_the_first_on_are_loaded_layer_by_layer(shards: Shard
         sources = one.receiver.context.loader._plan.sources
         first = next(iter(sources))
         sources[first] = (torch.float64, sources[first][1])
-    assert staged_at_commit(shards, group, 11, bucket_mib=0) == [set(SHAPES)] * len(shards.ranks)
+    assert staged_at_commit(shards, group, 11, bucket_bytes=1) == [set(SHAPES)] * len(shards.ranks)
 
 
 def test_room_is_asked_for_parts_and_buckets_on_the_way(
@@ -152,7 +159,7 @@ def test_room_is_asked_for_parts_and_buckets_on_the_way(
     # The largest tensor is as large as this model: as if it were of a byte.
     sinks = group._group._sinks
     sinks.described = {name: (tensors, size, 1) for name, (tensors, size, _) in sinks.described.items()}
-    staged_at_commit(shards, group, 10, bucket_mib=0)
+    staged_at_commit(shards, group, 10, bucket_bytes=1)
     plan = shards.ranks[0].receiver.context.loader._plan
     whole = sum(-(-tensor.nbytes // 256) * 256 for tensor in weights(10).values())
     assert asked == [(whole, plan.slices_nbytes + 3)] * len(shards.ranks)
