@@ -27,10 +27,12 @@ test-unit: set-up ## Run the tests that start no vLLM: a first answer within 2 m
 test-deep: set-up ## Run the tests with many more hypothesis examples
 	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q -n $(JOBS) --timeout 7200 $(ARGS)
 
-lint: set-up ## Check style (ruff) and types (mypy)
+lint: set-up ## Check style (ruff), types (mypy), the layers of imports, file lengths, commit subjects
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/check_tree.py
 
 bench: set-up ## Measure on this machine, an hour (ARGS: names of some; see benchmarks/)
 	@exec $(BIN)/python -m benchmarks $(ARGS)
