@@ -7,6 +7,7 @@ outcome is posted back to the endpoint's thread.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import itertools
@@ -23,6 +24,7 @@ from ..config import DEFAULT_DIRECTORY_PORT, Settings, split_address
 from ..control.directory import new_incarnation
 from ..control.directory_server import DirectoryServer
 from ..errors import SettingsError
+from ..process.host_slot import HostSlot
 from ..protocol import EngineInfo, PauseMode, Version, security, timing
 from .endpoint import Endpoint, Identity
 from .launch_facts import launch_facts
@@ -82,6 +84,9 @@ class Controller:
         config = engine.vllm_config
         settings, host, key = check_settings(config)
         address = directory_address(settings, config)
+        self._slot = None if settings.replica or data_parallel_size(config) > 1 else HostSlot("replica")
+        if self._slot:
+            settings = dataclasses.replace(settings, replica=f"{host}/{self._slot.number}")
         info = describe_engine(config, settings, host)
         self.endpoint = Endpoint(
             identity=Identity(info, config.model_config.model, config.model_config.revision),
@@ -133,6 +138,8 @@ class Controller:
 
     def stop(self) -> None:
         self.endpoint.stop()
+        if self._slot:
+            self._slot.close()
 
     # Calls of the endpoint
 
@@ -239,17 +246,21 @@ def error_of(error: BaseException | None) -> str:
     return "" if error is None else f"{type(error).__name__}: {error}"
 
 
+def data_parallel_size(config: VllmConfig) -> int:
+    """Return the number of DP ranks, which the engine itself may not know."""
+    own: int = config.parallel_config.data_parallel_size
+    return max(own, launch_facts().data_parallel_size)
+
+
 def describe_engine(config: VllmConfig, settings: Settings, host: str) -> EngineInfo:
     """Return who this engine is; its address and workers are added when they are known."""
     parallel = config.parallel_config
     launch = launch_facts()
-    dp_size = max(parallel.data_parallel_size, launch.data_parallel_size)
     head = f"{parallel.data_parallel_master_ip}:{parallel.data_parallel_rpc_port}"
     return EngineInfo(
-        # Deployments of one engine share vLLM's default address and port, so their launching process distinguishes them.
-        replica=settings.replica or (head if dp_size > 1 else f"{host}:{os.getppid()}"),
+        replica=settings.replica or head,
         dp_rank=parallel.data_parallel_index,
-        dp_size=dp_size,
+        dp_size=data_parallel_size(config),
         headless=launch.headless,
         node=f"{socket.gethostname()}/{host}",
         pid=os.getpid(),
