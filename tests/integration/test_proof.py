@@ -25,7 +25,7 @@ from areal_vllm_ext.worker import hooks
 hooks.WORKER_PATCHES = tuple(one for one in hooks.WORKER_PATCHES if one is not hooks.repack_cpu_experts_on_reload)
 """,
     "tied": """
-from areal_vllm_ext.worker import loader
+from areal_vllm_ext.worker.load import loader
 loader.repack_tied_layers = lambda model: None
 """,
 }
@@ -35,7 +35,7 @@ UPDATE = (
     + """
 from transformers import AutoModelForCausalLM
 from areal_vllm_ext import EngineGroup
-from areal_vllm_ext.worker import proof
+from areal_vllm_ext.worker.load import proof
 
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 facts = {"built": 0}
@@ -84,7 +84,7 @@ def test_a_reload_that_is_wrong_taints_the_engine_and_names_the_layers(
     done = run(BROKEN[broken] + UPDATE, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
-    assert re.search(rf"UpdateAborted: .*ProofFailed: \d+ tensors are not what a fresh load .*{named}", facts["error"])
+    assert re.search(rf"WeightsTainted: .*ProofFailed: \d+ tensors are not what a fresh load .*{named}", facts["error"])
     assert (facts["phase"], facts["state"], facts["version"]) == ("tainted", "paused", "default")
 
 
