@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PARTICIPANT, COORDINATOR = "engine_core/participant.py", "client/coordinator.py"
-RECOVERY, COMMAND, DIRECTORY = "control/recovery.py", "control/command.py", "control/directory.py"
+RECOVERY, COMMAND = "control/recovery.py", "control/command.py"
+DIRECTORY, LEASE = "control/directory.py", "control/lease.py"
 
 # A guard's text is compared with the code token by token, so line breaks and indentation do not matter.
 ADVANCE = "return {} if self._awaited else self._advance(timeout) def silent"
@@ -96,10 +97,12 @@ MUTANTS = {
         (COMMAND, "raise EnginesMissing(missing) engines", "pass\n                    engines")
     ],
     "an engine that is behind pauses": [(PARTICIPANT, "if committed_epoch > self.committed_epoch:", "if False:")],
-    "a joining engine hears of the last update": [(DIRECTORY, "heard >= told_after or now", "True or now")],
+    "a joining engine hears of the last update": [(DIRECTORY, "heard >= heard_again or _is_lost", "True or _is_lost")],
     "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
-    "a new lease has a new epoch": [(DIRECTORY, "self._epoch += 1", "self._epoch += 0")],
-    "a heartbeat brings the epoch back": [(DIRECTORY, "self._epoch = max(self._epoch, message.epoch)", "pass")],
+    "a new lease has a new epoch": [(LEASE, "self.epoch += 1", "self.epoch += 0")],
+    "a heartbeat brings the epoch back": [
+        (DIRECTORY, "self._leases.epoch = max(self._leases.epoch, message.epoch)", "pass")
+    ],
 }
 
 # Faults for mutants that few rounds reveal; every other mutant meets all faults.

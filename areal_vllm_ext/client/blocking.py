@@ -131,6 +131,10 @@ class EngineGroup:
 
         return JointUpdate(self._thread, transaction, process_group, senders)
 
+    def forget(self, replica: str, dp_rank: int | None = None, *, timeout: float = DISCOVER_SECONDS) -> None:
+        """Give up lost engines for good. See ``AsyncEngineGroup.forget``."""
+        self._thread.run(self._group.forget(replica, dp_rank, timeout=timeout))
+
     def close(self) -> None:
         """Close the connections and end the thread. Engines keep running."""
         if self._thread.is_alive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 import uuid
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     # What an engine serves after a commit that it did not answer, or answered with an error.
     Fate = Literal["committed", "old weights", "tainted"]
     Outcomes = asyncio.Queue[tuple[str, Answer | EngineUnreachable]]
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
 
 # After the deadline we still send one Abort (or Commit) and one Resume and wait this long for the answers, under 1 s in total.
 # The directory recovers the rest.
@@ -128,7 +131,10 @@ class Driver:
         """Send the requests of a phase, all at once; the queue gets the outcome of each."""
         self._context.spans.set_state("update", phase)
         if on_phase := self._context.options.on_phase:
-            on_phase(phase)
+            try:
+                on_phase(phase)
+            except Exception:
+                logger.exception("on_phase(%r) failed; the update to version %s goes on", phase, self._context.version)
         if phase == "pause":
             self.pause_started = time.monotonic()
         outcomes: Outcomes = asyncio.Queue()

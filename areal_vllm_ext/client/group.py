@@ -176,7 +176,7 @@ class AsyncEngineGroup:
         check_choice("mode", mode, PauseMode)
         check_choice("kv", kv, KVPolicy)
         seconds = 0.0 if lease is None else checked_seconds(lease, "lease", MAX_LEASE_SECONDS)
-        async with self._commander.command(timeout) as targets:
+        async with self._commander.command("pause", timeout) as targets:
             self._renew_pause([target.engine.address for target in targets.values()], seconds)
             holder = self._commander.holder
             pause = protocol.Pause(epoch=0, mode=mode, kv=kv, timeout=timeout, holder=holder, lease=seconds)
@@ -217,7 +217,7 @@ class AsyncEngineGroup:
             PauseFailed: naming the engines that did not resume.
         """
         ends = time.monotonic() + checked_seconds(timeout)
-        async with self._commander.command(timeout) as targets:
+        async with self._commander.command("resume", timeout) as targets:
             self._renew_pause([], 0.0)
             if failed := await self._commander.ask_all(targets, resume_all(targets), ends):
                 raise PauseFailed(f"not every engine resumed: {join(failed)}")
@@ -295,7 +295,7 @@ class AsyncEngineGroup:
 
         ends = time.monotonic() + checked_seconds(timeout)
         expected = await asyncio.to_thread(contents, checkpoint) if checkpoint is not None else None
-        async with self._commander.command(max(ends - time.monotonic(), 0.1)) as targets:
+        async with self._commander.command("verify", max(ends - time.monotonic(), 0.1)) as targets:
             answers = await asyncio.gather(
                 *(self._digests(name, target, expected is not None, ends) for name, target in targets.items())
             )
@@ -317,6 +317,22 @@ class AsyncEngineGroup:
                 assert isinstance(answer, protocol.WeightDigests)
                 return answer
             await asyncio.sleep(POLL_SECONDS)
+
+    async def forget(self, replica: str, dp_rank: int | None = None, *, timeout: float = DISCOVER_SECONDS) -> None:
+        """Give up lost engines for good, so that commands go on without them.
+
+        An engine that comes back all the same is a member again, once an update has reached it.
+
+        Args:
+            replica: the replica's name, as ``status`` shows it.
+            dp_rank: the engine's DP rank (default: all ranks of the replica).
+            timeout: seconds.
+
+        Raises:
+            EngineUnreachable: the directory does not answer.
+            RequestError: an engine is alive, or the directory does not know the replica.
+        """
+        await self._commander.forget(replica, dp_rank, checked_seconds(timeout))
 
     async def close(self) -> None:
         """Close the connections. Engines keep running."""

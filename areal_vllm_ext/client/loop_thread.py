@@ -7,6 +7,7 @@ import concurrent.futures
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..control.command_lock import calling_thread
 from ..errors import ArealError
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ class LoopThread:
 
         An interrupt (Ctrl-C) cancels ``work`` and waits up to 2 s for its clean-up. Another interrupt ends that wait.
         """
+        caller = threading.current_thread()
+        if caller is self._thread:
+            work.close()
+            raise ArealError(
+                "a group cannot be asked in its own event loop's thread, as in on_phase, because that thread would wait for "
+                "itself: ask in another thread"
+            )
         if not self.is_alive:
             work.close()
             raise ArealError("this group is closed")
@@ -43,6 +51,7 @@ class LoopThread:
         task: asyncio.Task[None] | None = None
 
         async def run_to_the_end() -> None:
+            calling_thread.set(caller)
             try:
                 outcome.set_result(await work)
             except BaseException as error:

@@ -93,7 +93,9 @@ class Transaction:
         # The event loop needs the interpreter while another thread handles tensor after tensor.
         self._lease.enter_context(ShortSwitchInterval())
         try:
-            command = self._commander.command(context.left, without_lost=self.options.drop_lost)
+            command = self._commander.command(
+                f"update to version {self.version}", context.left, without_lost=self.options.drop_lost
+            )
             self._targets = await self._lease.enter_async_context(command)
         except BaseException:
             await self._lease.aclose()

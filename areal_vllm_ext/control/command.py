@@ -17,6 +17,7 @@ from .. import protocol
 from ..errors import ArealError, EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from ..protocol import timing
 from . import recovery
+from .command_lock import CommandLock
 from .membership import describe_missing
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
 DISCOVER_SECONDS = 5.0
 POLL_SECONDS = 0.2
+# A lease is renewed eight times in its time, so that a directory that restarts hears of it before it grants another.
 _LEASE_SECONDS = 10.0
+_RENEWALS = 8
+# A client that waits for the lease asks for it at this interval.
+_ASK_SECONDS = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Commander:
         self.link = link
         self.directory = directory
         self.holder = holder or f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
-        self._lock = asyncio.Lock()
+        self._lock = CommandLock()
         # Engines that were lost in an update of this group. The group goes on without them until they are back.
         self._dropped: set[tuple[str, int]] = set()
 
@@ -90,6 +95,15 @@ class Commander:
         self._dropped.difference_update((engine.replica, engine.dp_rank) for engine in kept)
         self._dropped.update((engine.replica, engine.dp_rank) for engine in lost)
 
+    async def forget(self, replica: str, dp_rank: int | None, timeout: float) -> None:
+        """Give up lost engines for good, so that commands go on without them.
+
+        Raises:
+            EngineUnreachable: the directory does not answer.
+            RequestError: an engine is alive, or the directory does not know the replica.
+        """
+        await self._ask_directory(protocol.Forget(replica=replica, dp_rank=dp_rank), timeout)
+
     async def recover(self, timeout: float, *, resume: bool) -> None:
         """Resolve what a client left behind, among the engines that are there; see ``recovery.py``.
 
@@ -97,16 +111,17 @@ class Commander:
             timeout: seconds.
             resume: whether engines that were left paused run again.
         """
-        async with self.command(timeout, without_lost=True, resume=resume):
+        async with self.command("recovery", timeout, without_lost=True, resume=resume):
             pass
 
     @contextlib.asynccontextmanager
     async def command(
-        self, timeout: float, *, without_lost: bool = False, resume: bool = True
+        self, what: str, timeout: float, *, without_lost: bool = False, resume: bool = True
     ) -> AsyncIterator[dict[str, Target]]:
         """Hold the lease; yields every engine by name, fenced, and free of what an earlier client left behind.
 
         Args:
+            what: names the command, for messages.
             timeout: seconds.
             without_lost: go on without engines that are lost.
             resume: whether engines that an earlier client left paused run again.
@@ -114,12 +129,13 @@ class Commander:
         Raises:
             EnginesMissing: an engine is lost or was never there.
             EngineUnreachable: an engine does not answer.
-            RequestError: another client holds the lease.
+            RequestError: ``held``: another client holds the lease. ``busy``: see ``CommandLock``.
             PauseFailed: what an earlier client left behind cannot be resolved.
         """
         ends = time.monotonic() + timeout
+        self.link.enter_loop()
         waited = False
-        async with self._lock:
+        async with self._lock.held(what, ends):
             while True:
                 if waited:
                     await self._await_engines(ends, without_lost)
@@ -132,7 +148,8 @@ class Commander:
                             continue
                         raise EnginesMissing(missing)
                     engines = {engine.name: engine for engine in found.alive}
-                    all_here = not describe_missing(found)
+                    # A forgotten engine may have committed what the others abort, so it counts as away.
+                    all_here = not found.forgotten and not describe_missing(found)
                     yield await self._take_over(engines, epoch, ends, all_here=all_here, resume=resume)
                     return
 
@@ -191,34 +208,68 @@ class Commander:
     @contextlib.asynccontextmanager
     async def _lease(self, ends: float) -> AsyncIterator[tuple[int, protocol.Engines]]:
         """Hold the directory's lease; yields its epoch, and the engines that the directory named with it."""
-        acquire = protocol.AcquireLease(holder=self.holder, seconds=_LEASE_SECONDS)
-        while True:
-            left = max(ends - time.monotonic(), 0.1)
-            try:
-                answer = await self._ask_directory(acquire, min(left, DISCOVER_SECONDS))
-                break
-            except RequestError as error:
-                if error.kind != "held" or left <= POLL_SECONDS:
-                    raise
-            await asyncio.sleep(POLL_SECONDS / 4)
-        assert isinstance(answer, protocol.Lease)
-        epoch, found = answer.epoch, answer.engines or protocol.Engines(alive=())
+        try:
+            lease = await self._acquire(ends)
+        except BaseException:
+            # The directory may still grant the lease to a request that is on its way.
+            with contextlib.suppress(EngineUnreachable, RequestError):
+                await self.link.request(self.directory, protocol.LeaveQueue(holder=self.holder), 0.1)
+            raise
 
         async def renew() -> None:
-            message = protocol.RenewLease(epoch=epoch, seconds=_LEASE_SECONDS)
+            message = protocol.RenewLease(epoch=lease.epoch, holder=self.holder, seconds=_LEASE_SECONDS)
             while True:
-                await asyncio.sleep(_LEASE_SECONDS / 4)
+                await asyncio.sleep(_LEASE_SECONDS / _RENEWALS)
                 with contextlib.suppress(EngineUnreachable, RequestError):
                     await self.link.request(self.directory, message, _LEASE_SECONDS / 4)
 
         renewal = asyncio.create_task(renew())
         try:
-            yield epoch, found
+            yield lease.epoch, lease.engines or protocol.Engines(alive=())
         finally:
             renewal.cancel()
             with contextlib.suppress(EngineUnreachable, RequestError):
                 in_time = time.monotonic() < ends
-                await self.link.request(self.directory, protocol.ReleaseLease(epoch=epoch), 0.5 if in_time else 0.1)
+                await self.link.request(
+                    self.directory, protocol.ReleaseLease(epoch=lease.epoch), 0.5 if in_time else 0.1
+                )
+
+    async def _acquire(self, ends: float) -> protocol.Lease:
+        """Ask for the lease until the directory grants it.
+
+        A client that waits for another client also waits for a directory that restarts meanwhile.
+
+        Raises:
+            EngineUnreachable: the directory does not answer.
+            RequestError: ``held``, naming the client that holds the lease.
+        """
+        started = time.monotonic()
+        held: RequestError | None = None
+        answered = started
+        while True:
+            now = time.monotonic()
+            left = max(ends - now, 0.1)
+            acquire = protocol.AcquireLease(holder=self.holder, seconds=_LEASE_SECONDS, waited=now - started)
+            try:
+                answer = await self._ask_directory(acquire, min(left, DISCOVER_SECONDS))
+            except RequestError as error:
+                if error.kind != "held":
+                    raise
+                held, answered = error, time.monotonic()
+            except EngineUnreachable:
+                # A directory that has answered may restart meanwhile. A short last wait proves nothing about it.
+                silent = time.monotonic() - answered > DISCOVER_SECONDS
+                if held is None or (silent and ends - time.monotonic() <= POLL_SECONDS):
+                    raise
+            else:
+                assert isinstance(answer, protocol.Lease)
+                return answer
+            if ends - time.monotonic() <= POLL_SECONDS:
+                seconds = time.monotonic() - started
+                raise RequestError(
+                    "held", f"the lease was not free within {seconds:.1f} s: {held}; wait for that client, or stop it"
+                )
+            await asyncio.sleep(_ASK_SECONDS)
 
     async def _ask_directory(self, message: Message, timeout: float) -> Answer:
         try:

@@ -96,7 +96,7 @@ class Connection:
         """
         self._key_for = key_for
         self._max_message_bytes = max_message_bytes
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.routing_id = uuid.uuid4().bytes
@@ -112,9 +112,9 @@ class Connection:
         self._unconnected_since: dict[str, float] = {}
         self._monitor = self._socket.get_monitor_socket()
         self._reading = False
-        self._loop.add_reader(self._socket.fileno(), self._read)
-        self._loop.add_reader(self._monitor.fileno(), self._watch)
-        self._loop.call_soon(self._watch)  # the ZeroMQ fd is edge-triggered: it signals only after a first read
+        self.loop.add_reader(self._socket.fileno(), self._read)
+        self.loop.add_reader(self._monitor.fileno(), self._watch)
+        self.loop.call_soon(self._watch)  # the ZeroMQ fd is edge-triggered: it signals only after a first read
 
     def ask(self, requests: Mapping[str, tuple[str, Message]], timeout: float, on_reply: OnReply) -> RequestBatch:
         """Send requests to addresses, by any name. A message to several addresses is encoded once.
@@ -128,7 +128,7 @@ class Connection:
         Raises:
             ValueError: a message is longer than engines read; nothing was sent.
         """
-        now = self._loop.time()
+        now = self.loop.time()
         made = RequestBatch(self, timeout, now + timeout, on_reply)
         encoded, payload = None, b""
         for name, (address, message) in requests.items():
@@ -165,12 +165,12 @@ class Connection:
                 self._socket.send(request_id, _MORE)
                 self._socket.send(pending.payload, _NOBLOCK)
         self._read_soon()
-        seconds = min(made.ends - self._loop.time(), _REPEAT_SECONDS)
-        made.timer = self._loop.call_later(seconds, self._repeat, made)
+        seconds = min(made.ends - self.loop.time(), _REPEAT_SECONDS)
+        made.timer = self.loop.call_later(seconds, self._repeat, made)
 
     def _repeat(self, made: RequestBatch) -> None:
         """Give up the requests whose time is over, and send the others again."""
-        now = self._loop.time()
+        now = self.loop.time()
         for request_id, pending in list(made.waiting.items()):
             if now >= made.ends or self._seconds_unconnected(pending.address) > _GONE_SECONDS:
                 self._reply(request_id, self._unreachable(pending.address, made.timeout))
@@ -202,10 +202,13 @@ class Connection:
                 self._socket.disconnect(address)
         self._read_soon()
 
-    async def close(self) -> None:
-        """Close the socket."""
-        self._loop.remove_reader(self._socket.fileno())
-        self._loop.remove_reader(self._monitor.fileno())
+    def close(self) -> None:
+        """Close the sockets, in the thread of the loop or once the loop is closed."""
+        if self._socket.closed:
+            return
+        if not self.loop.is_closed():
+            self.loop.remove_reader(self._socket.fileno())
+            self.loop.remove_reader(self._monitor.fileno())
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
@@ -231,7 +234,7 @@ class Connection:
         # The ZeroMQ fd is edge-triggered and any socket call may consume the edge, so read again after each call.
         if not self._reading:
             self._reading = True
-            self._loop.call_soon(self._read)
+            self.loop.call_soon(self._read)
 
     def _read(self) -> None:
         self._reading = False

@@ -1,4 +1,4 @@
-"""The directory: which engines are alive, which weights they agreed on, and who may command them.
+"""The directory: which engines are alive, which weights they committed last, and who may command them.
 
 ``Directory`` has no I/O and no clock: messages and clock readings go in, answers come out. ``directory_server.py`` runs it.
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import uuid
+
+import msgspec
 
 from .. import protocol
 from .._version import __version__
@@ -19,8 +21,10 @@ from ..protocol import (
     EngineInfo,
     Engines,
     Error,
+    Forget,
     Hello,
     Lease,
+    LeaveQueue,
     Register,
     Registered,
     ReleaseLease,
@@ -29,9 +33,12 @@ from ..protocol import (
     Welcome,
     timing,
 )
+from .lease import Leases
 
-# Upper bound of registered engines, and of displaced ones, so that whatever registers cannot exhaust memory.
+# Upper bound of registered engines, of displaced and of forgotten ones, so that registrations cannot exhaust memory.
 MOST_ENGINES = 4096
+
+_Key = tuple[str, int]  # replica and DP rank
 
 
 class Directory:
@@ -41,24 +48,27 @@ class Directory:
         """
         Args:
             started: the clock's reading.
-                settle_seconds: for so long after its start it does not say what the group agreed on: after a restart, whoever
-                knows may not have been heard yet.
+            settle_seconds: time after the start in which no engine joins and no lease is granted. After a restart, the
+                engine that knows the last commit, or the client that holds the lease, may not have been heard yet.
         """
         self._started = started
         self._settle_seconds = settle_seconds
-        self._engines: dict[tuple[str, int], tuple[EngineInfo, float]] = {}
-        self._beats: dict[tuple[str, int], Register] = {}
-        # The newest that was agreed on, also where every engine that had it is gone: none that comes back serves an older one.
+        self._leases = Leases(started + settle_seconds)
+        # Each registered engine, and the time of its last heartbeat.
+        self._engines: dict[_Key, tuple[EngineInfo, float]] = {}
+        self._heartbeats: dict[_Key, Register] = {}
+        # The heartbeat with the highest committed epoch. It stays when its engine is gone, so that no engine that comes
+        # back serves older weights.
         self._newest: Register | None = None
-        # Who has heard what the group agreed on. Nobody else serves, or is told to do anything.
-        self._joined: set[tuple[str, int]] = set()
-        # Processes that were replaced under their name and still beat: two replicas share one name.
+        # Engines that have heard the committed epoch. Only these serve, and only these are commanded.
+        self._joined: set[_Key] = set()
+        # Processes that were replaced under their name and still send heartbeats: two replicas share one name.
         self._displaced: dict[str, tuple[EngineInfo, float]] = {}
-        self._epoch = 0
-        self._holder = ""
-        self._lease_ends = 0.0
+        # Engines that were lost and that a user gave up. A dictionary, because it keeps the order.
+        self._forgotten: dict[_Key, None] = {}
 
     def handle(self, message: DirectoryRequest, now: float) -> Answer:
+        """Return the answer to ``message``."""
         match message:
             case Hello():
                 if message.protocol != protocol.PROTOCOL_VERSION:
@@ -70,53 +80,79 @@ class Directory:
                 return self._unregister(message)
             case Discover():
                 return self._discover(now)
+            case Forget():
+                return self._forget(message, now)
             case AcquireLease():
-                return self._acquire(message, now)
+                answer = self._leases.acquire(message, now)
+                if isinstance(answer, Lease):
+                    return msgspec.structs.replace(answer, engines=self._discover(now))
+                return answer
+            case LeaveQueue():
+                self._leases.leave(message.holder, now)
+                return Ack()
             case RenewLease():
-                return self._renew(message, now)
+                return self._leases.renew(message, now)
             case ReleaseLease():
-                if message.epoch == self._epoch:
-                    self._lease_ends = now
+                self._leases.release(message.epoch, now)
                 return Ack()
 
     def _register(self, message: Register, now: float) -> Answer:
-        # The newest incarnation of a rank replaces an older one, whose late beats must not bring it back. A lost one is
-        # replaced by any: its successor may run on a node whose clock is behind.
         key = (message.engine.replica, message.engine.dp_rank)
-        if problem := self._absurd(message, key, now):
+        if problem := self._reason_to_refuse(message, key, now):
             return Error(kind="state", message=problem)
         known = self._engines.get(key)
-        if known and known[0].incarnation > message.engine.incarnation and now - known[1] <= timing.LOST_AFTER_SECONDS:
+        # A newer incarnation replaces an older one, whose late heartbeats must not bring it back. A lost engine is replaced
+        # by any incarnation, because its successor may run on a node whose clock is behind.
+        if known and known[0].incarnation > message.engine.incarnation and not _is_lost(known[1], now):
             if len(self._displaced) < MOST_ENGINES:
                 self._displaced[message.engine.incarnation] = (message.engine, now)
             return Error(
                 kind="state",
-                message=f"{known[0].name} took the place of {message.engine.name}: give each replica a name of its own "
-                "(AREAL_VLLM_REPLICA)",
+                message=f"{known[0].name} took the place of {message.engine.name}: give each replica its own "
+                "AREAL_VLLM_REPLICA",
             )
         self._engines[key] = (message.engine, now)
+        self._forgotten.pop(key, None)
         if known is None or known[0].incarnation != message.engine.incarnation:
             self._joined.discard(key)
-        self._beats[key] = message
+        self._heartbeats[key] = message
         if self._newest is None or message.committed_epoch >= self._newest.committed_epoch:
             self._newest = message
-        # After a restart of the directory the engines remember the epoch for it.
-        self._epoch = max(self._epoch, message.epoch)
+        # After a restart of the directory, the engines bring the epoch back.
+        self._leases.epoch = max(self._leases.epoch, message.epoch)
         if key not in self._joined:
-            if not self._knows_what_was_agreed(now):
+            if not self._knows_committed_epoch(now):
                 return Ack()
             self._joined.add(key)
         assert self._newest is not None
         return Registered(version=self._newest.version, committed_epoch=self._newest.committed_epoch)
 
-    def _knows_what_was_agreed(self, now: float) -> bool:
-        """Not just after its start, nor while a client may be changing it, nor before everybody has told of the change."""
-        told_after = self._lease_ends + timing.HEARTBEAT_SECONDS if self._lease_ends else 0.0
+    def _reason_to_refuse(self, message: Register, key: _Key, now: float) -> str:
+        """Say why ``message`` cannot come from an engine of this group; empty if it can."""
+        epoch = self._leases.epoch
+        if message.engine.dp_rank >= message.engine.dp_size:
+            return f"{message.engine.name} cannot be one of {message.engine.dp_size}"
+        if max(message.epoch, message.committed_epoch) > epoch + EPOCH_JUMP:
+            return f"epoch {message.epoch} is no lease's: it is too far above {epoch}, the highest that was seen here"
+        if max(len(self._engines), len(self._displaced)) >= MOST_ENGINES:
+            self._make_room(now)
+        if len(self._engines) >= MOST_ENGINES and key not in self._engines:
+            return f"this directory knows {MOST_ENGINES} engines, which is its limit: stop engines that are not needed"
+        return ""
+
+    def _knows_committed_epoch(self, now: float) -> bool:
+        """Whether no engine can have committed something that this directory has not heard of.
+
+        That may be so just after the start, while a client holds the lease, and until every engine that has joined was
+        heard again after the lease.
+        """
+        ends = self._leases.ends
+        heard_again = ends + timing.HEARTBEAT_SECONDS if ends else 0.0
         return (
             now - self._started >= self._settle_seconds
-            and now >= self._lease_ends
+            and now >= ends
             and all(
-                heard >= told_after or now - heard > timing.LOST_AFTER_SECONDS
+                heard >= heard_again or _is_lost(heard, now)
                 for key, (_, heard) in self._engines.items()
                 if key in self._joined
             )
@@ -126,88 +162,80 @@ class Directory:
         key = (message.engine.replica, message.engine.dp_rank)
         known = self._engines.get(key)
         if known and known[0].incarnation == message.engine.incarnation:
-            self._forget(key)
+            self._remove(key)
         return Ack()
 
-    def _forget(self, key: tuple[str, int]) -> None:
-        del self._engines[key], self._beats[key]
+    def _forget(self, message: Forget, now: float) -> Answer:
+        """Give up lost engines for good: commands go on without them."""
+        known = {
+            key: entry
+            for key, entry in self._engines.items()
+            if key[0] == message.replica and message.dp_rank in (None, key[1])
+        }
+        keys = {(message.replica, message.dp_rank)} if message.dp_rank is not None else set(known)
+        if not keys or not any(replica == message.replica for replica, _ in self._engines):
+            return Error(kind="state", message=f"this directory knows no replica {message.replica}")
+        for engine, heard in known.values():
+            if not _is_lost(heard, now):
+                return Error(kind="state", message=f"{engine.name} is alive: stop it before it is forgotten")
+        for key in sorted(keys):
+            if key in known:
+                self._remove(key)
+            self._forgotten[key] = None
+        while len(self._forgotten) > MOST_ENGINES:
+            del self._forgotten[next(iter(self._forgotten))]
+        return self._discover(now)
+
+    def _remove(self, key: _Key) -> None:
+        del self._engines[key], self._heartbeats[key]
         self._joined.discard(key)
 
     def recovery_due(self, now: float) -> bool:
-        """Whether no client is there, and has left engines in an update, or paused."""
-        if now < self._lease_ends:
+        """Whether a client that is gone has left engines in an update, or paused."""
+        if now < self._leases.ends:
             return False
-        # A beat from before the lease ended tells of what its holder has settled since.
+        # Ignore heartbeats sent before the lease ended: their holder may have cleaned up since.
         needs_recovery = any(
-            self._beats[key].needs_recovery
+            self._heartbeats[key].needs_recovery
             for key, (_, heard) in self._engines.items()
-            if key in self._joined and heard > self._lease_ends and now - heard <= timing.LOST_AFTER_SECONDS
+            if key in self._joined and heard > self._leases.ends and not _is_lost(heard, now)
         )
-        # What an engine that is not heard yet has done decides what the others must do: it gets the time to be heard.
-        return needs_recovery and (now - self._started > timing.LOST_AFTER_SECONDS or not self._some_rank_missing())
+        # After a restart, wait for every rank to register: a missing one may have committed, which decides for all.
+        return needs_recovery and (_is_lost(self._started, now) or not self._some_rank_missing())
 
     def _some_rank_missing(self) -> bool:
         sizes = {replica: engine.dp_size for (replica, _), (engine, _) in self._engines.items()}
         return any((replica, rank) not in self._engines for replica, size in sizes.items() for rank in range(size))
 
-    def _absurd(self, message: Register, key: tuple[str, int], now: float) -> str:
-        """Why ``message`` cannot be an engine's; empty where it can."""
-        if message.engine.dp_rank >= message.engine.dp_size:
-            return f"{message.engine.name} cannot be one of {message.engine.dp_size}"
-        if max(message.epoch, message.committed_epoch) > self._epoch + EPOCH_JUMP:
-            return f"epoch {message.epoch} is no lease's: it is too far above {self._epoch}, the highest that was seen here"
-        if max(len(self._engines), len(self._displaced)) >= MOST_ENGINES:
-            self._prune(now)
-        if len(self._engines) >= MOST_ENGINES and key not in self._engines:
-            return f"this directory knows {MOST_ENGINES} engines already: use several directories"
-        return ""
-
-    def _prune(self, now: float) -> None:
+    def _make_room(self, now: float) -> None:
+        """Remove engines that were lost long ago, and displaced processes that have ended."""
         for key, (_, heard) in list(self._engines.items()):
             if now - heard > timing.FORGOTTEN_AFTER_SECONDS:
-                self._forget(key)
-        self._displaced = {
-            name: entry for name, entry in self._displaced.items() if now - entry[1] <= timing.LOST_AFTER_SECONDS
-        }
+                self._remove(key)
+        self._drop_ended(now)
+
+    def _drop_ended(self, now: float) -> None:
+        self._displaced = {name: entry for name, entry in self._displaced.items() if not _is_lost(entry[1], now)}
 
     def _discover(self, now: float) -> Engines:
-        self._prune(now)
+        self._drop_ended(now)
         by_rank = sorted(self._engines.items())
-        alive = [(key, engine) for key, (engine, heard) in by_rank if now - heard <= timing.LOST_AFTER_SECONDS]
+        alive = [(key, engine) for key, (engine, heard) in by_rank if not _is_lost(heard, now)]
         return Engines(
             alive=tuple(engine for key, engine in alive if key in self._joined),
             joining=tuple(engine for key, engine in alive if key not in self._joined),
-            lost=tuple(
-                (engine, now - heard) for _, (engine, heard) in by_rank if now - heard > timing.LOST_AFTER_SECONDS
-            ),
-            displaced=tuple(
-                engine for engine, heard in self._displaced.values() if now - heard <= timing.LOST_AFTER_SECONDS
-            ),
+            lost=tuple((engine, now - heard) for _, (engine, heard) in by_rank if _is_lost(heard, now)),
+            displaced=tuple(engine for engine, _ in self._displaced.values()),
+            forgotten=tuple(self._forgotten),
         )
 
-    def _acquire(self, message: AcquireLease, now: float) -> Answer:
-        if now < self._lease_ends and message.holder != self._holder:
-            left = self._lease_ends - now
-            return Error(
-                kind="held",
-                holder=self._holder,
-                epoch=self._epoch,
-                message=f"{self._holder} commands these engines (its lease runs out in {left:.1f} s unless renewed)",
-            )
-        self._epoch += 1
-        self._holder = message.holder
-        self._lease_ends = now + message.seconds
-        return Lease(epoch=self._epoch, seconds=message.seconds, engines=self._discover(now))
 
-    def _renew(self, message: RenewLease, now: float) -> Answer:
-        if message.epoch != self._epoch:
-            return Error(kind="fenced", epoch=self._epoch, message="the lease was lost: somebody else holds it now")
-        self._lease_ends = now + message.seconds
-        return Lease(epoch=self._epoch, seconds=message.seconds)
+def _is_lost(heard: float, now: float) -> bool:
+    return now - heard > timing.LOST_AFTER_SECONDS
 
 
 def wrong_protocol(theirs: int) -> Error:
-    """The answer to a peer of another protocol."""
+    """Return the answer to a peer of another protocol."""
     return Error(
         kind="protocol",
         message=f"peer speaks protocol {theirs}, this side {protocol.PROTOCOL_VERSION} (areal-vllm-ext {__version__}): "
@@ -216,5 +244,5 @@ def wrong_protocol(theirs: int) -> Error:
 
 
 def new_incarnation(now: float) -> str:
-    """A name for a process that sorts after the names of earlier processes."""
+    """Return a name for a process that sorts after the names of earlier processes."""
     return f"{round(now * 1e6):020d}-{uuid.uuid4().hex[:8]}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Link:
-    """Requests by address. Belongs to the event loop of its first request."""
+    """Requests by address. Belongs to the event loop of its first request, until that loop is closed."""
 
     def __init__(self, key_for: Callable[[str], security.ClusterKey], max_message_bytes: int) -> None:
         """
@@ -76,9 +76,24 @@ class Link:
 
     def ask(self, requests: Mapping[str, tuple[str, Message]], timeout: float, on_reply: OnReply) -> RequestBatch:
         """Send all requests at once; ``on_reply`` gets each outcome. See ``Connection.ask``."""
+        self.enter_loop()
         if self._connection is None:
             self._connection = Connection(self._key_for, self._max_message_bytes)
         return self._connection.ask(requests, timeout, on_reply)
+
+    def enter_loop(self) -> None:
+        """Drop the connection of an event loop that has been closed.
+
+        Raises:
+            ArealError: the connection belongs to another event loop that still runs.
+        """
+        if self._connection and self._connection.loop is not asyncio.get_running_loop():
+            if not self._connection.loop.is_closed():
+                raise ArealError(
+                    "this group belongs to another event loop, which is still open: make a group for each event loop"
+                )
+            self._connection.close()
+            self._connection = None
 
     def keep_only(self, addresses: set[str]) -> None:
         """Close the connections to all other addresses."""
@@ -88,5 +103,5 @@ class Link:
     async def close(self) -> None:
         """Close every connection. The next request opens a new one."""
         if self._connection:
-            await self._connection.close()
+            self._connection.close()
             self._connection = None

@@ -31,8 +31,10 @@ def describe_missing(
         for engine in found.displaced
     ]
     problems += [f"{engine.name} has just started, and joins when no client is at work" for engine in found.joining]
-    explained = dropped | {_key(engine) for engine, _ in found.lost} | {_key(engine) for engine in found.joining}
-    problems += _never_registered(found.alive, explained)
+    explained = {_key(engine) for engine in (*found.joining, *(engine for engine, _ in found.lost))}
+    problems += _never_registered(found.alive, explained | dropped | set(found.forgotten))
+    if any(_key(engine) not in dropped for engine, _ in found.lost):
+        problems.append("restart lost engines, or give them up for good: areal-vllm forget REPLICA DP_RANK")
     if problems:
         return "; ".join(problems)
     if not found.alive:

@@ -94,13 +94,15 @@ class Engines(Message):
     """The directory's answer to ``Discover``.
 
     ``alive`` engines; ``lost`` ones, with the seconds since their last beat; ``displaced`` ones, which are alive but lost their
-    place to another replica of the same name; and ``joining`` ones, which wait to hear what the group committed last.
+    place to another replica of the same name; ``joining`` ones, which wait to hear what the group committed last; and
+    ``forgotten`` ones (replica and DP rank), which were lost and which a user gave up.
     """
 
     alive: tuple[EngineInfo, ...]
     joining: tuple[EngineInfo, ...] = ()
     lost: tuple[tuple[EngineInfo, float], ...] = ()
     displaced: tuple[EngineInfo, ...] = ()
+    forgotten: tuple[tuple[str, int], ...] = ()
 
 
 class Lease(Message):

@@ -276,13 +276,30 @@ class Discover(Message):
     pass
 
 
+class Forget(Message):
+    """Give up a lost engine for good, or all engines of a replica."""
+
+    replica: Name
+    dp_rank: Rank | None = None
+
+
 class AcquireLease(Message):
+    """Ask for the lease, after waiting for it for ``waited`` seconds. A refused holder keeps its place while it asks again."""
+
     holder: Name
     seconds: LeaseSeconds
+    waited: Seconds = 0.0
+
+
+class LeaveQueue(Message):
+    """A client that waited for the lease has given up. A lease that it was granted meanwhile ends."""
+
+    holder: Name
 
 
 class RenewLease(Message):
     epoch: Epoch
+    holder: Name
     seconds: LeaseSeconds
 
 
@@ -290,4 +307,6 @@ class ReleaseLease(Message):
     epoch: Epoch
 
 
-DirectoryRequest = Hello | Register | Unregister | Discover | AcquireLease | RenewLease | ReleaseLease
+DirectoryRequest = (
+    Hello | Register | Unregister | Discover | Forget | AcquireLease | LeaveQueue | RenewLease | ReleaseLease
+)

@@ -52,6 +52,11 @@ class Asking(Process):
         self.pending: dict[ReplyTo, Callable[[Answer], None]] = {}
         self.gone_since: dict[str, float] = {}
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Stands for the loop of a connection."""
+        return self
+
     def group(self) -> AsyncEngineGroup:
         """Return the real client, on this process's loop."""
         return AsyncEngineGroup(self.link(), DIRECTORY, self.name)

@@ -84,7 +84,7 @@ def test_pause_that_only_some_ranks_got_is_taken_back(cluster: Cluster, group: E
 
     async def pause_rank_0_alone() -> None:
         one = AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file)
-        async with one, one._commander.command(10) as targets:
+        async with one, one._commander.command("test", 10) as targets:
             target = next(iter(targets.values()))
             message = protocol.Pause(epoch=target.epoch, mode="keep", kv="keep", timeout=1.0)
             with pytest.raises(RequestError, match="the pause was cancelled"):
@@ -105,7 +105,7 @@ def test_staggered_arrival(cluster: Cluster, group: EngineGroup) -> None:
 
     async def staggered() -> None:
         one = AsyncEngineGroup.connect(cluster.deployment.directory, key_file=cluster.key_file)
-        async with one, one._commander.command(30) as targets:
+        async with one, one._commander.command("test", 30) as targets:
             for make in (
                 lambda epoch: protocol.Pause(epoch=epoch, mode="keep", kv="keep", timeout=20.0),
                 lambda epoch: protocol.Resume(epoch=epoch),

@@ -14,6 +14,7 @@ from waiting import eventually
 
 from areal_vllm_ext import protocol
 from areal_vllm_ext.control.directory import Directory, new_incarnation
+from areal_vllm_ext.control.membership import describe_missing
 from areal_vllm_ext.protocol import (
     Ack,
     AcquireLease,
@@ -21,6 +22,7 @@ from areal_vllm_ext.protocol import (
     EngineInfo,
     Engines,
     Error,
+    Forget,
     Lease,
     Pause,
     Register,
@@ -91,12 +93,59 @@ def test_a_lost_engine_that_beats_again_is_alive() -> None:
     assert seen(directory, 20.0) == Engines(alive=(engine(),))
 
 
-def test_the_dead_are_forgotten_in_the_end() -> None:
+def test_a_lost_engine_stays_named_until_a_user_gives_it_up() -> None:
     directory = Directory()
-    beat(directory, engine(), 0.0)
-    assert seen(directory, FORGOTTEN_AFTER_SECONDS).lost
-    assert seen(directory, FORGOTTEN_AFTER_SECONDS + 1) == Engines(alive=())
-    assert seen(directory, 1.0) == Engines(alive=()), "it came back by itself"
+    beat(directory, engine(0), 0.0)
+    beat(directory, engine(1), 86_400.0)
+    assert seen(directory, 86_400.0).lost == ((engine(0), 86_400.0),)
+    answer = directory.handle(Forget(replica="replica", dp_rank=0), 86_400.0)
+    assert answer == Engines(alive=(engine(1),), forgotten=(("replica", 0),))
+    assert describe_missing(seen(directory, 86_400.0)) == ""
+    beat(directory, engine(0, incarnation="2"), 86_401.0)
+    assert seen(directory, 86_401.0) == Engines(alive=(engine(0, incarnation="2"), engine(1))), "it came back"
+
+
+def test_a_whole_replica_is_given_up_at_once() -> None:
+    directory = Directory()
+    for rank in (0, 1):
+        beat(directory, engine(rank), 0.0)
+        beat(directory, engine(rank, replica="other"), 100.0)
+    answer = directory.handle(Forget(replica="replica"), 100.0)
+    assert isinstance(answer, Engines)
+    assert answer.forgotten == (("replica", 0), ("replica", 1))
+    assert describe_missing(answer) == ""
+
+
+def test_a_rank_that_a_restarted_directory_never_heard_of_can_be_given_up() -> None:
+    directory = Directory()
+    beat(directory, engine(0), 0.0)
+    assert "DP rank 1 of replica replica never registered" in describe_missing(seen(directory, 0.0))
+    directory.handle(Forget(replica="replica", dp_rank=1), 0.0)
+    assert describe_missing(seen(directory, 0.0)) == ""
+
+
+def test_an_engine_that_is_alive_is_not_given_up_and_an_unknown_replica_is_named() -> None:
+    directory = Directory()
+    for rank in (0, 1):
+        beat(directory, engine(rank), float(rank))
+    for request in (Forget(replica="replica", dp_rank=1), Forget(replica="replica")):
+        refusal = directory.handle(request, 5.5)
+        assert isinstance(refusal, Error)
+        assert "DP rank 1 of replica replica" in refusal.message
+        assert "is alive: stop it" in refusal.message
+    refusal = directory.handle(Forget(replica="typo"), 5.5)
+    assert isinstance(refusal, Error)
+    assert refusal.message == "this directory knows no replica typo"
+    assert seen(directory, 5.5).forgotten == ()
+
+
+def test_a_directory_that_is_full_makes_room_by_removing_the_long_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("areal_vllm_ext.control.directory.MOST_ENGINES", 2)
+    directory = Directory()
+    for rank in (0, 1):
+        beat(directory, engine(rank), 0.0)
+    assert isinstance(beat(directory, engine(0, replica="new"), FORGOTTEN_AFTER_SECONDS), Error)
+    assert isinstance(beat(directory, engine(0, replica="new"), FORGOTTEN_AFTER_SECONDS + 1), Registered)
 
 
 def test_a_restarted_engine_replaces_its_former_incarnation() -> None:
@@ -161,7 +210,9 @@ def test_a_lease_ends_by_itself_and_the_next_epoch_is_higher() -> None:
 def test_a_renewed_lease_goes_on() -> None:
     directory = Directory()
     epoch = granted(directory, "first", 0.0)
-    assert directory.handle(RenewLease(epoch=epoch, seconds=10.0), 9.0) == Lease(epoch=epoch, seconds=10.0)
+    assert directory.handle(RenewLease(epoch=epoch, holder="first", seconds=10.0), 9.0) == Lease(
+        epoch=epoch, seconds=10.0
+    )
     assert isinstance(acquire(directory, "second", 18.0), Error)
     assert isinstance(acquire(directory, "second", 19.0), Lease)
 
@@ -170,7 +221,7 @@ def test_a_lease_that_another_got_cannot_be_renewed() -> None:
     directory = Directory()
     epoch = granted(directory, "slow", 0.0)
     newer = granted(directory, "next", 10.0)
-    refusal = directory.handle(RenewLease(epoch=epoch, seconds=10.0), 11.0)
+    refusal = directory.handle(RenewLease(epoch=epoch, holder="first", seconds=10.0), 11.0)
     assert isinstance(refusal, Error)
     assert (refusal.kind, refusal.epoch) == ("fenced", newer)
 
@@ -202,7 +253,7 @@ def test_the_epoch_exceeds_what_the_engines_have_seen() -> None:
 def test_a_lease_that_was_granted_before_a_restart_can_be_renewed_after_it() -> None:
     directory = Directory()
     beat(directory, engine(), 0.0, epoch=41)
-    assert directory.handle(RenewLease(epoch=41, seconds=10.0), 0.0) == Lease(epoch=41, seconds=10.0)
+    assert directory.handle(RenewLease(epoch=41, holder="trainer", seconds=10.0), 0.0) == Lease(epoch=41, seconds=10.0)
     assert isinstance(acquire(directory, "other", 5.0), Error)
 
 

@@ -72,6 +72,7 @@ METHODS = {
     "close",
     "connect",
     "engines",
+    "forget",
     "pause",
     "resume",
     "status",

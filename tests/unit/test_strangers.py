@@ -170,7 +170,7 @@ def test_the_directory_knows_so_many_engines_at_most(monkeypatch: pytest.MonkeyP
     answers = [known.handle(Register(engine=engine(str(number)), epoch=0), 0.0) for number in range(11)]
     assert all(isinstance(answer, Registered) for answer in answers[:10])
     assert isinstance(answers[10], Error)
-    assert "knows 10 engines already" in answers[10].message
+    assert "knows 10 engines, which is its limit" in answers[10].message
     assert isinstance(known.handle(Register(engine=engine("3"), epoch=0), 1.0), Registered), "one of them beats"
     later = FORGOTTEN_AFTER_SECONDS + 0.5
     answer = known.handle(Register(engine=engine("new"), epoch=0), later)
