@@ -1,4 +1,4 @@
-"""Commands for the engines of a group: status, pause, resume, update, verify."""
+"""Commands for the engines of a group: status, pause, resume, update, verify, forget."""
 
 from __future__ import annotations
 
@@ -80,6 +80,17 @@ def add_to(commands: Commands) -> None:
     parser.add_argument("--against", metavar="DIR", help="a Hugging Face checkpoint that the engines should serve")
     _add_connection(parser, "%(default)g", 300.0)
 
+    parser = commands.add(
+        "forget",
+        _forget,
+        "Give up lost engines for good, so that commands go on without them",
+        "Every command asks for all engines, and names the lost ones. An engine that is alive is not forgotten.\n"
+        "A forgotten engine that comes back is a member again once an update has reached it.",
+    )
+    parser.add_argument("replica", metavar="REPLICA", help="the replica's name, as status shows it")
+    parser.add_argument("dp_rank", metavar="DP_RANK", type=int, nargs="?", help="default: all ranks of the replica")
+    _add_connection(parser, "%(default)g", 5.0)
+
 
 def _add_connection(parser: argparse.ArgumentParser, default: str, timeout: float | None) -> None:
     parser.add_argument(
@@ -109,12 +120,16 @@ def _connect(options: argparse.Namespace) -> EngineGroup:
     return EngineGroup.connect(options.connect, key_file=options.key_file)
 
 
+def _left(ends: float) -> float:
+    return max(ends - time.monotonic(), 0.05)
+
+
 def _status(options: argparse.Namespace) -> int:
     ends = time.monotonic() + (options.timeout or (_READY_SECONDS if options.engines else _STATUS_SECONDS))
     with _connect(options) as group:
         if options.engines:
-            group.wait_ready(options.engines, ends - time.monotonic())
-        states = group.status(ends - time.monotonic())
+            group.wait_ready(options.engines, _left(ends))
+        states = group.status(_left(ends))
     if options.json:
         print(json.dumps([dataclasses.asdict(state) for state in states]))
     else:
@@ -144,7 +159,7 @@ def _pause(options: argparse.Namespace) -> int:
     ends = time.monotonic() + options.timeout
     with _connect(options) as group:
         engines = group.engines(options.timeout)
-        group.pause(options.mode, timeout=ends - time.monotonic(), lease=None)
+        group.pause(options.mode, timeout=_left(ends), lease=None)
     return print_report(options.json, {"paused": len(engines)}, "{paused} engines are paused")
 
 
@@ -152,7 +167,7 @@ def _resume(options: argparse.Namespace) -> int:
     ends = time.monotonic() + options.timeout
     with _connect(options) as group:
         engines = group.engines(options.timeout)
-        group.resume(timeout=ends - time.monotonic())
+        group.resume(timeout=_left(ends))
     return print_report(options.json, {"resumed": len(engines)}, "{resumed} engines generate")
 
 
@@ -171,6 +186,14 @@ def _update(options: argparse.Namespace) -> int:
     sentence = "{engines} engines serve version {version} (took {total_ms} ms, paused for {pause_ms} ms)"
     print_report(options.json, facts, sentence)
     return 1 if result.lost else 0
+
+
+def _forget(options: argparse.Namespace) -> int:
+    with _connect(options) as group:
+        group.forget(options.replica, options.dp_rank, timeout=options.timeout)
+    which = "all ranks" if options.dp_rank is None else f"DP rank {options.dp_rank}"
+    facts = {"replica": options.replica, "dp_rank": options.dp_rank}
+    return print_report(options.json, facts, f"{which} of replica {{replica}} are forgotten")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -159,6 +159,29 @@ def test_status_shows_an_engine_that_does_not_answer_and_one_that_is_lost(
         group.pause(timeout=1.0)
 
 
+def test_a_lost_engine_stays_named_until_it_is_forgotten(
+    deployment: Deployment, group: EngineGroup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deployment.stop_engine(1)
+    deployment.clock_skew += 3600.0
+    eventually(lambda: len(group.engines()) == 1)
+    assert [state.generation for state in group.status()] == ["running", "unreachable"]
+    with pytest.raises(EnginesMissing, match=r"DP rank 1 .* is lost: .*areal-vllm forget REPLICA DP_RANK"):
+        group.pause(timeout=1.0)
+    with pytest.raises(RequestError, match=r"DP rank 0 of replica simulated .* is alive: stop it"):
+        group.forget("simulated", 0)
+    with pytest.raises(RequestError, match="knows no replica nonsense"):
+        group.forget("nonsense")
+    group.forget("simulated", 1)
+    assert states(group) == ["running"]
+    update(group, 3, timeout=10)
+    deployment.start_engine(1)
+    eventually(lambda: len(group.engines()) == 2, timeout=8)
+    assert [state.update_phase for state in group.status()] == ["idle", "stale"], "it missed an update"
+    update(group, 4, timeout=10)
+    assert states(group) == ["running", "running"]
+
+
 def test_a_command_waits_for_the_next_beat_of_engines_that_seem_lost(
     deployment: Deployment, group: EngineGroup
 ) -> None:
