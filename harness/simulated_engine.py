@@ -29,6 +29,7 @@ from areal_vllm_ext import protocol
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.control.directory import new_incarnation
 from areal_vllm_ext.control.directory_server import DirectoryServer
+from areal_vllm_ext.engine_core.effects import CallPause, CallResume, Guard
 from areal_vllm_ext.engine_core.endpoint import Endpoint, Identity
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import (
@@ -36,7 +37,6 @@ from areal_vllm_ext.protocol import (
     Begin,
     Bucket,
     EngineInfo,
-    PauseMode,
     Prepare,
     Version,
     WorkerDone,
@@ -121,6 +121,7 @@ class SimulatedEngine:
         self.version = version
         self.requests = 0
         self.staged: Callable[[str], None] = lambda _update: None
+        self.guarded = Guard()
         self.endpoint: Endpoint
         self._later = later
         self._pausing: int | None = None
@@ -129,8 +130,9 @@ class SimulatedEngine:
     def name(self) -> str:
         return self.endpoint.info.name
 
-    def pause(self, call: int, mode: PauseMode, clear_cache: bool) -> None:
-        self.calls.append(f"pause {mode}{' clear' if clear_cache else ''}")
+    def pause(self, effect: CallPause) -> None:
+        call = effect.call
+        self.calls.append(f"pause {effect.mode}{' clear' if effect.clear_cache else ''}")
         self._pausing = call
 
         def done() -> None:
@@ -142,7 +144,8 @@ class SimulatedEngine:
 
         self._later.call(self.seconds["pause"], done)
 
-    def resume(self, call: int) -> None:
+    def resume(self, effect: CallResume) -> None:
+        call = effect.call
         self.calls.append("resume")
 
         def done() -> None:
@@ -181,6 +184,12 @@ class SimulatedEngine:
 
     def oldest_call_seconds(self) -> float:
         return 0.0
+
+    def is_paused(self) -> bool:
+        return not self.running
+
+    def guard(self, guard: Guard) -> None:
+        self.guarded = guard
 
     def request_counts(self) -> tuple[int, int]:
         return self.requests, 0

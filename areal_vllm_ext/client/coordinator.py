@@ -251,7 +251,9 @@ class Coordinator:
     def _resume(self, names: list[str], phase: Phase) -> dict[str, EngineRequest]:
         """Let the engines run that ran before the update."""
         requests: dict[str, EngineRequest] = {
-            name: Resume(epoch=self.members[name].epoch) for name in names if self.members[name].running
+            name: Resume(epoch=self.members[name].epoch, update=self.update)
+            for name in names
+            if self.members[name].running
         }
         self.phase, self._awaited = (phase, set(requests)) if requests else ("done", set())
         return requests

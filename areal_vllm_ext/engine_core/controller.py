@@ -25,8 +25,9 @@ from ..control.directory import new_incarnation
 from ..control.directory_server import DirectoryServer
 from ..errors import SettingsError
 from ..process.host_slot import HostSlot
-from ..protocol import EngineInfo, PauseMode, Version, security, timing
+from ..protocol import EngineInfo, Version, security, timing
 from .endpoint import Endpoint, Identity
+from .foreign_calls import ForeignCalls
 from .launch_facts import launch_facts
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
     from vllm.v1.engine.core import EngineCore
+
+    from .effects import CallPause, CallResume, Guard
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -82,6 +85,11 @@ class Controller:
         self._calls: dict[int, float] = {}
         self._call_ids = itertools.count()
         config = engine.vllm_config
+        self._foreign = ForeignCalls(
+            engine,
+            lambda event: self.endpoint.post(lambda: event(self.endpoint.participant)),
+            can_wait=hasattr(engine, "output_queue"),  # an in-process engine has none
+        )
         settings, host, key = check_settings(config)
         address = directory_address(settings, config)
         self._slot = None if settings.replica or data_parallel_size(config) > 1 else HostSlot("replica")
@@ -143,37 +151,73 @@ class Controller:
 
     # Calls of the endpoint
 
-    def pause(self, call: int, mode: PauseMode, clear_cache: bool) -> None:
+    def pause(self, effect: CallPause) -> None:
         def on_loop() -> None:
             before = list(self._idle_callbacks)
-            result = self._engine.pause_scheduler(mode=mode, clear_cache=clear_cache)
+            # Not vLLM's own ``clear_cache``: it also clears one half of the cache of processed inputs.
+            with self._foreign.ours():
+                result = self._engine.pause_scheduler(mode=effect.mode, clear_cache=False)
             self._idle_callback = next((one for one in self._idle_callbacks if one not in before), self._idle_callback)
             if isinstance(result, Future):
-                result.add_done_callback(lambda future: report(error_of(future.exception())))
+                result.add_done_callback(lambda future: idle(error_of(future.exception())))
             else:
-                report("")
+                idle("")
+
+        def idle(error: str) -> None:
+            if not error:
+                self._foreign.paused = self._foreign.paused or effect.users
+                try:
+                    self._drop_caches(effect)
+                except Exception as problem:
+                    error = error_of(problem)
+            report(error)
 
         def report(error: str) -> None:
-            self.endpoint.post(functools.partial(self.endpoint.participant.pauses.pause_done, call, error))
+            self.endpoint.post(functools.partial(self.endpoint.participant.pauses.pause_done, effect.call, error))
 
         self._call("pause", on_loop, failed=report)
 
-    def resume(self, call: int) -> None:
+    def resume(self, effect: CallResume) -> None:
         def on_loop() -> None:
-            if not self._cancel_pending_pause():
-                self._engine.resume_scheduler()
-            report("")
+            if effect.lifts:
+                self._foreign.paused = False
+            asleep = bool(getattr(self._engine.model_executor, "sleeping_tags", ()))
+            if asleep and effect.lifts:
+                raise RuntimeError("this engine sleeps (vLLM's sleep mode): wake it up instead")
+            stays = self._foreign.paused or asleep
+            with self._foreign.ours():
+                if not stays:
+                    if not self._cancel_pending_pause():
+                        self._engine.resume_scheduler()
+                elif hasattr(self._engine, "pending_pause"):
+                    # The ranks of an MoE group resume together; no step runs before this one pauses again.
+                    self._engine.resume_scheduler()
+                    self._engine.pause_scheduler(mode="keep", clear_cache=False)
+            report("", paused=stays)
 
-        def report(error: str) -> None:
-            self.endpoint.post(functools.partial(self.endpoint.participant.pauses.resume_done, call, error))
+        def report(error: str, *, paused: bool = False) -> None:
+            resume_done = self.endpoint.participant.pauses.resume_done
+            self.endpoint.post(lambda: resume_done(effect.call, error, paused=paused))
 
         self._call("resume", on_loop, failed=report)
+
+    def guard(self, guard: Guard) -> None:
+        """Keep other users of the engine from what ``guard`` names."""
+        self._call("guard", lambda: self._foreign.guard(guard), failed=lambda _: None)
+
+    def is_paused(self) -> bool:
+        """Return whether the scheduler is paused; read from another thread, so a moment old."""
+        return bool(self._engine.is_scheduler_paused())
 
     def cancel_pause(self, call: int) -> None:
         def report(cancelled: bool) -> None:
             self.endpoint.post(functools.partial(self.endpoint.participant.pauses.cancel_done, call, cancelled))
 
-        self._call("cancel", lambda: report(self._cancel_pending_pause()), failed=lambda _: report(False))
+        self._call(
+            "cancel",
+            lambda: report(not self._foreign.paused and self._cancel_pending_pause()),
+            failed=lambda _: report(False),
+        )
 
     def commit(self, update: str, version: Version) -> None:
         started = time.perf_counter()
@@ -183,10 +227,13 @@ class Controller:
             self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds, unproven))
 
         def on_loop() -> None:
+            if not self.is_paused():
+                raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
             reasons = [reason for reason in self._engine.collective_rpc("areal_commit", args=(update,)) if reason]
             # Outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call.
             if set_version := getattr(self._engine, "set_weight_version", None):
-                set_version(str(version))
+                with self._foreign.ours():
+                    set_version(str(version))
             report("", "; ".join(dict.fromkeys(reasons)))
 
         self._call("commit", on_loop, failed=report)
@@ -207,6 +254,15 @@ class Controller:
     def _idle_callbacks(self) -> list[Callable[..., None]]:
         callbacks: list[Callable[..., None]] = getattr(self._engine, "_idle_state_callbacks", [])
         return callbacks
+
+    def _drop_caches(self, effect: CallPause) -> None:
+        """Drop what was computed from the old weights: keys and values if asked for, and encoder outputs."""
+        if effect.clear_cache and not self._engine.reset_prefix_cache(
+            reset_running_requests=True, reset_connector=True
+        ):
+            raise RuntimeError("vLLM did not drop its cached keys and values")
+        if not effect.users:
+            self._engine.reset_encoder_cache()
 
     def _cancel_pending_pause(self) -> bool:
         """Undo a pause that has not completed; return False if none is pending."""

@@ -27,18 +27,26 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class CallPause:
-    """Pause the engine; report to ``pause_done`` with ``call``."""
+    """Pause the engine; report to ``pause_done`` with ``call``.
+
+    ``users``: the pause is a user's own, so it outlasts updates. ``clear_cache``: drop cached keys and values.
+    """
 
     call: int
     mode: PauseMode
     clear_cache: bool
+    users: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class CallResume:
-    """Resume the engine, also from a pause that has not completed; report to ``resume_done`` with ``call``."""
+    """Resume the engine, also from a pause that has not completed; report to ``resume_done`` with ``call``.
+
+    ``lifts``: a user's own pause ends too; otherwise it stands, and the report says so.
+    """
 
     call: int
+    lifts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +62,18 @@ class CallCommit:
 
     update: str
     version: Version
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Why other users of the engine must leave it alone just now; empty if they need not.
+
+    While there is an ``update``, vLLM's own calls that pause, resume, sleep or reload wait. Because of its ``weights``, an
+    engine is resumed by nobody but an update.
+    """
+
+    update: str = ""
+    weights: str = ""
 
 
 Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit

@@ -42,7 +42,7 @@ from ..protocol import (
     timing,
 )
 from ..protocol.server import ReplyTo, Server, connect
-from .effects import CallCancelPause, CallCommit, CallPause, CallResume, Effect, Order, Reply
+from .effects import CallCancelPause, CallCommit, CallPause, CallResume, Effect, Guard, Order, Reply
 from .participant import Participant
 from .queries import WeightQueries
 from .tracing import Tracing
@@ -62,12 +62,14 @@ _UNREGISTER_MILLISECONDS = 200
 class Engine(Protocol):
     """What the endpoint asks of its engine. Calls return at once and report through ``Endpoint.post``."""
 
-    def pause(self, call: int, mode: protocol.PauseMode, clear_cache: bool) -> None: ...
-    def resume(self, call: int) -> None: ...
+    def pause(self, effect: CallPause) -> None: ...
+    def resume(self, effect: CallResume) -> None: ...
     def cancel_pause(self, call: int) -> None: ...
     def commit(self, update: str, version: Version) -> None: ...
     def oldest_call_seconds(self) -> float: ...
     def request_counts(self) -> tuple[int, int]: ...
+    def is_paused(self) -> bool: ...
+    def guard(self, guard: Guard) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Endpoint:
         self._participant = Participant(version, frozenset(range(world_size)), resume_orphans=settings.resume_orphans)
         self.tracing = Tracing(world_size)
         self._queries = WeightQueries(identity.model, identity.revision, world_size, self.post)
+        self._guard = Guard()
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -276,10 +279,8 @@ class Endpoint:
                 self._server.answer(caller, self._status())
             case DescribeWeights():
                 self._carry_out(self._queries.describe(caller))
-            case DigestWeights() if self._participant.update_phase == "committing":
-                self._server.answer(caller, protocol.Error(kind="busy", message="the engine is committing an update"))
             case DigestWeights():
-                self._carry_out(self._queries.digest(caller, message, monotonic()))
+                self._digest(caller, message)
             case GetTrace():
                 self._carry_out(self.tracing.ask(caller, message, monotonic()))
             case Fence():
@@ -293,6 +294,14 @@ class Endpoint:
                 effects = self._participant.handle(caller, message, monotonic())
                 self.tracing.asked(caller, message, self._participant)
                 self._carry_out(effects)
+
+    def _digest(self, caller: ReplyTo, message: DigestWeights) -> None:
+        if self._participant.update_phase == "committing":
+            self._server.answer(caller, protocol.Error(kind="busy", message="the engine is committing an update"))
+        elif self._participant.asleep:
+            self._server.answer(caller, protocol.Error(kind="state", message=self._participant.asleep))
+        else:
+            self._carry_out(self._queries.digest(caller, message, monotonic()))
 
     def _hear(self, worker: ReplyTo, message: WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace) -> None:
         known = self._workers.get(message.rank)
@@ -323,10 +332,14 @@ class Endpoint:
 
     def _status(self) -> Status:
         running, waiting = self._engine.request_counts()
-        return self._participant.status(self.info, running, waiting, self._engine.oldest_call_seconds())
+        seconds = self._engine.oldest_call_seconds()
+        return self._participant.status(self.info, running, waiting, seconds, self._engine.is_paused())
 
     def _carry_out(self, effects: list[Effect]) -> None:
         self.tracing.states(self._participant)
+        if self._guard != (guard := self._participant.guard):
+            self._guard = guard
+            self._engine.guard(guard)
         for effect in effects:
             match effect:
                 case Reply():
@@ -336,9 +349,9 @@ class Endpoint:
                     for peer, _ in self._workers.values():
                         self._server.tell(peer, effect.message)
                 case CallPause():
-                    self._engine.pause(effect.call, effect.mode, effect.clear_cache)
+                    self._engine.pause(effect)
                 case CallResume():
-                    self._engine.resume(effect.call)
+                    self._engine.resume(effect)
                 case CallCancelPause():
                     self._engine.cancel_pause(effect.call)
                 case CallCommit():

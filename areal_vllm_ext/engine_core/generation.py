@@ -27,7 +27,8 @@ class GenerationMachine:
     Attributes:
         state: what generation does.
         mode: of the pause; None while the engine runs.
-        paused_for: the update that needs the pause, ``STALE``, or empty: running, or a user's own pause.
+        paused_for: the update that needs the pause, ``STALE``, or empty: running, or a user's own pause. A user pauses
+            through this package, or by one of vLLM's own calls.
         orphaned: the engine is in a user's own pause, and its holder was silent for longer than the lease.
     """
 
@@ -42,8 +43,9 @@ class GenerationMachine:
         self._lease_ends = float("inf")
         self._call = 0
         self._ends = 0.0
+        self._called_for = ""  # the update of the last call to pause
         self._pause_waiting: dict[ReplyTo, str] = {}  # and the update that each one pauses for
-        self._resume_waiting: list[ReplyTo] = []
+        self._resume_waiting: dict[ReplyTo, bool] = {}  # and whether each one lifts a user's own pause
 
     # Requests that the participant allowed
 
@@ -54,7 +56,9 @@ class GenerationMachine:
         if self.state == "running" or not message.update:
             self.paused_for = message.update
             self._hold(message.holder, message.lease, now)
-        same = self.state != "running" and self.mode == message.mode and (self._cache_cleared or not clear)
+        # An update needs a call of its own, because only the engine's loop knows that no other user has resumed meanwhile.
+        same = self.state != "running" and self._called_for == message.update
+        same = same and self.mode == message.mode and (self._cache_cleared or not clear)
         if same and self.state == "paused":
             return [Reply(caller, Ack())]
         self._pause_waiting[caller] = message.update
@@ -64,7 +68,7 @@ class GenerationMachine:
         if same:
             return []
         self._paused_before = self.state == "paused" or (self.state == "pausing" and self._paused_before)
-        return [self._pause(message.mode, clear=clear)]
+        return [self._pause(message.mode, message.update, clear=clear, users=not message.update)]
 
     def keep_paused(self, message: KeepPaused, now: float) -> bool:
         """Renew the lease of ``message.holder``'s own pause; return False if there is no such pause."""
@@ -73,31 +77,31 @@ class GenerationMachine:
         self._hold(message.holder, message.lease, now)
         return True
 
-    def resume(self, caller: ReplyTo) -> list[Effect]:
-        """Resume; ``caller`` is answered when the engine runs."""
+    def resume(self, caller: ReplyTo, *, lifts: bool) -> list[Effect]:
+        """Resume; ``caller`` is answered when the engine runs. Unless it ``lifts`` all pauses, a user's own stands."""
         if self.state == "running":
             return [Reply(caller, Ack())]
-        self._resume_waiting.append(caller)
+        self._resume_waiting[caller] = lifts
         if self.state == "resuming":
             return []
         return [
             *self._answer_pauses(Error(kind="state", message="a resume cancelled the pause")),
-            self.resume_unasked(),
+            self.resume_unasked(lifts=lifts),
         ]
 
     # What the participant does on its own
 
-    def resume_unasked(self) -> CallResume:
+    def resume_unasked(self, *, lifts: bool = False) -> CallResume:
         """Resume although no client asks for it."""
         self._call += 1
         self.state = "resuming"
-        return CallResume(self._call)
+        return CallResume(self._call, lifts)
 
     def pause_for_weights(self) -> CallPause:
         """Pause until an update commits, because these weights must not be served."""
         self.paused_for = STALE
         self._paused_before = False
-        return self._pause("keep", clear=False)
+        return self._pause("keep", STALE, clear=False, users=False)
 
     def end_hold(self) -> None:
         """End the user's pause but stay paused: the weights are stale or tainted, so resume when an update commits."""
@@ -123,12 +127,15 @@ class GenerationMachine:
             self.state = "paused"
         return self._answer_pauses(_outcome(error))
 
-    def resume_done(self, call: int, error: str) -> list[Effect]:
-        """The engine runs again, or failed to resume."""
+    def resume_done(self, call: int, error: str, *, paused: bool = False) -> list[Effect]:
+        """The engine runs again, or failed to resume, or stays ``paused`` for a user."""
         if call != self._call or self.state != "resuming":
             return []
-        if error:
+        if paused and any(self._resume_waiting.values()):
+            return [self.resume_unasked(lifts=True)]
+        if error or paused:
             self.state = "paused"
+            self.paused_for = self.paused_for if error else ""
         else:
             self._runs()
         return self._answer_resumes(_outcome(error))
@@ -143,7 +150,31 @@ class GenerationMachine:
         if not self._resume_waiting:
             self.state = "paused"
             return []
-        return [self.resume_unasked()]
+        return [self.resume_unasked(lifts=any(self._resume_waiting.values()))]
+
+    # Calls of other users, through vLLM's own interfaces
+
+    def observed(self, scheduler_paused: bool | None) -> Generation:
+        """Return what generation does, given what vLLM's scheduler does: between two calls of ours, that counts."""
+        if scheduler_paused is None or self.state in ("pausing", "resuming"):
+            return self.state
+        return "paused" if scheduler_paused else "running"
+
+    def paused_elsewhere(self) -> list[Effect]:
+        """Another user has paused the engine: a user's own pause, without a lease."""
+        self._paused_before = self._paused_before or self.state == "pausing"
+        if self.state == "running":
+            self.state, self.mode, self._called_for = "paused", None, ""
+        self.paused_for = ""
+        self._hold("", 0, 0)
+        return []
+
+    def resumed_elsewhere(self) -> None:
+        """Another user has resumed the engine, which the guard allowed."""
+        if self.state == "paused" and not self.paused_for:
+            self._runs()
+        elif self.state == "pausing":  # our call came later, and pauses again
+            self._paused_before, self.paused_for = False, self._called_for
 
     # Time
 
@@ -161,10 +192,10 @@ class GenerationMachine:
             effects.append(CallCancelPause(self._call))
         return effects
 
-    def _pause(self, mode: PauseMode, *, clear: bool) -> CallPause:
+    def _pause(self, mode: PauseMode, called_for: str, *, clear: bool, users: bool) -> CallPause:
         self._call += 1
-        self.state, self.mode, self._cache_cleared = "pausing", mode, clear
-        return CallPause(self._call, mode, clear)
+        self.state, self.mode, self._cache_cleared, self._called_for = "pausing", mode, clear, called_for
+        return CallPause(self._call, mode, clear, users)
 
     def _hold(self, holder: str, lease: float, now: float) -> None:
         self._holder, self.orphaned = holder, False
@@ -179,7 +210,7 @@ class GenerationMachine:
         return [Reply(caller, answer) for caller in callers]
 
     def _answer_resumes(self, answer: Answer) -> list[Effect]:
-        callers, self._resume_waiting = self._resume_waiting, []
+        callers, self._resume_waiting = self._resume_waiting, {}
         return [Reply(caller, answer) for caller in callers]
 
 

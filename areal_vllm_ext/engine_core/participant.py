@@ -20,10 +20,8 @@ Messages, completed calls and clock readings go in; effects come out, for ``endp
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Literal
 
-from ..errors import SEND_AGAIN
 from ..protocol import (
     EPOCH_JUMP,
     Abort,
@@ -48,8 +46,9 @@ from ..protocol import (
     WeightsMismatch,
     WorkerDone,
 )
-from .effects import CallCommit, Effect, Order, Reply
+from .effects import CallCommit, Effect, Guard, Order, Reply
 from .generation import STALE, GenerationMachine
+from .in_flight import UpdateInFlight
 
 if TYPE_CHECKING:
     from ..protocol.server import ReplyTo
@@ -57,22 +56,6 @@ if TYPE_CHECKING:
 Phase = Literal["idle", "receiving", "prepared", "committing"]
 
 ParticipantRequest = Pause | KeepPaused | Resume | Begin | Bucket | Prepare | Commit | Abort | AdoptEpoch
-
-
-@dataclasses.dataclass
-class _Update:
-    """The update in flight."""
-
-    begin: Begin
-    ends: float
-    failure: str = ""
-    manifest: str = ""
-    # Manifest of the live weights, if every worker accepts an update of the changed tensors only.
-    base: str = ""
-    # By step ("begin", "prepare", a bucket's): who waits, which workers it is for unless for all, and who has finished.
-    waiting: dict[str, list[ReplyTo]] = dataclasses.field(default_factory=dict)
-    workers: dict[str, frozenset[int]] = dataclasses.field(default_factory=dict)
-    finished: dict[str, set[int]] = dataclasses.field(default_factory=dict)
 
 
 class Participant:
@@ -83,6 +66,8 @@ class Participant:
         pauses: the half that pauses and resumes.
         tainted: why its set of weights is partially loaded or damaged; empty if it is not.
         stale: why its weights are older than the group's; empty if they are not.
+        foreign: which call of another user has changed its weights or their version; empty if none has.
+        asleep: why its weights are not in the device's memory; empty if they are.
     """
 
     def __init__(
@@ -100,13 +85,15 @@ class Participant:
         self.workers = workers
         self.epoch = epoch
         self.update_phase: Phase = "idle"
-        self.update: _Update | None = None
+        self.update: UpdateInFlight | None = None
         self.last_update = ""
         self.weights = ""
         self.unproven = ""
         self.error = ""
         self.tainted = ""
         self.stale = ""
+        self.foreign = ""
+        self.asleep = ""
         self.committed_epoch = 0
         self.pauses = GenerationMachine()
         self._resume_orphans = resume_orphans
@@ -129,7 +116,7 @@ class Participant:
             case Pause():
                 return self._pause(caller, message, now)
             case Resume():
-                return self._resume(caller)
+                return self._resume(caller, message)
             case Begin():
                 return self._begin(caller, message, now)
             case Bucket():
@@ -152,7 +139,14 @@ class Participant:
         left_paused = pauses.state != "running" and pauses.paused_for not in ("", STALE) and not self.tainted
         return self._resume_orphans and (pauses.orphaned or left_paused)
 
-    def status(self, engine: EngineInfo, running: int = 0, waiting: int = 0, waiting_for_engine: float = 0.0) -> Status:
+    def status(
+        self,
+        engine: EngineInfo,
+        running: int = 0,
+        waiting: int = 0,
+        waiting_for_engine: float = 0.0,
+        scheduler_paused: bool | None = None,
+    ) -> Status:
         """Return what the engine says about itself.
 
         Args:
@@ -160,15 +154,16 @@ class Participant:
             running: requests that run.
             waiting: requests that wait.
             waiting_for_engine: seconds since the oldest call that the engine's loop has not come to.
+            scheduler_paused: what vLLM's scheduler does; None if it cannot be asked.
         """
         phase: UpdatePhase = self.update_phase
-        if phase == "idle" and (self.tainted or self.stale):
-            phase = "tainted" if self.tainted else "stale"
+        if phase == "idle" and (self.tainted or self.stale or self.foreign):
+            phase = "tainted" if self.tainted else "stale" if self.stale else "foreign"
         return Status(
             engine=engine,
             version=self.version,
             update_phase=phase,
-            generation=self.pauses.state,
+            generation=self.pauses.observed(scheduler_paused),
             pause_mode=self.pauses.mode,
             paused_for=self.pauses.paused_for,
             epoch=self.epoch,
@@ -179,10 +174,22 @@ class Participant:
             requests_running=running,
             requests_waiting=waiting,
             waiting_for_engine=waiting_for_engine,
-            error=self.tainted or self.stale or self.error,
-            weights=self.weights,
+            error=self.tainted or self.stale or self.foreign or self.asleep or self.error,
+            weights="" if self.foreign else self.weights,
             unproven=self.unproven,
+            asleep=bool(self.asleep),
         )
+
+    @property
+    def guard(self) -> Guard:
+        """What other users of this engine must not do now, because it is paused for an update or must not be served."""
+        update = ""
+        if self.update_phase == "committing" or self._in_doubt or self.pauses.paused_for not in ("", STALE):
+            update = "an update is being committed on this engine"
+        elif self.pauses.state == "pausing":
+            update = "this engine is being paused"
+        unfit = f"tainted ({self.tainted})" if self.tainted else f"stale ({self.stale})" if self.stale else ""
+        return Guard(update, f"its weights are {unfit}" if unfit else "")
 
     def beat(self, engine: EngineInfo) -> Register:
         """Return what the engine tells the directory every second."""
@@ -236,7 +243,7 @@ class Participant:
         self.committed_epoch = message.epoch
         return [Reply(caller, Ack())]
 
-    def _resume(self, caller: ReplyTo) -> list[Effect]:
+    def _resume(self, caller: ReplyTo, message: Resume) -> list[Effect]:
         if self.update_phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
         if self.tainted or self.stale:
@@ -245,53 +252,37 @@ class Participant:
             return self._refuse(caller, "state", f"the weights are tainted ({self.tainted}): send another update")
         if self.stale:
             return self._refuse(caller, "state", f"the weights are stale ({self.stale}): send an update")
-        return self.pauses.resume(caller)
+        return self.pauses.resume(caller, lifts=not message.update)
 
     def _begin(self, caller: ReplyTo, message: Begin, now: float) -> list[Effect]:
         if self.update_phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
         if self.update and self.update.begin.update == message.update:
-            return self._wait_for_workers(caller, self.update, "begin", [])
+            return self.update.wait(caller, "begin", [])
         if self._in_doubt:
             return self._refuse(caller, "state", "an update is in doubt on this engine: commit or abort it first")
+        if self.asleep:
+            return self._refuse(caller, "state", self.asleep)
         receiving = [set(sender.workers) for sender in message.senders.values()]
         if not receiving or not all(self.workers.issuperset(ranks) for ranks in receiving):
             problem = f"this engine has workers 0 to {len(self.workers) - 1}, and the update has {message.senders}"
             return self._refuse(caller, "state", problem)
         effects = self._give_up("a newer update began") if self.update else []
-        self.update = _Update(message, ends=now + message.timeout)
+        self.update = UpdateInFlight(message, now + message.timeout, self.workers)
         self.update_phase = "receiving"
-        return [*effects, *self._wait_for_workers(caller, self.update, "begin", [Order(message)])]
+        return [*effects, *self.update.wait(caller, "begin", [Order(message)])]
 
     def _bucket(self, caller: ReplyTo, message: Bucket) -> list[Effect]:
         update = self.update
-        if update is not None and update.begin.update == message.update:
-            sender = update.begin.senders.get(message.sender)
-            if sender is None:
-                problem = f"update {message.update} has no sender {message.sender} on this engine"
-                return self._refuse(caller, "state", problem)
-            if sender.workers:
-                update.workers[message.step] = frozenset(sender.workers)
+        if update is not None and update.begin.update == message.update and (problem := update.expect(message)):
+            return self._refuse(caller, "state", problem)
         return self._step(caller, message, message.step)
 
     def _step(self, caller: ReplyTo, message: Bucket | Prepare, step: str) -> list[Effect]:
         update = self.update
         if update is None or update.begin.update != message.update:
             return self._refuse(caller, "state", self.error or f"update {message.update} is not in flight here")
-        return self._wait_for_workers(caller, update, step, [Order(message)])
-
-    def _wait_for_workers(self, caller: ReplyTo, update: _Update, step: str, orders: list[Effect]) -> list[Effect]:
-        """Answer when every worker has finished ``step``; ``orders`` go out the first time only."""
-        if update.failure:
-            return self._refuse(caller, "failed", update.failure)
-        if self._finished(update, step):
-            return [Reply(caller, self._done(update, step))]
-        asked_before = step in update.waiting
-        update.waiting.setdefault(step, []).append(caller)
-        return [] if asked_before else orders
-
-    def _finished(self, update: _Update, step: str) -> bool:
-        return update.finished.get(step, set()) >= update.workers.get(step, self.workers)
+        return update.wait(caller, step, [Order(message)])
 
     def _commit(self, caller: ReplyTo, message: Commit) -> list[Effect]:
         if message.update == self.last_update:
@@ -328,14 +319,12 @@ class Participant:
         update, self.update, self.update_phase = self.update, None, "idle"
         self.error = f"update {update.begin.update} (version {update.begin.version}) was given up: {reason}"
         order = Order(Abort(epoch=self.epoch, update=update.begin.update, reason=reason))
-        return [order, *self._answer_all(update, Error(kind="failed", message=reason))]
+        return [order, *self._answer_all(update, reason)]
 
-    def _answer_all(self, update: _Update, answer: Answer) -> list[Effect]:
+    def _answer_all(self, update: UpdateInFlight, failure: str) -> list[Effect]:
         """Answer everyone who waits for the update's workers, or for a pause for the update."""
-        callers = [caller for waiting in update.waiting.values() for caller in waiting]
-        update.waiting.clear()
-        pauses = self.pauses.refuse_pauses_for(update.begin.update, answer)
-        return [*(Reply(caller, answer) for caller in callers), *pauses]
+        answer = Error(kind="failed", message=failure)
+        return [*update.answer_all(answer), *self.pauses.refuse_pauses_for(update.begin.update, answer)]
 
     # What the workers say
 
@@ -344,33 +333,18 @@ class Participant:
         update = self.update
         if update is None or update.begin.update != message.update or self.update_phase == "committing":
             return []
-        problem = message.error
-        if not problem and message.step == "prepare":
-            update.manifest = update.manifest or message.manifest
-            if message.manifest != update.manifest:
-                problem = f"holds other weights than another worker of this engine: {SEND_AGAIN}"
+        problem, voted, answers = update.worker_done(message, accepts_base=not self.foreign)
         if problem:
-            return self._fail(update, f"worker {message.rank}: {problem}")
-        if message.step == "begin":
-            first = "begin" not in update.finished
-            update.base = message.manifest if first or message.manifest == update.base else ""
-        update.finished.setdefault(message.step, set()).add(message.rank)
-        if not self._finished(update, message.step):
-            return []
-        if message.step == "prepare" and not update.failure:
+            return self._fail(update, problem)
+        if voted:
             self.update_phase = "prepared"
-        waiting = update.waiting.pop(message.step, [])
-        return [Reply(caller, self._done(update, message.step)) for caller in waiting]
+        return answers
 
-    def _fail(self, update: _Update, problem: str) -> list[Effect]:
+    def _fail(self, update: UpdateInFlight, problem: str) -> list[Effect]:
         """Vote no, or take the vote back. The cause answers every request until the coordinator aborts."""
         update.failure = update.failure or problem
         self.update_phase = "receiving"
-        return self._answer_all(update, Error(kind="failed", message=update.failure))
-
-    @staticmethod
-    def _done(update: _Update, step: str) -> Ack:
-        return Ack(manifest=update.base if step == "begin" else update.manifest)
+        return self._answer_all(update, update.failure)
 
     def weights_mismatch(self, message: WeightsMismatch) -> None:
         """Note that a worker serves other weights than it was sent; ``tick`` pauses the engine."""
@@ -395,12 +369,48 @@ class Participant:
             answer = Error(kind="failed", message=self.tainted)
         else:
             self.weights, self.unproven = update.manifest, unproven
-            self.tainted, self.stale, self.error = "", "", ""
+            self.tainted, self.stale, self.foreign, self.error = "", "", "", ""
             self.committed_epoch, self.version = update.begin.epoch, update.begin.version
             self.last_update = update.begin.update
             answer = Ack(seconds=seconds)
         callers, self._commit_waiting = self._commit_waiting, []
         return [Reply(caller, answer) for caller in callers]
+
+    # Calls of other users, through vLLM's own interfaces: the engine's loop has carried them out
+
+    def resumed_elsewhere(self) -> list[Effect]:
+        """Another user has resumed the engine; if its weights must not be served, pause it again."""
+        self.pauses.resumed_elsewhere()
+        unfit = (self.tainted or self.stale) and self.generation == "running"
+        return [self.pauses.pause_for_weights()] if unfit else []
+
+    def weights_changed_elsewhere(self, what: str) -> list[Effect]:
+        """Another user has changed the weights or their version by ``what``: an update in flight cannot build on them."""
+        self.foreign = (
+            f"the weights are foreign: {what} was called through vLLM, not through this package; send an update to bring this "
+            "engine back to the group's version"
+        )
+        return self._fail_before_commit(f"{what} was called through vLLM during the update; send it again")
+
+    def fell_asleep(self, *, discarded: bool) -> list[Effect]:
+        """vLLM's sleep mode took the weights from the device; ``discarded``: they are lost, not kept aside."""
+        self.asleep = (
+            "this engine sleeps (vLLM's sleep mode), so its weights are not in memory: wake it up (POST /wake_up, or "
+            'llm.wake_up(), also with tags=["weights"]) and send the update again'
+        )
+        if discarded:
+            self.tainted = "vLLM's sleep level 2 discarded them"
+        return self._fail_before_commit(self.asleep)
+
+    def woke_up(self) -> list[Effect]:
+        """The weights are in the device's memory again."""
+        self.asleep = ""
+        return []
+
+    def _fail_before_commit(self, problem: str) -> list[Effect]:
+        if self.update is None or self.update_phase == "committing":
+            return []
+        return self._fail(self.update, problem)
 
     # What the directory says
 

@@ -65,6 +65,8 @@ def compare(
     for name, worker in workers:
         if statuses[name].update_phase == "tainted":
             differences.append(Difference(name, worker.rank, "", f"are partially loaded: {statuses[name].error}"))
+        if statuses[name].update_phase == "foreign":
+            differences.append(Difference(name, worker.rank, "", f"are not from an update: {statuses[name].error}"))
         differences += [
             Difference(name, worker.rank, tensor, "has changed since it was loaded: its memory was damaged")
             for tensor in worker.changed

@@ -36,7 +36,7 @@ class Status(Message):
     """What an engine says about itself. It answers even while its loop is busy, paused or stuck.
 
     ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
-    ``unproven`` says why they could not be compared with a fresh load.
+    ``unproven`` says why they could not be compared with a fresh load. ``asleep``: they are not in the device's memory.
     """
 
     engine: EngineInfo
@@ -56,6 +56,7 @@ class Status(Message):
     error: str = ""
     weights: str = ""
     unproven: str = ""
+    asleep: bool = False
 
 
 class Weights(Message):

@@ -69,7 +69,10 @@ class KeepPaused(Message):
 
 
 class Resume(Message):
+    """Resume generation. ``update`` names the update whose pause ends; a user's own pause stands. Empty: end every pause."""
+
     epoch: Epoch
+    update: str = ""
 
 
 class Begin(Message):

@@ -23,10 +23,10 @@ Version = int | Name
 Seconds = Annotated[float, msgspec.Meta(ge=-1e7, le=1e7)]
 LeaseSeconds = Annotated[float, msgspec.Meta(ge=0, le=300)]
 PauseMode = Literal["abort", "wait", "keep"]
-UpdatePhase = Literal["idle", "receiving", "prepared", "committing", "tainted", "stale"]
+UpdatePhase = Literal["idle", "receiving", "prepared", "committing", "tainted", "stale", "foreign"]
 Generation = Literal["running", "pausing", "paused", "resuming"]
 KVPolicy = Literal["keep", "recompute"]
-StagingKind = Literal["auto", "device", "host", "none"]
+StagingKind = Literal["auto", "device", "host"]
 ErrorKind = Literal[
     "malformed",  # the frames or the message could not be read
     "protocol",  # another protocol number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Literal
 
-from areal_vllm_ext.engine_core.effects import CallCancelPause, CallCommit, CallPause, CallResume
+from areal_vllm_ext.engine_core.effects import CallCancelPause, CallCommit, CallPause, CallResume, Guard
 from areal_vllm_ext.protocol import Message, Register, Status
 
 FIRST_VERSION = "v0"
@@ -18,7 +18,7 @@ REPEAT_SECONDS = 1.0
 BUCKETS = 2
 
 Kind = Literal["mixed versions", "hang", "wrong tokens", "leftover", "overrun", "rule", "untrue outcome", "history"]
-EngineCall = CallPause | CallResume | CallCancelPause | CallCommit
+EngineCall = CallPause | CallResume | CallCancelPause | CallCommit | Guard
 IDS = itertools.count()
 
 

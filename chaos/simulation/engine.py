@@ -12,9 +12,11 @@ from areal_vllm_ext.engine_core.effects import (
     CallPause,
     CallResume,
     Effect,
+    Guard,
     Order,
     Reply,
 )
+from areal_vllm_ext.engine_core.foreign_calls import ForeignCalls
 from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.protocol import (
     Abort,
@@ -35,6 +37,26 @@ from areal_vllm_ext.protocol.server import ReplyTo
 from .base import FIRST_VERSION, EngineCall, Violation, nothing, require
 
 
+class SchedulerStandIn:
+    """The methods of vLLM's engine that other users call."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.model_executor = None
+
+    def pause_scheduler(self) -> None:
+        self._engine.running = False
+
+    def resume_scheduler(self) -> None:
+        self._engine.run()
+
+    def is_scheduler_paused(self) -> bool:
+        return not self._engine.running
+
+    def collective_rpc(self, method: str) -> None:
+        self._engine.reloaded = method == "reload_weights"
+
+
 class Engine:
     """One engine: the real participant. The caller moves the queues of its loop and its workers on.
 
@@ -43,6 +65,9 @@ class Engine:
         running: whether the engine generates.
         begun: the ids of all updates whose Begin has come.
         voted: the workers' votes, as pairs of rank and update.
+        vllm: vLLM's own calls, as other users of the engine make them; ``foreign`` lets them pass or not.
+        reloaded: another user has changed the weights.
+        served_since_pause: the engine has generated since its last pause was complete.
         replies: answers that are not on the wire yet.
     """
 
@@ -68,6 +93,12 @@ class Engine:
         self.voted: set[tuple[int, str]] = set()
         self.answers: dict[ReplyTo, Answer | None] = {}
         self.tainted = False
+        self.reloaded = False
+        self.served_since_pause = False
+        self.vllm = SchedulerStandIn(self)
+        self.foreign = ForeignCalls(self.vllm, self.report_foreign, can_wait=True)
+        self._guard = Guard()
+        self._users_pause = False
         self.replies: list[tuple[ReplyTo, Answer]] = []
         self.log = log
 
@@ -111,7 +142,14 @@ class Engine:
             len(self.calls),
         )
 
+    def report_foreign(self, event: Callable[[Participant], list[Effect]]) -> None:
+        participant = self.participant
+        self.outcomes.append(lambda: event(participant))
+
     def carry_out(self, effects: list[Effect]) -> None:
+        if self._guard != (guard := self.participant.guard):
+            self._guard = guard
+            self.calls.append(guard)
         for effect in effects:
             match effect:
                 case Reply():
@@ -135,18 +173,26 @@ class Engine:
                 if fails:
                     self.outcomes.append(lambda: participant.pauses.pause_done(call.call, "no consent"))
                 else:
-                    self.pausing = call.call
+                    self.pausing, self._users_pause = call.call, call.users
             case CallResume():
-                if not fails:
-                    require(not self.tainted, "wrong tokens", "a tainted engine was resumed")
-                    self.pausing, self.running = None, True
-                self.outcomes.append(lambda: participant.pauses.resume_done(call.call, "stuck" if fails else ""))
+                if not fails and call.lifts:
+                    self.foreign.paused = False
+                stays = self.foreign.paused and not fails
+                if not fails and not stays:
+                    self.pausing = None
+                    self.run()
+                error = "stuck" if fails else ""
+                self.outcomes.append(lambda: participant.pauses.resume_done(call.call, error, paused=stays))
+            case Guard():
+                self.foreign.guard(call)
             case CallCancelPause():
-                pending, self.pausing = self.pausing is not None, None
-                self.running = self.running or pending
+                pending = self.pausing is not None and not self.foreign.paused
+                if pending:
+                    self.pausing, self.running = None, True
                 self.outcomes.append(lambda: participant.pauses.cancel_done(call.call, pending))
             case CallCommit():
                 require(not self.running, "wrong tokens", "a commit was applied on an engine that runs")
+                require(not self.served_since_pause, "wrong tokens", "an engine ran between its pause and its commit")
                 require(
                     self.holds(call.update),
                     "wrong tokens",
@@ -154,8 +200,13 @@ class Engine:
                 )
                 self.tainted = fails
                 if not fails:
-                    self.version = call.version
+                    self.version, self.reloaded = call.version, False
                 self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
+
+    def run(self) -> None:
+        """Generate again."""
+        require(not self.tainted, "wrong tokens", "a tainted engine was resumed")
+        self.running = self.served_since_pause = True
 
     def holds(self, update: str) -> bool:
         """Return whether every worker has voted for ``update``."""
@@ -165,7 +216,8 @@ class Engine:
         """Complete the pause that was asked for."""
         call, self.pausing = self.pausing, None
         assert call is not None
-        self.running = False
+        self.running = self.served_since_pause = False
+        self.foreign.paused = self.foreign.paused or self._users_pause
         participant = self.participant
         self.outcomes.append(lambda: participant.pauses.pause_done(call, ""))
 

@@ -769,7 +769,11 @@ def test_a_pause_for_an_update_remembers_it_and_a_users_own_outlasts_it() -> Non
     rig.pause("abort")
     rig.paused()
     assert rig.participant.pauses.paused_for == ""
-    assert rig.acked(rig.pause("abort", update="u"))
+    asked = rig.pause("abort", update="u")
+    assert not rig.acked(asked), "only the engine's loop knows that no other user has resumed meanwhile"
+    rig.paused()
+    assert rig.acked(asked)
+    assert rig.acked(rig.pause("abort", update="u")), "the same again"
     assert rig.participant.pauses.paused_for == ""
 
 

@@ -8,6 +8,7 @@ that they were started with.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -322,9 +323,17 @@ class Transaction(RuleBasedStateMachine):
                 self.pass_time(dice.choice([1.0, DEADLINE / 2, DEADLINE + 1]))
             elif roll < 0.9815:
                 self.crash_engine(dice.choice(NAMES), rare=True)
-            elif roll < 0.99 or not self.clients:
-                self.next_client(dice.choice(PURPOSES), dead=dice.random() < 0.5)
+            elif roll < 0.994 or not self.clients:
+                self.somebody_comes(dice)
             self.no_mixture()
+
+    def somebody_comes(self, dice: random.Random) -> None:
+        """The next client, or another user of the engines."""
+        if self.clients and dice.random() < 0.4:
+            names = NAMES if dice.random() < 0.5 else (dice.choice(NAMES),)
+            self.another_user_calls(names, dice.choice(["pause", "resume", "resume", "reload"]))
+        else:
+            self.next_client(dice.choice(PURPOSES), dead=dice.random() < 0.5)
 
     def critical(self) -> bool:
         """Whether some engines may have switched and others not: when faults hurt most."""
@@ -418,6 +427,23 @@ class Transaction(RuleBasedStateMachine):
             client.crashed.add(name)
         event("engine crashed")
 
+    @rule(
+        names=st.sampled_from([NAMES, *((name,) for name in NAMES)]),
+        call=st.sampled_from(["pause", "resume", "resume", "reload"]),
+    )
+    def another_user_calls(self, names: tuple[str, ...], call: str) -> None:
+        """A front end or a person calls vLLM's own interface."""
+        note(f"{names}: somebody calls {call}")
+        for name in names:
+            vllm = self.engines[name].vllm
+            if call == "reload":
+                vllm.collective_rpc("reload_weights")
+            elif call == "pause":
+                vllm.pause_scheduler()
+            else:
+                with contextlib.suppress(RuntimeError):
+                    vllm.resume_scheduler()
+
     # What must hold
 
     @invariant()
@@ -427,6 +453,9 @@ class Transaction(RuleBasedStateMachine):
             assert engine.participant.version == engine.version or engine.outcomes, (
                 "it says another version than it serves"
             )
+            assert engine.reloaded == bool(engine.participant.foreign) or engine.outcomes, "a reload was not noticed"
+            if engine.foreign.paused:
+                assert not engine.running, "a user's own pause was undone"
             if engine.tainted:
                 assert not engine.running, "an engine runs on weights that nobody can vouch for"
         if len({engine.version for engine in self.engines.values()}) == 1 and not any(

@@ -93,6 +93,12 @@ def test_tainted_weights_are_never_equal() -> None:
     ]
 
 
+def test_weights_that_another_user_has_changed_are_never_equal() -> None:
+    assert found(verified(worker(), update_phase="foreign", error="reload_weights was called")) == [
+        "engine 0, worker 0: the weights are not from an update: reload_weights was called"
+    ]
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
