@@ -8,10 +8,12 @@ from ..control.command import DISCOVER_SECONDS
 from .group import AsyncEngineGroup
 from .loop_thread import LoopThread
 from .options import PAUSE_LEASE_SECONDS, PAUSE_SECONDS, READY_SECONDS, UPDATE_SECONDS, VERIFY_SECONDS
+from .walk import drained_on_error, walk
 
 if TYPE_CHECKING:
     import os
 
+    import torch
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
@@ -85,7 +87,7 @@ class EngineGroup:
         *,
         version: Version,
         timeout: float = UPDATE_SECONDS,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
         senders: Senders = "rank0",
         **options: Unpack[UpdateOptions],
@@ -94,9 +96,11 @@ class EngineGroup:
 
         See ``AsyncEngineGroup.update_weights``; ``process_group`` and ``senders`` are those of ``update``.
         """
-        opened = self.update(version, timeout=timeout, process_group=process_group, senders=senders, **options)
-        with opened as update:
-            update.send(weights, dtype=dtype)
+        weights = walk(weights, timeout)
+        with drained_on_error(weights):
+            opened = self.update(version, timeout=timeout, process_group=process_group, senders=senders, **options)
+            with opened as update:
+                update.send(weights, dtype=dtype)
         return update.result
 
     def update(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import os
 
+    import torch
+
     from ..protocol import Version
     from .loop_thread import LoopThread
     from .state import UpdateResult
@@ -31,9 +33,9 @@ class Update:
         """What the update took; set once its block has been left."""
         return self._transaction.result
 
-    def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | None = None) -> None:
+    def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> None:
         """See ``AsyncUpdate.send``. The tensors are handled in the caller's thread, on its current device and stream."""
-        self._transaction.send(weights, dtype=dtype)
+        self._transaction.send(weights, dtype)
 
     def __enter__(self) -> Update:
         self._transaction.start(self._thread.loop)

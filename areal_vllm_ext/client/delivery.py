@@ -50,9 +50,9 @@ class Sharing:
         """Upper bound of the bytes that one announcement shares; 0 if nothing is shared."""
         return self._sink.batch_bytes if self._sink else 0
 
-    def allow(self, weights: WeightSource, dtype: str | None, staging: str) -> None:
-        """Allow the storages of ``weights``, if their tensors travel as they are and workers may stage them on the device."""
-        if dtype is None and staging in ("auto", "device"):
+    def allow(self, weights: WeightSource, staging: str) -> None:
+        """Allow the storages of ``weights``, if workers may stage them on the device. Tensors that are cast are not in them."""
+        if staging in ("auto", "device"):
             self.storages = persistent_storages(weights)
 
     def transfers(self, sink: Sink) -> Sequence[Transfer]:

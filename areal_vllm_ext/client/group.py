@@ -32,10 +32,12 @@ from .options import (
 )
 from .sinks import Sinks
 from .state import EngineState
+from .walk import Walk, walk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from typing_extensions import Unpack
 
     from ..control.command import Target
@@ -230,7 +232,7 @@ class AsyncEngineGroup:
         *,
         version: Version,
         timeout: float = UPDATE_SECONDS,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         **options: Unpack[UpdateOptions],
     ) -> UpdateResult:
         """Move every engine to ``weights``, or none.
@@ -240,7 +242,7 @@ class AsyncEngineGroup:
                 checkpoint directory that every engine can read.
             version: names the new weights; any integer of 64 bits, or a string.
             timeout: seconds for the whole update. After them, every engine keeps its old weights.
-            dtype: cast floating-point tensors to this (``"bfloat16"``) on the way.
+            dtype: the dtype in which floating-point tensors are sent, see ``AsyncUpdate.send``.
             options: see ``UpdateOptions``.
 
         Returns:
@@ -249,8 +251,14 @@ class AsyncEngineGroup:
         Raises:
             ArealError: see ``docs/transactions.md`` for what engines serve after each of its kinds.
         """
-        async with self.update(version, timeout=timeout, **options) as update:
-            await update.send(weights, dtype=dtype)
+        weights = walk(weights, timeout)
+        try:
+            async with self.update(version, timeout=timeout, **options) as update:
+                await update.send(weights, dtype=dtype)
+        except Exception:
+            if isinstance(weights, Walk):
+                await asyncio.to_thread(weights.drain)
+            raise
         return update.result
 
     def update(

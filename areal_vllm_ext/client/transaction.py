@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .. import protocol
 from ..errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, WeightsTainted, join
@@ -23,9 +23,12 @@ from .context import UpdateContext
 from .delivery import Delivery, Sharing
 from .driver import Driver
 from .state import UpdateResult
-from .weights import Checker, Named, WeightSource, gathered
+from .walk import drained_on_error, walk
+from .weights import Checker, Named, WeightSource, checked_cast, gathered
 
 if TYPE_CHECKING:
+    import torch
+
     from ..control.command import Commander, Target
     from .coordinator import Coordinator
     from .driver import Fate
@@ -62,6 +65,7 @@ class Transaction:
         self._lease = contextlib.AsyncExitStack()
         self._targets: dict[str, Target] = {}
         self._result: UpdateResult | None = None
+        self._state: Literal["new", "open", "closed"] = "new"
 
     @property
     def result(self) -> UpdateResult:
@@ -71,7 +75,14 @@ class Transaction:
         return self._result
 
     def start(self, loop: asyncio.AbstractEventLoop) -> UpdateContext:
-        """Start the time of the update, which runs on ``loop``."""
+        """Start the time of the update, which runs on ``loop``.
+
+        Raises:
+            ArealError: the update was started before.
+        """
+        if self._state != "new":
+            raise ArealError("this update's block was entered before: call group.update(...) for each update")
+        self._state = "open"
         now = time.monotonic()
         spans = SpanRecorder(trace.MAX_SPANS_PER_KIND if self.options.trace else 0)
         self.context = UpdateContext(
@@ -98,38 +109,48 @@ class Transaction:
             )
             self._targets = await self._lease.enter_async_context(command)
         except BaseException:
+            self._state = "closed"
             await self._lease.aclose()
             raise
         self.driver = Driver(context, self._targets)
         self.delivery = Delivery(context, self._targets, self.driver, self.sharing)
         context.spans.set_state("update", "")
 
-    def send(
+    def send(self, weights: WeightSource | str | os.PathLike[str], dtype: str | torch.dtype | None = None) -> None:
+        """Bring the weights to every engine's staging. See ``AsyncUpdate.send``. Not from the event loop's thread."""
+        self.check_open()
+        weights = walk(weights, self.options.timeout)
+        with drained_on_error(weights):
+            self.deliver(weights, dtype)
+
+    def deliver(
         self,
         weights: WeightSource | str | os.PathLike[str],
-        *,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None,
         gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered,
     ) -> None:
-        """Bring the weights to every engine's staging. Not from the event loop's thread.
-
-        Args:
-            weights: see ``AsyncUpdate.send``.
-            dtype: see ``AsyncUpdate.send``.
-            gather: makes full tensors of sharded ones.
-        """
+        """Send ``weights``, whose tensors ``gather`` makes full."""
         if self.driver.coordinator is not None:
             raise ArealError("update.send(...) was called twice: an update sends once; begin another update")
-        delivery = self.delivery
+        delivery, cast = self.delivery, checked_cast(dtype)
         if isinstance(weights, (str, os.PathLike)):
-            disk = Sender(transfer=protocol.Disk(path=str(Path(weights).absolute())))
+            disk = Sender(transfer=protocol.Disk(path=checkpoint_path(weights)))
             delivery.begin({name: {0: disk} for name in self._targets}).result()
             return
         expected = delivery.expected()
-        pairs = Checker(expected, delivery.dtype, dtype).check_source(weights, gather)
-        self.sharing.allow(weights, dtype, self.options.staging)
+        pairs = Checker(expected, delivery.dtype, cast).check_source(weights, gather)
+        self.sharing.allow(weights, self.options.staging)
         with self.errors_of_sending():
             delivery.send(pairs, expected)
+
+    def check_open(self) -> None:
+        """Raise ArealError outside of the update's block."""
+        if self._state != "open":
+            when = "before" if self._state == "new" else "after"
+            raise ArealError(
+                f"update.send(...) was called {when} the update's block: write "
+                "`with group.update(version) as update: update.send(model)`"
+            )
 
     @contextlib.contextmanager
     def errors_of_sending(self) -> Iterator[None]:
@@ -150,6 +171,7 @@ class Transaction:
             WeightsTainted: no engine committed, and the commit of some failed half-way.
             UpdateInDoubt: no engine is known to have committed, and some did not answer.
         """
+        self._state = "closed"
         try:
             coordinator = self.driver.coordinator
             if coordinator is not None:
@@ -245,3 +267,21 @@ class Transaction:
             problems.append(f"{type(error).__name__}: {error}")
         if problems:
             logger.warning("the trace %s of version %s is incomplete: %s", path, self.version, "; ".join(problems))
+
+
+def checkpoint_path(path: str | os.PathLike[str]) -> str:
+    """Return the path of a checkpoint directory, as engines can open it.
+
+    Raises:
+        InvalidWeights: it is no path that a message can carry.
+    """
+    text: str | bytes = os.fspath(path)
+    if isinstance(text, bytes) or not text or "\0" in text:
+        raise InvalidWeights(f"send(...) got the path {path!r}: give the path of a checkpoint directory as text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidWeights(
+            f"send(...) got the path {path!r}, which is no valid Unicode: rename the directory"
+        ) from None
+    return str(Path(text).absolute())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import os
 
+    import torch
+
     from ..protocol import Version
     from .state import UpdateResult
     from .transaction import Transaction
@@ -30,7 +32,9 @@ class AsyncUpdate:
         """What the update took; set when its block has been left."""
         return self.transaction.result
 
-    async def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | None = None) -> None:
+    async def send(
+        self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | torch.dtype | None = None
+    ) -> None:
         """Bring new weights to every engine's staging. The engines generate meanwhile.
 
         Change the weights after the update's block only: by CUDA IPC, engines read them in place until then.
@@ -38,13 +42,15 @@ class AsyncUpdate:
         Args:
             weights: an ``nn.Module``, a state dict, an iterable of (name, tensor), or the path of a Hugging Face
                 checkpoint directory that every engine can read.
-            dtype: cast floating-point tensors to this (``"bfloat16"``) on the way.
+            dtype: the dtype in which floating-point tensors are sent. By default, a tensor that is wider than in the
+                engines' checkpoint is cast to the checkpoint's dtype. ``"auto"`` casts every tensor to its dtype in the
+                checkpoint. A dtype (``"bfloat16"``) casts all tensors to it, except those that the checkpoint keeps wider.
 
         Raises:
             InvalidWeights: the weights do not fit the engines' model; nothing changed.
             UpdateAborted: an engine failed or the time is over; nothing changed.
         """
-        await asyncio.to_thread(self.transaction.send, weights, dtype=dtype)
+        await asyncio.to_thread(self.transaction.send, weights, dtype)
 
     async def __aenter__(self) -> AsyncUpdate:
         self.transaction.start(asyncio.get_running_loop())

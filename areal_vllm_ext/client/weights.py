@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,13 @@ from ..protocol import TensorMeta
 
 Named = tuple[str, torch.Tensor]
 WeightSource = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[Named]
+# The dtype to send in: one for all floating-point tensors, or "auto" for that of each tensor in the engines' checkpoint.
+Cast = torch.dtype | Literal["auto"]
+
+# A dtype is wider than another if it holds every value of it. Neither of float16 and bfloat16 does.
+_WIDTHS = {"float64": 3, "float32": 2, "bfloat16": 1, "float16": 1}
+# What modules keep beside their tensors (``torch.nn.Module.get_extra_state``); no part of a checkpoint.
+_EXTRA_STATE = "_extra_state"
 
 
 def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
@@ -31,8 +38,62 @@ def named_parts(source: WeightSource) -> Iterable[Named]:
     """Return the checkpoint tensors as this rank holds them: a ``DTensor`` is not gathered."""
     if isinstance(source, torch.nn.Module):
         module = source.module if isinstance(source, torch.nn.parallel.DistributedDataParallel) else source
-        source = checkpoint_format(module, dict(module.state_dict()))
-    return source.items() if isinstance(source, Mapping) else source
+        state = {name: one for name, one in module.state_dict().items() if not name.endswith(_EXTRA_STATE)}
+        source = checkpoint_format(module, state)
+    if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
+        raise InvalidWeights(
+            f"send(...) got {_kind(source)}: give a module, a state dict, an iterable of (name, tensor), or a path"
+        )
+    return _tensors(source.items() if isinstance(source, Mapping) else source)
+
+
+def _tensors(pairs: Iterable[object]) -> Iterator[Named]:
+    """Yield ``pairs``, each of which is a name and a dense tensor with values."""
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], str):
+            shown = f"({', '.join(map(_kind, pair))})" if isinstance(pair, (tuple, list)) else _kind(pair)
+            raise InvalidWeights(f"send(...) got {shown} where it needs (name, tensor): give model.named_parameters()")
+        name, tensor = pair
+        if reason := _unsendable_reason(tensor):
+            raise InvalidWeights(f"{name} {reason}")
+        yield name, tensor
+
+
+def _unsendable_reason(value: object) -> str | None:
+    """Return why ``value`` cannot be sent; None if it can."""
+    if isinstance(value, Mapping):
+        return "is a mapping, not a tensor: give the state dict inside it"
+    if not isinstance(value, torch.Tensor):
+        return f"is {_kind(value)}, not a tensor: leave it out, or give torch.as_tensor(...) of it"
+    if value.is_meta:
+        return "is on the meta device, so it has no values: load or gather it first"
+    if value.layout != torch.strided:
+        return f"is sparse ({value.layout}): give .to_dense() of it"
+    if value.is_nested or value.is_quantized:
+        return "is nested or quantized by torch: give a plain tensor"
+    return None
+
+
+def _kind(value: object) -> str:
+    return type(value).__qualname__ if value is not None else "None"
+
+
+def checked_cast(dtype: str | torch.dtype | None) -> Cast | None:
+    """Return the dtype to send in; None to cast only tensors that are wider than in the engines' checkpoint.
+
+    Raises:
+        TypeError: ``dtype`` is neither a string nor a torch dtype.
+        ValueError: ``dtype`` is no floating-point dtype that checkpoints use.
+    """
+    if dtype is None or dtype == "auto":
+        return "auto" if dtype else None
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise TypeError(f"dtype must be 'auto', a string or a torch.dtype, not {dtype!r}")
+    name = _name(dtype) if isinstance(dtype, torch.dtype) else dtype
+    if name not in _WIDTHS:
+        raise ValueError(f"dtype must be one of 'auto', {', '.join(map(repr, _WIDTHS))}, not {dtype!r}")
+    cast: torch.dtype = getattr(torch, name)
+    return cast
 
 
 def is_sharded(part: Any) -> bool:
@@ -74,16 +135,16 @@ def without_ties(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dic
 class Checker:
     """Checks the tensors to send by name, shape and dtype."""
 
-    def __init__(self, expected: Iterable[TensorMeta], engine_dtype: str, cast: str | None) -> None:
+    def __init__(self, expected: Iterable[TensorMeta], engine_dtype: str, dtype: str | torch.dtype | None) -> None:
         """
         Args:
             expected: the engines' checkpoint; empty if it is unknown, then nothing can be checked.
             engine_dtype: the dtype in which the engines compute, allowed in addition to the checkpoint's own.
-            cast: dtype to cast floating-point tensors to, if any.
+            dtype: dtype to send in, see ``AsyncUpdate.send``.
         """
         self._expected = {tensor.name: tensor for tensor in expected}
         self._dtypes = (engine_dtype,)
-        self._cast: torch.dtype | None = getattr(torch, cast) if cast else None
+        self._cast = checked_cast(dtype)
         self._tied: set[str] = set()
 
     def check(self, weights: Iterable[Named], *, partial: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
@@ -107,8 +168,7 @@ class Checker:
                 continue
             if name in sent:
                 raise InvalidWeights(f"{name} is there twice; give each name once")
-            dtype = self._cast if self._cast is not None and tensor.is_floating_point() else tensor.dtype
-            meta = TensorMeta(name, _name(dtype), tuple(tensor.shape))
+            meta = TensorMeta(name, self._dtype_of(name, _name(tensor.dtype)), tuple(tensor.shape))
             unexpected = self._expected and self._expected.get(name) != meta
             if unexpected and (problem := checkpoint.mismatch_reason(meta, self._expected, self._dtypes)):
                 hint = "" if name in self._expected else "; if it is tied to one that is, leave it out of an iterable"
@@ -117,6 +177,22 @@ class Checker:
             yield meta, tensor
         if not partial:
             self.check_complete(sent)
+
+    def _dtype_of(self, name: str, given: str) -> str:
+        """Return the dtype in which tensor ``name``, which has dtype ``given``, is sent."""
+        known = self._expected.get(name)
+        own = known.dtype if known else ""
+        if given not in _WIDTHS or (known and own not in _WIDTHS):
+            return given  # integers and quantized tensors are never cast
+        if self._cast is None:
+            return own if own and given not in (own, *self._dtypes) and _WIDTHS[given] > _WIDTHS[own] else given
+        if self._cast == "auto":
+            return own or given
+        wanted = _name(self._cast)
+        if own and _WIDTHS[wanted] < _WIDTHS[own]:
+            # The checkpoint keeps this tensor in a wider dtype, so the model needs its precision (a router's bias).
+            return own if _WIDTHS[given] > _WIDTHS[own] else given
+        return wanted
 
     def check_complete(self, names: Collection[str]) -> None:
         """Raise InvalidWeights unless ``names`` are all that the engines need."""
@@ -192,4 +268,8 @@ def persistent_storages(source: object) -> frozenset[int]:
         if isinstance(source, list)
         else ()
     )
-    return frozenset(one.untyped_storage().data_ptr() for one in tensors if not hasattr(one, "to_local"))
+    return frozenset(
+        one.untyped_storage().data_ptr()
+        for one in tensors
+        if isinstance(one, torch.Tensor) and one.layout == torch.strided and not hasattr(one, "to_local")
+    )

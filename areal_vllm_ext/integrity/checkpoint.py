@@ -31,6 +31,8 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+# Dtypes in which an engine may compute, and so may take a tensor instead of the checkpoint's dtype.
+FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 _LONGEST_HEADER = 100 << 20  # safetensors' own limit
 
 
@@ -146,7 +148,8 @@ def mismatch_reason(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtyp
     Args:
         tensor: the tensor to be sent.
         expected: the checkpoint's tensors by name.
-        dtypes: dtypes that the engines accept in addition to the checkpoint's own, such as the one that they compute in.
+        dtypes: dtypes that the engines accept in place of a floating-point dtype of the checkpoint, such as the one that
+            they compute in. A quantized tensor (int8, float8) is accepted in its own dtype only.
     """
     if (known := expected.get(tensor.name)) is None:
         near = difflib.get_close_matches(tensor.name, expected, n=1)
@@ -154,8 +157,10 @@ def mismatch_reason(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtyp
         return f"{tensor.name} is not a weight of the engines' checkpoint ({len(expected)} tensors){hint}"
     if tensor.shape != known.shape:
         return f"{tensor.name} has shape {list(tensor.shape)}, the engines' checkpoint {list(known.shape)}"
-    if tensor.dtype not in {known.dtype, *dtypes}:
-        return f"{tensor.name} has dtype {tensor.dtype}, the engines' checkpoint {known.dtype}: send with dtype={known.dtype!r}"
+    if tensor.dtype != known.dtype and not (known.dtype in FLOATS and tensor.dtype in dtypes):
+        castable = known.dtype in FLOATS and tensor.dtype in FLOATS
+        hint = "send with dtype='auto'" if castable else f"send it as {known.dtype}"
+        return f"{tensor.name} has dtype {tensor.dtype}, the engines' checkpoint {known.dtype}: {hint}"
     return None
 
 

@@ -213,6 +213,19 @@ def not_finite(opened: Any, seed: int, _: Connection) -> None:
     opened.send(held)
 
 
+def gathers_at_each_step(opened: Any, seed: int, _: Connection) -> None:
+    """As TRL, verl and OpenRLHF do: the iterator itself is a collective at each step."""
+    held = tensors(seed)
+    held["embed"] = held["embed"] * float("nan")
+
+    def walk() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in held.items():
+            dist.all_reduce(tensor.clone())
+            yield name, tensor
+
+    opened.send(walk())
+
+
 def _fails_at(seed: int, what: Callable[[], object]) -> Iterator[tuple[str, torch.Tensor]]:
     held = parts(seed)  # now: it is a collective
 

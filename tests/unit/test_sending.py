@@ -298,7 +298,7 @@ def wrong_weights() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
     return {
         "unknown": (good | {"nrom": torch.zeros(16)}, "nrom is not a weight .* did you mean norm"),
         "shape": (good | {"norm": torch.zeros(17)}, r"norm has shape \[17\]"),
-        "dtype": (good | {"norm": torch.zeros(16, dtype=torch.float64)}, "norm has dtype float64"),
+        "dtype": (good | {"norm": torch.zeros(16, dtype=torch.int32)}, "norm has dtype int32"),
         "missing": ({name: good[name] for name in list(good)[1:]}, "1 of 5 tensors are missing: embed"),
         "nan": (good | {"norm": torch.full((16,), float("nan"))}, "norm holds NaN"),
     }

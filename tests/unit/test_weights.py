@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -183,18 +185,57 @@ def wrong(**changes: Any) -> list[tuple[str, torch.Tensor]]:
     [
         (wrong(c=torch.zeros(1)), "c is not a weight of the engines' checkpoint"),
         (wrong(a=torch.zeros(3, 2)), r"a has shape \[3, 2\], the engines' checkpoint \[2, 3\]"),
-        (wrong(b=torch.zeros(4, dtype=torch.float64)), "b has dtype float64.*send with dtype='float32'"),
+        (wrong(b=torch.zeros(4, dtype=torch.float16)), "b has dtype float16.*send with dtype='auto'"),
+        (wrong(b=torch.zeros(4, dtype=torch.int32)), "b has dtype int32.*send it as float32"),
         (list(PLAIN.items())[:2], "1 of 3 tensors are missing: count"),
         ([*PLAIN.items(), ("a", PLAIN["a"])], "a is there twice"),
         ([], "there was no tensor to send"),
     ],
-    ids=["unknown", "shape", "dtype", "missing", "twice", "nothing"],
+    ids=["unknown", "shape", "dtype", "integers", "missing", "twice", "nothing"],
 )
 def test_what_does_not_fit_is_refused_by_name(source: list[tuple[str, torch.Tensor]], message: str) -> None:
     with pytest.raises(InvalidWeights, match=message):
         sent(source, metas(PLAIN))
     with pytest.raises(InvalidWeights, match=message):
         Checker(metas(PLAIN), "float32", None).check_ahead(source)
+
+
+NOT_TENSORS = {
+    "extra state": (
+        {"layer._extra_state": io.BytesIO()},
+        r"layer\._extra_state is BytesIO, not a tensor: leave it out",
+    ),
+    "none": ({"a": None}, "a is None, not a tensor"),
+    "nested": ({"model": PLAIN}, "model is a mapping, not a tensor: give the state dict inside it"),
+    "numpy": ({"a": np.zeros(3)}, "a is ndarray, not a tensor"),
+    "meta": ({"a": torch.zeros(2, 3, device="meta")}, "a is on the meta device, so it has no values"),
+    "sparse": ({"a": torch.eye(3).to_sparse()}, "a is sparse"),
+    "csr": ({"a": torch.eye(3).to_sparse_csr()}, "a is sparse"),
+    "quantized": ({"a": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)}, "a is nested or quantized"),
+    "a name that is none": ({0: torch.zeros(1)}, r"got \(int, Tensor\) where it needs \(name, tensor\)"),
+    "parameters": ([torch.zeros(2)], r"got Tensor where it needs \(name, tensor\): give model\.named_parameters"),
+    "a tensor": (torch.zeros(2), "got Tensor: give a module"),
+    "a number": (5, "got int: give a module"),
+    "nothing": (None, "got None: give a module"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TENSORS)
+def test_a_value_that_is_no_tensor_with_values_is_refused_by_name(case: str) -> None:
+    source, message = NOT_TENSORS[case]
+    for given in (source, iter(source.items())) if isinstance(source, dict) else (source,):
+        with pytest.raises(InvalidWeights, match=message):
+            sent(given, metas(PLAIN))
+
+
+def test_the_extra_state_of_a_module_is_no_weight() -> None:
+    class Extra(torch.nn.Linear):
+        def get_extra_state(self) -> object:
+            return io.BytesIO()
+
+    module = Extra(3, 2)
+    assert "_extra_state" in module.state_dict()
+    assert set(sent(module, metas({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}))) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -251,11 +292,63 @@ def test_floating_point_is_cast_and_nothing_else() -> None:
     assert torch.equal(out["a"], PLAIN["a"].to(torch.bfloat16))
 
 
-def test_the_dtype_that_the_engines_compute_in_is_welcome() -> None:
-    expected = [TensorMeta(m.name, "bfloat16" if m.dtype == "float32" else m.dtype, m.shape) for m in metas(PLAIN)]
-    assert sent(PLAIN, expected, engine_dtype="float32")["a"].dtype == torch.float32
-    with pytest.raises(InvalidWeights, match="a has dtype float32"):
-        sent(PLAIN, expected, engine_dtype="bfloat16")
+HALF = [TensorMeta(m.name, "bfloat16" if m.dtype == "float32" else m.dtype, m.shape) for m in metas(PLAIN)]
+# A router's bias is kept in float32, because rounding it chooses other experts.
+MIXED = [TensorMeta("a", "bfloat16", (2, 3)), TensorMeta("b", "float32", (4,)), TensorMeta("count", "int64", ())]
+
+
+def test_the_dtype_that_the_engines_compute_in_is_accepted() -> None:
+    assert sent(PLAIN, HALF, engine_dtype="float32")["a"].dtype == torch.float32
+
+
+def test_a_tensor_that_is_wider_than_in_the_checkpoint_is_cast_by_default() -> None:
+    out = sent({name: one.double() if name == "b" else one for name, one in PLAIN.items()}, MIXED, "bfloat16")
+    assert {name: one.dtype for name, one in out.items()} == {
+        "a": torch.bfloat16,
+        "b": torch.float32,
+        "count": torch.int64,
+    }
+    assert torch.equal(out["a"], PLAIN["a"].bfloat16())
+    assert torch.equal(out["b"], PLAIN["b"])
+
+
+@pytest.mark.parametrize("trainer", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_auto_casts_each_tensor_to_its_own_dtype_in_the_checkpoint(trainer: torch.dtype) -> None:
+    source = PLAIN | {name: PLAIN[name].to(trainer) for name in "ab"}
+    out = sent(source, MIXED, "bfloat16", cast="auto")
+    assert torch.equal(out["a"], source["a"].bfloat16())
+    assert torch.equal(out["b"], source["b"].float())
+    assert out["a"].dtype == torch.bfloat16
+    assert out["b"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_cast_never_rounds_what_the_checkpoint_keeps_wider(dtype: Any) -> None:
+    for source in (PLAIN, PLAIN | {"b": PLAIN["b"].double()}):
+        out = sent(source, MIXED, "bfloat16", cast=dtype)
+        assert out["a"].dtype == torch.bfloat16
+        assert out["b"].dtype == torch.float32
+        assert torch.equal(out["b"], PLAIN["b"])
+
+
+@pytest.mark.parametrize("kept", ["int8", "float8_e4m3fn", "uint8"])
+@pytest.mark.parametrize("dtype", [None, "auto", "bfloat16"])
+def test_the_engines_dtype_is_no_quantized_tensors_dtype(kept: str, dtype: str | None) -> None:
+    expected = [TensorMeta("a", kept, (2, 3)), *MIXED[1:]]
+    with pytest.raises(
+        InvalidWeights, match=f"a has dtype bfloat16, the engines' checkpoint {kept}: send it as {kept}"
+    ):
+        sent(PLAIN | {"a": PLAIN["a"].bfloat16()}, expected, "bfloat16", cast=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int32", torch.int64, "float8_e4m3fn", ""])
+def test_a_dtype_that_is_none_is_named(dtype: Any) -> None:
+    with pytest.raises(
+        ValueError, match="dtype must be one of 'auto', 'float64', 'float32', 'bfloat16', 'float16', not"
+    ):
+        Checker(MIXED, "bfloat16", dtype)
+    with pytest.raises(TypeError, match=r"dtype must be .auto., a string"):
+        Checker(MIXED, "bfloat16", 16)  # type: ignore[arg-type]
 
 
 def test_a_tied_weight_that_is_cast_stays_tied(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class RankSends:
         self._context = transaction.context
         self._agreement = agreement
 
-    def send(self, weights: WeightSource, dtype: str | None) -> None:
+    def send(self, weights: WeightSource, dtype: str | torch.dtype | None) -> None:
         """Send this rank's share of ``weights``; returns when all ranks have sent theirs."""
         agreement, transaction = self._agreement, self._transaction
         if isinstance(weights, Iterator):
@@ -91,7 +91,7 @@ class RankSends:
         sends = shares.sends[agreement.rank]
         full = self._full(parts, own, shares, sharded=any(one.sharded for one in inventories))
         pairs = checker.check((pair for pair in full if pair[0] in sends), partial=True)
-        transaction.sharing.allow(weights, dtype, self._context.options.staging)
+        transaction.sharing.allow(weights, self._context.options.staging)
         serves = shares.serves[agreement.rank] if sends else {}
         served = {name: with_workers(known.engines[name][0], ranks) for name, ranks in serves.items()}
         update, sink = self._connect(served, device, known)

@@ -26,7 +26,8 @@ from ...errors import ArealError, UpdateAborted, UpdateInDoubt, WeightsTainted
 from ..blocking_update import Update
 from ..options import Senders
 from ..state import UpdateResult
-from ..weights import Named, WeightSource, gathered, is_sharded, named_parts
+from ..walk import drained_on_error, walk
+from ..weights import Named, WeightSource, checked_cast, gathered, is_sharded, named_parts
 from .agreement import GRACE_SECONDS, Agreement
 from .senders import RankSends
 
@@ -99,27 +100,35 @@ class JointUpdate(Update):
                 self._thread.run(self._transaction.open())
         return self
 
-    def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | None = None) -> None:
+    def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> None:
         """See ``AsyncUpdate.send``. Called on every rank; with ``senders="rank0"``, with equal names in one order.
 
         ``DTensor`` weights are gathered one bucket at a time. The caller's thread waits while another handles the tensors, on
         the caller's device and stream.
         """
+        self._transaction.check_open()
+        weights = walk(weights, self._transaction.options.timeout)
 
         def work() -> None:
-            if isinstance(weights, (str, os.PathLike)):
-                if self._leads:
-                    self._transaction.send(weights, dtype=dtype)
-            elif self._senders != "rank0":
-                with self._transaction.errors_of_sending():
-                    RankSends(self._senders, self._transaction, self._agreement).send(weights, dtype)
-            elif self._leads:
-                self._transaction.send(weights, dtype=dtype, gather=self._gather)
-            else:
-                self._follow(weights)
+            # Tell the other ranks first, because they must walk on too.
+            with drained_on_error(weights, self._fail):
+                self._send(weights, dtype)
 
         with self._failing_all():
             self._in_time(work)
+
+    def _send(self, weights: WeightSource | str | os.PathLike[str], dtype: str | torch.dtype | None) -> None:
+        checked_cast(dtype)
+        if isinstance(weights, (str, os.PathLike)):
+            if self._leads:
+                self._transaction.deliver(weights, dtype)
+        elif self._senders != "rank0":
+            with self._transaction.errors_of_sending():
+                RankSends(self._senders, self._transaction, self._agreement).send(weights, dtype)
+        elif self._leads:
+            self._transaction.deliver(weights, dtype, self._gather)
+        else:
+            self._follow(weights)
 
     def _follow(self, weights: WeightSource) -> None:
         """Take part in the collectives of rank 0, which sends."""
@@ -134,7 +143,7 @@ class JointUpdate(Update):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self._agreement.fail(f"{type(error).__name__}: {error}")
+            self._fail(error)
             self._close(error)
             return
         try:
@@ -182,8 +191,11 @@ class JointUpdate(Update):
         try:
             yield
         except BaseException as error:
-            self._agreement.fail(f"{type(error).__name__}: {error}")
+            self._fail(error)
             raise
+
+    def _fail(self, error: BaseException) -> None:
+        self._agreement.fail(f"{type(error).__name__}: {error}")
 
     def _gather(self, parts: Iterable[Named]) -> Iterator[Named]:
         """Yield full tensors. All ranks agree before each collective."""
