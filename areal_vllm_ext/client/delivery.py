@@ -222,7 +222,7 @@ class Delivery:
                 concurrent.futures.wait([opening])  # requests that are in flight come to their end first
                 raise
             try:
-                sink.meet(opening)
+                sink.connect(opening)
                 opening.result()
             except UpdateAborted:
                 sinks.drop()

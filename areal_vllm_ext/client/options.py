@@ -31,7 +31,7 @@ class UpdateOptions(TypedDict, total=False):
     """The options of ``update`` and ``update_weights``. All have a default.
 
     Keys:
-        transport: how tensors travel. ``broadcast`` uses NCCL between GPUs and gloo otherwise. ``ipc`` reads the trainer's
+        transport: how tensors travel. ``broadcast`` uses NCCL between GPUs and TCP otherwise. ``ipc`` reads the trainer's
             CUDA memory (same host). ``shared_memory`` uses host memory (same host). ``auto`` (the default) takes ``ipc`` if
             a worker runs on the trainer's own GPU, or if the only worker's GPU can read the trainer's memory; otherwise it
             takes ``broadcast``. A checkpoint directory is read from disk, whatever the transport.

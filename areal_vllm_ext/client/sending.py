@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     Lock = Callable[[], AbstractContextManager[None]]
 
+# Announcements end at the update's deadline by themselves, with an error that names the engine. Wait this long for it.
+_GRACE_SECONDS = 0.5
+
 
 class SendReport(msgspec.Struct):
     """What a sender has sent.
@@ -124,7 +127,7 @@ class Sending:
                 for work in self._in_flight[-sink.slots :]:
                     work.wait(self._left(), self._failed)
                 for announced in self._announced:
-                    announced.result(timeout=self._left())
+                    announced.result(timeout=self._left() + _GRACE_SECONDS)
         except BaseException as error:
             for work in self._in_flight[-sink.slots :]:
                 work.cancel()
@@ -149,7 +152,7 @@ class Sending:
         if self.report.buckets >= sink.slots:
             with self._spans.span("sending", "wait for a slot"):
                 if sink.announced_is_sent:
-                    self._announced[-sink.slots].result(timeout=self._left())
+                    self._announced[-sink.slots].result(timeout=self._left() + _GRACE_SECONDS)
                 else:
                     self._in_flight[-sink.slots].wait(self._left(), self._failed)
         self._location, buffer = sink.buffer(self.report.buckets, nbytes)
@@ -240,7 +243,7 @@ class Sending:
                 raise UpdateAborted(self._context.given_up(f"{name}: {outcome}"))
 
     def _failed(self) -> bool:
-        return self._refusal() is not None or self._context.left <= 0
+        return self._refusal() is not None
 
     def _refusal(self) -> BaseException | None:
         """Return the error of an engine that did not take a bucket; None if there is none."""

@@ -84,8 +84,8 @@ def make_sink(
         return SharedMemorySink(len(engines), bucket_bytes, slot_bytes)
     from ..transport.broadcast import BroadcastSink
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    members = [[worker.rank for worker in engine.workers] for engine in engines.values()]
+    backend = "nccl" if device.type == "cuda" else "tcp"
+    members = {name: [worker.rank for worker in engine.workers] for name, engine in engines.items()}
     return BroadcastSink(backend, members, _data_host(engines), device, bucket_bytes, timeout)
 
 

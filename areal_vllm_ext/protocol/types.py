@@ -134,11 +134,11 @@ class Broadcast(Payload, tag=True):
     """Rank 0 of a communicator, the trainer, broadcasts buckets. Ranks are assigned by the client, never computed.
 
     ``ranks`` maps a worker's rank inside its engine to its rank in the communicator. ``rendezvous`` is a
-    ``host:port`` of the trainer's store (gloo) or a unique id in hexadecimal (NCCL). ``established``: every rank joined in an
-    earlier update, and no rank can join now.
+    ``host:port`` of the trainer's listener (TCP) or a unique id in hexadecimal (NCCL). Over TCP, workers prove that they know
+    ``communicator``. ``established``: every rank joined in an earlier update, and no rank can join now.
     """
 
-    backend: Literal["gloo", "nccl"]
+    backend: Literal["tcp", "nccl"]
     communicator: str
     world_size: int
     ranks: dict[int, int]

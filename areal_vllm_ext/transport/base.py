@@ -29,16 +29,22 @@ class WorkerSite(NamedTuple):
     Attributes:
         rank: its rank inside the engine.
         device: where its model is.
-        own_host: the address at which other ranks reach it.
     """
 
     rank: int
     device: torch.device
-    own_host: str
 
 
-def watch(done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool]) -> None:
+def watch(
+    done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool], late: str = "the other side was silent"
+) -> None:
     """Poll until ``done()``.
+
+    Args:
+        done: what is waited for.
+        timeout: seconds.
+        cancelled: whether to give up.
+        late: what has not happened when the time is over, for the message.
 
     Raises:
         Cancelled: ``cancelled()`` became true.
@@ -50,7 +56,7 @@ def watch(done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool
         if cancelled():
             raise Cancelled
         if time.monotonic() > ends:
-            raise TimeoutError(f"the other side was silent for {timeout:.1f} s")
+            raise TimeoutError(f"{late} within {timeout:.1f} s")
         time.sleep(pause)
         # Back off by 10 % per poll: completion is seen at most 10 % late, and each poll costs the generating engine time.
         pause = min(pause * 1.1, 1e-3)
@@ -176,7 +182,7 @@ class Sink(Protocol):
     @property
     def transfers(self) -> Sequence[Transfer]: ...
 
-    def meet(self, opening: Future[None]) -> None:
+    def connect(self, opening: Future[None]) -> None:
         """Connect to the workers.
 
         Args:

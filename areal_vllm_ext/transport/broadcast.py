@@ -1,32 +1,28 @@
-"""Broadcast: the trainer is rank 0 of a communicator (gloo on CPU, NCCL on GPUs) and broadcasts bucket after bucket.
+"""Broadcast: the trainer is rank 0 and sends bucket after bucket to all workers, by NCCL between GPUs and by TCP otherwise.
 
-Every wait here can be given up, from the first handshake on: a collective cannot be interrupted, so it is started, watched
-and, when its time is over or the update is, aborted (NCCL) or left to its own deadline on a list of the abandoned (gloo).
+Every wait can be given up, from the first handshake on: a transfer is started, watched and, when its time is over or the
+update is cancelled, aborted (NCCL) or shut down (TCP).
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import socket
 import sys
-import threading
 import uuid
-from concurrent.futures import Future
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import torch
-import torch.distributed as dist
 
-from ..process.file_limit import raise_file_limit
 from ..protocol import Broadcast, Bucket
-from . import host_memory, nccl
-from .base import watch
+from . import host_memory, nccl, tcp_connect
+from .base import Cancelled, watch
+from .tcp import TcpBroadcast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    import threading
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from concurrent.futures import Future
 
     from . import buckets
     from .base import Work, WorkerSite
@@ -35,80 +31,23 @@ if TYPE_CHECKING:
 class Communicator(Protocol):
     """One rank of a communicator whose rank 0 broadcasts."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device: ...
 
     def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
-        """Send (rank 0) or receive ``buffer``, after what was started before.
+        """Start to send (rank 0) or receive ``buffer``, after the buffers that were started before.
 
         Raises:
-            Cancelled: ``cancelled()`` became true. TimeoutError: it took longer than ``timeout`` seconds.
+            Cancelled: ``cancelled()`` became true.
+            TimeoutError: it took longer than ``timeout`` seconds.
         """
         ...
 
     def close(self) -> None: ...
 
 
-# Unfinished collectives of gloo communicators that were given up. Freeing one blocks until its own deadline, so they are
-# kept until they have failed by themselves.
-_abandoned: list[tuple[Any, Any, torch.Tensor]] = []
-_abandoned_lock = threading.Lock()
-
-
-def _free_abandoned() -> None:
-    """Free what has failed by now. Freeing a group lets other threads run: it is out of the list, and of the lock, by then."""
-    with _abandoned_lock:
-        failed = [entry for entry in _abandoned if entry[1].is_completed()]
-        kept = [entry for entry in _abandoned if not any(entry is one for one in failed)]
-        _abandoned[:] = kept
-    del failed
-
-
-class GlooCommunicator:
-    """gloo, over TCP between the addresses that each rank names."""
-
-    def __init__(self, store: dist.Store, communicator: str, rank: int, size: int, host: str, timeout: float) -> None:
-        """Meet the other ranks at ``store``; blocks for ``timeout`` seconds at most."""
-        _free_abandoned()
-        self.device = torch.device("cpu")
-        # torch has no public way to choose the address that gloo listens on.
-        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001
-        options._timeout = timedelta(seconds=timeout)  # noqa: SLF001
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]  # noqa: SLF001
-        self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore(communicator, store), rank, size, options)
-
-    def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
-        options = dist.BroadcastOptions()
-        options.rootRank = 0
-        options.timeout = timedelta(seconds=max(timeout, 0.01) + 1)  # later than ours, which says more
-        return GlooBroadcast(self._group, self._group.broadcast([buffer], options), buffer)
-
-    def close(self) -> None:
-        self._group = None
-
-
-class GlooBroadcast:
-    """One that was started."""
-
-    def __init__(self, group: Any, work: Any, buffer: torch.Tensor) -> None:
-        self._group, self._work, self._buffer = group, work, buffer
-
-    def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
-        try:
-            watch(self._work.is_completed, timeout, cancelled)
-        except BaseException:
-            self.cancel()
-            raise
-        self._work.wait()
-        return self._buffer
-
-    def cancel(self) -> None:
-        if not self._work.is_completed():
-            with _abandoned_lock:
-                _abandoned.append((self._group, self._work, self._buffer))
-
-
 class NcclCommunicator:
-    """NCCL: a communicator apart from every other of the process, on a stream of its own."""
+    """A communicator of NCCL, separate from all others of the process, on a stream of its own."""
 
     def __init__(
         self,
@@ -119,17 +58,18 @@ class NcclCommunicator:
         timeout: float,
         cancelled: Callable[[], bool],
     ) -> None:
-        """Meet the other ranks at ``unique_id``.
+        """Join the other ranks at ``unique_id``.
 
         Raises:
-            Cancelled: ``cancelled()`` became true. TimeoutError: they did not all come within ``timeout`` seconds.
+            Cancelled: ``cancelled()`` became true.
+            TimeoutError: not all ranks joined within ``timeout`` seconds.
         """
         self.device = device
         with torch.cuda.device(device), _launch_environment():
             self._stream = torch.cuda.Stream(device)
             self._comm = nccl.load().join(unique_id, rank, size)
             try:
-                watch(self._comm.settled, timeout, cancelled)
+                watch(self._comm.settled, timeout, cancelled, f"not all of {size} ranks joined NCCL's communicator")
             except BaseException:
                 self._comm.abort()
                 raise
@@ -137,11 +77,13 @@ class NcclCommunicator:
     def start(self, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
-            buffer.record_stream(self._stream)  # freed after an abort, it is not used again before its kernel has ended
+            buffer.record_stream(self._stream)  # after an abort, torch does not reuse it before its kernel has ended
             try:
                 self._comm.broadcast(buffer.data_ptr(), buffer.numel(), self._stream.cuda_stream)
-                # The first one connects to the peers, on a thread of NCCL's: only then is it on the stream.
-                watch(self._comm.settled, timeout, cancelled)
+                # The first broadcast connects to the peers on a thread of NCCL's. Only then it is on the stream.
+                watch(
+                    self._comm.settled, timeout, cancelled, f"NCCL could not start to broadcast {buffer.numel()} bytes"
+                )
             except BaseException:
                 self._comm.abort()
                 raise
@@ -154,14 +96,15 @@ class NcclCommunicator:
 
 
 class NcclBroadcast:
-    """One that was started. Where it is given up its communicator is, and with it all that was started there."""
+    """A broadcast in flight. To give it up is to abort its communicator, and everything that was started there."""
 
     def __init__(self, comm: nccl.Communicator, done: torch.cuda.Event, buffer: torch.Tensor) -> None:
         self._comm, self._done, self._buffer = comm, done, buffer
 
     def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
         try:
-            watch(lambda: self._comm.settled() and self._done.query(), timeout, cancelled)
+            late = f"{self._buffer.numel()} bytes were not through NCCL"
+            watch(lambda: self._comm.settled() and self._done.query(), timeout, cancelled, late)
         except BaseException:
             self._comm.abort()
             raise
@@ -172,19 +115,13 @@ class NcclBroadcast:
 
 
 def _launch_environment() -> contextlib.AbstractContextManager[None]:
-    """Where vLLM has set NCCL variables for its own communicators: without them, as in a trainer's process.
+    """Return a context without the NCCL variables that vLLM sets for its own communicators, as in a trainer's process.
 
-    Not imported: a trainer would wait seconds for vLLM, and where this module is not there yet, nothing was set.
+    vLLM is not imported for this, which takes seconds: if its module is not loaded yet, it has set nothing.
     """
     unpinned = getattr(sys.modules.get("vllm.utils.nccl"), "unpinned_nccl_env", contextlib.nullcontext)
     environment: contextlib.AbstractContextManager[None] = unpinned()
     return environment
-
-
-def _close_joined(joining: Future[Communicator]) -> None:
-    """A meeting that was given up may still come about."""
-    if joining.exception() is None:
-        joining.result().close()
 
 
 class BroadcastSource:
@@ -196,7 +133,13 @@ class BroadcastSource:
     nbytes = 0
 
     def __init__(self, transfer: Broadcast, site: WorkerSite, timeout: float, cancelled: threading.Event) -> None:
-        """Join the trainer's communicator; blocks for ``timeout`` seconds at most."""
+        """Join the trainer's communicator within ``timeout`` seconds.
+
+        Raises:
+            Cancelled: the update was given up meanwhile.
+            TimeoutError: it took longer.
+            RuntimeError: the trainer cannot be reached.
+        """
         rank = transfer.ranks[site.rank]
         self._communicator: Communicator
         if transfer.backend == "nccl":
@@ -204,16 +147,10 @@ class BroadcastSource:
                 transfer.rendezvous, rank, transfer.world_size, site.device, timeout, cancelled.is_set
             )
         else:
-            host, _, port = transfer.rendezvous.rpartition(":")
-            # TCPStore tries again for longer than it is told to, and says less of the cause.
-            try:
-                socket.create_connection((host, int(port)), timeout=max(timeout, 0.01)).close()
-            except OSError as error:
-                raise RuntimeError(f"the trainer cannot be met at {transfer.rendezvous}: {error}") from None
-            store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=timeout))
-            self._communicator = GlooCommunicator(
-                store, transfer.communicator, rank, transfer.world_size, site.own_host, timeout
+            connection = tcp_connect.connect(
+                transfer.rendezvous, transfer.communicator, rank, timeout, cancelled.is_set
             )
+            self._communicator = TcpBroadcast.from_trainer(connection)
 
     @property
     def device(self) -> torch.device:
@@ -230,108 +167,76 @@ class BroadcastSource:
 
 
 class BroadcastSink:
-    """The trainer's end: opens the meeting point, then joins as rank 0."""
+    """The trainer's end: opens the rendezvous, then joins as rank 0."""
 
-    # One on the wire, one that waits for it, one that is filled.
+    # One bucket in flight, one that waits for it, one that is being filled.
     slots = 3
     announced_is_sent = False
     sharing = None
 
     def __init__(
-        self, backend: str, members: list[list[int]], host: str, device: torch.device, bucket_bytes: int, timeout: float
+        self,
+        backend: str,
+        members: Mapping[str, Sequence[int]],
+        host: str,
+        device: torch.device,
+        bucket_bytes: int,
+        timeout: float,
     ) -> None:
-        """Choose ranks and a meeting point.
+        """Assign ranks and open the rendezvous.
 
         Args:
-            backend: ``gloo`` or ``nccl``.
-            members: for each engine, the ranks of its workers inside the engine.
-            host: address of this machine that every worker reaches.
+            backend: ``tcp`` or ``nccl``.
+            members: the ranks of each engine's workers inside the engine, by the engine's name.
+            host: this machine's address that every worker reaches.
             device: the trainer's device (NCCL).
             bucket_bytes: size of a bucket.
-            timeout: seconds for the meeting.
+            timeout: seconds to connect to all workers.
         """
         self.bucket_bytes = bucket_bytes
         self.filled: dict[int, buckets.Bucket] = {}
-        self._host, self._device, self._timeout = host, device, timeout
-        self._door: dist.TCPStore | None = None
+        self._device, self._timeout = device, timeout
+        self._listener = None if backend == "nccl" else tcp_connect.Listener(host)
         self._communicator: Communicator | None = None
         self._buffers: dict[int, torch.Tensor] = {}
-        rendezvous = nccl.load().unique_id() if backend == "nccl" else self._open_door()
-        name = uuid.uuid4().hex
-        size = 1 + sum(len(ranks) for ranks in members)
-        self.transfers: list[Broadcast] = []
-        next_rank = 1
-        for ranks in members:
-            assigned = {rank: next_rank + place for place, rank in enumerate(ranks)}
-            next_rank += len(ranks)
-            self.transfers.append(
-                Broadcast(
-                    backend="nccl" if backend == "nccl" else "gloo",
-                    communicator=name,
-                    world_size=size,
-                    ranks=assigned,
-                    rendezvous=rendezvous,
-                )
+        rendezvous = self._listener.address if self._listener else nccl.load().unique_id()
+        token = uuid.uuid4().hex
+        self._workers = dict(
+            enumerate((f"worker {rank} of {name}" for name, ranks in members.items() for rank in ranks), 1)
+        )
+        numbers = iter(self._workers)
+        self.transfers = [
+            Broadcast(
+                backend="tcp" if self._listener else "nccl",
+                communicator=token,
+                world_size=1 + len(self._workers),
+                ranks={rank: next(numbers) for rank in ranks},
+                rendezvous=rendezvous,
             )
+            for ranks in members.values()
+        ]
 
-    def _open_door(self) -> str:
-        raise_file_limit()  # connections of strangers count against the trainer's limit too
-        # On the one address that the workers use, not on all of this machine.
-        listener = socket.create_server(
-            (self._host, 0), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        )
-        port = listener.getsockname()[1]
-        self._door = dist.TCPStore(
-            self._host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=self._timeout),
-            master_listen_fd=listener.detach(),
-        )
-        return f"{self._host}:{port}"
-
-    def meet(self, opening: Future[None]) -> None:
+    def connect(self, opening: Future[None]) -> None:
         if self._communicator is not None:
             return
-        # Joining takes until the last worker has come: on a thread, so that a worker that says no is heard at once.
-        joining: Future[Communicator] = Future()
-        given_up = threading.Event()
-        threading.Thread(target=self._join, args=(joining, given_up), name="areal-join", daemon=True).start()
-        try:
-            while not joining.done():
-                if opening.done():
-                    opening.result()
-                with contextlib.suppress(concurrent.futures.TimeoutError):
-                    joining.result(timeout=0.005)
-            opening.result()
-            self._communicator = joining.result()
-        except BaseException:
-            given_up.set()
-            joining.add_done_callback(_close_joined)
-            raise
-        self._door = None  # all have met: nobody else gets in
-        self.transfers = [msgspec.structs.replace(transfer, established=True) for transfer in self.transfers]
 
-    def _join(self, joining: Future[Communicator], given_up: threading.Event) -> None:
-        """Meet the workers. gloo cannot be interrupted: where the meeting is given up, its thread ends by its time-out."""
+        def failed() -> bool:
+            return opening.done() and (opening.cancelled() or opening.exception() is not None)
+
         transfer = self.transfers[0]
-        made: Communicator
         try:
-            if self._door is None:
-                made = NcclCommunicator(
-                    transfer.rendezvous, 0, transfer.world_size, self._device, self._timeout, given_up.is_set
+            if self._listener is None:
+                self._communicator = NcclCommunicator(
+                    transfer.rendezvous, 0, transfer.world_size, self._device, self._timeout, failed
                 )
             else:
-                # The group keeps its store for life: a guest of the door, so that the door can be closed.
-                guest = dist.TCPStore(
-                    self._host, self._door.port, is_master=False, timeout=timedelta(seconds=self._timeout)
-                )
-                made = GlooCommunicator(guest, transfer.communicator, 0, transfer.world_size, self._host, self._timeout)
-        except Exception as error:
-            joining.set_exception(error)
-            return
-        joining.set_result(made)
+                sockets = self._listener.accept_all(transfer.communicator, self._workers, self._timeout, failed)
+                self._communicator = TcpBroadcast.to_workers(sockets, self._workers)
+        except Cancelled:
+            opening.result()  # the engine that could not connect says why
+            raise
+        opening.result()
+        self.transfers = [msgspec.structs.replace(transfer, established=True) for transfer in self.transfers]
 
     def buffer(self, index: int, nbytes: int) -> tuple[int, torch.Tensor]:
         assert self._communicator is not None
@@ -356,7 +261,8 @@ class BroadcastSink:
 
     def close(self) -> None:
         self.release()
-        self._door = None
+        if self._listener is not None:
+            self._listener.close()
         if self._communicator is not None:
             with contextlib.suppress(Exception):
                 self._communicator.close()

@@ -112,7 +112,7 @@ class CudaIpcSink(SlotsSink):
         self.transfers = [transfer] * engines
         self.sharing = SharedTensors(runtime, device, self._memory[-8:].view(torch.int64), self.transfers)
 
-    def meet(self, opening: Future[None]) -> None:
+    def connect(self, opening: Future[None]) -> None:
         opening.result()
 
     def release(self) -> None:

@@ -127,7 +127,7 @@ class SharedMemorySink(SlotsSink):
         self._named: tuple[Path, int] | None = (_FOLDER / name, descriptor)
         self._memory = torch.frombuffer(self._map, dtype=torch.uint8)
 
-    def meet(self, opening: Future[None]) -> None:
+    def connect(self, opening: Future[None]) -> None:
         try:
             opening.result()
         finally:

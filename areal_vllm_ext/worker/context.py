@@ -31,7 +31,6 @@ class WorkerContext:
         rank: of the worker in its engine.
         device: where its model is.
         dtype: the dtype that the engine computes in.
-        own_host: the address at which other ranks reach this worker.
         loader: loads staged weights into the live model.
         live_weights: what the worker serves.
         residency: whether the live weights are in memory.
@@ -40,19 +39,18 @@ class WorkerContext:
         report: sends the outcome of a step to the engine's endpoint.
     """
 
-    def __init__(self, worker: Any, own_host: str, report: Callable[[WorkerDone], None]) -> None:
+    def __init__(self, worker: Any, report: Callable[[WorkerDone], None]) -> None:
         model_config = worker.vllm_config.model_config
         self._model: tuple[str, str | None] = (model_config.model, model_config.revision)
         self._expected: dict[str, TensorMeta] | None = None
         self.rank: int = worker.rank
         self.device = torch.device(worker.device)
         self.dtype = str(model_config.dtype).removeprefix("torch.")
-        self.own_host = own_host
         self.loader = Loader(worker)
         self.residency = Residency(worker)
         self.live_weights = LiveWeights(worker, self.residency, self._model)
         self.memory = StagingMemory(self.device)
-        self.sources = Sources(WorkerSite(self.rank, self.device, own_host))
+        self.sources = Sources(WorkerSite(self.rank, self.device))
         self.report = report
 
     def expected(self) -> dict[str, TensorMeta] | None:

@@ -67,7 +67,7 @@ class Receiver:
         settings = Settings.load(additional if isinstance(additional, dict) else {})
         host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
         own_host = settings.host or security.own_address_toward(host)
-        self.context = WorkerContext(worker, own_host, self._report)
+        self.context = WorkerContext(worker, self._report)
         self.context.live_weights.on_damage = self._report_damage
         self.context.live_weights.is_busy = self.context.memory.in_use = lambda: self.reception is not None
         self.reception: Reception | None = None

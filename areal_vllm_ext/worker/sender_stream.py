@@ -75,8 +75,7 @@ class SenderStream:
     def put(self, bucket: Bucket) -> None:
         """Queue an announcement, in the order of the bytes on the wire.
 
-        Announcements arrive in any order after a lost connection, and gloo aborts a process that waits for another size than
-        arrives.
+        After a lost connection, announcements arrive in any order.
         """
         if bucket.index >= self._next_index:
             self._early[bucket.index] = bucket

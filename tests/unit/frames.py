@@ -35,7 +35,7 @@ _ENGINE = engine_info(-1, 10**9, replica="stranger", node="stranger", incarnatio
 _TRANSFERS: tuple[protocol.Transfer, ...] = (
     protocol.Disk(path="/nowhere"),
     protocol.SharedMemory(segment="areal-" + "0" * 32, nbytes=1 << 40),
-    protocol.Broadcast(backend="gloo", communicator="c", world_size=2, ranks={0: 1}, rendezvous="127.0.0.1:1"),
+    protocol.Broadcast(backend="tcp", communicator="c", world_size=2, ranks={0: 1}, rendezvous="127.0.0.1:1"),
 )
 _SEGMENT = protocol.Segment(protocol.TensorMeta("w", "float32", (2, 3)), 0)
 MESSAGES: tuple[protocol.Message, ...] = (

@@ -5,16 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
 
 from areal_vllm_ext import EngineGroup
-from areal_vllm_ext.protocol import Broadcast, Bucket, SharedMemory
+from areal_vllm_ext.protocol import Broadcast, SharedMemory
 from areal_vllm_ext.transport.base import WorkerSite
-from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
+from areal_vllm_ext.transport.broadcast import BroadcastSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def end(process: BaseProcess, connection: Connection) -> None:
 
 def join(transfer: Broadcast, rank: int, timeout: float) -> BroadcastSource:
     """The worker's end of a broadcast."""
-    return BroadcastSource(transfer, WorkerSite(rank, CPU, HOST), timeout, threading.Event())
+    return BroadcastSource(transfer, WorkerSite(rank, CPU), timeout, threading.Event())
 
 
 # What they do
@@ -81,30 +80,6 @@ def join_and_wait(connection: Connection, transfer: Broadcast, rank: int) -> Non
     source.close()
 
 
-def rebuild_on_two_threads(connection: Connection) -> None:
-    """Trainer and worker in one process, twice: the second time after a collective that was given up."""
-
-    def meet() -> tuple[BroadcastSink, BroadcastSource]:
-        sink = BroadcastSink("gloo", [[0]], HOST, CPU, 1 << 20, 5.0)
-        joined: Future[BroadcastSource] = Future()
-        threading.Thread(target=lambda: joined.set_result(join(sink.transfers[0], 0, 5.0))).start()
-        sink.meet(joined)  # type: ignore[arg-type]
-        return sink, joined.result()
-
-    sink, source = meet()
-    bucket = Bucket(epoch=1, update="u", index=0, nbytes=3 << 20, segments=())
-    try:
-        buffer = torch.empty(3 << 20, dtype=torch.uint8)
-        source.start(bucket, buffer, 0.1, lambda: False).wait(0.1, lambda: False)
-    except (TimeoutError, RuntimeError):
-        sink.close()
-        source.close()
-    del sink, source
-    time.sleep(0.3)
-    meet()
-    connection.send("alive")
-
-
 def make_segment(connection: Connection) -> None:
     """A trainer that makes shared memory, meets its workers when it is told so, and does nothing any more."""
     sink = SharedMemorySink(1, 1024, 4096)
@@ -114,6 +89,6 @@ def make_segment(connection: Connection) -> None:
     opening: Future[None] = Future()
     connection.recv()
     opening.set_result(None)
-    sink.meet(opening)
+    sink.connect(opening)
     connection.send("met")
     connection.recv()

@@ -1,8 +1,9 @@
-"""Broadcast over gloo on loopback: the same bytes on every rank, and no wait without an end."""
+"""Broadcast over TCP on loopback: the same bytes on every rank, and every wait ends."""
 
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +15,9 @@ import pytest
 import torch
 from peers import join
 from torch.multiprocessing.reductions import StorageWeakRef
-from waiting import eventually, in_thread
+from waiting import in_thread
 
 from areal_vllm_ext.protocol import Bucket, TensorMeta
-from areal_vllm_ext.transport import broadcast
 from areal_vllm_ext.transport.base import Cancelled
 from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
 from areal_vllm_ext.transport.buckets import filled_buckets
@@ -32,7 +32,14 @@ def bucket(nbytes: int, index: int = 0) -> Bucket:
 
 
 def make_sink(members: list[list[int]], timeout: float = 5.0) -> BroadcastSink:
-    return BroadcastSink("gloo", members, HOST, torch.device("cpu"), 1 << 20, timeout)
+    return BroadcastSink(
+        "tcp",
+        {f"engine {number}": ranks for number, ranks in enumerate(members)},
+        HOST,
+        torch.device("cpu"),
+        1 << 20,
+        timeout,
+    )
 
 
 def receive(
@@ -54,18 +61,10 @@ def opened() -> Future[None]:
     return future
 
 
-def let_the_abandoned_fail() -> None:
-    """Wait for the collectives that were given up, so that no test has those of another."""
-    for _, work, _ in broadcast._abandoned:
-        eventually(work.is_completed, timeout=30)
-    broadcast._abandoned.clear()
-
-
 class Group:
-    """A sink and its sources, which have met."""
+    """A sink and its sources, which are connected."""
 
     def __init__(self, members: list[list[int]]) -> None:
-        let_the_abandoned_fail()
         self.sink = make_sink(members)
         with ThreadPoolExecutor(8) as pool:
             joining = [
@@ -74,7 +73,7 @@ class Group:
                 for rank in ranks
             ]
             opening = pool.submit(lambda: [future.result() for future in joining] and None)
-            self.sink.meet(opening)
+            self.sink.connect(opening)
             self.sources = [future.result() for future in joining]
 
     def broadcast(self, payload: torch.Tensor, index: int = 0) -> list[torch.Tensor]:
@@ -133,7 +132,7 @@ def test_what_was_received_is_the_callers_to_keep(pair: Group) -> None:
 def test_a_connection_serves_the_next_update_too(pair: Group) -> None:
     pair.broadcast(torch.zeros(10, dtype=torch.uint8))
     pair.sink.release()
-    pair.sink.meet(opened())
+    pair.sink.connect(opened())
     (received,) = pair.broadcast(torch.full((10,), 7, dtype=torch.uint8))
     assert received.eq(7).all()
 
@@ -165,10 +164,10 @@ def test_ranks_are_assigned_by_the_client_each_once() -> None:
         sink.close()
 
 
-# Nobody comes
+# Connecting
 
 
-def test_the_door_is_closed_once_all_have_met(pair: Group) -> None:
+def test_the_listener_is_closed_once_all_have_connected(pair: Group) -> None:
     seconds, error = took(lambda: join(pair.sink.transfers[0], 0, TIMEOUT))
     assert isinstance(error, RuntimeError)
     assert seconds < TIMEOUT + 1
@@ -179,39 +178,26 @@ def test_a_worker_that_says_no_is_heard_at_once() -> None:
     opening: Future[None] = Future()
     threading.Timer(0.1, opening.set_exception, (RuntimeError("no room"),)).start()
     try:
-        seconds, error = took(lambda: sink.meet(opening))
+        seconds, error = took(lambda: sink.connect(opening))
         assert str(error) == "no room"
         assert seconds < 1.1
     finally:
         sink.close()
 
 
-def test_a_meeting_that_comes_about_after_it_was_given_up_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = threading.Event()
-    monkeypatch.setattr(broadcast.GlooCommunicator, "close", lambda _: closed.set())
-    sink = make_sink([[0]], timeout=5.0)
-    opening: Future[None] = Future()
-    threading.Timer(0.1, opening.set_exception, (RuntimeError("no room"),)).start()
-    with pytest.raises(RuntimeError, match="no room"):
-        sink.meet(opening)
-    source = join(sink.transfers[0], 0, 5.0)
-    assert closed.wait(5)
-    monkeypatch.undo()
-    source.close()
-    sink.close()
-
-
-def test_a_worker_that_never_comes_is_given_up_on_both_ends() -> None:
-    sink = make_sink([[0], [0]], timeout=TIMEOUT)
-    joining, joined = in_thread(lambda: took(lambda: join(sink.transfers[0], 0, TIMEOUT)))
+def test_a_worker_that_never_comes_is_named_and_the_others_are_let_go() -> None:
+    sink = make_sink([[0], [0, 5]], timeout=TIMEOUT)
+    joining, joined = in_thread(lambda: join(sink.transfers[1], 0, TIMEOUT))
     try:
-        seconds, error = took(lambda: sink.meet(Future()))
-        assert isinstance(error, TimeoutError | RuntimeError)
+        seconds, error = took(lambda: sink.connect(Future()))
+        assert isinstance(error, TimeoutError)
+        assert str(error).startswith("2 of 3 workers did not connect to 127.0.0.1:")
+        assert "(worker 0 of engine 0, worker 5 of engine 1)" in str(error)
         assert seconds < TIMEOUT + 1
         joining.join(5)
-        seconds, error = joined[0]  # type: ignore[misc]
-        assert isinstance(error, TimeoutError | RuntimeError)
-        assert seconds < TIMEOUT + 1
+        seconds, error = took(lambda: receive(joined[0], 10, 20.0, NEVER_CANCELLED))  # type: ignore[arg-type]
+        assert str(error) == "the trainer: the connection was closed"
+        assert seconds < 1
     finally:
         sink.close()
 
@@ -231,15 +217,15 @@ def test_a_trainer_that_is_gone_is_given_up(free_port: int) -> None:
 def test_a_trainer_that_stalls_is_a_timeout(pair: Group) -> None:
     seconds, error = took(lambda: receive(pair.sources[0], 1 << 20, TIMEOUT, NEVER_CANCELLED))
     assert isinstance(error, TimeoutError)
+    assert str(error) == "a bucket of 1048576 bytes was not through after 0.7 s (from the trainer: 0)"
     assert TIMEOUT <= seconds < TIMEOUT + 1
-    # Its memory is kept for as long as gloo may write there.
-    assert [buffer.numel() for _, _, buffer in broadcast._abandoned] == [1 << 20]
 
 
 def test_a_worker_that_stalls_is_a_timeout(pair: Group) -> None:
     _, buffer = pair.sink.buffer(0, 64 << 20)
     seconds, error = took(lambda: send(pair.sink, buffer, TIMEOUT))
     assert isinstance(error, TimeoutError)
+    assert re.search(r"67108864 bytes was not through after 0.7 s \(worker 0 of engine 0: \d+\)", str(error))
     assert TIMEOUT <= seconds < TIMEOUT + 1
 
 
@@ -270,14 +256,16 @@ def test_after_a_failure_a_new_communicator_works_at_once(pair: Group) -> None:
     assert time.monotonic() - started < 3.0
 
 
-def test_two_threads_that_rebuild_communicators_do_not_end_the_process() -> None:
-    """They did: a segmentation fault, where one replaced the list of the abandoned while the other read it."""
-    process, connection = peers.start(peers.rebuild_on_two_threads)
-    try:
-        assert connection.poll(60)
-        assert connection.recv() == "alive"
-    finally:
-        peers.end(process, connection)
+def test_a_bucket_of_another_size_is_an_error_at_both_ends(pair: Group) -> None:
+    receiving, received = in_thread(lambda: took(lambda: receive(pair.sources[0], 1 << 20, 5.0, NEVER_CANCELLED)))
+    _, buffer = pair.sink.buffer(0, 64 << 20)
+    seconds, error = took(lambda: send(pair.sink, buffer, 5.0))
+    assert isinstance(error, RuntimeError)
+    assert str(error).startswith("worker 0 of engine 0: ")
+    receiving.join(5)
+    (outcome,) = received
+    assert str(outcome[1]) == "the trainer: a bucket of 67108864 bytes came instead of 1048576"
+    assert max(seconds, outcome[0]) < 1.0
 
 
 # Death
@@ -289,8 +277,8 @@ def test_a_killed_worker_is_an_error_for_trainer_and_others_before_the_time_out(
     try:
         with ThreadPoolExecutor(2) as pool:
             joining, _saying = pool.submit(join, sink.transfers[0], 0, 60.0), pool.submit(connection.recv)
-            # As an engine answers Begin: when its workers have joined. Then the door is closed.
-            sink.meet(pool.submit(lambda: None))
+            # As an engine answers Begin: when its workers have joined. Then the listener is closed.
+            sink.connect(pool.submit(lambda: None))
             source = joining.result()
         receiving, received = in_thread(lambda: took(lambda: receive(source, 64 << 20, 2.0, NEVER_CANCELLED)))
         process.kill()

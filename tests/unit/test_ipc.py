@@ -99,7 +99,7 @@ TRANSFER = CudaIpc(host=host_id(), device_id="GPU-1", handle=bytes(64), nbytes=8
 
 
 def site(device: str) -> WorkerSite:
-    return WorkerSite(0, torch.device(device), "127.0.0.1")
+    return WorkerSite(0, torch.device(device))
 
 
 def test_a_worker_without_a_gpu() -> None:
@@ -190,7 +190,7 @@ def source_of(sink: CudaIpcSink, device_id: str) -> CudaIpcSource:
     (transfer,) = sink.transfers
     ipc_memory.own.clear()  # as in another process
     shared = msgspec.structs.replace(transfer, device_id=device_id, shared=True)
-    return CudaIpcSource(shared, WorkerSite(0, Gpu(), "127.0.0.1"))  # type: ignore[arg-type]
+    return CudaIpcSource(shared, WorkerSite(0, Gpu()))  # type: ignore[arg-type]
 
 
 def read(source: CudaIpcSource, bucket: Bucket) -> dict[str, torch.Tensor]:

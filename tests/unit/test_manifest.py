@@ -30,9 +30,9 @@ from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Ack, Begin, Disk, Error, Prepare, Sender, WorkerDone
 from areal_vllm_ext.protocol.server import ReplyTo
 from areal_vllm_ext.transport.base import CompletedWork
-from areal_vllm_ext.transport.broadcast import GlooBroadcast
 from areal_vllm_ext.transport.disk import DiskSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySource
+from areal_vllm_ext.transport.tcp import TcpWork
 from harness.simulated_engine import Deployment, Shape, deployed
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def test_bytes_that_change_on_their_way_abort_the_update_and_are_named(
 def test_zeros_that_a_broadcast_leaves_are_seen(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = GlooBroadcast.wait
+    wait = TcpWork.wait
 
-    def leaves_zeros(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
+    def leaves_zeros(self: TcpWork, *arguments: Any) -> torch.Tensor:
         buffer = wait(self, *arguments)
         return buffer.zero_() if threading.current_thread().name.startswith("areal-receive") else buffer
 
-    monkeypatch.setattr(GlooBroadcast, "wait", leaves_zeros)
+    monkeypatch.setattr(TcpWork, "wait", leaves_zeros)
     with pytest.raises(UpdateAborted, match="embed arrived with other bytes"):
         send(group, weights(2), 2, transport="broadcast")
     assert_untouched(served)

@@ -35,8 +35,10 @@ from areal_vllm_ext import EngineGroup, InvalidWeights, UpdateAborted
 from areal_vllm_ext.client.delivery import choose_transport
 from areal_vllm_ext.client.sending import Sending
 from areal_vllm_ext.protocol import Ack, Begin, Bucket, Disk, EngineInfo, Prepare, Sender, SharedMemory
-from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource, GlooBroadcast
+from areal_vllm_ext.transport import tcp
+from areal_vllm_ext.transport.broadcast import BroadcastSink, BroadcastSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource
+from areal_vllm_ext.transport.tcp import TcpWork
 from areal_vllm_ext.worker import sender_stream
 from areal_vllm_ext.worker.receiver import Receiver
 from areal_vllm_ext.worker.sender_stream import SenderStream
@@ -77,7 +79,7 @@ def test_many_small_buckets_bring_the_same(
 def test_no_bucket_is_announced_after_one_that_did_not_get_through(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker that has not heard of that one would take the next for it, and gloo ends its process."""
+    """A worker that has not heard of that one would take the next for it."""
     announced: list[int] = []
     announce = Sending.announce
 
@@ -117,7 +119,7 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
     put, start, wait, first_corrupt = (
         SenderStream.put,
         BroadcastSource.start,
-        GlooBroadcast.wait,
+        TcpWork.wait,
         sender_stream.first_corrupt,
     )
 
@@ -136,7 +138,7 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
         started.add((threading.current_thread(), bucket.index))
         return start(self, bucket, *arguments)
 
-    def waited(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
+    def waited(self: TcpWork, *arguments: Any) -> torch.Tensor:
         if threading.current_thread().name.startswith("areal-receive"):
             note(on_its_way)
         return wait(self, *arguments)
@@ -147,7 +149,7 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
 
     monkeypatch.setattr(SenderStream, "put", tells)
     monkeypatch.setattr(BroadcastSource, "start", noted)
-    monkeypatch.setattr(GlooBroadcast, "wait", waited)
+    monkeypatch.setattr(TcpWork, "wait", waited)
     monkeypatch.setattr(sender_stream, "first_corrupt", checked)
     with small_buckets(group, monkeypatch, transport="broadcast") as update:
         update.send(weights(5))
@@ -159,20 +161,20 @@ def test_a_bucket_comes_while_the_one_before_does_and_is_checked(
 def test_buckets_that_are_on_their_way_are_given_up_with_their_update(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait, cancel = GlooBroadcast.wait, GlooBroadcast.cancel
-    cancelled: list[GlooBroadcast] = []
+    wait, cancel = TcpWork.wait, TcpWork.cancel
+    cancelled: list[TcpWork] = []
 
-    def stalls(self: GlooBroadcast, *arguments: Any) -> torch.Tensor:
+    def stalls(self: TcpWork, *arguments: Any) -> torch.Tensor:
         if threading.current_thread() is threading.main_thread():
             raise TimeoutError("the wire is dead")
         return wait(self, *arguments)
 
-    def noted(self: GlooBroadcast) -> None:
+    def noted(self: TcpWork) -> None:
         cancelled.append(self)
         cancel(self)
 
-    monkeypatch.setattr(GlooBroadcast, "wait", stalls)
-    monkeypatch.setattr(GlooBroadcast, "cancel", noted)
+    monkeypatch.setattr(TcpWork, "wait", stalls)
+    monkeypatch.setattr(TcpWork, "cancel", noted)
     with (
         pytest.raises(UpdateAborted, match="the wire is dead"),
         small_buckets(group, monkeypatch, transport="broadcast") as up,
@@ -267,7 +269,7 @@ def test_digests_that_do_not_go_with_the_tensors_are_refused(
 
 
 def test_buckets_are_received_in_the_order_of_their_bytes_each_once() -> None:
-    """gloo ends a process that waits for another size than comes: announcements may come late, and again."""
+    """Announcements may come late, and again."""
     update: Any = SimpleNamespace(context=SimpleNamespace(rank=0))
     stream = SenderStream(update, 0, Disk(path="/nowhere"))
     for index in (1, 3, 0, 1, 0, 2, 3):
@@ -355,6 +357,24 @@ def test_a_trainer_that_stalls_is_given_up_and_the_next_one_works(
     assert_untouched(served)
     send(group, new)
     assert served.serves(new)
+
+
+def test_bytes_that_do_not_get_through_by_the_deadline_are_said_with_the_worker(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = threading.Event()
+    monkeypatch.setattr(tcp._Outgoing, "_transfer", lambda *_: stopped.wait(20))
+    started = time.monotonic()
+    try:
+        with pytest.raises(
+            UpdateAborted, match=r"a bucket of \d+ bytes was not through after .* s \(worker 0 of DP rank 0"
+        ):
+            send(group, weights(1), timeout=1.5, transport="broadcast")
+        assert time.monotonic() - started < 3.0
+    finally:
+        stopped.set()
+    monkeypatch.undo()
+    assert_untouched(served)
 
 
 def test_an_error_of_the_trainers_own_aborts_and_is_not_hidden(served: Served, group: EngineGroup) -> None:

@@ -50,7 +50,7 @@ def sink() -> Iterator[SharedMemorySink]:
 
 def test_every_worker_reads_what_was_written(sink: SharedMemorySink) -> None:
     sources = [SharedMemorySource(transfer, CPU) for transfer in sink.transfers]
-    sink.meet(done())
+    sink.connect(done())
     for index, size in enumerate((1, 255, SLOT, 0, 1000)):
         payload = torch.randint(0, 256, (size,), dtype=torch.uint8)
         location, buffer = sink.buffer(index, size)
@@ -84,17 +84,17 @@ def test_any_dtype_can_be_viewed_in_either_slot() -> None:
 def test_the_name_is_gone_once_the_workers_have_met_and_the_memory_is_not(sink: SharedMemorySink) -> None:
     source = SharedMemorySource(sink.transfers[0], CPU)
     assert sink.transfers[0].segment in segments()
-    sink.meet(done())
+    sink.connect(done())
     assert sink.transfers[0].segment not in segments()
     location, buffer = sink.buffer(0, 8)
     buffer.fill_(5)
     assert receive(source, 8, location).eq(5).all()
-    sink.meet(done())  # the next update
+    sink.connect(done())  # the next update
 
 
 def test_the_name_is_gone_where_a_worker_says_no(sink: SharedMemorySink) -> None:
     with pytest.raises(RuntimeError, match="no room"):
-        sink.meet(done(RuntimeError("no room")))
+        sink.connect(done(RuntimeError("no room")))
     assert sink.transfers[0].segment not in segments()
 
 

@@ -164,7 +164,7 @@ class RankSends:
             threading.Thread(target=_resolve, args=(opening, begin), name="areal-begin", daemon=True).start()
             try:
                 if sink:
-                    sink.meet(opening)  # type: ignore[arg-type]  # its result is not used
+                    sink.connect(opening)  # type: ignore[arg-type]  # its result is not used
                 result = opening.result(timeout=max(self._context.left, 0.0))
             except _Retry:
                 sinks.drop()
