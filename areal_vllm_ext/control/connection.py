@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import itertools
 import math
 import os
@@ -35,17 +36,23 @@ _GONE_SECONDS = 5.0
 # Messages that are read before other work of the loop runs.
 _READ_AT_ONCE = 64
 
-_EVENTS = {
-    zmq.Event.CONNECTED: "it accepts connections but does not answer",
+# What the events of a connection say about a server that does not answer.
+_REFUSED = "the key was refused: trainer and engines need the same key file"
+_FROZEN = "it accepts connections but does not answer: is its process stopped or overloaded, or another service?"
+_REASONS = {
+    zmq.Event.CONNECTED: _FROZEN,
     zmq.Event.HANDSHAKE_SUCCEEDED: "",
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "the key was refused: trainer and engines need the same key file",
-    zmq.Event.HANDSHAKE_FAILED_AUTH: "the key was refused: trainer and engines need the same key file",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: _REFUSED,
+    zmq.Event.HANDSHAKE_FAILED_AUTH: _REFUSED,
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "something else than areal-vllm-ext listens there, or its key is another one",
     zmq.Event.CLOSED: "nothing listens there",
     zmq.Event.CONNECT_RETRIED: "nothing listens there",
     zmq.Event.DISCONNECTED: "the connection was lost",
 }
-
+_FAILED_HANDSHAKES = (_REFUSED, _FROZEN, _REASONS[zmq.Event.HANDSHAKE_FAILED_PROTOCOL])
+# A server with another key closes the connection, which is one of these errors. A handshake that fails for another reason,
+# such as EAGAIN after 5 s, got no answer.
+_CLOSED_BY_PEER = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED)
 
 # Plain numbers, because combining enum flags takes longer than sending a frame.
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -108,7 +115,8 @@ class Connection:
         self._id_prefix = os.urandom(protocol.REQUEST_ID_BYTES - 8)
         self._id_numbers = itertools.count()
         self._pending: dict[bytes, _Pending] = {}
-        self._events: dict[str, zmq.Event] = {}
+        # What the last event of each address says.
+        self._reasons: dict[str, str] = {}
         self._unconnected_since: dict[str, float] = {}
         self._monitor = self._socket.get_monitor_socket()
         self._reading = False
@@ -198,6 +206,7 @@ class Connection:
         """Close the connections to all other addresses, and stop reconnecting to them."""
         for address in self._peers.keys() - addresses:
             del self._peers[address], self._unconnected_since[address]
+            self._reasons.pop(address, None)
             with contextlib.suppress(zmq.ZMQError):
                 self._socket.disconnect(address)
         self._read_soon()
@@ -226,8 +235,7 @@ class Connection:
         return peer
 
     def _why(self, address: str) -> str:
-        event = self._events.get(address)
-        reason = _EVENTS.get(event, "") if event else ""
+        reason = self._reasons.get(address)
         return f": {reason}" if reason else ""
 
     def _read_soon(self) -> None:
@@ -264,15 +272,20 @@ class Connection:
             except zmq.Again:
                 return
             address, kind = event["endpoint"].decode(), zmq.Event(event["event"])
-            # A refused handshake ends in a disconnect. Keep the cause, not its consequence.
-            refused = self._events.get(address) in (
-                zmq.Event.HANDSHAKE_FAILED_NO_DETAIL,
-                zmq.Event.HANDSHAKE_FAILED_AUTH,
-                zmq.Event.HANDSHAKE_FAILED_PROTOCOL,
-            )
-            if kind == zmq.Event.HANDSHAKE_SUCCEEDED:
-                self._unconnected_since[address] = math.inf
-            elif kind == zmq.Event.DISCONNECTED and address in self._peers:
-                self._unconnected_since[address] = min(self._unconnected_since[address], time.monotonic())
-            if kind in _EVENTS and not (refused and kind != zmq.Event.HANDSHAKE_SUCCEEDED):
-                self._events[address] = kind
+            if address in self._peers:
+                self._note(address, kind, int(event["value"]))
+
+    def _note(self, address: str, kind: zmq.Event, value: int) -> None:
+        """Note what an event of the connection to ``address`` says about its server."""
+        if kind == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self._unconnected_since[address] = math.inf
+        elif kind == zmq.Event.DISCONNECTED:
+            self._unconnected_since[address] = min(self._unconnected_since[address], time.monotonic())
+        reason = _REASONS.get(kind)
+        if kind == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and value not in _CLOSED_BY_PEER:
+            reason = _FROZEN
+        # A handshake that failed ends in a disconnect and a new try. Keep the cause, not its consequence.
+        failed = self._reasons.get(address) in _FAILED_HANDSHAKES
+        consequence = kind in (zmq.Event.CONNECTED, zmq.Event.DISCONNECTED, zmq.Event.CONNECT_RETRIED)
+        if reason is not None and not (failed and consequence):
+            self._reasons[address] = reason

@@ -41,10 +41,12 @@ from areal_vllm_ext.protocol import (
     Sender,
     security,
 )
+from areal_vllm_ext.protocol.server import tune_client
 from harness import simulated_engine
 from harness.simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 
 if TYPE_CHECKING:
+    import zmq
     from raw_client import RawClient
 
 OVERRUN = 1.0
@@ -578,6 +580,27 @@ def test_no_call_outlasts_its_deadline_where_everything_is_stopped_or_killed(key
             with pytest.raises(ArealError):
                 call()
             assert time.monotonic() - started < 0.3 + OVERRUN, name
+
+
+def test_a_frozen_process_is_not_reported_as_a_wrong_key(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tune(socket: zmq.Socket[bytes]) -> None:
+        tune_client(socket)
+        socket.handshake_ivl = 300
+
+    monkeypatch.setattr("areal_vllm_ext.control.connection.tune_client", tune)
+    with another_process(key_file) as (engines, group):
+        directory = group._group._commander.directory
+        engines.send_signal(signal.SIGSTOP)
+        for seconds in (0.2, 1.0):  # before the handshake is given up, and after
+            unanswered = pytest.raises(
+                EngineUnreachable, match="accepts connections but does not answer: is its process"
+            )
+            with EngineGroup.connect(directory, key_file=key_file) as client, unanswered:
+                client.engines(timeout=seconds)
+        engines.send_signal(signal.SIGCONT)
+        refused = pytest.raises(EngineUnreachable, match="the key was refused")
+        with EngineGroup.connect(directory, key=security.new_key()) as stranger, refused:
+            stranger.engines(timeout=1.0)
 
 
 @pytest.mark.parametrize("moment", ["receiving", "pausing"])
