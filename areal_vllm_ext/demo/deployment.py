@@ -17,6 +17,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,8 +241,12 @@ class Deployment:
             "serve",
         ]
         command += self._arguments(index)
+        scratch = Path(
+            tempfile.mkdtemp(prefix="areal-vllm-")
+        )  # for vLLM's sockets, which it does not remove when it is killed
+        environment = {**self._environment(index), "VLLM_RPC_BASE_PATH": str(scratch)}
         try:
-            process = Supervised(command, log=log, env=self._environment(index))
+            process = Supervised(command, log=log, env=environment, scratch=scratch)
         except OSError as error:
             raise DeploymentError(f"{command[0]} could not be started: {error}") from None
         return NodeProcess(name, node, command, process)

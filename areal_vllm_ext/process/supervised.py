@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import supervisor
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-SUPERVISOR = Path(__file__).with_name("supervisor.py")
 GRACE_SECONDS = 8.0
 _ERROR = re.compile(r"^(\(.*?\) )?(ERROR .*?\] )?([\w. ]+: error|[\w.]*(Error|Exception)): ")
 _MARK = "AREAL_VLLM_SUPERVISED"
@@ -59,7 +60,7 @@ class Supervised:
             log: file for the output; an existing one is overwritten.
             env: the whole environment; default: that of this process.
             grace: seconds between SIGTERM and SIGKILL.
-            scratch: a folder to remove once the whole tree has ended.
+            scratch: a folder to remove once the whole tree has ended, or did not start.
 
         Raises:
             OSError: the command cannot be started.
@@ -69,14 +70,22 @@ class Supervised:
         self._scratch = scratch
         self._code: int | None = None
         self._mark = f"{_MARK}={secrets.token_hex(8)}"
-        with log.open("w") as output:
+        try:
+            self._start(command, os.environ if env is None else env)
+        except BaseException:
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+    def _start(self, command: Sequence[str], env: Mapping[str, str]) -> None:
+        with self.log.open("w") as output:
             print("$", *command, file=output, flush=True)
             starter = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SUPERVISOR), str(grace), str(scratch or ""), *command],
+                [sys.executable, "-I", "-S", supervisor.__file__, str(self._grace), str(self._scratch or ""), *command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env={**(os.environ if env is None else env), _MARK: self._mark.partition("=")[2]},
+                env={**env, _MARK: self._mark.partition("=")[2]},
                 start_new_session=True,  # Ctrl-C at the terminal is for this process, which ends the others in order
             )
         assert starter.stdin is not None
@@ -119,13 +128,16 @@ class Supervised:
     def _kill_all(self) -> None:
         """Do the supervisor's work; every process of the tree has the mark in its environment."""
         ends = time.monotonic() + 5
+        shared: set[str] = set()
         while time.monotonic() < ends and (alive := _processes_with(self._mark)):
+            shared |= supervisor.shared_memory(alive)
             for pid in alive:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
+        supervisor.remove(shared)
 
     def last_lines(self, count: int = 15) -> str:
         """Return the last lines of the log."""

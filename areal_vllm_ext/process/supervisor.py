@@ -7,9 +7,10 @@ that end closes, when the owner is gone (even by SIGKILL), and on SIGTERM, SIGIN
 seconds later, or that outlive the command, get SIGKILL. That includes children of children in any session, because as a
 subreaper this process inherits every orphan of its tree.
 
-Then the folder SCRATCH is removed (unless the argument is empty), and Python's shared memory that the tree had open, as soon
-as no process has it open. vLLM's Ray workers make such memory. Ray kills them together with the resource tracker that
-would remove it.
+Then the folder SCRATCH is removed (unless the argument is empty). So is the shared memory that Python, vLLM, torch or NCCL made
+in the tree, as soon as no process has it open. Processes that are killed leave such memory; Python's resource tracker, which
+would remove some of it, may be killed as well. The supervisor notes every 5 s what the tree has open, because a process that
+is killed cannot be asked afterwards.
 
 The process ids of the supervisor and of the command are written to stdout, and at the end the command's exit code. The
 command's output goes to stderr.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import select
 import shutil
 import signal
@@ -34,7 +36,9 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 TRACKER_GRACE = 2.0
-SHARED_MEMORY = "/dev/shm/psm_"  # noqa: S108 - where Python has it on Linux
+NOTE_SECONDS = 5.0
+# By name, because users keep files in /dev/shm too, and a server may have opened those.
+SHARED_MEMORY = re.compile(r"/dev/shm/((psm_|sem\.|torch_|nccl-|vllm)[^/ ]*|[^/ ]*-cpushm[^/ ]*)$")  # noqa: S108 - Linux's place
 SHARED_MEMORY_GRACE = 4.0
 
 
@@ -68,12 +72,12 @@ def is_resource_tracker(pid: int) -> bool:
 
 
 def shared_memory(pids: list[int] | None = None) -> set[str]:
-    """Return the files of Python's shared memory that these processes have open; default: all processes."""
+    """Return the files of libraries' shared memory that these processes have open; default: all processes."""
     found: set[str] = set()
     for maps in (Path(f"/proc/{pid}/maps") for pid in pids) if pids is not None else Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):  # already gone, or another user's
-            lines = maps.read_text(errors="replace").splitlines()
-            found.update(line[line.index(SHARED_MEMORY) :] for line in lines if SHARED_MEMORY in line)
+            mapped = map(SHARED_MEMORY.search, maps.read_text(errors="replace").splitlines())
+            found.update(one[0] for one in mapped if one)
     return found
 
 
@@ -101,13 +105,20 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def wait(pid: int, owner: int, wake: int) -> int | None:
-    """Wait until the command has ended and return its status, or None when it should be ended."""
+def wait(pid: int, owner: int, wake: int, shared: set[str]) -> int | None:
+    """Wait until the command has ended and return its status, or None when it should be ended.
+
+    Meanwhile ``shared`` grows by the shared memory that the tree has open.
+    """
+    next_note = 0.0
     while True:
+        if time.monotonic() >= next_note:
+            shared |= shared_memory(descendants())
+            next_note = time.monotonic() + NOTE_SECONDS
         if (status := reap().get(pid)) is not None:
             return status
         # Watch the owner too, because a process forked from the owner may hold the pipe open after the owner's end.
-        ready, _, _ = select.select([0, owner, wake], [], [])
+        ready, _, _ = select.select([0, owner, wake], [], [], NOTE_SECONDS)
         if owner in ready or (0 in ready and not os.read(0, 1)):
             return None
         if wake in ready and any(number != signal.SIGCHLD for number in os.read(wake, 1024)):
@@ -142,8 +153,9 @@ def main() -> int:
         sys.exit(f"{command[0]}: {error.strerror}")
     print(os.getpid(), child.pid, flush=True)
 
-    status = wait(child.pid, owner, wake)
-    shared = shared_memory(descendants())
+    shared: set[str] = set()
+    status = wait(child.pid, owner, wake, shared)
+    shared |= shared_memory(descendants())
     if status is None:
         send(child.pid, signal.SIGTERM)
         ends = time.monotonic() + grace

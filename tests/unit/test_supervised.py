@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from multiprocessing import shared_memory
 from pathlib import Path
 
 import pytest
 
+from areal_vllm_ext.process import supervisor
 from areal_vllm_ext.process.supervised import Supervised
 
 # A server at its worst: it ignores SIGTERM, and its grandchild, in a session of its own, does too.
@@ -73,32 +75,52 @@ def test_end_takes_the_whole_tree_and_the_scratch_folder(tmp_path: Path, stubbor
     assert not scratch.exists()
 
 
-# Its own has nobody who would remove it: what would, Ray kills with the worker that made it.
+# Python's resource tracker would remove the segment, but Ray kills it together with the process that made the segment.
 SHARING = """
-import sys, time
+import mmap, os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 from multiprocessing import resource_tracker, shared_memory
 own = shared_memory.SharedMemory(create=True, size=100)
 resource_tracker.unregister(own._name, "shared_memory")
 others = shared_memory.SharedMemory(sys.argv[1])
 resource_tracker.unregister(others._name, "shared_memory")
+with open(sys.argv[2], "rb") as file:
+    weights = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+with open(sys.argv[3], "w+b") as file:
+    file.truncate(100)
+    offload = mmap.mmap(file.fileno(), 0)
 print("own", own.name, flush=True)
 time.sleep(600)
 """
 
 
-def test_shared_memory_that_nobody_has_open_any_more_is_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["end", "the supervisor is killed", "the command is killed"])
+def test_shared_memory_that_no_process_has_open_is_removed(tmp_path: Path, way: str) -> None:
     others = shared_memory.SharedMemory(create=True, size=100)
+    name = uuid.uuid4().hex
+    users, offload = Path("/dev/shm", f"model-{name}.safetensors"), Path("/dev/shm", f"vllm_offload_{name}.mmap")
+    users.write_bytes(b"weights")
     try:
-        process = Supervised([sys.executable, "-c", SHARING, others.name], log=tmp_path / "log", grace=0.5)
+        command = [sys.executable, "-c", SHARING, others.name, str(users), str(offload)]
+        process = Supervised(command, log=tmp_path / "log", grace=0.5)
         wait_for(lambda: "own psm_" in process.last_lines())
         own = Path("/dev/shm", process.last_lines().split()[-1])
         assert own.exists()
+        assert offload.exists()
+        if way == "the supervisor is killed":
+            os.kill(process.supervisor_pid, signal.SIGKILL)
+        elif way == "the command is killed":
+            time.sleep(supervisor.NOTE_SECONDS + 0.5)
+            os.kill(process.pid, signal.SIGKILL)
         process.end()
         assert not own.exists()
+        assert not offload.exists()
         assert Path("/dev/shm", others.name).exists(), "this process still has it open"
+        assert users.exists(), "a file of the user's, which the command had open"
     finally:
         others.close()
         others.unlink()
+        users.unlink()
 
 
 @pytest.mark.parametrize("children_first", [False, True])
