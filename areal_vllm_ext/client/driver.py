@@ -62,7 +62,9 @@ class Driver:
             UpdateAborted: an engine is not ready.
         """
         options, targets = self._context.options, self._targets
-        members = {name: Member(target.epoch, target.resumes) for name, target in targets.items()}
+        # All engines of a replica or none: the ranks of an MoE group resume together. One that a user has paused stays so.
+        resumes = {target.engine.replica for target in targets.values() if target.resumes}
+        members = {name: Member(target.epoch, target.engine.replica in resumes) for name, target in targets.items()}
         coordinator = Coordinator(uuid.uuid4().hex, self._context.version, members, options.mode, options.kv)
         self.coordinator = coordinator
         spans = trace.spans_for(target.engine for target in targets.values()) if options.trace else 0

@@ -56,7 +56,7 @@ def plan(statuses: Mapping[str, Status], epoch: int, *, all_here: bool = True) -
         adopt = {name: AdoptEpoch(epoch=epoch) for name in current}
     orphaned = {status.engine.replica for status in statuses.values() if status.orphaned}
     resume: dict[str, EngineRequest] = {
-        name: Resume(epoch=epoch)
+        name: Resume(epoch=epoch, update="" if status.engine.replica in orphaned else status.paused_for)
         for name, status in statuses.items()
         if name in current
         and status.generation != "running"
