@@ -404,7 +404,7 @@ class Deployment:
             host=HOST,
             directory=self.directory,
             key=self.key,
-            world_size=self.shape.workers,
+            workers=frozenset(range(self.shape.workers)),
             version=self.shape.version,
             settings=self.shape.settings,
             engine=engine,

@@ -12,23 +12,20 @@ import errno
 import functools
 import itertools
 import logging
-import os
-import socket
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.interface import PauseState
 
-from ..config import DEFAULT_DIRECTORY_PORT, Settings, split_address
-from ..control.directory import new_incarnation
+from ..config import Settings, split_address
 from ..control.directory_server import DirectoryServer
 from ..errors import SettingsError
 from ..process.host_slot import HostSlot
-from ..protocol import EngineInfo, Version, security, timing
+from ..protocol import Version, security, timing
 from .endpoint import Endpoint, Identity
 from .foreign_calls import ForeignCalls
-from .launch_facts import launch_facts
+from .identity import describe_engine, directory_address, engine_count, worker_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,11 +39,6 @@ logger = logging.getLogger("vllm.areal_vllm_ext")
 
 _ATTACH_SECONDS = 60.0
 _REGISTER_SECONDS = 10.0
-
-
-def directory_address(settings: Settings, config: VllmConfig) -> str:
-    """Return the address of this engine's directory: the setting, or the default port of the data-parallel head."""
-    return settings.directory or f"tcp://{config.parallel_config.data_parallel_master_ip}:{DEFAULT_DIRECTORY_PORT}"
 
 
 def check_settings(config: VllmConfig) -> tuple[Settings, str, security.ClusterKey]:
@@ -92,7 +84,7 @@ class Controller:
         )
         settings, host, key = check_settings(config)
         address = directory_address(settings, config)
-        self._slot = None if settings.replica or data_parallel_size(config) > 1 else HostSlot("replica")
+        self._slot = None if settings.replica or engine_count(config) > 1 else HostSlot("replica")
         if self._slot:
             settings = dataclasses.replace(settings, replica=f"{host}/{self._slot.number}")
         info = describe_engine(config, settings, host)
@@ -101,7 +93,7 @@ class Controller:
             host=host,
             directory=address,
             key=key,
-            world_size=config.parallel_config.world_size,
+            workers=worker_ranks(config),
             version=getattr(engine, "_weight_version", "default"),
             settings=settings,
             engine=self,
@@ -117,6 +109,9 @@ class Controller:
             )
         # Before the first step, because a restarted engine must not serve weights that the others no longer serve.
         while not self.endpoint.wait_registered(_REGISTER_SECONDS):
+            if refusal := self.endpoint.directory_refusal:
+                self.endpoint.stop()
+                raise SettingsError(f"the directory {address} refuses {info.name}: {refusal}")
             logger.warning(
                 "%s waits to join: no answer of the directory %s, or a client is at work", info.name, address
             )
@@ -300,30 +295,6 @@ class Controller:
 def error_of(error: BaseException | None) -> str:
     """Return one line that names the error; empty for None."""
     return "" if error is None else f"{type(error).__name__}: {error}"
-
-
-def data_parallel_size(config: VllmConfig) -> int:
-    """Return the number of DP ranks, which the engine itself may not know."""
-    own: int = config.parallel_config.data_parallel_size
-    return max(own, launch_facts().data_parallel_size)
-
-
-def describe_engine(config: VllmConfig, settings: Settings, host: str) -> EngineInfo:
-    """Return who this engine is; its address and workers are added when they are known."""
-    parallel = config.parallel_config
-    launch = launch_facts()
-    head = f"{parallel.data_parallel_master_ip}:{parallel.data_parallel_rpc_port}"
-    return EngineInfo(
-        replica=settings.replica or head,
-        dp_rank=parallel.data_parallel_index,
-        dp_size=data_parallel_size(config),
-        headless=launch.headless,
-        node=f"{socket.gethostname()}/{host}",
-        pid=os.getpid(),
-        incarnation=new_incarnation(time.time()),
-        address="",
-        dtype=str(config.model_config.dtype).removeprefix("torch."),
-    )
 
 
 @contextlib.contextmanager

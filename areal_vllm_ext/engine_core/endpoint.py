@@ -90,7 +90,7 @@ class Endpoint:
         host: str,
         directory: str,
         key: security.ClusterKey,
-        world_size: int,
+        workers: frozenset[int],
         version: Version,
         settings: Settings,
         engine: Engine,
@@ -112,17 +112,16 @@ class Endpoint:
         # Every holder of the key may command this engine, but only its own workers may vote: its executor gives them this.
         self.attach_token = secrets.token_hex(16)
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
-        self._world_size = world_size
-        self._participant = Participant(version, frozenset(range(world_size)), resume_orphans=settings.resume_orphans)
-        self.tracing = Tracing(world_size)
-        self._queries = WeightQueries(identity.model, identity.revision, world_size, self.post)
+        self._participant = Participant(version, workers, resume_orphans=settings.resume_orphans)
+        self.tracing = Tracing(workers)
+        self._queries = WeightQueries(identity.model, identity.revision, workers, self.post)
         self._guard = Guard()
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._all_attached = threading.Event()
         self._registered = threading.Event()
-        self._directory_complaint = ""
+        self.directory_refusal = ""
         self._switch_interval = ShortSwitchInterval()
         self._stopping = False
         self._farewell = True
@@ -249,8 +248,9 @@ class Endpoint:
             if isinstance(answer, protocol.Registered):
                 self._carry_out(self._participant.on_group_epoch(answer.version, answer.committed_epoch))
                 self._registered.set()
-            if isinstance(answer, protocol.Error) and answer.message != self._directory_complaint:
-                self._directory_complaint = answer.message
+                self.directory_refusal = ""
+            if isinstance(answer, protocol.Error) and answer.message != self.directory_refusal:
+                self.directory_refusal = answer.message
                 logger.error("the directory %s refuses this engine: %s", self._directory_address, answer.message)
 
     def _drain_wakes(self) -> None:
@@ -319,7 +319,7 @@ class Endpoint:
 
     def _attach(self, caller: ReplyTo, message: Attach) -> None:
         own = secrets.compare_digest(message.token.encode(), self.attach_token.encode())
-        if not own or message.worker.rank >= self._world_size:
+        if not own or message.worker.rank not in self._participant.workers:
             problem = f"{self.info.name} was not started with worker {message.worker.rank} on {message.worker.node}"
             self._server.answer(caller, protocol.Error(kind="state", message=problem))
             return
@@ -327,7 +327,7 @@ class Endpoint:
         workers = tuple(worker for _, (_, worker) in sorted(self._workers.items()))
         self.info = msgspec.structs.replace(self.info, workers=workers)
         self._server.answer(caller, protocol.Ack())
-        if len(self._workers) == self._world_size:
+        if len(self._workers) == len(self._participant.workers):
             self._all_attached.set()
 
     def _status(self) -> Status:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from typing import TYPE_CHECKING, Any
 
 from ..vllm_patching import install_patches, is_ours, patch_once
@@ -68,55 +67,19 @@ def control_in_process_engines() -> None:
     """Give an engine that lives in the user's own process (``LLM`` without multiprocessing) its endpoint.
 
     Reason: such an engine has no loop; the user's thread steps it. Our calls run on a thread of their own, and a lock keeps
-    them between two steps. (vLLM offers no pause mode ``wait`` there.)
+    them between two steps. And a pause of mode ``abort`` ends requests there without an output, so ``generate`` would wait for
+    them for ever. (vLLM offers no pause mode ``wait`` there.)
     Checked on: 0.32.0.
     """
     from vllm.v1.engine.core_client import InprocClient
 
-    def make_init(original: Any) -> Any:
-        @functools.wraps(original)
-        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, vllm_config, *args, **kwargs)
-            if is_ours(vllm_config):
-                from concurrent.futures import ThreadPoolExecutor
+    from . import in_process
 
-                from .controller import Controller
-
-                self._areal_lock = threading.RLock()
-                pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="areal-calls")
-
-                def between_steps(call: Callable[[], None]) -> None:
-                    with self._areal_lock:
-                        call()
-
-                self._areal_controller = Controller(self.engine_core, lambda call: pool.submit(between_steps, call))
-
-        return __init__
-
-    def make_locked(original: Any) -> Any:
-        @functools.wraps(original)
-        def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            lock = getattr(self, "_areal_lock", None)
-            if lock is None:
-                return original(self, *args, **kwargs)
-            with lock:
-                return original(self, *args, **kwargs)
-
-        return locked
-
-    def make_shutdown(original: Any) -> Any:
-        @functools.wraps(original)
-        def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
-            if controller := self.__dict__.pop("_areal_controller", None):
-                controller.stop()
-            original(self, *args, **kwargs)
-
-        return shutdown
-
-    patch_once(InprocClient, "__init__", make_init)
-    for name in ("get_output", "add_request", "abort_requests"):
-        patch_once(InprocClient, name, make_locked)
-    patch_once(InprocClient, "shutdown", make_shutdown)
+    patch_once(InprocClient, "__init__", in_process.start_control)
+    patch_once(InprocClient, "get_output", lambda original: in_process.locked(in_process.with_aborted(original)))
+    for name in ("add_request", "abort_requests"):
+        patch_once(InprocClient, name, in_process.locked)
+    patch_once(InprocClient, "shutdown", in_process.stop_control)
 
 
 def check_settings_before_model_load() -> None:

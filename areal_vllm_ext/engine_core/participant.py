@@ -265,7 +265,7 @@ class Participant:
             return self._refuse(caller, "state", self.asleep)
         receiving = [set(sender.workers) for sender in message.senders.values()]
         if not receiving or not all(self.workers.issuperset(ranks) for ranks in receiving):
-            problem = f"this engine has workers 0 to {len(self.workers) - 1}, and the update has {message.senders}"
+            problem = f"this engine has the workers {sorted(self.workers)}, and the update has {message.senders}"
             return self._refuse(caller, "state", problem)
         effects = self._give_up("a newer update began") if self.update else []
         self.update = UpdateInFlight(message, now + message.timeout, self.workers)

@@ -34,7 +34,7 @@ class WeightQueries:
         self,
         model: str,
         revision: str | None,
-        world_size: int,
+        workers: frozenset[int],
         post: Callable[[Callable[[], list[Effect]]], None],
     ) -> None:
         """Ask nothing yet.
@@ -42,11 +42,11 @@ class WeightQueries:
         Args:
             model: the checkpoint's directory or its name on the hub.
             revision: of that name.
-            world_size: how many workers answer.
+            workers: the ranks that answer.
             post: has the endpoint's thread run a function and carry out its effects.
         """
         self._model, self._revision = model, revision
-        self._world_size = world_size
+        self._workers = workers
         self._post = post
         self._weights: Weights | None = None
         self._weights_waiting: list[ReplyTo] = []
@@ -95,7 +95,7 @@ class WeightQueries:
             kind: ErrorKind = "busy" if message.busy else "failed"
             return [Reply(asked.caller, Error(kind=kind, message=f"worker {message.rank}: {message.error}"))]
         asked.taken[message.rank] = message.weights
-        if len(asked.taken) < self._world_size:
+        if len(asked.taken) < len(self._workers):
             return []
         del self._digesting[message.request]
         return [Reply(asked.caller, WeightDigests(workers=tuple(asked.taken[rank] for rank in sorted(asked.taken))))]
@@ -106,7 +106,7 @@ class WeightQueries:
         effects: list[Effect] = []
         for request, asked in late.items():
             del self._digesting[request]
-            missing = sorted(set(range(self._world_size)) - set(asked.taken))
+            missing = sorted(self._workers - set(asked.taken))
             problem = f"no digests from worker {', '.join(map(str, missing))} in time"
             effects.append(Reply(asked.caller, Error(kind="timeout", message=problem)))
         return effects

@@ -39,7 +39,7 @@ class Tracing:
         spans: of the update that began last.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: frozenset[int]) -> None:
         self.spans = SpanRecorder()
         self._workers = workers
         self._update = ""
@@ -87,11 +87,11 @@ class Tracing:
 
     def tick(self, now: float) -> list[Effect]:
         """Answer those whose workers have all answered, or whose time is over."""
-        ready = [one for one in self._asking if len(one.spans) == self._workers or now >= one.ends]
+        ready = [one for one in self._asking if len(one.spans) == len(self._workers) or now >= one.ends]
         self._asking = [one for one in self._asking if one not in ready]
         return [Reply(one.caller, self._trace(one, now)) for one in ready]
 
     def _trace(self, asking: _Asking, now: float) -> Trace:
         recorded = [span for _, spans in sorted(asking.spans.items()) for span in spans]
-        silent = tuple(sorted(set(range(self._workers)) - set(asking.spans)))
+        silent = tuple(sorted(self._workers - set(asking.spans)))
         return Trace(received=asking.received, answered=now, spans=(*self.spans.snapshot(), *recorded), silent=silent)

@@ -72,6 +72,14 @@ with EngineGroup.connect() as group:
     facts["spans"] = [(span.version if hasattr(span, "version") else str(span)) for span in output.weight_versions]
     facts["versions"] = [state.version for state in group.status()]
     facts["again"] = list(generate().token_ids) == oracle()
+    # A pause that aborts ends the request, and with it the user's call.
+    thread = threading.Thread(target=lambda: facts.update(aborted=generate(400).finish_reason), daemon=True)
+    thread.start()
+    while not llm.llm_engine.engine_core.engine_core.scheduler.running:
+        pass
+    group.pause("abort")
+    thread.join(20)
+    group.resume()
 print(json.dumps(facts))
 """
 )
@@ -104,7 +112,81 @@ def test_engine_in_the_users_process_is_updated_between_its_steps(tmp_path: Path
     assert facts["updated"]
     assert facts["again"]
     assert facts["versions"] == ["two"]
+    assert facts.get("aborted") == "abort"
     assert [text for text in ("one", "two") if any(text in str(span) for span in facts["spans"])] == ["one", "two"]
+
+
+TORCHRUN = """
+import json, os, sys
+import torch
+from vllm import LLM, SamplingParams
+from vllm.inputs import TokensPrompt
+from areal_vllm_ext import EngineGroup
+
+folder = sys.argv[1]
+rank = int(os.environ["RANK"])
+llm = LLM(folder, enforce_eager=True, max_model_len=512, dtype="float32", tensor_parallel_size=2, seed=0,
+          distributed_executor_backend="external_launcher", worker_extension_cls="areal_vllm_ext.worker.WorkerExtension")
+prompt = [10, 20, 30]
+
+def generate():
+    options = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    return list(llm.generate(TokensPrompt(prompt_token_ids=prompt), options, use_tqdm=False)[0].outputs[0].token_ids)
+
+facts = {}
+before = generate()
+torch.distributed.barrier()
+if rank == 0:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def oracle():
+        return model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0, len(prompt):].tolist()
+
+    facts["loaded"] = before == oracle()
+    with EngineGroup.connect() as group:
+        group.wait_ready(engines=2, timeout=30)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        group.update_weights(model, version="one", timeout=60)
+        facts["engines"] = [(state.dp_rank, state.version) for state in group.status()]
+        facts["equal"] = group.verify().equal
+torch.distributed.barrier()
+after = generate()
+if rank == 0:
+    facts["updated"] = after == oracle()
+    print(json.dumps(facts))
+"""
+
+
+def test_engines_of_an_external_launcher_are_one_replica(tmp_path: Path) -> None:
+    """torchrun starts an engine of one worker for each rank of a TP group; the engines run in lockstep."""
+    make_model(tmp_path)
+    script = tmp_path / "ranks.py"
+    script.write_text(TORCHRUN)
+    port = str(free_ports(1)[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", port, str(script)]
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "AREAL_VLLM_DIRECTORY": f"tcp://127.0.0.1:{free_ports(1)[0]}",
+    }
+    done = subprocess.run(
+        [*command, str(tmp_path)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts == {"loaded": True, "engines": [[0, "one"], [1, "one"]], "equal": True, "updated": True}
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_a_sender_to_workers_that_are_not_there_is_refused() -> None:
     rig = Rig(workers=2)
     for senders in ({}, {0: Sender(transfer=Disk(path="/"), workers=(1, 2))}):
         asked = rig.ask(Begin(epoch=1, update="u", version=NEW, senders=senders, timeout=MINUTE))
-        assert "has workers 0 to 1" in str(rig.answers[asked])
+        assert "has the workers [0, 1]" in str(rig.answers[asked])
     assert rig.state == ("idle", "running")
 
 

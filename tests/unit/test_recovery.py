@@ -99,9 +99,14 @@ def test_an_engine_that_is_behind_stays_paused() -> None:
     assert plan(a=stale, b=ahead) == recovery.Recovery({}, {}, {}, wait=False)
 
 
+def test_what_recovery_resumes_after_an_update_leaves_a_users_own_pause_alone() -> None:
+    assert plan(a=status(generation="paused", paused_for="u")).resume == {"a": Resume(epoch=3, update="u")}
+
+
 def test_one_orphan_resumes_its_whole_replica() -> None:
     orphan = status(generation="paused", orphaned=True)
     paused = status(generation="paused")
     elsewhere = status(generation="paused", engine=msgspec.structs.replace(ENGINE, replica="other"))
-    assert sorted(plan(a=orphan, b=paused, c=elsewhere).resume) == ["a", "b"]
+    found = plan(a=orphan, b=paused, c=elsewhere).resume
+    assert found == {name: Resume(epoch=3) for name in ("a", "b")}, "which ends a user's own pause"
     assert plan(b=paused, c=elsewhere).resume == {}
