@@ -7,19 +7,16 @@ version within bounds, and nothing may be left behind.
 
 from __future__ import annotations
 
-import argparse
-import collections
 import dataclasses
 import functools
 import random
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from areal_vllm_ext.client.state import UpdateResult
 from areal_vllm_ext.errors import ArealError, UpdateAborted
 
-from .simulation import Call, Clock, Violation, World, require, simulated_time
+from .simulation import Call, Clock, Coverage, World, require
 
 PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
 # Longest recovery: two leases that run out (10 s each), an engine that registers again (1 s), a request that times out.
@@ -186,8 +183,10 @@ KINDS: dict[str, Draw] = {
 class Round:
     """One round, decided by its seed."""
 
-    def __init__(self, kind: str, seed: int, engines: int, trace: bool = False) -> None:
-        self.world = World(engines, random.Random(seed), trace)
+    def __init__(
+        self, kind: str, seed: int, engines: int, trace: bool = False, coverage: Coverage | None = None
+    ) -> None:
+        self.world = World(engines, random.Random(seed), trace, coverage)
         self.dice = self.world.dice
         self.kind = kind
         self.struck = 0.0
@@ -329,69 +328,3 @@ class _Hand:
 
 
 WORLDS_HAND: Any = _Hand()
-
-
-def play(kind: str, seed: int, engines: int, trace: bool = False) -> tuple[Round, Violation | None]:
-    """Play one round; returns it, and what it broke."""
-    one = Round(kind, seed, engines, trace)
-    try:
-        one.run()
-    except Violation as violation:
-        return one, violation
-    finally:
-        for process in (*one.world.trainers, *one.world.engines, one.world.directory):
-            process.kill()
-    return one, None
-
-
-def simulate(options: argparse.Namespace) -> dict[str, object]:
-    """Play rounds, print each violation and a table, and return the totals."""
-    kinds = [kind for kind in KINDS if not options.only or options.only in kind]
-    rounds: collections.Counter[str] = collections.Counter()
-    broken: collections.Counter[str] = collections.Counter()
-    violations: collections.Counter[str] = collections.Counter()
-    recovery: dict[str, float] = collections.defaultdict(float)
-    overrun, events, started = 0.0, 0, time.perf_counter()
-    with simulated_time():
-        for seed in range(options.seed, options.seed + options.rounds):
-            kind = kinds[seed % len(kinds)]
-            one, violation = play(kind, seed, options.engines, options.trace)
-            rounds[kind] += 1
-            events += one.world.events
-            overrun = max(overrun, one.overrun)
-            recovery[kind] = max(recovery[kind], one.recovery)
-            if one.world.lines:
-                print(*one.world.lines, sep="\n")
-            if violation and violation.kind not in options.ignore:
-                violations[violation.kind] += 1
-                broken[kind] += 1
-                print(f"{kind}, seed {seed}: {violation}\n  again: {replay(options, seed)}", flush=True)
-                if options.first:
-                    break
-    seconds = time.perf_counter() - started
-    print(f"\n{'fault':18s} {'rounds':>7s} {'violations':>11s} {'slowest recovery (simulated s)':>31s}")
-    for kind in kinds:
-        print(f"{kind:18s} {rounds[kind]:7d} {broken[kind]:11d} {recovery[kind]:31.1f}")
-    return {
-        "faults": rounds.total(),
-        "engines": options.engines,
-        "mixed_versions": violations["mixed versions"],
-        "hangs": violations["hang"],
-        "wrong_tokens": violations["wrong tokens"],
-        "leftovers": violations["leftover"],
-        "overruns": violations["overrun"],
-        "untrue_outcomes": violations["untrue outcome"],
-        "wrong_histories": violations["history"],
-        "broken_rules": violations["rule"],
-        "max_overrun_s": round(overrun, 3),
-        "slowest_recovery_s": round(max(recovery.values()), 1),
-        "events": events,
-        "seconds": round(seconds, 1),
-        "events_per_second": round(events / seconds),
-    }
-
-
-def replay(options: argparse.Namespace, seed: int) -> str:
-    """Return the command that plays one round again and prints its messages."""
-    only = f" --only {options.only!r}" if options.only else ""
-    return f"python -m chaos --simulated --rounds 1 --seed {seed} --engines {options.engines}{only} --trace"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from .base import FIRST_VERSION, Violation, brief, require
 from .client import Call, Trainer, simulated_time
+from .coverage import Coverage
 from .engine import Engine, engine_info
 from .process import Clock
 from .world import World
@@ -20,6 +21,7 @@ __all__ = [
     "FIRST_VERSION",
     "Call",
     "Clock",
+    "Coverage",
     "Engine",
     "Trainer",
     "Violation",

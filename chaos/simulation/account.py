@@ -29,7 +29,7 @@ class Account:
 
     Attributes:
         versions: the versions that engines serve now, with the number of engines.
-        newest: the highest committed epoch that any engine has served.
+        newest: the highest committed epoch that an engine has served or an update has returned.
         forgotten: the moments at which the last memory of ``newest`` died. After them, any earlier version may be served.
     """
 

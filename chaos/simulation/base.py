@@ -11,6 +11,7 @@ from areal_vllm_ext.protocol import Message, Register, Status
 FIRST_VERSION = "v0"
 DIRECTORY = "tcp://directory:29700"
 TICK_SECONDS = 0.1
+STEP_SECONDS = 0.003
 WATCH_SECONDS = 0.2
 RECOVERY_SECONDS = 10.0
 GONE_SECONDS = 5.0

@@ -196,6 +196,8 @@ class Trainer(Asking):
             outcome = error
         if self.alive:
             call.outcome, call.seconds, call.ended = outcome, self.time() - started, self.world.now
+            if isinstance(outcome, UpdateResult):
+                self.world.returned(call.version)
             self.world.log(self.name, f"update to {call.version} ends after {call.seconds:.3f} s: {outcome!r}")
 
 

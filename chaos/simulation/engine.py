@@ -122,9 +122,11 @@ class Engine:
             self.carry_out([Reply(caller, refusal or self.status())])
         else:
             self.carry_out(self.participant.handle(caller, message, now))
-        if message.epoch < self.highest_epoch and self.state != before:
+        if (epoch := getattr(message, "epoch", None)) is None:  # it holds a pause, and commands nothing
+            return
+        if epoch < self.highest_epoch and self.state != before:
             raise Violation("rule", f"{message} of a lower epoch than {self.highest_epoch} changed {before}")
-        self.highest_epoch = max(self.highest_epoch, message.epoch)
+        self.highest_epoch = max(self.highest_epoch, epoch)
 
     def status(self) -> Status:
         return self.participant.status(self.info)

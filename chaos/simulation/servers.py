@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from areal_vllm_ext.control.command import Commander
 from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.engine_core.participant import CallCommit
 from areal_vllm_ext.errors import ArealError
-from areal_vllm_ext.protocol import Answer, DirectoryRequest, EngineInfo, Registered, timing
+from areal_vllm_ext.protocol import Answer, Begin, DirectoryRequest, EngineInfo, Registered, timing
 from areal_vllm_ext.protocol.server import ReplyTo
 
-from .base import DIRECTORY, RECOVERY_SECONDS, TICK_SECONDS, WATCH_SECONDS, Violation
+from .base import DIRECTORY, RECOVERY_SECONDS, STEP_SECONDS, TICK_SECONDS, WATCH_SECONDS, Violation
 from .client import Asking
 from .engine import Engine
 from .process import Process, new_caller
@@ -66,6 +67,9 @@ class EngineProcess(Process):
 
     Attributes:
         failing: how many of the next calls or workers' steps will fail.
+        full: whether no worker has memory for another update.
+        stuck: what does not return: ``calls`` of the engine's loop, its ``pause``, ``workers``.
+        slowness: the longest time that a step takes, in seconds.
         joined: whether the directory has answered; before that the engine serves nothing.
     """
 
@@ -73,6 +77,9 @@ class EngineProcess(Process):
         super().__init__(world, f"engine-{rank}.{info.pid}", world.clock())
         self.rank = rank
         self.failing = 0
+        self.full = False
+        self.stuck: frozenset[str] = frozenset()
+        self.slowness = STEP_SECONDS
         self.engine = Engine(info=info, log=functools.partial(world.log, self.name))
         self.engine.running = self.joined = False
         self._stepping = False
@@ -85,6 +92,7 @@ class EngineProcess(Process):
             if isinstance(message, Registered):
                 self.registered(message)
             return
+        self.world.received(self, caller, message)
         self.engine.receive(caller, message, self.time())
         self.flush()
 
@@ -123,18 +131,36 @@ class EngineProcess(Process):
     def flush(self) -> None:
         """Send the answers, and let the next step come a moment later."""
         engine = self.engine
-        self.world.switched[engine.participant.version].add(self.rank)
+        self.world.committed(self.rank)
         for caller, answer in engine.replies:
             self.world.send(self, caller.peer, caller, answer)
         engine.replies.clear()
         if not self._stepping and engine.busy:
             self._stepping = True
-            self.after(self.world.dice.uniform(0.0001, 0.003), self.step)
+            self.after(self.world.dice.uniform(0.0001, self.slowness), self.step)
+
+    def unstick(self) -> None:
+        """End ``stuck``, ``full`` and ``slowness``."""
+        self.stuck, self.full, self.slowness = frozenset(), False, STEP_SECONDS
+        self.flush()
+
+    def _parts(self) -> list[Callable[[], None]]:
+        """Return what can happen next, without what is stuck."""
+        engine, parts = self.engine, self.engine.parts()
+        if "calls" in self.stuck:
+            parts = [part for part in parts if part != engine.step]
+        if "pause" in self.stuck:
+            parts = [part for part in parts if part != engine.become_idle]
+        if "workers" in self.stuck:
+            parts = [part for part in parts if not isinstance(part, functools.partial)]
+        return parts
 
     def step(self) -> None:
         self._stepping = False
         engine = self.engine
-        part = self.world.dice.choice(engine.parts())
+        if not (parts := self._parts()):
+            return
+        part = self.world.dice.choice(parts)
         if part == engine.step:
             call = engine.calls[0]
             fails = self._fails()
@@ -143,7 +169,7 @@ class EngineProcess(Process):
             engine.step(fails)
             self.world.check(self.rank)
         elif isinstance(part, functools.partial):
-            part(fails=self._fails())
+            part(fails=self._fails() or (self.full and isinstance(engine.orders[part.args[0]][0], Begin)))
         else:
             part()
             if part == engine.become_idle:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_vllm_ext.engine_core.participant import CallCommit
-from areal_vllm_ext.protocol import Message, Version
+from areal_vllm_ext.protocol import Commit, Message, Resume, Version
 from areal_vllm_ext.protocol.server import ReplyTo
 
 from .account import Account, Served
 from .base import brief, nothing, require
 from .client import Trainer
+from .coverage import Coverage
 from .engine import engine_info
 from .network import Network
 from .process import Clock, Process
@@ -31,10 +32,13 @@ class World:
     Attributes:
         now: the true time, in seconds.
         switched: by version, the engines that ever committed it.
+        split: whether the network was cut so that two clients commanded engines at once, which is not promised to work.
         on_send: called with every message that is sent, and whether it will arrive.
     """
 
-    def __init__(self, engines: int, dice: random.Random, trace: bool = False) -> None:
+    def __init__(
+        self, engines: int, dice: random.Random, trace: bool = False, coverage: Coverage | None = None
+    ) -> None:
         self.dice = dice
         self.now = 0.0
         self.events = 0
@@ -46,6 +50,9 @@ class World:
         self._processes: dict[bytes, Process] = {}
         self.network = Network(self.dice)
         self.switched: dict[Version, set[int]] = collections.defaultdict(set)
+        self.split = False
+        self.coverage = coverage or Coverage()
+        self._epochs: dict[Version, int] = {}
         self._begun: set[str] = set()
         self.account = Account()
         self._incarnations = itertools.count(1)
@@ -68,7 +75,9 @@ class World:
             self._listening[address] = process
 
     def start_directory(self) -> None:
-        self.directory = DirectoryProcess(self)
+        """Start the directory, unless it is there."""
+        if not hasattr(self, "directory") or not self.directory.alive:
+            self.directory = DirectoryProcess(self)
 
     def crash_directory(self) -> None:
         self.directory.kill()
@@ -180,12 +189,39 @@ class World:
             self.account.newest = max(self.account.newest, participant.committed_epoch)
         self.account.serves(rank, served, self.now)
 
+    def committed(self, rank: int) -> None:
+        """Note the version that engine ``rank`` has, and its epoch."""
+        participant = self.engines[rank].engine.participant
+        self.switched[participant.version].add(rank)
+        self._epochs[participant.version] = participant.committed_epoch
+
+    def returned(self, version: Version) -> None:
+        """Note that an update has returned as committed: from now on no engine may serve older weights."""
+        self.account.newest = max(self.account.newest, self._epochs.get(version, 0))
+        self.remember()
+
     def remember(self) -> None:
-        """Note, after a process has died, what the others remember of committed epochs."""
+        """Note what living processes remember of committed epochs."""
         epochs = [one.engine.participant.committed_epoch for one in self.engines if one.alive]
         if self.directory.alive:
             epochs.append(self.directory.newest)
         self.account.remembered(max(epochs, default=0), self.now)
+
+    def received(self, engine: EngineProcess, caller: ReplyTo, message: Any) -> None:
+        """Note a request that has come to an engine.
+
+        A network that is cut in two can have two commanders, each on its side: the documentation does not promise one
+        version then. So a violation does not count after an engine has obeyed a client that another engine has been fenced
+        from, if that client could not reach the directory.
+        """
+        self.coverage.message(engine.engine.participant, message)
+        if isinstance(message, Commit | Resume) and not self.split:
+            source = self._processes.get(caller.peer)
+            behind = any(one.alive and one.engine.participant.epoch > message.epoch for one in self.engines)
+            if source and behind and message.epoch >= engine.engine.participant.epoch:
+                there = self.directory.alive and not self.directory.asleep
+                passes = self.network.passes
+                self.split = not (there and passes(source, self.directory) and passes(self.directory, source))
 
     def check_history(self) -> None:
         """Check that all engines together have behaved like one register of weights."""

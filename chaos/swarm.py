@@ -1,0 +1,241 @@
+"""Swarm rounds: each seed draws which faults happen and how often; then everything is healed, and all must work again.
+
+For some time, trainers update and users pause and resume while faults strike at random. A seed switches each kind of fault on
+or off and draws its rate, so that rounds differ as much as possible. Then every fault ends: dead processes start again,
+links are joined, memory is free, calls return. Within bounds all engines must serve, and an update must succeed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Callable
+
+from .simulated_faults import KINDS, WORLDS_HAND, Fault, Round, some
+from .simulation import Call, Clock, Coverage, Trainer, World
+
+TIMEOUTS = (1.0, 3.0, 8.0, 20.0)
+# Mean seconds between two faults of a kind, and of a fault.
+INTERVALS = (2.0, 8.0, 30.0)
+DURATIONS = (0.2, 2.0, 8.0, 25.0)
+Strike = Callable[[World, random.Random], Fault]
+
+
+def one_way(world: World, dice: random.Random) -> Fault:
+    """Lose all messages from one place to another."""
+    places = ["directory", *(engine.place for engine in world.engines), *(one.place for one in world.trainers[-2:])]
+    link = tuple(dice.sample(places, 2))
+    return Fault(lambda: world.network.blocked.add(link), lambda: world.network.blocked.discard(link))
+
+
+def stuck(world: World, dice: random.Random) -> Fault:
+    """Let calls on some engines not return; some of these engines have to be killed in the end."""
+    what = frozenset(dice.sample(["calls", "pause", "workers"], dice.choice([1, 1, 2])))
+    ranks, killed = some(world, dice), dice.random() < 0.3
+
+    def strike() -> None:
+        for rank in ranks:
+            world.engines[rank].stuck = what
+
+    def heal() -> None:
+        for rank in ranks:
+            if killed and world.engines[rank].alive:
+                world.crash_engine(rank)
+                world.restart_engine(rank)
+            world.engines[rank].unstick()
+
+    return Fault(strike, heal)
+
+
+def full_memory(world: World, dice: random.Random) -> Fault:
+    """Let workers of some engines have no memory for an update."""
+    ranks = some(world, dice)
+
+    def strike() -> None:
+        for rank in ranks:
+            world.engines[rank].full = True
+
+    return Fault(strike, lambda: [world.engines[rank].unstick() for rank in ranks] and None)
+
+
+def slow_disk(world: World, dice: random.Random) -> Fault:
+    """Let every step on some engines take up to seconds."""
+    ranks, seconds = some(world, dice), dice.choice([0.05, 0.5, 3.0])
+
+    def strike() -> None:
+        for rank in ranks:
+            world.engines[rank].slowness = seconds
+
+    return Fault(strike, lambda: [world.engines[rank].unstick() for rank in ranks] and None)
+
+
+def trainer_crash(world: World, dice: random.Random) -> Fault:
+    """Kill a trainer."""
+    living = [trainer for trainer in world.trainers if trainer.alive]
+    return Fault(dice.choice(living).kill if living else lambda: None)
+
+
+def trainer_asleep(world: World, dice: random.Random) -> Fault:
+    """Freeze a trainer."""
+    living = [trainer for trainer in world.trainers if trainer.alive]
+    if not living:
+        return Fault(lambda: None)
+    trainer = dice.choice(living)
+    return Fault(trainer.sleep, trainer.wake)
+
+
+def directory_asleep(world: World, dice: random.Random) -> Fault:
+    """Freeze the directory, sometimes with engine 0, in whose process it may live."""
+    processes = [world.directory, *([world.engines[0]] if dice.random() < 0.5 else [])]
+
+    def each(what: str) -> None:
+        for process in processes:
+            getattr(process, what)()
+
+    return Fault(lambda: each("sleep"), lambda: each("wake"))
+
+
+FAULTS: dict[str, Strike] = {
+    **{name: KINDS[name] for name in ("message lost", "message late", "message doubled", "reordered bursts")},
+    **{name: KINDS[name] for name in ("engine crash", "engine asleep", "engine fails")},
+    **{name: KINDS[name] for name in ("directory crash", "head crash", "partition", "a pause")},
+    "trainer crash": trainer_crash,
+    "trainer asleep": trainer_asleep,
+    "directory asleep": directory_asleep,
+    "one-way cut": one_way,
+    "stuck calls": stuck,
+    "full memory": full_memory,
+    "slow disk": slow_disk,
+}
+
+
+@dataclasses.dataclass
+class Rate:
+    """How often a kind of fault strikes in this round, and for how long: mean seconds."""
+
+    interval: float
+    duration: float
+
+
+class SwarmRound(Round):
+    """One round, decided by its seed."""
+
+    def __init__(self, seed: int, engines: int = 0, trace: bool = False, coverage: Coverage | None = None) -> None:
+        dice = random.Random(seed)
+        self.world = World(engines or dice.choice([2, 3, 3, 4]), dice, trace, coverage)
+        self.dice = dice
+        self.kind = "swarm"
+        self.overrun = self.recovery = 0.0
+        self.rates = {
+            name: Rate(dice.choice(INTERVALS), dice.choice(DURATIONS)) for name in FAULTS if dice.random() < 0.25
+        }
+        # How often an update begins, and how often a fault strikes in a phase of an update instead of at some time.
+        self._pace, self._aim = dice.choice([0.2, 1.0, 5.0]), dice.choice([0.0, 0.05, 0.3])
+        self._versions = itertools.count(1)
+        self._phase = "none"
+        self._heals = 0.0
+        self._faults: list[Fault] = []
+
+    def run(self) -> None:
+        """Play the round.
+
+        Raises:
+            Violation: a promise was broken.
+        """
+        world, dice = self.world, self.dice
+        if dice.random() < 0.25:
+            for process in (*world.engines, world.directory):
+                process.clock = Clock(process.clock.offset, dice.uniform(0.8, 1.25))
+        world.run(until=6.0)  # all have joined
+        world.log("seed", self.rates)
+        self._heals = world.now + dice.uniform(3.0, 40.0)
+        for _ in range(dice.choice([1, 1, 2])):
+            self.keep_updating()
+        for name in self.rates:
+            self.schedule(name)
+        world.run(until=self._heals)
+        self.heal()
+        if dice.random() < 0.5:
+            self.wait_until_all_serve(world.now)
+        self.update_until_it_succeeds(self._heals)
+        world.run(until=world.now + 3.0)
+        self.check_end()
+
+    def keep_updating(self, trainer: Trainer | None = None) -> None:
+        """Let a trainer update again and again; a dead trainer has a successor."""
+        world, dice = self.world, self.dice
+        trainer = trainer if trainer and trainer.alive else world.trainer()
+        call: list[Call] = []
+
+        def go_on() -> None:
+            if world.now >= self._heals:
+                return
+            if call and call[0].outcome is None and trainer.alive:
+                world.at(world.now + 0.2, WORLDS_HAND, go_on)
+            else:
+                world.at(world.now + dice.expovariate(1 / self._pace), WORLDS_HAND, lambda: self.keep_updating(trainer))
+
+        if world.now < self._heals and not trainer.asleep:
+            version = f"v{next(self._versions)}"
+            call.append(trainer.update(version, dice.choice(TIMEOUTS), on_phase=self.on_phase))
+        world.at(world.now + 0.2, WORLDS_HAND, go_on)
+
+    def on_phase(self, phase: str) -> None:
+        """Note the phase of an update, and sometimes let a fault strike in it."""
+        self._phase = phase
+        world, dice = self.world, self.dice
+        if self.rates and world.now < self._heals and dice.random() < self._aim:
+            name = dice.choice(list(self.rates))
+            after = dice.choice([0.0, 0.003, 0.03]) * dice.random()
+            world.at(world.now + after, WORLDS_HAND, lambda: self.strike(name))
+
+    def schedule(self, name: str) -> None:
+        """Let a fault strike after a random time, and again later."""
+        world = self.world
+        strikes = world.now + self.dice.expovariate(1 / self.rates[name].interval)
+        if strikes >= self._heals:
+            return
+
+        def strike() -> None:
+            self.strike(name)
+            self.schedule(name)
+
+        world.at(strikes, WORLDS_HAND, strike)
+
+    def strike(self, name: str) -> None:
+        """Let a fault strike now, and end some time later."""
+        world, dice = self.world, self.dice
+        if world.now >= self._heals:
+            return
+        fault = FAULTS[name](world, dice)
+        self._faults.append(fault)
+        world.coverage.fault(self._phase, name)
+        world.log("fault", name)
+        fault.strike()
+        ends = world.now + dice.expovariate(1 / self.rates[name].duration)
+        world.at(ends, WORLDS_HAND, lambda: self.end(fault))
+
+    def end(self, fault: Fault) -> None:
+        """End a fault, unless it has ended."""
+        if fault in self._faults:
+            self._faults.remove(fault)
+            self.world.log("fault", "ends")
+            fault.heal()
+
+    def heal(self) -> None:
+        """End every fault, and start what is dead."""
+        world = self.world
+        world.log("fault", "all end")
+        for fault in self._faults:
+            fault.heal()
+        self._faults.clear()
+        world.join_links()
+        world.start_directory()
+        for process in (*world.trainers, *world.engines, world.directory):
+            if process.asleep:
+                process.wake()
+        for rank in range(len(world.engines)):
+            world.restart_engine(rank)
+            world.engines[rank].failing = 0
+            world.engines[rank].unstick()
