@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+DRIVER, TRANSACTION = "client/driver.py", "client/transaction.py"
 PARTICIPANT, COORDINATOR = "engine_core/participant.py", "client/coordinator.py"
 RECOVERY, COMMAND = "control/recovery.py", "control/command.py"
 DIRECTORY, LEASE = "control/directory.py", "control/lease.py"
@@ -57,9 +58,9 @@ MUTANTS = {
     ],
     "every worker votes": [
         (
-            PARTICIPANT,
-            "update.finished.get(step, set()) >= update.workers.get(step, self.workers)",
-            "bool(update.finished.get(step))",
+            "engine_core/in_flight.py",
+            "self._finished.get(step, set()) >= self._step_workers.get(step, self._workers)",
+            "bool(self._finished.get(step))",
         )
     ],
     "a refused pause ends the update": [
@@ -98,6 +99,29 @@ MUTANTS = {
     ],
     "an engine that is behind pauses": [(PARTICIPANT, "if committed_epoch > self.committed_epoch:", "if False:")],
     "a joining engine hears of the last update": [(DIRECTORY, "heard >= heard_again or _is_lost", "True or _is_lost")],
+    "an engine that is behind pauses within an update, too": [
+        (
+            PARTICIPANT,
+            'if self.update_phase == "committing" or self._in_doubt or pauses.state == "resuming":',
+            'if self.update_phase != "idle" or pauses.state == "resuming":',
+        )
+    ],
+    "no engine that is behind is resumed by a user": [
+        (COMMAND, "for name, target in targets.items() if not target.behind}", "for name, target in targets.items()}")
+    ],
+    "no engine that is behind is resumed after an abort": [
+        (COORDINATOR, 'and not (phase == "abort" and self.members[name].behind)', "")
+    ],
+    "a group does not go on without an engine that may run": [
+        (
+            TRANSACTION,
+            "for name in coordinator.lost if name not in coordinator.committed",
+            "for name in coordinator.lost",
+        )
+    ],
+    "a client that was stopped asks for its lease before it commits": [
+        (DRIVER, "return await self._holds_lease(min(max(self._context.left, 0.05), 1.0))", "return True")
+    ],
     "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
     "a new lease has a new epoch": [(LEASE, "self.epoch += 1", "self.epoch += 0")],
     "a heartbeat brings the epoch back": [

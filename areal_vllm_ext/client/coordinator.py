@@ -46,10 +46,12 @@ class Member:
     Attributes:
         epoch: of the lease.
         running: whether the engine generated when the update began.
+        behind: whether its weights are older than the group's. Such an engine runs only after a commit.
     """
 
     epoch: int
     running: bool = True
+    behind: bool = False
 
 
 class Coordinator:
@@ -253,7 +255,7 @@ class Coordinator:
         requests: dict[str, EngineRequest] = {
             name: Resume(epoch=self.members[name].epoch, update=self.update)
             for name in names
-            if self.members[name].running
+            if self.members[name].running and not (phase == "abort" and self.members[name].behind)
         }
         self.phase, self._awaited = (phase, set(requests)) if requests else ("done", set())
         return requests

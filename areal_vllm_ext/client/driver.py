@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from .. import protocol
@@ -44,12 +44,21 @@ class Driver:
         commit_seconds: the longest commit of an engine.
     """
 
-    def __init__(self, context: UpdateContext, targets: Mapping[str, Target]) -> None:
+    def __init__(
+        self, context: UpdateContext, targets: Mapping[str, Target], holds_lease: Callable[[float], Awaitable[bool]]
+    ) -> None:
+        """
+        Args:
+            context: of the update.
+            targets: the engines, by name.
+            holds_lease: returns within so many seconds whether this client still holds the lease.
+        """
         self.coordinator: Coordinator | None = None
         self.pause_started = 0.0
         self.commit_seconds = 0.0
         self._context = context
         self._targets = targets
+        self._holds_lease = holds_lease
 
     async def begin(self, senders: Mapping[str, Mapping[int, Sender]], stagings: Mapping[str, Staging]) -> None:
         """Begin the update at every engine, under a new id; returns when every worker is ready to receive.
@@ -64,7 +73,10 @@ class Driver:
         options, targets = self._context.options, self._targets
         # All engines of a replica or none: the ranks of an MoE group resume together. One that a user has paused stays so.
         resumes = {target.engine.replica for target in targets.values() if target.resumes}
-        members = {name: Member(target.epoch, target.engine.replica in resumes) for name, target in targets.items()}
+        members = {
+            name: Member(target.epoch, target.engine.replica in resumes, target.behind)
+            for name, target in targets.items()
+        }
         coordinator = Coordinator(uuid.uuid4().hex, self._context.version, members, options.mode, options.kv)
         self.coordinator = coordinator
         spans = trace.spans_for(target.engine for target in targets.values()) if options.trace else 0
@@ -95,6 +107,7 @@ class Driver:
             while coordinator.awaited:
                 try:
                     name, outcome = await outcomes.get()
+                    may_commit = await self._may_commit(coordinator, name, outcome)
                 except asyncio.CancelledError as first:
                     if cancelled:
                         raise
@@ -105,7 +118,10 @@ class Driver:
                         sent, outcomes = self._send(coordinator.phase, requests)
                     continue
                 phase = coordinator.phase
-                more = self._next(coordinator, name, outcome)
+                if may_commit:
+                    more = self._next(coordinator, name, outcome)
+                else:
+                    more = coordinator.give_up("another client took the lease while this process was stopped")
                 if coordinator.phase != phase:
                     sent.cancel()  # requests of a phase that has ended
                 if more:
@@ -117,6 +133,16 @@ class Driver:
         self._context.spans.set_state("update", "" if coordinator.phase == "done" else coordinator.phase)
         if cancelled:
             raise cancelled
+
+    async def _may_commit(self, coordinator: Coordinator, name: str, outcome: Answer | EngineUnreachable) -> bool:
+        """Return False if this outcome would lead to the commit, and another client has taken the lease.
+
+        A process that was stopped between pause and commit may wake after the directory has resolved its update. Engines that
+        the directory has reached refuse the commit, but an engine that was out of its reach would not.
+        """
+        if coordinator.phase != "pause" or coordinator.awaited != {name} or not isinstance(outcome, protocol.Ack):
+            return True
+        return await self._holds_lease(min(max(self._context.left, 0.05), 1.0))
 
     def _next(
         self, coordinator: Coordinator, name: str, outcome: Answer | EngineUnreachable

@@ -12,7 +12,7 @@ import msgspec
 
 from .. import protocol
 from ..config import Settings, split_address
-from ..control.command import DISCOVER_SECONDS, POLL_SECONDS, Commander, resume_all
+from ..control.command import BEHIND, DISCOVER_SECONDS, POLL_SECONDS, Commander, resume_all
 from ..control.link import Link
 from ..control.membership import describe_missing
 from ..errors import EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
@@ -221,7 +221,9 @@ class AsyncEngineGroup:
         ends = time.monotonic() + checked_seconds(timeout)
         async with self._commander.command("resume", timeout) as targets:
             self._renew_pause([], 0.0)
-            if failed := await self._commander.ask_all(targets, resume_all(targets), ends):
+            failed = await self._commander.ask_all(targets, resume_all(targets), ends)
+            failed |= {name: BEHIND for name, target in targets.items() if target.behind and name not in failed}
+            if failed:
                 raise PauseFailed(f"not every engine resumed: {join(failed)}")
 
     # Update

@@ -112,7 +112,7 @@ class Transaction:
             self._state = "closed"
             await self._lease.aclose()
             raise
-        self.driver = Driver(context, self._targets)
+        self.driver = Driver(context, self._targets, self._commander.holds_lease)
         self.delivery = Delivery(context, self._targets, self.driver, self.sharing)
         context.spans.set_state("update", "")
 
@@ -207,7 +207,8 @@ class Transaction:
         if not coordinator.committed:
             raise self._not_committed(coordinator, fates)
         self._commander.drop(
-            (self._targets[name].engine for name in coordinator.lost),
+            # An engine that committed and did not resume may be running by now, so the group does not go on without it.
+            (self._targets[name].engine for name in coordinator.lost if name not in coordinator.committed),
             (target.engine for target in self._targets.values()),
         )
         finished = time.monotonic()

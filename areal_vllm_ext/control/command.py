@@ -30,6 +30,8 @@ DISCOVER_SECONDS = 5.0
 POLL_SECONDS = 0.2
 # A lease is renewed eight times in its time, so that a directory that restarts hears of it before it grants another.
 _LEASE_SECONDS = 10.0
+# Why an engine is not resumed.
+BEHIND = "its weights are older than those of the other engines: send an update"
 _RENEWALS = 8
 # A client that waits for the lease asks for it at this interval.
 _ASK_SECONDS = 0.05
@@ -37,11 +39,18 @@ _ASK_SECONDS = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """An engine under command: the epoch that requests to it carry, and its status when it was fenced."""
+    """An engine under command.
+
+    Attributes:
+        epoch: what requests to the engine carry.
+        status: what the engine said when it was fenced.
+        behind: whether other engines have committed a later update. The engine may not know that yet.
+    """
 
     engine: EngineInfo
     epoch: int
     status: protocol.Status
+    behind: bool = False
 
     @property
     def resumes(self) -> bool:
@@ -50,8 +59,19 @@ class Target:
 
 
 def resume_all(targets: Mapping[str, Target]) -> dict[str, EngineRequest]:
-    """Return a resume request for every target."""
-    return {name: protocol.Resume(epoch=target.epoch) for name, target in targets.items()}
+    """Return a resume request for every target that has the group's weights."""
+    return {name: protocol.Resume(epoch=target.epoch) for name, target in targets.items() if not target.behind}
+
+
+def _compared(targets: Mapping[str, Target]) -> dict[str, Target]:
+    """Return the targets, with ``behind`` where an engine does not know yet that it is stale."""
+    newest = max((target.status.committed_epoch for target in targets.values()), default=0)
+    return {
+        name: dataclasses.replace(target, behind=target.status.committed_epoch < newest)
+        if target.status.update_phase not in ("tainted", "stale")
+        else target
+        for name, target in targets.items()
+    }
 
 
 class Commander:
@@ -68,6 +88,8 @@ class Commander:
         self.directory = directory
         self.holder = holder or f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
         self._lock = CommandLock()
+        self._renewal: protocol.RenewLease | None = None
+        self._renewed = 0.0  # when the directory was asked for the lease that it has granted or renewed
         # Engines that were lost in an update of this group. The group goes on without them until they are back.
         self._dropped: set[tuple[str, int]] = set()
 
@@ -103,6 +125,22 @@ class Commander:
             RequestError: an engine is alive, or the directory does not know the replica.
         """
         await self._ask_directory(protocol.Forget(replica=replica, dp_rank=dp_rank), timeout)
+
+    async def holds_lease(self, timeout: float) -> bool:
+        """Return False if another client has taken the lease of the running command.
+
+        This asks the directory only after a process that was stopped has missed renewals. A directory that does not answer
+        has not given the lease to another client either, as far as this process can know.
+        """
+        if self._renewal is None or time.monotonic() - self._renewed < _LEASE_SECONDS / 2:
+            return True
+        try:
+            await self.link.request(self.directory, self._renewal, timeout)
+        except EngineUnreachable:
+            return True
+        except RequestError:
+            return False
+        return True
 
     async def recover(self, timeout: float, *, resume: bool) -> None:
         """Resolve what a client left behind, among the engines that are there; see ``recovery.py``.
@@ -197,7 +235,7 @@ class Commander:
             )
             resumes = plan.resume if resume else {}
             if not (plan.resolve or resumes or plan.wait):
-                return targets
+                return _compared(targets)
             for requests in (plan.resolve, plan.adopt, resumes if not plan.wait else {}):
                 if failed := await self.ask_all(targets, requests, ends):
                     raise PauseFailed(f"an earlier update cannot be resolved: {join(failed)}")
@@ -216,12 +254,16 @@ class Commander:
                 await self.link.request(self.directory, protocol.LeaveQueue(holder=self.holder), 0.1)
             raise
 
+        message = protocol.RenewLease(epoch=lease.epoch, holder=self.holder, seconds=_LEASE_SECONDS)
+        self._renewal = message
+
         async def renew() -> None:
-            message = protocol.RenewLease(epoch=lease.epoch, holder=self.holder, seconds=_LEASE_SECONDS)
             while True:
                 await asyncio.sleep(_LEASE_SECONDS / _RENEWALS)
+                asked = time.monotonic()
                 with contextlib.suppress(EngineUnreachable, RequestError):
                     await self.link.request(self.directory, message, _LEASE_SECONDS / 4)
+                    self._renewed = asked
 
         renewal = asyncio.create_task(renew())
         try:
@@ -247,7 +289,7 @@ class Commander:
         held: RequestError | None = None
         answered = started
         while True:
-            now = time.monotonic()
+            now = self._renewed = time.monotonic()
             left = max(ends - now, 0.1)
             acquire = protocol.AcquireLease(holder=self.holder, seconds=_LEASE_SECONDS, waited=now - started)
             try:

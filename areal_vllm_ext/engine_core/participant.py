@@ -417,7 +417,7 @@ class Participant:
     def on_group_epoch(self, version: Version, committed_epoch: int) -> list[Effect]:
         """Take the newest committed update of the group: serve nothing older."""
         pauses = self.pauses
-        if self.update_phase != "idle" or pauses.state == "resuming":
+        if self.update_phase == "committing" or self._in_doubt or pauses.state == "resuming":
             return []
         if committed_epoch > self.committed_epoch:
             self.stale = f"the group is at version {version}, this engine at {self.version}"
@@ -426,7 +426,7 @@ class Participant:
             if pauses.paused_for:
                 pauses.paused_for = STALE
             return []
-        if not self.stale:
+        if not self.stale or self.update_phase != "idle":
             return []
         # All other engines were restarted as well.
         self.stale = ""

@@ -165,6 +165,26 @@ def test_only_those_run_again_that_ran_before(aborted: bool) -> None:
 
 
 @pytest.mark.parametrize("aborted", [False, True])
+def test_an_engine_that_is_behind_runs_only_after_a_commit(aborted: bool) -> None:
+    coordinator = Coordinator("u", "v1", {"a": Member(5), "b": Member(5, behind=True)})
+    senders = {name: {0: Sender(transfer=Disk(path="/"))} for name in ("a", "b")}
+    requests = coordinator.begin(senders, timeout=LEFT)
+    while coordinator.phase != "pause":
+        requests = coordinator.sent(buckets={0: 3}) if coordinator.phase == "send" else requests
+        for name in sorted(coordinator.awaited):
+            requests = coordinator.answered(name, Ack(), LEFT) or requests
+    coordinator.answered("a", NO if aborted else Ack(), LEFT)
+    while coordinator.phase in ("pause", "commit", "abort") and not any(
+        isinstance(request, Resume) for request in requests.values()
+    ):
+        for name in sorted(coordinator.awaited):
+            requests = coordinator.answered(name, Ack(), LEFT) or requests
+    assert sorted(name for name, request in requests.items() if isinstance(request, Resume)) == (
+        ["a"] if aborted else ["a", "b"]
+    )
+
+
+@pytest.mark.parametrize("aborted", [False, True])
 def test_where_nobody_ran_nobody_is_resumed(aborted: bool) -> None:
     trainer = Trainer(a=False, b=False, c=False).to("pause")
     if aborted:

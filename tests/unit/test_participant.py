@@ -815,9 +815,32 @@ def test_an_engine_that_is_behind_pauses_until_an_update_commits() -> None:
     assert not rig.participant.needs_recovery, "only an update helps"
 
 
-def test_an_engine_that_is_behind_is_not_disturbed_in_an_update() -> None:
+def test_an_engine_that_is_behind_serves_nothing_while_it_receives_an_update() -> None:
     rig = Rig()
-    rig.begin(epoch=5)
+    rig.begin()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    assert isinstance(rig.calls[-1], CallPause)
+    rig.paused()
+    rig.done("begin")
+    rig.prepare()
+    rig.done("prepare")
+    rig.pause(update="u")
+    rig.commit()
+    rig.committed()
+    assert rig.participant.stale == ""
+    rig.resume()
+    rig.resumed()
+    assert rig.state == ("idle", "running")
+
+
+def test_an_engine_in_doubt_is_not_disturbed() -> None:
+    rig = Rig()
+    rig.begin()
+    rig.done("begin")
+    rig.prepare()
+    rig.done("prepare")
+    rig.pause(update="u")
+    rig.paused()
     assert rig.participant.on_group_epoch(NEW, 5) == []
     assert rig.participant.stale == ""
 
