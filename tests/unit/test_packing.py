@@ -31,7 +31,7 @@ from test_plan import (
 from vllm.model_executor.layers import utils
 
 from areal_vllm_ext.worker.load import cpu_packing
-from areal_vllm_ext.worker.load.loader import Loader
+from areal_vllm_ext.worker.load.loader import Loader, repack_tied_layers
 from areal_vllm_ext.worker.load.plan import LoadPlan, PlanRun
 from areal_vllm_ext.worker.load.proof import readable
 from areal_vllm_ext.worker.load.recorder import Recorder, observe_packing
@@ -263,3 +263,22 @@ def test_other_tensors_than_planned_are_loaded_layer_by_layer() -> None:
     updated(loader, staged(SHAPES, 3, torch.float64))
     assert worker.reloads == 2
     assert equal(worker.model, staged(SHAPES, 3, torch.float64))
+
+
+def test_only_a_shared_weight_is_packed_again() -> None:
+    """A tied head computes with its own packed copy. Experts share a bias with their router, and are packed once only."""
+    model = of(embed=Layer(VOCABULARY + 3, HIDDEN, loaders={"embed": vocabulary}))
+    head, gate, experts = torch.nn.Module(), torch.nn.Module(), torch.nn.Module()
+    model.head, model.gate, model.experts = head, gate, experts
+    head.weight, head.quant_method = model.embed.weight, packs(remove_weight=False)
+    bias = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+    gate.weight = torch.nn.Parameter(torch.zeros(4, HIDDEN), requires_grad=False)
+    gate.e_score_correction_bias = experts.e_score_correction_bias = bias
+    packed: list[torch.nn.Module] = []
+    experts.quant_method = Processed(packed.append)
+    for layer in (model.embed, head):
+        packs(remove_weight=False).process_weights_after_loading(layer)
+    model.embed.weight.data.normal_()
+    repack_tied_layers(model)
+    assert torch.equal(head.cpu_linear(torch.eye(HIDDEN), head.weight, None), model.embed.weight.t())
+    assert packed == []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .cpu_packing import ATTRIBUTE
 from .plan import LoadPlan, PlanRun
 from .proof import readable
 from .recorder import Recorder, observe_packing
@@ -136,15 +137,17 @@ def leave_reload(model: torch.nn.Module) -> None:
 
 
 def repack_tied_layers(model: torch.nn.Module) -> None:
-    """Process again the layers that share a parameter with a layer loaded before them.
+    """Pack again the weight of each layer that shares it with a layer before it.
 
-    Bug: on a CPU, vLLM prepacks a layer's weight when it processes the layer. A tied ``lm_head`` gets no weights of its own
-    in a reload, so vLLM's reload skips it. It then computes with the packed old embedding: silently other tokens.
-    Checked on: vLLM 0.32.0.
+    Bug: on a CPU, vLLM packs a layer's weight when it processes the layer. A tied ``lm_head`` gets no weights of its own in a
+    reload, so vLLM's reload skips it. It then computes with the packed old embedding: silently other tokens.
+    Only the weight counts: other layers share a bias (an MoE's router and its experts), and packing those a second time would
+    corrupt them. Checked on: vLLM 0.32.0.
     """
     owners: set[int] = set()
     for layer in model.modules():
-        shared = [id(parameter) in owners for parameter in layer.parameters(recurse=False)]
-        owners.update(id(parameter) for parameter in layer.parameters(recurse=False))
-        if any(shared) and (method := getattr(layer, "quant_method", None)) is not None:
-            method.process_weights_after_loading(layer)
+        if (weight := layer._parameters.get("weight")) is None:  # noqa: SLF001
+            continue
+        if id(weight) in owners and hasattr(layer, ATTRIBUTE):
+            layer.quant_method.process_weights_after_loading(layer)
+        owners.add(id(weight))
