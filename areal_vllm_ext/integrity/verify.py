@@ -114,7 +114,11 @@ def _usual(values: list[tuple[object, str]]) -> tuple[object, str]:
 
 
 def _against(name: str, worker: WorkerWeights, checkpoint: Contents) -> Iterator[Difference]:
-    """Compare what was applied to ``worker`` (or what it was started from) with ``checkpoint``."""
+    """Compare what ``worker`` serves with ``checkpoint``. What cannot be compared is a difference, and says so."""
+    for tensor, reason in worker.uncompared.items():
+        yield Difference(name, worker.rank, tensor, f"cannot be compared with the checkpoint: {reason}")
+    if "" in worker.uncompared:
+        return
     served = {meta.name: (meta, value) for meta, value in worker.contents}
     if served and digest.manifest(served.values()) == digest.manifest(checkpoint.values()):
         return

@@ -117,6 +117,7 @@ class WorkerWeights(Payload):
     ``live`` has the digest of each parameter and buffer of its model. ``changed`` names those whose digest was different
     right after the last commit, so they are damaged. Workers of equal ``layout`` must have equal ``live``. ``contents`` are
     the checkpoint's tensors behind them. ``manifest`` is that of the last update; empty for the weights it started with.
+    ``uncompared``: the tensors of ``contents`` that are not known to be live, with the reason; an empty name means all.
     """
 
     rank: int
@@ -125,6 +126,7 @@ class WorkerWeights(Payload):
     live: dict[str, int]
     changed: tuple[str, ...] = ()
     contents: tuple[tuple[TensorMeta, int], ...] = ()
+    uncompared: dict[str, str] = {}
 
 
 # How the bytes travel: one struct per transport

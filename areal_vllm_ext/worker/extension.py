@@ -41,7 +41,9 @@ class WorkerExtension:
                 raise NotResident(f"worker {context.rank} applied nothing: {reason}")
             with context.live_weights.committing(staged.manifest, update):
                 with spans.span(track, "load"):
-                    context.live_weights.copied = context.loader.load(weights, run)
+                    digests = {name: value for name, (_, value) in staged.manifest.items()}
+                    written = context.loader.load(weights, run, digests)
+                    context.live_weights.set_written(written, kept=run.kept if run is not None else ())
                 with spans.span(track, "prove"):
                     partial = run is not None and run.partial
                     unproven: str = context.live_weights.prove(weights, partial=partial)

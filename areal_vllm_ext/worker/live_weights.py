@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..integrity import checkpoint, digest
+from ..integrity import digest
 from ..integrity.digest import Contents
 from ..protocol import WorkerWeights
 from . import background
 from .load import proof
+from .load.written import wrong_in
 from .residency import NotResident
+from .startup import StartupCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from .load.written import Written
     from .residency import Residency
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
@@ -39,7 +42,6 @@ class LiveWeights:
     """The weights of one worker.
 
     Attributes:
-        copied: runs of live memory that the last commit copied, by incoming tensor whose digest they must have.
         on_damage: called with the update and the reason if what was committed is not what was received.
         is_busy: whether an update is in progress, which reading the weights would slow down.
     """
@@ -53,11 +55,16 @@ class LiveWeights:
         """
         self._worker, self._residency = worker, residency
         residency.on_sleep = self.forget_base
-        self._model = model
+        self._startup = StartupCheckpoint(*model)
         self._contents: Contents | None = None
         self._after_commit: dict[str, int] = {}
-        self.copied: dict[str, torch.Tensor] = {}
+        # The live memory that a load plan wrote, which must still be what was received.
+        self._written: Written = {}
         self._wrong: tuple[str, ...] = ()
+        # The functions of layers whose weights are packed. A packed weight changes only with its function.
+        self._linears = proof.packed_functions(worker.get_model())
+        # Whether a fresh load proved what the last commit made, and the digests of it were taken in the same pause.
+        self._compared_with_fresh = False
         self._update = ""
         self.on_damage: Callable[[str, str], None] = lambda *_: None
         self.is_busy: Callable[[], bool] = lambda: False
@@ -69,6 +76,7 @@ class LiveWeights:
         self._changes = 0
         self._state = threading.Lock()
         self._reading = threading.Lock()
+        self._read_later(self._changes)  # of the weights that it starts with
 
     # On the worker's own thread
 
@@ -80,14 +88,25 @@ class LiveWeights:
             self._update = update
             self._after_commit, self._wrong, self._manifest = {}, (), ""
             self._contents = {}  # unknown, if the body fails
-            self._slept = False
+            self._compared_with_fresh = self._slept = False
         try:
             yield
             self._contents = contents
+            self._linears = proof.packed_functions(self._worker.get_model())
         finally:
             self._changes += 1
         # Not now: for 16 GB it would lengthen the pause by 6 ms.
         self._read_later(self._changes)
+
+    def set_written(self, written: Written | None, kept: Iterable[str] = ()) -> None:
+        """Say, inside ``committing``, which live memory the commit wrote.
+
+        Args:
+            written: by checkpoint tensor; None if no load plan knows it.
+            kept: the tensors that stay as they were.
+        """
+        before = self._written
+        self._written = {} if written is None else {name: before[name] for name in kept if name in before} | written
 
     def forget_base(self) -> None:
         """Build no update on the live weights until a commit, because they may lose what is in them."""
@@ -115,6 +134,10 @@ class LiveWeights:
             return "" if self._proven else "not all weights were staged, so they cannot be loaded afresh"
         names = frozenset(name for name, _ in weights)
         if names == self._proven:
+            if not self._written:
+                # Reloaded layer by layer: nothing tells later what the live weights must be, unless it is read now.
+                self._after_commit = proof.digests_of_model(self._worker.get_model())
+                self._compared_with_fresh = True  # by the loader's proof
             return ""
         # Checked again with each update, so before anything that costs time in the pause.
         unproven = proof.obstacle(self._worker, weights)
@@ -124,6 +147,7 @@ class LiveWeights:
             logger.warning("areal_vllm_ext: not proven that a reload gives what a fresh load gives: %s", unproven)
         else:
             self._proven = names
+            self._compared_with_fresh = True
         self._after_commit = live
         return unproven
 
@@ -134,19 +158,13 @@ class LiveWeights:
         with self._state:
             return (self._manifest, dict(self._contents or {})) if self._manifest else ("", {})
 
-    def holds(self, contents: Contents, runs: Mapping[str, torch.Tensor]) -> bool:
-        """Return whether the live weights have these contents.
-
-        Args:
-            contents: checkpoint tensors with digests.
-            runs: by name, the run of live memory that has a tensor's digest. For tensors without one all weights are read.
-        """
-        read = {name: run for name, run in runs.items() if name in contents}
+    def holds(self, contents: Contents) -> bool:
+        """Return whether these checkpoint tensors of the last commit are still live."""
+        written = {name: self._written[name] for name in contents if name in self._written}
         with self._residency.access():
-            values = dict(zip(read, digest.digests_of(read.values()), strict=True))
-        if any(contents[name][1] != value for name, value in values.items()):
-            return False
-        if len(read) == len(contents):
+            if wrong_in(written):
+                return False
+        if len(written) == len(contents):
             return True
         live, after_commit, _ = self._read()
         return live == after_commit
@@ -154,26 +172,45 @@ class LiveWeights:
     def describe(self, contents: bool) -> WorkerWeights:
         """Return digests of what is served now.
 
-        It takes as long as reading all weights once; with ``contents`` of the weights that the worker was started with, as
+        It takes as long as reading all weights twice; with ``contents`` of the weights that the worker was started with, as
         long as reading the checkpoint's files.
 
         Raises:
             WeightsChanged: a commit ran meanwhile.
             NotResident: the engine sleeps.
         """
+        changes = self._changes
         live, after_commit, committed = self._read()
+        with self._residency.access():
+            wrong = wrong_in(self._written)
+            linears = proof.packed_functions(self._worker.get_model())
+            wrong += [name for name, linear in linears.items() if self._linears.get(name) is not linear]
+        manifest = digest.manifest(committed.values()) if committed else ""
+        uncompared: dict[str, str] = {}
         if contents and committed is None:
-            committed, manifest = checkpoint.contents(checkpoint.folder(*self._model)), ""
-        else:
-            manifest = digest.manifest(committed.values()) if committed else ""
+            committed, reason = self._startup.contents()
+            uncompared = {"": reason} if reason else {}
+        elif contents and committed:
+            uncompared = self._uncompared(committed)
+        if changes != self._changes:
+            raise WeightsChanged("a commit changed the weights while they were read")
+        changed = (*(name for name, value in live.items() if after_commit.get(name) != value), *wrong)
         return WorkerWeights(
             rank=self._worker.rank,
             layout=self._layout(),
             manifest=manifest,
             live=live,
-            changed=(*(name for name, value in live.items() if after_commit.get(name) != value), *self._wrong),
+            changed=tuple(dict.fromkeys(changed)),
             contents=tuple(committed.values()) if contents and committed else (),
+            uncompared=uncompared,
         )
+
+    def _uncompared(self, committed: Contents) -> dict[str, str]:
+        """Return the checkpoint tensors of which nothing tells whether they are live, with the reason."""
+        if self._compared_with_fresh:
+            return {}
+        reason = "no load plan, and no comparison with a fresh load, tells which live memory it is in"
+        return {name: reason for name in committed if name not in self._written}
 
     def _read(self) -> tuple[dict[str, int], dict[str, int], Contents | None]:
         """Return live digests, those after the last commit, and what was committed then: all of one commit."""
@@ -204,7 +241,7 @@ class LiveWeights:
             with background.on_side_stream(self._worker.device):
                 if not self._after_commit:
                     self._read()
-                self._compare_copied()
+                self._compare_written()
         except WeightsChanged:
             pass  # the next commit reads them itself
         except NotResident:
@@ -212,17 +249,15 @@ class LiveWeights:
         except Exception:
             logger.warning("areal_vllm_ext: no digests of the live weights could be taken", exc_info=True)
 
-    def _compare_copied(self) -> None:
-        """Compare what the last commit copied with what was received, and report a difference."""
-        changes, contents, copied, update = self._changes, self._contents, self.copied, self._update
+    def _compare_written(self) -> None:
+        """Compare what the last commit wrote with what was received, and report a difference."""
+        changes, contents, update = self._changes, self._contents, self._update
         with self._residency.access():
-            values = dict(zip(copied, digest.digests_of(copied.values()), strict=True))
+            wrong = wrong_in(self._written)
         with self._state:
             if changes != self._changes or changes % 2 or not contents:
                 return
-            self._wrong = tuple(
-                name for name, value in values.items() if name in contents and contents[name][1] != value
-            )
+            self._wrong = tuple(wrong)
             self._manifest = "" if self._wrong or self._slept else digest.manifest(contents.values())
         if self._wrong:
             named = ", ".join(self._wrong[:5])

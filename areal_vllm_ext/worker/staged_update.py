@@ -187,12 +187,13 @@ class StagedUpdate:
         if bucket.copies is None or bucket.copies.plan is not run.plan:
             bucket.copies = run.plan.copies_of(bucket.tensors)
         copies: CopyBatch | None = bucket.copies
+        digests = {name: value for name, (_, value) in contents.items()}
         if self._slices_only and not shared and run.fits and copies is not None:
             run.partial = True
-            run.add(copies.compacted(self.context.memory.pool.empty))
+            run.add(copies.compacted(self.context.memory.pool.empty), digests)
             return False
         self.tensors.update(bucket.tensors)
-        run.add(copies)
+        run.add(copies, digests)
         return True
 
     # The vote
@@ -241,7 +242,7 @@ class StagedUpdate:
             )
         run.keep(kept)
         self._check_run(run)
-        if not self.context.live_weights.holds(kept, run.plan.whole):
+        if not self.context.live_weights.holds(kept):
             raise RuntimeError(
                 "delta update refused: tensors that were not sent have changed on this worker: " + errors.SEND_AGAIN
             )

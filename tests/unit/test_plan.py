@@ -16,11 +16,13 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.worker.load.loader import Loader
 from areal_vllm_ext.worker.load.plan import LoadPlan, PlanRun
 from areal_vllm_ext.worker.load.proof import readable
 from areal_vllm_ext.worker.load.recorder import Recorder
 from areal_vllm_ext.worker.load.targets import NotPlanned
+from areal_vllm_ext.worker.load.written import wrong_in
 
 Weights = dict[str, torch.Tensor]
 TP_SIZE, TP_RANK = 2, 1
@@ -156,11 +158,16 @@ def recorded(model: torch.nn.Module, weights: Weights) -> LoadPlan:
     return recorder.plan()
 
 
+def digests_of(weights: Weights) -> dict[str, int]:
+    return dict(zip(weights, digest.digests_of(weights.values()), strict=True))
+
+
 def copied(plan: LoadPlan, weights: Weights) -> None:
     bound = PlanRun(plan)
-    bound.add(plan.copies_of(weights))
+    bound.add(plan.copies_of(weights), digests_of(weights))
     assert bound.complete
     bound.copy()
+    assert wrong_in(bound.written) == []
 
 
 def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -182,7 +189,7 @@ def test_a_plan_gives_what_a_layerwise_load_gives() -> None:
         copied(plan, weights)
         assert same(model, twin)
     assert plan.whole.keys() == {"norm", "embed"} | {f"expert{i}.{w}" for i in (0, 1) for w in ("gate", "up")}
-    assert all(torch.equal(run, weights[name].view(-1)) for name, run in plan.whole.items())
+    assert all(torch.equal(run, weights[name].view(-1)) for name, (run,) in plan.whole.items())
     assert plan.fits(model)
     assert {name: tensor.data_ptr() for name, tensor in readable(model).items()} == addresses
 
@@ -207,16 +214,38 @@ def test_parts_are_kept_without_the_tensors_that_they_are_of() -> None:
     ):
         together = plan.copies_of({name: weights[name] for name in names})
         assert together
-        bound.add(together.compacted(memory))
+        bound.add(together.compacted(memory), digests_of(weights))
         for name in names:
             weights[name].fill_(7)  # its memory has another use by now
     assert bound.complete
     bound.copy()
     assert same(model, twin)
+    assert wrong_in(bound.written) == []
+    model.down.weight.data[3, 4] += 1
+    assert wrong_in(bound.written) == ["down"]
     assert taken[1].numel() == 0, "another rank's experts"
     assert sum(one.numel() for one in taken) == plan.slices_nbytes
     all_of_it = made(lambda: of(layer=Layer(4, 4, loaders={"w": whole})))
     assert not recorded(all_of_it, staged({"w": (4, 4)}, 1)).of_a_shard
+
+
+def test_every_written_element_of_live_memory_can_be_compared() -> None:
+    model = made(Model)
+    plan = recorded(model, staged(SHAPES, 1))
+    weights = staged(SHAPES, 2)
+    bound = PlanRun(plan)
+    bound.add(plan.copies_of(weights), digests_of(weights))
+    bound.copy()
+    assert bound.written.keys() == weights.keys()
+    for layer in (model.embed, model.qkv, model.down, model.experts, model.norm):
+        flat = layer.weight.data.view(-1)
+        for place in range(flat.numel()):
+            before = float(flat[place])
+            flat[place] += 1
+            padding = layer is model.embed and place >= VOCABULARY * HIDDEN
+            assert len(wrong_in(bound.written)) == (0 if padding else 1)
+            flat[place] = before
+    assert wrong_in(bound.written) == []
 
 
 def test_a_plan_is_for_the_tensors_that_it_was_recorded_on() -> None:

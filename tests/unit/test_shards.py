@@ -106,6 +106,15 @@ def test_only_a_rank_s_parts_are_kept(shards: Shards, group: EngineGroup) -> Non
     assert group.verify().equal
 
 
+@pytest.mark.parametrize("name", [*HALVED, "layer.0"])
+def test_a_slice_that_changes_right_after_the_commit_is_seen(shards: Shards, group: EngineGroup, name: str) -> None:
+    """Before the live weights are first read."""
+    send(group, weights(2), version=2)
+    shards.ranks[1].model.part(name).view(-1)[0] += 1
+    found = [one.tensor for one in group.verify().differences if "has changed since it was loaded" in one.reason]
+    assert found == [name]
+
+
 def test_an_unproven_loader_gets_all_tensors_as_long_as_it_can_be_proven(shards: Shards, group: EngineGroup) -> None:
     one = shards.ranks[0]
     one.receiver.context.live_weights._proven = frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -12,16 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.errors import NotACheckpoint, RequestError
-from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.integrity import checkpoint, digest
 from areal_vllm_ext.integrity.verify import Verification, compare
 from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, WorkerWeights
-from areal_vllm_ext.worker import live_weights
+from areal_vllm_ext.worker import live_weights, startup
 from areal_vllm_ext.worker.live_weights import LiveWeights, WeightsChanged
 from areal_vllm_ext.worker.load import proof
+from areal_vllm_ext.worker.load.written import WrittenRun
 from areal_vllm_ext.worker.residency import Residency
 from harness.simulated_engine import NEVER, Shape, deployed
 
@@ -113,6 +116,14 @@ def test_what_differs_from_the_checkpoint_is_named(contents: Any, message: str) 
     (one,) = found(verified(worker(), worker(contents=contents), checkpoint=CHECKPOINT))
     assert one.startswith("engine 1, worker 0: ")
     assert message in one
+
+
+def test_what_cannot_be_compared_with_the_checkpoint_is_not_equal() -> None:
+    one, other = worker(), worker(uncompared={"norm": "no load plan"})
+    assert found(verified(one, other, checkpoint=CHECKPOINT)) == [
+        "engine 1, worker 0: norm cannot be compared with the checkpoint: no load plan"
+    ]
+    assert verified(one, other).equal, "no checkpoint was asked about"
 
 
 def test_an_unproven_engine_is_told_of() -> None:
@@ -258,15 +269,25 @@ def test_free_memory_is_some() -> None:
     assert 1 << 20 < proof.free_bytes(torch.device("cpu")) < 1 << 50
 
 
-def test_what_a_commit_copied_must_be_what_was_received(live: tuple[LiveWeights, Model]) -> None:
+def written(model: Model, contents: Any) -> Any:
+    """What a load plan says that it wrote: ``a`` to ``embed.weight``, ``b`` to ``scale``."""
+    runs = {"a": model.embed.weight.data.view(-1), "b": model.scale}
+    return {name: (WrittenRun(run, contents[name][1]),) for name, run in runs.items()}
+
+
+def contents_of(model: Model) -> Any:
+    values = digest.digests_of([model.embed.weight, model.scale])
+    return {name: (TensorMeta(name, "float32", ()), value) for name, value in zip("ab", values, strict=True)}
+
+
+def test_what_a_commit_wrote_must_be_what_was_received(live: tuple[LiveWeights, Model]) -> None:
     weights, model = live
-    right = digest.digests_of([model.embed.weight, model.scale])
-    contents = {name: (TensorMeta(name, "float32", ()), value) for name, value in zip("ab", right, strict=True)}
+    contents = contents_of(model)
     told: list[tuple[str, str]] = []
     weights.on_damage = lambda update, reason: told.append((update, reason))
     for damaged in (False, True):
         with weights.committing(contents, f"update {damaged}"):
-            weights.copied = {"a": model.embed.weight.data.view(-1), "b": model.scale}
+            weights.set_written(written(model, contents))
             if damaged:
                 model.scale[1] = 5
         eventually(lambda: weights._after_commit)
@@ -275,6 +296,114 @@ def test_what_a_commit_copied_must_be_what_was_received(live: tuple[LiveWeights,
     assert weights.describe(contents=False).changed == ("b",)
     eventually(lambda: told)
     assert told == [("update True", "1 live tensors differ from what was received (b)")]
+
+
+def test_weights_that_change_before_they_are_first_read_are_not_equal(live: tuple[LiveWeights, Model]) -> None:
+    """Within 0.2 s of the commit, as by a reload of someone else."""
+    weights, model = live
+    contents = contents_of(model)
+    with weights.committing(contents):
+        weights.set_written(written(model, contents))
+    model.embed.weight.data += 1
+    told = weights.describe(contents=True)
+    assert (told.changed, told.uncompared) == (("a",), {})
+
+
+def test_tensors_of_which_nothing_tells_where_they_are_are_not_called_equal(live: tuple[LiveWeights, Model]) -> None:
+    weights, model = live
+    contents = contents_of(model)
+    with weights.committing(contents):
+        weights.set_written(None)
+    assert weights.describe(contents=True).uncompared.keys() == {"a", "b"}
+    assert weights.describe(contents=False).uncompared == {}, "nobody asked"
+    with weights.committing(contents):
+        weights.set_written({"a": written(model, contents)["a"]})
+    assert weights.describe(contents=True).uncompared.keys() == {"b"}
+    with weights.committing(contents):  # a delta update: b stays
+        weights.set_written({"a": written(model, contents)["a"]}, kept=["b"])
+    assert weights.describe(contents=True).uncompared.keys() == {"b"}, "it was not known before either"
+
+
+def test_a_fresh_load_that_gave_the_same_in_the_pause_compares_all(
+    live: tuple[LiveWeights, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, model = live
+    contents = contents_of(model)
+    weights._worker.vllm_config.parallel_config.enable_eplb = False
+    monkeypatch.setattr(proof, "prove", lambda *_: "")
+    sent = [(name, torch.zeros(1)) for name in contents]
+    for _ in range(2):  # proven now, and as before
+        with weights.committing(contents):
+            weights.set_written(None)
+            assert weights.prove(sent) == ""
+            model.scale[0] += 1  # before they would be read beside generation
+        told = weights.describe(contents=True)
+        assert (told.uncompared, told.changed) == ({}, ("scale",))
+
+
+def test_another_packed_weight_is_a_change(live: tuple[LiveWeights, Model]) -> None:
+    """A packed weight cannot be read beside a running engine. It changes only with the function that computes with it."""
+    weights, model = live
+    model.embed.cpu_linear = packed = object()
+    with weights.committing(contents_of(model)):
+        pass
+    assert weights.describe(contents=False).changed == ()
+    model.embed.cpu_linear = object()
+    assert weights.describe(contents=False).changed == ("embed (packed)",)
+    model.embed.cpu_linear = packed
+
+
+# What an engine was started from
+
+
+def started_from(folder: Path) -> LiveWeights:
+    model = Model()
+    parallel = SimpleNamespace(
+        tensor_parallel_size=1, pipeline_parallel_size=1, enable_expert_parallel=False, data_parallel_size=1
+    )
+    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(dtype=torch.float32))
+    stand_in = SimpleNamespace(rank=0, device=torch.device("cpu"), vllm_config=config, get_model=lambda: model)
+    return LiveWeights(stand_in, Residency(stand_in), (str(folder), None))
+
+
+def saved(folder: Path, seed: int, name: str = "model.safetensors") -> Path:
+    torch.manual_seed(seed)
+    save_file({"w": torch.randn(4)}, folder / name)
+    return folder
+
+
+def test_a_folder_that_was_overwritten_is_not_what_the_engine_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1)
+    monkeypatch.setattr(startup, "_IMPORTED_NS", time.time_ns())
+    weights = started_from(tmp_path)
+    assert weights.describe(contents=True).uncompared == {}
+    assert [meta.name for meta, _ in weights.describe(contents=True).contents] == ["w"]
+    before = (tmp_path / "model.safetensors").stat()
+    os.utime(saved(tmp_path, 2) / "model.safetensors", ns=(1, before.st_mtime_ns))  # as `cp -p` and rsync leave it
+    told = weights.describe(contents=True)
+    assert told.contents == ()
+    assert "model.safetensors has changed since the engine loaded it" in told.uncompared[""]
+    (one,) = found(verified(told, checkpoint=checkpoint.contents(tmp_path)))
+    assert one.startswith("engine 0, worker 0: the weights cannot be compared with the checkpoint: ")
+
+
+def test_files_that_came_while_or_after_the_engine_loaded_are_not_what_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "_IMPORTED_NS", time.time_ns() - 1_000_000_000)
+    saved(tmp_path, 1)
+    assert "was written while the engine loaded it" in started_from(tmp_path).describe(contents=True).uncompared[""]
+    monkeypatch.setattr(startup, "_IMPORTED_NS", time.time_ns())
+    weights = started_from(tmp_path)
+    saved(tmp_path, 1, "model-2.safetensors")
+    assert "has other files" in weights.describe(contents=True).uncompared[""]
+
+
+def test_an_engine_without_a_checkpoint_is_not_called_equal(tmp_path: Path) -> None:
+    told = started_from(tmp_path).describe(contents=True)
+    assert "holds no *.safetensors file" in told.uncompared[""]
 
 
 # Thousands of tensors: the look after the commit is under way when the process ends.

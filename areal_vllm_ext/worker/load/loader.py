@@ -21,9 +21,10 @@ from .plan import LoadPlan, PlanRun
 from .proof import readable
 from .recorder import Recorder, observe_packing
 from .targets import NotPlanned
+from .written import Written
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -50,35 +51,43 @@ class Loader:
         """Drop the plan, so that the next load records a new one."""
         self._plan, self._tried = None, {}
 
-    def load(self, weights: Sequence[tuple[str, torch.Tensor]], run: PlanRun | None = None) -> dict[str, torch.Tensor]:
+    def load(
+        self,
+        weights: Sequence[tuple[str, torch.Tensor]],
+        run: PlanRun | None = None,
+        digests: Mapping[str, int] | None = None,
+    ) -> Written | None:
         """Load a complete set of checkpoint tensors. Runs on the worker's own thread while its engine is paused.
 
         Args:
             weights: (name, tensor) in checkpoint format, on any device.
             run: the plan's run to which they were added, if any.
+            digests: of ``weights``, so that the live memory can be compared later.
 
         Returns:
-            by incoming tensor that a plan copied whole to one run of live memory: that memory, which must have its digest.
+            the live memory that was written, if a load plan knows it.
         """
-        copied: dict[str, torch.Tensor] = {}
+        written: Written | None = None
         if run is not None and run.plan is self._plan and not run.plan.fits(self._worker.get_model()):
             # Changed since the update began: the plan would write to memory that the model no longer uses.
             self.forget()
         if run is not None and run.complete and run.plan is self._plan:
             run.copy()
             self._reset_caches()
-            copied = run.plan.whole
+            written = run.written
         elif run is not None and run.partial:
             raise RuntimeError(
                 "only a part of the weights was staged, and the load plan for it is gone: send all weights again"
             )
         elif self._worth_a_plan(weights):
             self._load_and_record(weights)
+            if self._plan and digests and (copies := self._plan.copies_of(dict(weights))):
+                written = copies.written(digests)
         else:
             self._load_layerwise(weights)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        return copied
+        return written
 
     def _worth_a_plan(self, weights: Sequence[tuple[str, torch.Tensor]]) -> bool:
         tried, self._tried = self._tried, {name: (tensor.dtype, tensor.shape) for name, tensor in weights}
@@ -149,5 +158,6 @@ def repack_tied_layers(model: torch.nn.Module) -> None:
         if (weight := layer._parameters.get("weight")) is None:  # noqa: SLF001
             continue
         if id(weight) in owners and hasattr(layer, ATTRIBUTE):
-            layer.quant_method.process_weights_after_loading(layer)
+            method: Any = layer.quant_method
+            method.process_weights_after_loading(layer)
         owners.add(id(weight))

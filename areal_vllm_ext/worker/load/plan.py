@@ -16,6 +16,7 @@ from ...transport.buckets import aligned, tensor_at, view_as
 from .cpu_packing import ATTRIBUTE, IncomingWeight, Packing, pack
 from .strides import Copy, StridedSlice
 from .targets import LiveTarget
+from .written import Written, written_by
 
 # A rank that needs less than this fraction of the incoming bytes stages only its own slices.
 _SHARD_FRACTION = 0.9
@@ -56,7 +57,7 @@ class LoadPlan:
         packings: what is packed for layers on a CPU.
         sources: dtype and shape that each incoming tensor must have.
         copies: by incoming tensor, the live views that it is copied to, each with the slice to copy (None: all of it).
-        whole: by incoming tensor that is copied whole to one run of live memory: that run.
+        whole: by incoming tensor that is copied as it is to runs of live memory: these runs.
         nbytes: bytes of live memory that are written.
         slices_nbytes: bytes of the slices of incoming tensors that are read.
         of_a_shard: whether much of what arrives is for other ranks.
@@ -81,7 +82,7 @@ class LoadPlan:
         self.sources = {name: (tensor.dtype, tensor.shape) for name, tensor in staged.items()}
         self.copies: dict[str, list[tuple[torch.Tensor, StridedSlice | None]]] = {name: [] for name in staged}
         self._fingerprint = fingerprint
-        self.whole: dict[str, torch.Tensor] = {}
+        self.whole: dict[str, list[torch.Tensor]] = {}
         self.nbytes = self.slices_nbytes = 0
         for target in targets:
             for copy in target.copies:
@@ -92,7 +93,7 @@ class LoadPlan:
                 whole = copy.source_slice == StridedSlice(0, (source.numel(),), (1,)) and copy.target_slice.is_run
                 self.copies[copy.source].append((view.view(source.shape), None) if whole else (view, copy.source_slice))
                 if whole and source.dtype == view.dtype:
-                    self.whole[copy.source] = view
+                    self.whole.setdefault(copy.source, []).append(view)
         for packing in packings:
             for copy in packing.copies:
                 self.slices_nbytes += aligned(copy.source_slice.numel * staged[copy.source].itemsize)
@@ -107,6 +108,7 @@ class LoadPlan:
         """
         batches: Batches = {}
         to_pack: ToPack = {}
+        slices: list[Slice] = []
         for name, tensor in tensors.items():
             if self.sources.get(name) != (tensor.dtype, tensor.shape):
                 return None
@@ -116,9 +118,11 @@ class LoadPlan:
                 targets, sources = batches.setdefault(kind, ([], []))
                 targets.append(view)
                 sources.append(source)
+                if part is not None or view.dtype != tensor.dtype:
+                    slices.append((name, view, source))
             for packing, copy in self._packed.get(name, ()):
                 to_pack.setdefault(packing, []).append((copy, tensor))
-        return CopyBatch(self, frozenset(tensors), batches, to_pack)
+        return CopyBatch(self, frozenset(tensors), batches, to_pack, slices)
 
     def fits(self, model: torch.nn.Module) -> bool:
         """Return whether ``model`` still has the tensors that the plan was recorded on, at the same addresses."""
@@ -132,13 +136,25 @@ Batches = dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], 
 ToPack = dict[Packing, list[tuple[Copy, torch.Tensor]]]
 
 
+# The name of an incoming tensor, a view of live memory, and the slice that is copied to it.
+Slice = tuple[str, torch.Tensor, torch.Tensor]
+
+
 class CopyBatch(NamedTuple):
-    """The copies that a plan makes of some incoming tensors."""
+    """The copies that a plan makes of some incoming tensors.
+
+    ``slices`` are those of them whose live bytes differ from the tensor's: slices and casts.
+    """
 
     plan: LoadPlan
     names: frozenset[str]
     batches: Batches
     packed: ToPack
+    slices: list[Slice]
+
+    def written(self, digests: Mapping[str, int]) -> Written:
+        """Return the live memory that these copies write. ``digests``: of the incoming tensors."""
+        return written_by(self.names, self.plan.whole, self.slices, digests)
 
     def compacted(self, allocate: Callable[[int], torch.Tensor]) -> CopyBatch:
         """Return the same copies with their sources moved into memory of their own, so that the tensors can be freed.
@@ -150,6 +166,7 @@ class CopyBatch(NamedTuple):
         sources = [source for _, batch in self.batches.values() for source in batch]
         buffer = allocate(sum(aligned(source.nbytes) for source in sources))
         batches: Batches = {}
+        moved: dict[int, torch.Tensor] = {}
         end = 0
         for (to_dtype, dtype, _), (targets, slices) in self.batches.items():
             whole, copies = view_as(buffer, dtype), []
@@ -159,8 +176,10 @@ class CopyBatch(NamedTuple):
                 all_targets, all_copies = batches.setdefault((to_dtype, dtype, target.is_contiguous()), ([], []))
                 all_targets.append(target)
                 all_copies.append(copies[-1])
+                moved[id(source)] = copies[-1]
             torch._foreach_copy_(copies, slices, non_blocking=True)
-        return CopyBatch(self.plan, self.names, batches, self.packed)
+        slices_now = [(name, target, moved[id(source)]) for name, target, source in self.slices]
+        return CopyBatch(self.plan, self.names, batches, self.packed, slices_now)
 
 
 class PlanRun:
@@ -169,6 +188,8 @@ class PlanRun:
     Attributes:
         fits: whether all that arrived so far is known to the plan.
         partial: whether less is staged than a full load needs: unchanged tensors stay, or only this rank's slices are kept.
+        written: the live memory that the commit writes.
+        kept: the tensors that stay as they are.
     """
 
     def __init__(self, plan: LoadPlan) -> None:
@@ -181,15 +202,24 @@ class PlanRun:
         self._replaced: list[Any] = []
         self.fits = True
         self.partial = False
+        self.written: Written = {}
+        self.kept: frozenset[str] = frozenset()
         self._lock = threading.Lock()  # each sender has a thread
 
-    def add(self, copies: CopyBatch | None) -> None:
-        """Add the copies of tensors that have arrived. None: the plan does not know these tensors."""
+    def add(self, copies: CopyBatch | None, digests: Mapping[str, int] | None = None) -> None:
+        """Add the copies of tensors that have arrived.
+
+        Args:
+            copies: None if the plan does not know these tensors.
+            digests: of these tensors, so that the live memory can be compared after the commit.
+        """
+        written = copies.written(digests) if copies is not None and digests is not None else {}
         with self._lock:
             self.fits = self.fits and copies is not None and copies.names <= self._missing
             if not self.fits or copies is None:
                 return
             self._missing -= copies.names
+            self.written |= written
             for kind, (targets, sources) in copies.batches.items():
                 all_targets, all_sources = self._batches.setdefault(kind, ([], []))
                 all_targets += targets
@@ -205,6 +235,7 @@ class PlanRun:
     def keep(self, names: Collection[str]) -> None:
         """Leave the live memory of these tensors as it is: they do not arrive."""
         with self._lock:
+            self.kept = frozenset(names)
             self.partial = bool(names) or self.partial
             self.fits = self.fits and self._missing.issuperset(names)
             self._missing.difference_update(names)

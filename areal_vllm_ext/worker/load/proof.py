@@ -16,6 +16,7 @@ import torch
 
 from ...integrity import digest
 from ..memory import free_bytes
+from .cpu_packing import ATTRIBUTE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -141,7 +142,7 @@ def packed_digests(model: torch.nn.Module) -> dict[str, int]:
     """
     answers: dict[str, int] = {}
     for name, layer in model.named_modules():
-        linear = getattr(layer, "cpu_linear", None)
+        linear = getattr(layer, ATTRIBUTE, None)
         if linear is None or linear is torch.nn.functional.linear:
             continue
         weight = layer.weight
@@ -155,6 +156,15 @@ def packed_digests(model: torch.nn.Module) -> dict[str, int]:
         key = f"{name} (packed)".replace(".base_layer ", " ")
         answers[key] = digest.digests_of([torch.cat(parts)])[0]
     return answers
+
+
+def packed_functions(model: torch.nn.Module) -> dict[str, object]:
+    """Return, by layer, the function that computes with its packed weight."""
+    return {
+        f"{name} (packed)".replace(".base_layer ", " "): linear
+        for name, layer in model.named_modules()
+        if (linear := getattr(layer, ATTRIBUTE, None)) is not None and linear is not torch.nn.functional.linear
+    }
 
 
 def different(live: Mapping[str, int], fresh: Mapping[str, int]) -> list[str]:
