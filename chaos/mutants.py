@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DRIVER, TRANSACTION = "client/driver.py", "client/transaction.py"
 PARTICIPANT, COORDINATOR = "engine_core/participant.py", "client/coordinator.py"
+FOREIGN = "engine_core/foreign_calls.py"
 RECOVERY, COMMAND = "control/recovery.py", "control/command.py"
 DIRECTORY, LEASE = "control/directory.py", "control/lease.py"
 
@@ -123,6 +124,11 @@ MUTANTS = {
         (DRIVER, "return await self._holds_lease(min(max(self._context.left, 0.05), 1.0))", "return True")
     ],
     "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
+    "other users wait for an update": [(PARTICIPANT, "return Guard(update, ", 'return Guard("", ')],
+    "other users resume no stale weights": [
+        (FOREIGN, "if self._guard.weights: raise", "if False: raise"),
+        (PARTICIPANT, "unfit = (self.tainted or self.stale) and", "unfit = False and"),
+    ],
     "a new lease has a new epoch": [(LEASE, "self.epoch += 1", "self.epoch += 0")],
     "a heartbeat brings the epoch back": [
         (DIRECTORY, "self._leases.epoch = max(self._leases.epoch, message.epoch)", "pass")

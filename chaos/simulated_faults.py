@@ -7,6 +7,7 @@ version within bounds, and nothing may be left behind.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import random
@@ -145,6 +146,27 @@ def a_pause(world: World, dice: random.Random) -> Fault:
     return Fault(lambda: rival.command(*steps, timeout=timeout))
 
 
+def another_user(world: World, dice: random.Random) -> Fault:
+    """Let somebody pause, resume or reload some engines by vLLM's own calls, past this package."""
+    ranks = some(world, dice) if dice.random() < 0.5 else list(range(len(world.engines)))
+    calls = dice.choices(["pause_scheduler", "resume_scheduler", "reload_weights"], k=dice.choice([1, 1, 2]))
+
+    def call(rank: int, name: str) -> None:
+        process = world.engines[rank]
+        if not (process.alive and process.joined):
+            return
+        with contextlib.suppress(RuntimeError):
+            if name == "reload_weights":
+                process.engine.vllm.collective_rpc(name)
+            else:
+                getattr(process.engine.vllm, name)()
+
+    return Fault(
+        lambda: each(functools.partial(call, rank, name) for name in calls for rank in ranks),
+        lambda: each(functools.partial(call, rank, "resume_scheduler") for rank in ranks),
+    )
+
+
 def two_faults(world: World, dice: random.Random) -> Fault:
     kinds = [draw for draw in KINDS.values() if draw not in (two_faults, clock_drift)]
     one, other = (draw(world, dice) for draw in dice.sample(kinds, 2))
@@ -176,6 +198,7 @@ KINDS: dict[str, Draw] = {
     "clock drift": clock_drift,
     "two trainers": two_trainers,
     "a pause": a_pause,
+    "another user": another_user,
     "two faults": two_faults,
 }
 

@@ -135,7 +135,8 @@ def _status(options: argparse.Namespace) -> int:
     else:
         _print_states(states)
     healthy = all(
-        state.generation != "unreachable" and state.update_phase not in ("tainted", "stale") for state in states
+        state.generation != "unreachable" and state.update_phase not in ("tainted", "stale", "foreign")
+        for state in states
     )
     return 0 if states and healthy and len({state.version for state in states}) == 1 else 3
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-STATUS_CODE = "no engine is there, or one is unreachable, tainted, stale or on another version"
+STATUS_CODE = "no engine is there, or one is unreachable, tainted, stale, foreign or on another version"
 VERIFY_CODE = "weights differ, or could not be compared"
 EXIT_CODES = """\
 exit codes:

@@ -20,8 +20,8 @@ class EngineState:
         version: names the weights that the engine serves; None if the engine did not answer.
         generation: ``running``, ``pausing``, ``paused``, ``resuming``, or ``unreachable`` if the engine did not answer.
         update_phase: where the engine is in an update: ``idle``, ``receiving``, ``prepared`` or ``committing``;
-            ``tainted`` if its weights are partly loaded, ``stale`` if they are older than the group's. Empty if it did not
-            answer.
+            ``tainted`` if its weights are partly loaded, ``stale`` if they are older than the group's, ``foreign`` if another
+            user of the engine has changed them. Empty if it did not answer.
         requests: running and waiting requests.
         waiting_for_engine: seconds since the engine's loop last ran a call; a large number means that the loop is stuck.
         error: why the engine did not answer, or what went wrong there.
