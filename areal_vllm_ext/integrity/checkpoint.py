@@ -1,100 +1,173 @@
-"""Checkpoints: the names, shapes and dtypes in safetensors headers, read without reading the tensors."""
+"""Checkpoint directories: which files vLLM would load of one, and whether a tensor fits the engines' checkpoint."""
 
 from __future__ import annotations
 
 import difflib
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..errors import NotACheckpoint
-from ..protocol import TensorMeta
+from .safetensors_file import Identity, SafetensorsFile
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Mapping
 
-# safetensors' names of dtypes (its README, "Format") and torch's.
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+    import torch
+    from typing_extensions import Self
+
+    from ..protocol import TensorMeta
+
 # Dtypes in which an engine may compute, and so may take a tensor instead of the checkpoint's dtype.
 FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
-_LONGEST_HEADER = 100 << 20  # safetensors' own limit
-
-
-class _Entry(msgspec.Struct):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
+_INDEX = "model.safetensors.index.json"
+_MISTRAL = "consolidated"  # vLLM loads files that begin with it instead of all others
 
 
 class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def files(directory: str | os.PathLike[str]) -> list[Path]:
-    """Return the safetensors files of a Hugging Face checkpoint directory, as its index names them.
+def names_of_files(directory: Path) -> list[str]:
+    """Return the names of the safetensors files that vLLM loads from a directory: those in its index, otherwise all.
 
     Raises:
         NotACheckpoint: there are none, or a file that the index names is missing.
     """
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise NotACheckpoint(f"{folder} is not a directory (on this node)")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise NotACheckpoint(f"{index} is no safetensors index: {error}") from None
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise NotACheckpoint(f"{folder}: {missing[0]}, which the index names, is missing")
-        return [folder / name for name in names]
-    found = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
-    if not found:
-        raise NotACheckpoint(f"{folder} holds no *.safetensors file: it is not a checkpoint that engines can load")
-    return found
-
-
-def read_header(file: Path) -> Iterator[TensorMeta]:
-    """Yield the tensors of one safetensors file.
-
-    Raises:
-        NotACheckpoint: it is truncated, or no safetensors file.
-    """
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > _LONGEST_HEADER:
-                raise NotACheckpoint(f"{file} is not a safetensors file")
-            header = msgspec.json.decode(stream.read(length), type=dict[str, msgspec.Raw])
-        header.pop("__metadata__", None)
-        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in header.items()}
-        size = file.stat().st_size - 8 - length
-    except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
-        raise NotACheckpoint(f"{file} cannot be read as safetensors: {error}") from None
-    for name, entry in entries.items():
-        if entry.data_offsets[1] > size:
+    if not directory.is_dir():
+        raise NotACheckpoint(f"{directory} is not a directory (on this node)")
+    present = _present(directory)
+    index = directory / _INDEX
+    if not index.exists():
+        if not present:
             raise NotACheckpoint(
-                f"{file} is truncated: {name} lies beyond its end; wait until it is completely written"
+                f"{directory} holds no *.safetensors file: it is not a checkpoint that engines can load"
             )
-        if entry.dtype not in _DTYPES:
-            raise NotACheckpoint(f"{file}: {name} has dtype {entry.dtype}, which is not supported")
-        yield TensorMeta(name, _DTYPES[entry.dtype], entry.shape)
+        return present
+    try:
+        named = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+    except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+        raise NotACheckpoint(f"{index} is no safetensors index: {error}") from None
+    if not named:
+        raise NotACheckpoint(f"{index} names no file")
+    if missing := [name for name in named if name not in present]:
+        others = [name for name in present if name not in named]
+        hint = f"; if {others[0]} is the checkpoint, remove the index" if others else ""
+        raise NotACheckpoint(f"{directory}: {missing[0]}, which {_INDEX} names, is missing{hint}")
+    return named
+
+
+def _present(directory: Path) -> list[str]:
+    """Return the names of all safetensors files, as ``glob`` does it for vLLM: without hidden ones."""
+    return sorted(path.name for path in directory.glob("*.safetensors") if path.is_file() and path.name[0] != ".")
+
+
+class Checkpoint:
+    """The files that vLLM would load from a directory, open until ``close``, so that they stay the same files.
+
+    Attributes:
+        tensors: all tensors by name.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, check_ambiguity: bool = True) -> None:
+        """Open the files and read their headers.
+
+        Args:
+            directory: of a Hugging Face checkpoint.
+            check_ambiguity: refuse a directory that holds a second checkpoint, such as the shards of an earlier save. vLLM
+                would load one of them without a word.
+
+        Raises:
+            NotACheckpoint: there is no complete checkpoint, or there are two.
+        """
+        self._directory = Path(directory)
+        self._files: list[SafetensorsFile] = []
+        try:
+            self._listing = self._listed()
+            names = names_of_files(self._directory)
+            for name in names:
+                self._files.append(SafetensorsFile(self._directory / name))
+            if check_ambiguity:
+                self._refuse_second(names)
+        except OSError as error:
+            self.close()
+            raise NotACheckpoint(f"{self._directory} cannot be read: {error}") from None
+        except NotACheckpoint:
+            self.close()
+            raise
+        self.tensors: dict[str, TensorMeta] = {}
+        for file in self._files:
+            self.tensors.update(file.tensors)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield all tensors, each in memory of its own.
+
+        Raises:
+            NotACheckpoint: the directory changed meanwhile. It is known only at the end: use nothing before.
+        """
+        for file in self._files:
+            for name in file.tensors:
+                yield name, file.read(name)
+        if changed := self.changed():
+            raise NotACheckpoint(
+                f"{changed}: save each checkpoint to a directory of its own, and send it when it is complete"
+            )
+
+    def changed(self) -> str | None:
+        """Return what has changed in the directory since it was opened; None if nothing has."""
+        for file in self._files:
+            if changed := file.changed():
+                return changed
+        before, now = self._listing, self._listed()
+        different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        return (
+            f"{self._directory / different[0]} was added, removed or replaced while it was read" if different else None
+        )
+
+    def _listed(self) -> dict[str, Identity]:
+        names = _present(self._directory)
+        if (self._directory / _INDEX).exists():
+            names.append(_INDEX)
+        return {name: Identity.of((self._directory / name).stat()) for name in names}
+
+    def _refuse_second(self, names: list[str]) -> None:
+        """Raise if a tensor is in two files, used or not: nobody can tell which one is meant."""
+        used = {name: file.path.name for file in self._files for name in file.tensors}
+        for file in self._files:
+            for name in file.tensors:
+                if used[name] != file.path.name:
+                    self._refuse(name, file.path.name, used[name])
+        present = _present(self._directory)
+        mistral = [name for name in present if name.startswith(_MISTRAL)]
+        if mistral and (others := [name for name in names if name not in mistral]):
+            raise NotACheckpoint(
+                f"{self._directory} holds two checkpoints: vLLM would load {mistral[0]} instead of {others[0]}; "
+                "remove one of them"
+            )
+        for other in present:
+            if other in names:
+                continue
+            unused = SafetensorsFile(self._directory / other)
+            unused.close()
+            if both := sorted(unused.tensors.keys() & used.keys()):
+                self._refuse(both[0], used[both[0]], other, f" ({_INDEX} names {used[both[0]]})")
+
+    def _refuse(self, tensor: str, first: str, second: str, detail: str = "") -> None:
+        raise NotACheckpoint(
+            f"{self._directory} holds two checkpoints: {tensor} is in {first} and in {second}{detail}; remove one of them"
+        )
 
 
 def folder(model: str, revision: str | None = None) -> str:
@@ -115,31 +188,29 @@ def folder(model: str, revision: str | None = None) -> str:
 
 
 def describe(model: str, revision: str | None = None) -> list[TensorMeta]:
-    """Return the tensors of a checkpoint directory, or of a hub model in the local cache.
+    """Return the tensors of the checkpoint that an engine was started with.
+
+    Args:
+        model: its directory, or a hub model in the local cache.
+        revision: of the hub model.
 
     Raises:
         NotACheckpoint: there is no complete safetensors checkpoint.
     """
-    return [tensor for file in files(folder(model, revision)) for tensor in read_header(file)]
+    with Checkpoint(folder(model, revision), check_ambiguity=False) as checkpoint:
+        return list(checkpoint.tensors.values())
 
 
-def contents(directory: str | os.PathLike[str]) -> dict[str, tuple[TensorMeta, int]]:
+def contents(directory: str | os.PathLike[str], *, check_ambiguity: bool = True) -> dict[str, tuple[TensorMeta, int]]:
     """Return each tensor of a checkpoint directory with the digest of its bytes. This reads all of it.
 
     Raises:
-        NotACheckpoint: it is none, or truncated.
+        NotACheckpoint: it is none, is ambiguous, or changed meanwhile.
     """
-    from safetensors import safe_open
-
     from . import digest
 
-    known: dict[str, tuple[TensorMeta, int]] = {}
-    for file in files(directory):
-        metas = list(read_header(file))
-        with safe_open(file, framework="pt") as tensors:
-            values = digest.digests_of(tensors.get_tensor(meta.name) for meta in metas)
-        known.update({meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)})
-    return known
+    with Checkpoint(directory, check_ambiguity=check_ambiguity) as checkpoint:
+        return {name: (checkpoint.tensors[name], digest.digests_of([tensor])[0]) for name, tensor in checkpoint.read()}
 
 
 def mismatch_reason(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtypes: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Disk: every worker reads a Hugging Face checkpoint directory, into host memory, while it generates."""
+"""Disk: every worker reads a Hugging Face checkpoint directory into host memory while its engine generates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..integrity import checkpoint
+from ..integrity.checkpoint import Checkpoint
 from .buckets import total_bytes
 
 if TYPE_CHECKING:
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class DiskSource:
-    """The worker's end. The trainer's end is the directory."""
+    """The worker's end. The trainer's end is the directory.
+
+    Its files are opened here, at the begin of the update, and read at the vote. If the directory has changed in between, the
+    vote is a no. Workers that find different files hold different digests, so their votes differ.
+    """
 
     reusable = False
     unchecked = True
@@ -25,26 +29,19 @@ class DiskSource:
     device = torch.device("cpu")
 
     def __init__(self, transfer: Disk) -> None:
-        """Look the directory through.
+        """Open the checkpoint.
 
         Raises:
-            NotACheckpoint: where it is none, or cut off.
+            NotACheckpoint: the directory holds no complete checkpoint, or two.
         """
-        self._files = checkpoint.files(transfer.path)
-        tensors = [tensor for file in self._files for tensor in checkpoint.read_header(file)]
-        self.nbytes = total_bytes(tensors)
+        self._checkpoint = Checkpoint(transfer.path)
+        self.nbytes = total_bytes(self._checkpoint.tensors.values())
 
     def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         raise ValueError("an update from disk has no buckets")
 
     def load_all(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from safetensors import safe_open
-
-        for file in self._files:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - no dict: it has no iterator
-                    # A copy: what lies in a mapped file changes when somebody writes to the file.
-                    yield name, tensors.get_tensor(name).clone()
+        return self._checkpoint.read()
 
     def close(self) -> None:
-        pass
+        self._checkpoint.close()

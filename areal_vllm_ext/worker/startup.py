@@ -30,8 +30,8 @@ class StartupCheckpoint:
         """
         self._name, self._files, self._problem = model, dict[Path, _Identity](), ""
         try:
-            self._folder = checkpoint.folder(model, revision)
-            self._files = {file: _identity(file) for file in checkpoint.files(self._folder)}
+            self._folder = Path(checkpoint.folder(model, revision))
+            self._files = {file: _identity(file) for file in self._loaded()}
         except (NotACheckpoint, OSError) as error:
             self._problem = str(error)
             return
@@ -49,10 +49,13 @@ class StartupCheckpoint:
         if reason := self._problem or self._changed():
             return {}, reason
         try:
-            contents = checkpoint.contents(self._folder)
+            contents = checkpoint.contents(self._folder, check_ambiguity=False)
         except (NotACheckpoint, OSError) as error:
             return {}, str(error)
         return ({}, reason) if (reason := self._changed()) else (contents, "")
+
+    def _loaded(self) -> list[Path]:
+        return [self._folder / name for name in checkpoint.names_of_files(self._folder)]
 
     def _changed(self) -> str:
         for file, identity in self._files.items():
@@ -62,7 +65,7 @@ class StartupCheckpoint:
                 same = False
             if not same:
                 return f"{file} has changed since the engine loaded it"
-        if set(checkpoint.files(self._folder)) != set(self._files):
+        if set(self._loaded()) != set(self._files):
             return f"{self._folder} has other files than when the engine loaded it"
         return ""
 

@@ -359,6 +359,35 @@ def test_a_trainer_that_stalls_is_given_up_and_the_next_one_works(
     assert served.serves(new)
 
 
+@pytest.mark.parametrize("way", ["replaced by rename", "a second checkpoint beside it"])
+def test_a_folder_that_changes_between_begin_and_vote_is_refused_by_every_engine(
+    served: Served, group: EngineGroup, tmp_path: Path, way: str
+) -> None:
+    folder = tmp_path / "step"
+    folder.mkdir()
+    old, new = weights(1), weights(2)
+    shards = {"model-00001-of-00002.safetensors": list(old)[:2], "model-00002-of-00002.safetensors": list(old)[2:]}
+    for file, names in shards.items():
+        save_file({name: old[name] for name in names}, folder / file)
+
+    def change(phase: str) -> None:
+        if phase == "prepare":
+            save_file({name: new[name] for name in list(old)[2:]}, tmp_path / "new")
+            target = "model-00002-of-00002.safetensors" if way == "replaced by rename" else "copy.safetensors"
+            (tmp_path / "new").rename(folder / target)
+
+    with pytest.raises(
+        UpdateAborted, match=r"(-00002-of-00002\.safetensors was|copy\.safetensors was) .*replaced while"
+    ):
+        send(group, folder, on_phase=change)
+    assert_untouched(served)
+    if way == "replaced by rename":
+        send(group, folder, 2)
+    else:
+        with pytest.raises(UpdateAborted, match="holds two checkpoints"):
+            send(group, folder, 2)
+
+
 def test_bytes_that_do_not_get_through_by_the_deadline_are_said_with_the_worker(
     served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,9 @@ def saved(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     model.save_pretrained(folder)
-    return {name: tensor for file in checkpoint.files(folder) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in checkpoint.names_of_files(folder) for name, tensor in load_file(folder / file).items()
+    }
 
 
 def metas(tensors: dict[str, torch.Tensor]) -> list[TensorMeta]:

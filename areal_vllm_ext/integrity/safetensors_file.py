@@ -1,0 +1,151 @@
+"""A safetensors file that is opened once and read by position, so that it stays the same file while it is read.
+
+A mapped file would show whatever is written to it meanwhile, and would end the process if the file got shorter. Whoever reads
+asks ``changed`` afterwards: a file that was written to, or replaced under its name, must not be used.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import torch
+
+from ..errors import NotACheckpoint
+from ..protocol import TensorMeta
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# safetensors' names of dtypes (its README, "Format") and torch's.
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_LONGEST_HEADER = 100 << 20  # safetensors' own limit
+# At most this many bytes go into one call: Linux reads no more than 2 GiB at once.
+_READ_BYTES = 1 << 30
+
+
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+class Identity(NamedTuple):
+    """Which file it is, and in which state."""
+
+    device: int
+    inode: int
+    nbytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Identity:
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class SafetensorsFile:
+    """An open safetensors file.
+
+    Attributes:
+        path: its name.
+        tensors: the tensors in it, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and read its header.
+
+        Raises:
+            NotACheckpoint: it cannot be read, is truncated, or is no safetensors file.
+        """
+        self.path = path
+        self._descriptor = -1
+        try:
+            # Not blocking, because the name may be a pipe's.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.identity = Identity.of(os.fstat(self._descriptor))
+            self._entries = self._read_header()
+        except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
+            self.close()
+            raise NotACheckpoint(f"{path} cannot be read as safetensors: {error}") from None
+        except NotACheckpoint:
+            self.close()
+            raise
+        self.tensors = {name: meta for name, (meta, _) in self._entries.items()}
+
+    def _read_header(self) -> dict[str, tuple[TensorMeta, int]]:
+        """Return each tensor with its position in the file."""
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise NotACheckpoint(f"{self.path} is not a file")
+        (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
+        if length > _LONGEST_HEADER:
+            raise NotACheckpoint(f"{self.path} is not a safetensors file")
+        header = msgspec.json.decode(os.pread(self._descriptor, length, 8), type=dict[str, msgspec.Raw])
+        header.pop("__metadata__", None)
+        entries = {}
+        for name, raw in header.items():
+            entry = msgspec.json.decode(raw, type=_Entry)
+            if entry.dtype not in DTYPES:
+                raise NotACheckpoint(f"{self.path}: {name} has dtype {entry.dtype}, which is not supported")
+            meta = TensorMeta(name, DTYPES[entry.dtype], entry.shape)
+            start, end = entry.data_offsets
+            dtype: torch.dtype = getattr(torch, meta.dtype)
+            if min(start, end, *entry.shape) < 0 or end - start != math.prod(entry.shape) * dtype.itemsize:
+                raise NotACheckpoint(f"{self.path}: {name} does not have the size of its shape and dtype")
+            if 8 + length + end > self.identity.nbytes:
+                raise NotACheckpoint(
+                    f"{self.path} is truncated: {name} lies beyond its end; wait until it is completely written"
+                )
+            entries[name] = meta, 8 + length + start
+        return entries
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor into memory of its own.
+
+        Raises:
+            NotACheckpoint: the file has become shorter, or cannot be read.
+        """
+        meta, position = self._entries[name]
+        dtype: torch.dtype = getattr(torch, meta.dtype)
+        tensor = torch.empty(math.prod(meta.shape) * dtype.itemsize, dtype=torch.uint8)
+        left = memoryview(tensor.numpy())  # type: ignore[arg-type]
+        while left:
+            try:
+                count = os.preadv(self._descriptor, [left[:_READ_BYTES]], position)
+            except OSError as error:
+                raise NotACheckpoint(f"{self.path}: {name} cannot be read: {error}") from None
+            if not count:
+                raise NotACheckpoint(f"{self.path} became shorter while it was read")
+            left, position = left[count:], position + count
+        return tensor.view(dtype).view(meta.shape)
+
+    def changed(self) -> str | None:
+        """Return what has happened to the file since it was opened; None if it is still the same."""
+        if Identity.of(os.fstat(self._descriptor)) != self.identity:
+            return f"{self.path} was written to while it was read"
+        try:
+            same = Identity.of(self.path.stat()) == self.identity
+        except OSError:
+            same = False
+        return None if same else f"{self.path} was replaced while it was read"
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
