@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
 CI = os.environ.get("CI") == "true"
 
-# Tests that list /dev/shm run one after another: a segment that another file's test makes meanwhile is not theirs.
-LIST_SHARED_MEMORY = frozenset(
-    f"tests/unit/test_{name}.py" for name in ("manifest", "senders", "sending", "shared_memory", "trace", "unchanged")
-)
+# Files whose tests run one after another in one worker of pytest-xdist.
+_SCOPES = {
+    # They list /dev/shm: a segment that another file's test makes meanwhile is not theirs.
+    "shared memory": ("manifest", "senders", "sending", "shared_memory", "trace", "unchanged"),
+    # They import vLLM, which takes ten seconds.
+    "vllm": ("packing", "plan"),
+}
+SCOPE_OF = {f"tests/unit/test_{name}.py": scope for scope, names in _SCOPES.items() for name in names}
 
 _deselected: collections.Counter[str] = collections.Counter()
 
@@ -29,9 +33,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class FileScheduling(LoadScopeScheduling):  # type: ignore[misc, no-any-unimported]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            if file in LIST_SHARED_MEMORY:
-                return "shared memory"
-            return "real engines" if file.startswith("tests/integration/") else file
+            return "real engines" if file.startswith("tests/integration/") else SCOPE_OF.get(file, file)
 
     config.option.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
     return FileScheduling(config, log)
@@ -39,11 +41,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest scope, and end with the tests that start real engines: they need both cores."""
+    """Begin with the longest scopes, and end with the tests that start real engines: they need both cores."""
 
     def order(item: pytest.Item) -> int:
         file = item.nodeid.partition("::")[0]
-        return 2 if file.startswith("tests/integration/") else file not in LIST_SHARED_MEMORY
+        return 2 if file.startswith("tests/integration/") else file not in SCOPE_OF
 
     items.sort(key=order)
 

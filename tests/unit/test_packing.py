@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lazily import Lazily
 from test_plan import (
     FFN,
     HEADS,
@@ -15,20 +16,19 @@ from test_plan import (
     TP_SIZE,
     VOCABULARY,
     Layer,
-    Processed,
     Weights,
     Worker,
     columns,
     load,
     made,
     of,
+    processed,
     rows,
     staged,
     updated,
     vocabulary,
     whole,
 )
-from vllm.model_executor.layers import utils
 
 from areal_vllm_ext.worker.load import cpu_packing
 from areal_vllm_ext.worker.load.loader import Loader, repack_tied_layers
@@ -36,6 +36,8 @@ from areal_vllm_ext.worker.load.plan import LoadPlan, PlanRun
 from areal_vllm_ext.worker.load.proof import readable
 from areal_vllm_ext.worker.load.recorder import Recorder, observe_packing
 from areal_vllm_ext.worker.load.targets import NotPlanned
+
+utils = Lazily("vllm.model_executor.layers.utils")
 
 SHAPES = {
     "embed": (VOCABULARY, HIDDEN),
@@ -47,9 +49,9 @@ SHAPES = {
 LINEARS = ("embed", "qkv", "down", "out")
 
 
-def packs(*, remove_weight: bool) -> Processed:
+def packs(*, remove_weight: bool) -> Any:
     """As vLLM's methods of linear layers (True), and of embeddings and heads (False)."""
-    return Processed(lambda layer: utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=remove_weight))
+    return processed(lambda layer: utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=remove_weight))
 
 
 def build() -> torch.nn.Module:
@@ -198,7 +200,7 @@ def and_another_attribute(layer: Any) -> None:
 )
 def test_what_is_packed_otherwise_is_refused(process: Callable[[Any], None], reason: str) -> None:
     model = started()
-    model.out.quant_method = Processed(process)
+    model.out.quant_method = processed(process)
     with pytest.raises(NotPlanned, match=reason):
         recorded(model, staged(SHAPES, 1))
 
@@ -275,7 +277,7 @@ def test_only_a_shared_weight_is_packed_again() -> None:
     gate.weight = torch.nn.Parameter(torch.zeros(4, HIDDEN), requires_grad=False)
     gate.e_score_correction_bias = experts.e_score_correction_bias = bias
     packed: list[torch.nn.Module] = []
-    experts.quant_method = Processed(packed.append)
+    experts.quant_method = processed(packed.append)
     for layer in (model.embed, head):
         packs(remove_weight=False).process_weights_after_loading(layer)
     model.embed.weight.data.normal_()

@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-    record_metadata_for_reloading,
-)
+from lazily import Lazily
 
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.worker.load.loader import Loader
@@ -23,6 +18,8 @@ from areal_vllm_ext.worker.load.proof import readable
 from areal_vllm_ext.worker.load.recorder import Recorder
 from areal_vllm_ext.worker.load.targets import NotPlanned
 from areal_vllm_ext.worker.load.written import wrong_in
+
+vllm_reload = Lazily("vllm.model_executor.model_loader.reload")
 
 Weights = dict[str, torch.Tensor]
 TP_SIZE, TP_RANK = 2, 1
@@ -111,7 +108,7 @@ def of(**layers: torch.nn.Module) -> torch.nn.Module:
 
 def made(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     model = build()
-    record_metadata_for_reloading(model)
+    vllm_reload.record_metadata_for_reloading(model)
     for layer in model.children():
         if hasattr(layer, "weight"):
             layer.weight.data.normal_()
@@ -140,9 +137,9 @@ def staged(shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype = t
 
 
 def load(model: Any, weights: Weights) -> None:
-    initialize_layerwise_reload(model)
+    vllm_reload.initialize_layerwise_reload(model)
     model.load_weights(weights.items())
-    finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
+    vllm_reload.finalize_layerwise_reload(model, SimpleNamespace(dtype=torch.float32))
 
 
 def fresh(build: Callable[[], torch.nn.Module], weights: Weights) -> torch.nn.Module:
@@ -397,19 +394,20 @@ def test_any_other_loader_is_refused_and_loads_all_the_same(loader: Callable[...
     assert loader is half or same(model, twin)  # what half does not write is anything
 
 
-class Processed(QuantizeMethodBase):
-    """What a layer's backend makes of the loaded weight."""
+def processed(process: Callable[[Any], None]) -> Any:
+    """What a layer's backend makes of the loaded weight, as one of vLLM's quantization methods."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-    def __init__(self, process: Callable[[Any], None]) -> None:
-        self.process = process
+    class Processed(QuantizeMethodBase):
+        def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None: ...
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None: ...
+        def apply(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            raise NotImplementedError
 
-    def apply(self, layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise NotImplementedError
+        def process_weights_after_loading(self, layer: Any) -> None:
+            process(layer)
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        self.process(layer)
+    return Processed()
 
 
 def onto_itself(layer: Any) -> None:
@@ -457,7 +455,7 @@ def derived(layer: Any) -> None:
 def test_what_a_backend_makes_of_weights_decides(process: Callable[[Any], None], reason: str) -> None:
     def build() -> torch.nn.Module:
         layer = Layer(4, 4, loaders={"w": whole})
-        layer.quant_method = Processed(process)
+        layer.quant_method = processed(process)
         return of(layer=layer)
 
     model = made(build)
