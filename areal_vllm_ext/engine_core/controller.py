@@ -257,7 +257,9 @@ class Controller:
         ):
             raise RuntimeError("vLLM did not drop its cached keys and values")
         if not effect.users:
-            self._engine.reset_encoder_cache()
+            # vLLM's ``reset_encoder_cache`` does the same, but warns at each update that has frozen requests.
+            self._engine.scheduler.reset_encoder_cache()
+            self._engine.model_executor.reset_encoder_cache()
 
     def _cancel_pending_pause(self) -> bool:
         """Undo a pause that has not completed; return False if none is pending."""

@@ -77,7 +77,7 @@ def control_in_process_engines() -> None:
 
     patch_once(InprocClient, "__init__", in_process.start_control)
     patch_once(InprocClient, "get_output", lambda original: in_process.locked(in_process.with_aborted(original)))
-    for name in ("add_request", "abort_requests"):
+    for name in ("add_request", "abort_requests", "sleep", "wake_up", "collective_rpc", "set_weight_version"):
         patch_once(InprocClient, name, in_process.locked)
     patch_once(InprocClient, "shutdown", in_process.stop_control)
 
