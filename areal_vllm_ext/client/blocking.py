@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..control.command import DISCOVER_SECONDS
-from .group import AsyncEngineGroup
+from .group import AsyncEngineGroup, cannot_pickle
 from .loop_thread import LoopThread
 from .options import PAUSE_LEASE_SECONDS, PAUSE_SECONDS, READY_SECONDS, UPDATE_SECONDS, VERIFY_SECONDS
 from .walk import drained_on_error, walk
@@ -144,6 +144,9 @@ class EngineGroup:
         if self._thread.is_alive:
             self._thread.run(self._group.close())
             self._thread.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(cannot_pickle("EngineGroup"))
 
     def __enter__(self) -> EngineGroup:
         return self

@@ -6,7 +6,8 @@ import asyncio
 import os
 import time
 import uuid
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
@@ -50,6 +51,14 @@ if TYPE_CHECKING:
 
 # Grace period for clean-up requests sent after the deadline (under 1 s in total).
 _GRACE_SECONDS = 0.5
+
+
+def cannot_pickle(kind: str) -> str:
+    """Return what to do instead of pickling a group."""
+    return (
+        f"{kind} cannot be pickled, because its connections belong to this process: call {kind}.connect(...) in the process "
+        "that needs it"
+    )
 
 
 class AsyncEngineGroup:
@@ -204,11 +213,16 @@ class AsyncEngineGroup:
         if not lease:
             return
         message = protocol.KeepPaused(holder=self._commander.holder, lease=lease)
+        requests = {address: (address, message) for address in addresses}
+        group_link = weakref.ref(self._link)  # the event loop keeps this task, which must not keep a forgotten group
 
         async def renew() -> None:
             while True:
                 await asyncio.sleep(lease / 4)
-                await self._link.request_all({address: (address, message) for address in addresses}, lease / 4)
+                if (link := group_link()) is None:
+                    return
+                await link.request_all(requests, lease / 4)
+                del link
 
         self._pause_renewal = asyncio.create_task(renew())
 
@@ -348,13 +362,16 @@ class AsyncEngineGroup:
         """Close the connections. Engines keep running."""
         self._sinks.drop()
         self._renew_pause([], 0.0)
-        await self._link.close()
+        self._link.close()
 
     async def __aenter__(self) -> AsyncEngineGroup:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(cannot_pickle("AsyncEngineGroup"))
 
     async def _hello(self, engine: EngineInfo, timeout: float) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +25,8 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        # The thread must not refer to this object, whose end is the thread's.
+        self._thread = threading.Thread(target=_run, args=(self.loop,), name=name, daemon=True)
         self._thread.start()
 
     @property
@@ -80,4 +82,15 @@ class LoopThread:
         if self.is_alive:
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
-            self.loop.close()
+
+    def __del__(self) -> None:
+        if self.is_alive:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+                self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()

@@ -21,18 +21,20 @@ from .command_lock import CommandLock
 from .membership import describe_missing
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     from ..protocol import Answer, EngineInfo, EngineRequest, Message
     from .link import Link
 
+# Why an engine is not resumed.
+BEHIND = "its weights are older than those of the other engines: send an update"
 DISCOVER_SECONDS = 5.0
 POLL_SECONDS = 0.2
 # A lease is renewed eight times in its time, so that a directory that restarts hears of it before it grants another.
 _LEASE_SECONDS = 10.0
-# Why an engine is not resumed.
-BEHIND = "its weights are older than those of the other engines: send an update"
 _RENEWALS = 8
+# Clean-up after a command's deadline takes less than this time.
+_GRACE_SECONDS = 2.0
 # A client that waits for the lease asks for it at this interval.
 _ASK_SECONDS = 0.05
 
@@ -88,8 +90,9 @@ class Commander:
         self.directory = directory
         self.holder = holder or f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
         self._lock = CommandLock()
-        self._renewal: protocol.RenewLease | None = None
-        self._renewed = 0.0  # when the directory was asked for the lease that it has granted or renewed
+        # Renews the lease of the running command, and the time until which no other client can have taken it.
+        self._renew: Callable[[float], Awaitable[None]] | None = None
+        self._certain_until = 0.0
         # Engines that were lost in an update of this group. The group goes on without them until they are back.
         self._dropped: set[tuple[str, int]] = set()
 
@@ -132,10 +135,10 @@ class Commander:
         This asks the directory only after a process that was stopped has missed renewals. A directory that does not answer
         has not given the lease to another client either, as far as this process can know.
         """
-        if self._renewal is None or time.monotonic() - self._renewed < _LEASE_SECONDS / 2:
+        if self._renew is None or time.monotonic() < self._certain_until:
             return True
         try:
-            await self.link.request(self.directory, self._renewal, timeout)
+            await self._renew(timeout)
         except EngineUnreachable:
             return True
         except RequestError:
@@ -254,18 +257,21 @@ class Commander:
                 await self.link.request(self.directory, protocol.LeaveQueue(holder=self.holder), 0.1)
             raise
 
-        message = protocol.RenewLease(epoch=lease.epoch, holder=self.holder, seconds=_LEASE_SECONDS)
-        self._renewal = message
+        async def renew(timeout: float) -> None:
+            now, seconds = time.monotonic(), _lease_seconds(ends)
+            message = protocol.RenewLease(epoch=lease.epoch, holder=self.holder, seconds=seconds)
+            await self.link.request(self.directory, message, timeout)
+            self._certain_until = now + seconds / 2
 
-        async def renew() -> None:
-            while True:
+        async def keep_renewing() -> None:
+            # Only until the command's time is over: a block that never ends must not shut out other clients.
+            while _lease_seconds(ends) > 0:
                 await asyncio.sleep(_LEASE_SECONDS / _RENEWALS)
-                asked = time.monotonic()
                 with contextlib.suppress(EngineUnreachable, RequestError):
-                    await self.link.request(self.directory, message, _LEASE_SECONDS / 4)
-                    self._renewed = asked
+                    await renew(_LEASE_SECONDS / 4)
 
-        renewal = asyncio.create_task(renew())
+        self._renew = renew
+        renewal = asyncio.create_task(keep_renewing())
         try:
             yield lease.epoch, lease.engines or protocol.Engines(alive=())
         finally:
@@ -289,9 +295,9 @@ class Commander:
         held: RequestError | None = None
         answered = started
         while True:
-            now = self._renewed = time.monotonic()
+            now, seconds = time.monotonic(), _lease_seconds(ends)
             left = max(ends - now, 0.1)
-            acquire = protocol.AcquireLease(holder=self.holder, seconds=_LEASE_SECONDS, waited=now - started)
+            acquire = protocol.AcquireLease(holder=self.holder, seconds=seconds, waited=now - started)
             try:
                 answer = await self._ask_directory(acquire, min(left, DISCOVER_SECONDS))
             except RequestError as error:
@@ -305,11 +311,12 @@ class Commander:
                     raise
             else:
                 assert isinstance(answer, protocol.Lease)
+                self._certain_until = now + seconds / 2
                 return answer
             if ends - time.monotonic() <= POLL_SECONDS:
-                seconds = time.monotonic() - started
+                waited = time.monotonic() - started
                 raise RequestError(
-                    "held", f"the lease was not free within {seconds:.1f} s: {held}; wait for that client, or stop it"
+                    "held", f"the lease was not free within {waited:.1f} s: {held}; wait for that client, or stop it"
                 )
             await asyncio.sleep(_ASK_SECONDS)
 
@@ -322,3 +329,8 @@ class Commander:
     def _disconnect_others(self, found: protocol.Engines) -> None:
         """Close the connections to engines that are not alive any more."""
         self.link.keep_only({engine.address for engine in found.alive} | {self.directory})
+
+
+def _lease_seconds(ends: float) -> float:
+    """Return for how long a lease is asked for: not much longer than until the command's deadline."""
+    return max(min(_LEASE_SECONDS, ends + _GRACE_SECONDS - time.monotonic()), 0.0)

@@ -223,6 +223,16 @@ class Connection:
         self._socket.close(linger=0)
         self._context.destroy(linger=0)
 
+    def close_from_any_thread(self) -> None:
+        """Close the sockets in the loop's thread if the loop runs; otherwise here."""
+        try:
+            if self.loop.is_running():
+                self.loop.call_soon_threadsafe(self.close)
+                return
+        except RuntimeError:
+            pass  # the loop was closed just now
+        self.close()
+
     def _peer(self, address: str) -> bytes:
         if (peer := self._peers.get(address)) is None:
             peer = self._peers[address] = uuid.uuid4().bytes

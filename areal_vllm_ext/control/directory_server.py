@@ -89,7 +89,7 @@ class DirectoryServer:
             try:
                 await Commander(link, self.address).recover(_RECOVERY_SECONDS, resume=self._resume_orphans)
             finally:
-                await link.close()
+                link.close()
 
         try:
             asyncio.run(recover())

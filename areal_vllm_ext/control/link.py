@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from typing import TYPE_CHECKING
 
 from .. import protocol
@@ -28,6 +29,7 @@ class Link:
         self._key_for = key_for
         self._max_message_bytes = max_message_bytes
         self._connection: Connection | None = None
+        self._closed = False
 
     async def request(self, address: str, message: Message, timeout: float) -> Answer:
         """Send one request and return its answer.
@@ -85,8 +87,10 @@ class Link:
         """Drop the connection of an event loop that has been closed.
 
         Raises:
-            ArealError: the connection belongs to another event loop that still runs.
+            ArealError: the connection belongs to another event loop that is open; or the link is closed.
         """
+        if self._closed:
+            raise ArealError("this group is closed")
         if self._connection and self._connection.loop is not asyncio.get_running_loop():
             if not self._connection.loop.is_closed():
                 raise ArealError(
@@ -100,8 +104,15 @@ class Link:
         if self._connection:
             self._connection.keep_only(addresses)
 
-    async def close(self) -> None:
-        """Close every connection. The next request opens a new one."""
+    def close(self) -> None:
+        """Close every connection. Further requests are refused."""
+        self._closed = True
         if self._connection:
             self._connection.close()
             self._connection = None
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        # The loop refers to the connection, but not to this object. Without this, sockets and threads would stay for ever.
+        if self._connection is not None:
+            _warn("a group of engines was not closed: use it in a with block", ResourceWarning, source=self)
+            self._connection.close_from_any_thread()
