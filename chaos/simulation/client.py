@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from .world import World
 
 
+class SimulatedLink(Link):
+    """The real link on a simulated connection, which needs no closing."""
+
+    def __del__(self) -> None:
+        pass
+
+
 class Asked:
     """Stands for ``connection.RequestBatch``."""
 
@@ -63,7 +70,7 @@ class Asking(Process):
 
     def link(self) -> Link:
         """Return the real link, over the simulated connection."""
-        link = Link(None, 16 << 20)
+        link = SimulatedLink(None, 16 << 20)
         link._connection = self  # type: ignore[assignment]
         return link
 
