@@ -138,7 +138,6 @@ class Listener:
             if error.errno in _OUT_OF_RESOURCES and not self._drop_unproven(most=len(self._unproven) - 1):
                 time.sleep(_POLL_SECONDS)
             return
-        self._drop_unproven(most=_MOST_UNPROVEN - 1)
         connection.setblocking(False)
         one = self._unproven[connection] = _Unproven(connection)
         self._selector.register(connection, selectors.EVENT_READ)

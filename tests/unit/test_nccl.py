@@ -1,17 +1,23 @@
-"""NCCL's binding, on a library that behaves as it is told: what is passed to C, and that nothing waits without an end."""
+"""NCCL on a simulated library: what C is called with, and that every wait ends."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 import subprocess
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from areal_vllm_ext.transport.base import Cancelled, watch
+from areal_vllm_ext.transport.broadcast import BroadcastSink
 from areal_vllm_ext.transport.nccl import Nccl
 
 compiler = shutil.which("cc") or shutil.which("gcc")
@@ -50,7 +56,7 @@ def never() -> bool:
     return False
 
 
-def test_a_handshake_is_done_after_some_looks_and_can_be_ended(nccl: Nccl, library: Path) -> None:
+def test_a_handshake_is_done_after_some_polls_and_can_be_ended(nccl: Nccl, library: Path) -> None:
     comm = nccl.join(nccl.unique_id(), 1, 3)
     assert not comm.settled()
     watch(comm.settled, 1.0, never)
@@ -126,3 +132,70 @@ def test_a_library_that_is_not_there_or_is_not_nccl_is_said() -> None:
         Nccl("libnccl-that-is-nowhere.so")
     with pytest.raises(RuntimeError, match="has no ncclGetVersion"):
         Nccl("libc.so.6")
+
+
+# The trainer's end
+
+
+@pytest.fixture
+def behaviour(nccl: Nccl, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """torch's CUDA without a GPU, and how communicators of the library behave."""
+    chosen = {"behaviour": "o"}
+    nothing: Any = SimpleNamespace(
+        wait_stream=lambda _: None, record=lambda _: None, query=lambda: False, cuda_stream=0x55AA
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda *_: contextlib.nullcontext())
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: nothing)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    simulated = SimpleNamespace(
+        join=nccl.join, unique_id=lambda made=nccl.unique_id: chosen["behaviour"].encode().hex() + made()[2:]
+    )
+    monkeypatch.setattr("areal_vllm_ext.transport.nccl.load", lambda: simulated)
+    return chosen
+
+
+def sink_of(timeout: float) -> BroadcastSink:
+    engines = {"engine a": [0, 1], "engine b": [0]}
+    return BroadcastSink("nccl", engines, "127.0.0.1", torch.device("cuda", 0), 1024, timeout)
+
+
+def opened() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def test_a_worker_that_cannot_join_ends_the_trainers_wait_at_once(behaviour: dict[str, str], library: Path) -> None:
+    behaviour["behaviour"] = "h"
+    sink = sink_of(20.0)
+    opening: Future[None] = Future()
+    threading.Timer(0.1, opening.set_exception, (RuntimeError("engine b has no room"),)).start()
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="engine b has no room"):
+        sink.connect(opening)
+    assert time.monotonic() - started < 1.0
+    sink.close()
+    assert alive(library) == 0
+
+
+def test_ranks_that_do_not_join_in_time_are_said(behaviour: dict[str, str], library: Path) -> None:
+    behaviour["behaviour"] = "h"
+    sink = sink_of(0.3)
+    with pytest.raises(TimeoutError, match=r"not all of 4 ranks joined NCCL's communicator within 0\.3 s"):
+        sink.connect(Future())
+    sink.close()
+    assert alive(library) == 0
+
+
+def test_bytes_that_do_not_get_through_are_said_and_end_the_communicator(
+    behaviour: dict[str, str], library: Path
+) -> None:
+    sink = sink_of(5.0)
+    sink.connect(opened())
+    assert [transfer.established for transfer in sink.transfers] == [True, True]
+    work = sink.start(torch.zeros(700, dtype=torch.uint8), 1.0, never)
+    with pytest.raises(TimeoutError, match=r"700 bytes were not through NCCL within 0\.3 s"):
+        work.wait(0.3, never)
+    assert alive(library) == 0
+    sink.close()
