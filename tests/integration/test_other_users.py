@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -15,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from vllm_server import vllm_server
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import free_ports
@@ -74,40 +71,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model = make_model(folder / "model")
     port, directory_port = free_ports(2)
     directory = f"tcp://127.0.0.1:{directory_port}"
-    environment = {
-        "AREAL_VLLM_DIRECTORY": directory,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_SERVER_DEV_MODE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / "model")]
-    command += ["--enforce-eager", "--max-model-len", "512", "--dtype", "float32", "--enable-prefix-caching"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m", "--api-server-count", "2"]
-    command += ["--worker-extension-cls", "areal_vllm_ext.worker.WorkerExtension"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            with EngineGroup.connect(directory) as group:
-                group.wait_ready(engines=1, timeout=200)
-                running = Server(f"http://127.0.0.1:{port}", group, model)
-                ends = time.monotonic() + 60
-                while True:
-                    try:
-                        running.tokens([1, 2, 3])
-                        break
-                    except (OSError, TypeError):
-                        assert time.monotonic() < ends, (folder / "log").read_text()[-3000:]
-                        time.sleep(0.5)
-                yield running
-        finally:
-            process.send_signal(signal.SIGTERM)
+    with (
+        vllm_server(folder / "model", port, directory, "--api-server-count", "2") as log,
+        EngineGroup.connect(directory) as group,
+    ):
+        group.wait_ready(engines=1, timeout=200)
+        running = Server(f"http://127.0.0.1:{port}", group, model)
+        ends = time.monotonic() + 60
+        while True:
             try:
-                process.wait(20)
-            finally:
-                os.killpg(process.pid, signal.SIGKILL)
+                running.tokens([1, 2, 3])
+                break
+            except (OSError, TypeError):
+                assert time.monotonic() < ends, log.read_text()[-3000:]
+                time.sleep(0.5)
+        yield running
 
 
 def test_a_pause_by_vllms_own_call_outlasts_an_update(server: Server) -> None:
