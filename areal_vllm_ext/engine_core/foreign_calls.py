@@ -127,15 +127,15 @@ class ForeignCalls:
         return self._after_update(call)
 
     def _resume(self, original: Callable[..., Any]) -> Any:
+        # On an engine that runs there is nothing to do, and vLLM's barrier over the DP ranks would wait for the others.
         if self._waking:
-            if not self._guard.weights:
+            if not self._guard.weights and self._engine.is_scheduler_paused():
                 original()
             return None
 
         def call() -> None:
             if self._guard.weights:
                 raise RuntimeError(f"not resumed: {self._guard.weights}; send an update through areal_vllm_ext")
-            # On an engine that runs there is nothing to do, and vLLM's barrier over the DP ranks would wait for the others.
             if self._engine.is_scheduler_paused():
                 original()
                 self._resumed()

@@ -364,4 +364,5 @@ def test_a_resume_of_an_engine_that_runs_does_not_reach_vllm() -> None:
     """There it would wait for the other ranks of an MoE group."""
     rig = Rig()
     rig.vllm.resume_scheduler()
+    rig.vllm.wake_up()
     assert rig.vllm.done == []
