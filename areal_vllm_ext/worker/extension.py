@@ -35,8 +35,8 @@ class WorkerExtension:
         try:
             staged = receiver.staged(update)
             weights, run = list(staged.tensors.items()), staged.run
-            # An engine can fall asleep between its vote and now. A load plan compares the model's tensors itself.
-            planned = run is not None and run.complete
+            # An engine can fall asleep between its vote and now. A plan that fits the model knows where each tensor is.
+            planned = run is not None and run.complete and context.loader.fits(run)
             if reason := context.residency.asleep_reason() if planned else context.residency.absent_reason():
                 raise NotResident(f"worker {context.rank} applied nothing: {reason}")
             with context.live_weights.committing(staged.manifest, update):

@@ -103,8 +103,8 @@ class StagedUpdate:
             self._sources[sender] = source
             if len(self._sources) < len(self.received):
                 return False
-            self._check_resident()
             self.run = context.loader.begin_run()
+            self._check_resident()
             if self.run:
                 if not self.run.plan.packings:  # packed weights cannot be compared with what they were
                     self.base_manifest, self._base = context.live_weights.base()
@@ -222,7 +222,10 @@ class StagedUpdate:
         return digest.manifest(self.manifest.values())
 
     def _check_resident(self) -> None:
-        if reason := self.context.residency.absent_reason():
+        """Refuse weights that are not in memory. A plan that fits the model knows where each tensor is."""
+        residency, run = self.context.residency, self.run
+        planned = run is not None and self.context.loader.fits(run)
+        if reason := residency.asleep_reason() if planned else residency.absent_reason():
             raise NotResident(f"nothing was applied: {reason}")
 
     def _add_loaded(self, tensors: dict[str, torch.Tensor], *, unchecked: bool) -> None:

@@ -118,7 +118,13 @@ def test_what_is_to_be_kept_is_not_read_asleep(
 ) -> None:
     """Asleep between the check before the vote and the read of it."""
     residency = sleeper._areal_receiver.context.residency
-    falls_asleep = at_phase("prepare", lambda: monkeypatch.setattr(residency, "absent_reason", sleeper.sleep))
+    checked = residency.asleep_reason
+
+    def awake_then_asleep() -> None:
+        monkeypatch.setattr(residency, "asleep_reason", checked)
+        sleeper.sleep()
+
+    falls_asleep = at_phase("prepare", lambda: monkeypatch.setattr(residency, "asleep_reason", awake_then_asleep))
     with pytest.raises(UpdateAborted, match=ASLEEP):
         update(group, trained(1, 2), 2, on_phase=falls_asleep)
     assert engines.serve(weights(1))
