@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArealError
+from ..process.leftovers import SCRATCH_PREFIX
 from ..process.serving import data_parallel_arguments, responds_ok
 from ..process.supervised import Supervised
 
@@ -241,9 +242,8 @@ class Deployment:
             "serve",
         ]
         command += self._arguments(index)
-        scratch = Path(
-            tempfile.mkdtemp(prefix="areal-vllm-")
-        )  # for vLLM's sockets, which it does not remove when it is killed
+        # For vLLM's sockets, which it does not remove when it is killed.
+        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
         environment = {**self._environment(index), "VLLM_RPC_BASE_PATH": str(scratch)}
         try:
             process = Supervised(command, log=log, env=environment, scratch=scratch)

@@ -22,6 +22,7 @@ import transformers
 
 from .. import EngineGroup
 from ..errors import SettingsError
+from ..process.leftovers import left_on_disk
 from .completions import Completions
 from .deployment import Deployment, DeploymentError, Node, gpu_count
 from .display import GrowingTable
@@ -55,10 +56,13 @@ def run(moe: bool = False, steps: int | None = None, seed: int = 0, keep_logs: b
     # The model is tiny and the engines use the same cores, so more threads would only wait for each other.
     torch.set_num_threads(1)
     home = Path(tempfile.mkdtemp(prefix="areal-vllm-demo-"))
+    left_before = left_on_disk()
     code = 1
     try:
         result = _train(home, moe, steps, seed)
-        code = 0 if result["token_exact"] and not result["mixed_versions"] else 1
+        left = sorted(map(str, left_on_disk() - left_before))
+        result["left_on_disk"] = len(left)
+        code = 0 if result["token_exact"] and not result["mixed_versions"] and not left else 1
     except KeyboardInterrupt:
         code = 0  # ended on request: nobody will read the logs
         raise
@@ -72,6 +76,8 @@ def run(moe: bool = False, steps: int | None = None, seed: int = 0, keep_logs: b
         else:
             shutil.rmtree(home, ignore_errors=True)
     print(f"All engines have ended; it took {time.monotonic() - started:.0f} s.")
+    if left:
+        print(f"They left on disk: {', '.join(left)}")
     print(json.dumps(result), flush=True)
     return code
 

@@ -12,6 +12,7 @@ import ray
 
 from ..errors import LaunchError
 from ..process import lifeline
+from ..process.leftovers import SCRATCH_PREFIX
 from ..process.serving import ReservedPorts, interface_of, responds_ok
 from ..process.supervised import Supervised
 from ..protocol import security
@@ -68,7 +69,7 @@ class NodeLauncher:
             env: environment variables, in addition to this actor's.
             key: is written to a file that only this user can read, for as long as the server runs.
         """
-        scratch = Path(tempfile.mkdtemp(prefix="areal-vllm-"))
+        scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
         environment = {**os.environ, "VLLM_RPC_BASE_PATH": str(scratch), **env}
         if key:
             environment["AREAL_VLLM_KEY_FILE"] = str(scratch / "cluster.key")

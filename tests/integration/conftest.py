@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,23 @@ from typing import TYPE_CHECKING
 
 from cluster import WORKER_EXTENSION, Cluster, start_cluster
 
+from areal_vllm_ext.process.leftovers import left_on_disk
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from areal_vllm_ext import EngineGroup
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_on_disk() -> Iterator[None]:
+    """The servers of a file's tests leave no socket, scratch folder or segment behind."""
+    before = left_on_disk()
+    yield
+    ends = time.monotonic() + 15
+    while left := left_on_disk() - before:
+        assert time.monotonic() < ends, f"left on disk: {', '.join(map(str, sorted(left)))}"
+        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")

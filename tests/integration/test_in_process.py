@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -102,14 +103,16 @@ def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedPr
         "HF_HUB_OFFLINE": "1",
         "AREAL_VLLM_DIRECTORY": f"tcp://127.0.0.1:{free_ports(1)[0]}",
     }
-    return subprocess.run(
-        [sys.executable, "-c", script, str(folder)],
-        env={**os.environ, **settings, **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    # vLLM leaves the sockets of a process that ends, and their paths have 107 characters at most.
+    with tempfile.TemporaryDirectory() as sockets:
+        return subprocess.run(
+            [sys.executable, "-c", script, str(folder)],
+            env={**os.environ, **settings, "VLLM_RPC_BASE_PATH": sockets, **environment},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
 
 
 def test_engine_in_the_users_process_is_updated_between_its_steps(tmp_path: Path) -> None:
