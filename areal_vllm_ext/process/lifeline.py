@@ -44,7 +44,8 @@ class Lifelines:
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         _keep_alive(writer)
-        with contextlib.closing(writer), contextlib.suppress(OSError, ValueError, asyncio.TimeoutError):
+        ignored = (OSError, ValueError, asyncio.TimeoutError, asyncio.CancelledError)  # cancelled: the event loop ends
+        with contextlib.closing(writer), contextlib.suppress(*ignored):
             token, _, name = (await asyncio.wait_for(reader.readline(), LOST_AFTER)).decode().strip().partition(" ")
             if hmac.compare_digest(token.encode(), self._token.encode()):
                 with contextlib.suppress(OSError):

@@ -105,8 +105,8 @@ class Server(Generic[T]):
         # A peer that reconnects after a cut link takes over the routing id of its dead connection.
         self.socket.router_handover = True
         self.socket.maxmsgsize = max_message_bytes + _CURVE_OVERHEAD
-        self.socket.heartbeat_ivl = 1000
-        self.socket.heartbeat_timeout = 5000
+        # Only clients send ZMTP heartbeats (see ``tune_client``). libzmq 4.3.5 aborts the process if a heartbeat is due on a
+        # connection that the peer has closed while its messages still wait to be read.
         self.socket.handshake_ivl = 5000
         security.serve_curve(self.socket, key)
         bracketed = f"[{host}]" if ":" in host else host
@@ -193,9 +193,13 @@ def connect(
 
 
 def tune_client(socket: zmq.Socket[Any]) -> None:
-    """Let a connecting socket notice a cut link within seconds, and reconnect."""
+    """Let both ends of a connection notice a cut link within seconds, and this one reconnect."""
     socket.heartbeat_ivl = 1000
     socket.heartbeat_timeout = 5000
+    socket.heartbeat_ttl = 5000  # after that silence the server ends the connection
+    # Unlimited, because libzmq 4.3.5 aborts the process if a heartbeat is due while a limit holds back what has arrived. A
+    # client receives answers to its own requests only, so they are few.
+    socket.rcvhwm = 0
     socket.handshake_ivl = 5000
     socket.reconnect_ivl = 100
     socket.reconnect_ivl_max = 1000

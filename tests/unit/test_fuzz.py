@@ -18,9 +18,8 @@ from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, protocol
 from areal_vllm_ext.protocol import security
-from harness import simulated_engine
+from harness import bad_frames, simulated_engine
 
-HERE = Path(__file__).parent
 FRAMES = 100_000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 20_000
 WARM_UP = FRAMES // 5
 # The allocator's noise; what is kept of each frame would be more.
@@ -40,7 +39,7 @@ def open_files(pid: int) -> int:
 def attack(address: str, key_file: Path, frames: int, seed: int) -> None:
     """Bad frames, from a process of its own; returns when they were read."""
     arguments = [address, "--key-file", str(key_file), "--frames", str(frames), "--seed", str(seed)]
-    subprocess.run([sys.executable, str(HERE / "frames.py"), *arguments], check=True, timeout=120)
+    subprocess.run([sys.executable, bad_frames.__file__, *arguments], check=True, timeout=120)
 
 
 class Honest:

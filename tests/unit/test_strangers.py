@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -295,3 +297,40 @@ def test_whoever_asks_for_the_checkpoint_while_it_is_read_waits_for_the_same_rea
     go_on.set()
     assert all(isinstance(client.answer(), Weights) for _ in range(30))
     assert read == [1]
+
+
+# libzmq ends a process that sends heartbeats on a connection whose messages wait, once the peer has closed it.
+FLOODED = """
+import os, time, zmq
+from areal_vllm_ext import protocol
+from areal_vllm_ext.protocol import security
+from areal_vllm_ext.protocol.server import Server, connect
+ours, others = zmq.Context(), zmq.Context()
+key = security.new_key()
+serving, asking = (ours, others) if {server_stays} else (others, ours)
+security.ZapAuthenticator(serving, key)
+server = Server(serving, "127.0.0.1", 0, key, protocol.directory_decoder, 1 << 20)
+client = connect(asking, server.address, key, b"client")
+client.sndtimeo = server.socket.sndtimeo = 300
+client.send_multipart([bytes(16), b"first"])
+assert server.socket.poll(5000)
+try:
+    for _ in range(20_000):
+        if {server_stays}:
+            client.send_multipart([os.urandom(16), bytes(2000)])
+        else:
+            server.socket.send_multipart([b"client", os.urandom(16), bytes(2000)], zmq.NOBLOCK)
+except zmq.Again:
+    time.sleep(0.3)
+(client if {server_stays} else server.socket).close()
+others.term()
+time.sleep(2.5)  # heartbeats are due each second
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("server_stays", [True, False])
+def test_a_peer_that_floods_and_leaves_ends_no_process(server_stays: bool) -> None:
+    command = [sys.executable, "-c", FLOODED.format(server_stays=server_stays)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -1,7 +1,8 @@
-"""Whatever can come over the wire but should not: seeded, for an endpoint or a directory that runs.
+"""Bad frames for an endpoint or a directory, chosen by a seed: malformed, absurd, repeated, wrongly keyed.
 
-``python frames.py ADDRESS --key-file FILE --frames 1000`` sends it from a process of its own, in turns with connections that
-never become any. Nothing of it may be obeyed: commands carry epoch 0, which every engine that was ever commanded refuses.
+``python bad_frames.py ADDRESS --key-file FILE --frames 1000`` sends them from a process of its own, together with connections
+that never finish a handshake. No frame may be obeyed: commands carry epoch 0, which every engine that was ever commanded
+refuses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
-from engine_infos import engine_info
 
 from areal_vllm_ext import protocol
 from areal_vllm_ext.protocol import security
@@ -30,8 +30,18 @@ HALF_OPEN = 20
 _MALFORMED_ID = bytes(protocol.REQUEST_ID_BYTES)
 
 _WORKER = protocol.WorkerInfo(rank=0, node="stranger", pid=1, device="cpu", device_id="cpu")
-# No directory may take it: an engine that was once listed keeps every client waiting until it is forgotten.
-_ENGINE = engine_info(-1, 10**9, replica="stranger", node="stranger", incarnation="9" * 20)
+# No directory may register this engine: clients would wait for it until it is forgotten.
+_ENGINE = protocol.EngineInfo(
+    replica="stranger",
+    dp_rank=-1,
+    dp_size=10**9,
+    headless=False,
+    node="stranger",
+    pid=1,
+    incarnation="9" * 20,
+    address="tcp://127.0.0.1:1",
+    dtype="float32",
+)
 _TRANSFERS: tuple[protocol.Transfer, ...] = (
     protocol.Disk(path="/nowhere"),
     protocol.SharedMemory(segment="areal-" + "0" * 32, nbytes=1 << 40),
@@ -66,7 +76,7 @@ MESSAGES: tuple[protocol.Message, ...] = (
     protocol.Ack(),
     protocol.Error(kind="state", message="a stranger says so"),
 )
-# An Attach without what only the engine's own workers are told.
+# An Attach without the token that only the engine's own workers have.
 ATTACH = {"type": "Attach", "worker": msgspec.to_builtins(_WORKER), "token": "a stranger's"}
 ABSURD: tuple[Any, ...] = (
     *(-1, -(2**63), 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1),
@@ -77,7 +87,7 @@ ABSURD: tuple[Any, ...] = (
 
 
 class Frames:
-    """Endless bad messages, each a list of frames."""
+    """An endless supply of bad messages, each a list of frames."""
 
     def __init__(self, seed: int, max_message_bytes: int) -> None:
         self._random = random.Random(seed)
@@ -110,7 +120,7 @@ class Frames:
         return frames
 
     def too_long(self) -> list[bytes]:
-        """What ends the connection of whoever sends it."""
+        """Return a message beyond the limit, which ends the sender's connection."""
         return [self._id(), bytes(self._max_message_bytes + 1)]
 
     def _id(self) -> bytes:
@@ -132,7 +142,7 @@ class Frames:
 
     def _mutated(self) -> list[bytes]:
         data = bytearray(msgspec.msgpack.encode(self._message()))
-        # From the second byte of the tag on: what comes out is never another command, with an epoch of its own.
+        # Only the first bytes, so that the result is never another command with a valid epoch.
         place = self._random.randrange(min(len(data), 8))
         match self._random.randrange(3):
             case 0:
@@ -199,7 +209,7 @@ class Frames:
         return [self._id(), msgspec.msgpack.encode(bucket)]
 
 
-# Connections that become none: (bytes, whether to wait for the other side)
+# First bytes of connections that never finish a handshake.
 _CURVE_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
 _NULL_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
 _HELLO = b"\x04\xc8\x05HELLO\x01\x00"
@@ -223,9 +233,17 @@ TCP_GARBAGE = (
 
 
 class Attacker:
-    """Sends bad frames from many peers, some of which hold the key."""
+    """Sends bad frames from many peers; some of them hold the key."""
 
-    def __init__(self, address: str, key: security.ClusterKey, seed: int, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        key: security.ClusterKey,
+        seed: int,
+        max_message_bytes: int,
+        frames_of_a_peer: int = FRAMES_OF_A_PEER,
+    ) -> None:
+        self._frames_of_a_peer = frames_of_a_peer
         self._address = address
         self._key = key
         self._random = random.Random(seed)
@@ -236,9 +254,9 @@ class Attacker:
         self._strangers_key = security.ClusterKey(public, secret)
 
     def send(self, frames: int) -> None:
-        """Send so many frames; returns when the other side has read them all."""
+        """Send this many frames; returns when the other side has read them all."""
         while frames > 0:
-            count = min(frames, FRAMES_OF_A_PEER)
+            count = min(frames, self._frames_of_a_peer)
             self._be_a_peer(count)
             frames -= count
             self._knock()
@@ -265,7 +283,7 @@ class Attacker:
             peer.close()
 
     def _wait_until_read(self, peer: zmq.Socket[bytes]) -> None:
-        """A question behind all that was sent; an answer that was dropped is asked for again."""
+        """Send a request after all frames, and repeat it until its answer comes, because answers may be dropped."""
         request_id, ends = os.urandom(protocol.REQUEST_ID_BYTES), time.monotonic() + 30
         while time.monotonic() < ends:
             peer.send_multipart([request_id, protocol.encoder.encode(protocol.Hello())])
@@ -276,7 +294,7 @@ class Attacker:
         raise TimeoutError(f"{self._address} does not answer after bad frames")
 
     def _knock(self) -> None:
-        """Somebody without the key."""
+        """Connect without the key."""
         host, _, port = self._address.removeprefix("tcp://").rpartition(":")
         for garbage in self._random.sample(TCP_GARBAGE, 4):
             with contextlib.suppress(ConnectionError):
@@ -289,14 +307,14 @@ class Attacker:
         stranger.linger = 0
         match self._random.randrange(4):
             case 0:
-                security.join_curve(stranger, self._strangers_key)  # another server's key
+                security.join_curve(stranger, self._strangers_key)  # of another cluster
             case 1:
                 security.join_curve(stranger, self._strangers_key)
-                stranger.curve_serverkey = self._key.public  # the server's own, but nobody's as its client
+                stranger.curve_serverkey = self._key.public  # the right server's key, with an unknown client's
             case 2:
                 stranger.plain_username, stranger.plain_password = b"areal", b"areal"
         stranger.connect(self._address)
-        with contextlib.suppress(zmq.Again):  # a handshake that failed leaves nobody to send to
+        with contextlib.suppress(zmq.Again):  # after a failed handshake there is no peer to send to
             stranger.send_multipart(self._frames.next(), zmq.NOBLOCK)
         time.sleep(0.01)
         stranger.close()
