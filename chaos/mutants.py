@@ -120,6 +120,20 @@ MUTANTS = {
             "for name in coordinator.lost",
         )
     ],
+    "a group goes on without a dropped engine only if the directory has lost it, too": [
+        (COMMAND, "if not dropped or await self._is_alive(engine, ends):", "if not dropped:")
+    ],
+    "a late renewal does not bring a released lease back": [
+        (LEASE, "if message.epoch != self.epoch or message.epoch == self._released:", "if message.epoch != self.epoch:")
+    ],
+    "a user's pause that ended while weights were stale ends with the update": [
+        (
+            "engine_core/generation.py",
+            "CallResume(self._call, lifts or self._hold_ended)",
+            "CallResume(self._call, lifts)",
+        ),
+        ("engine_core/generation.py", "self._hold_ended or any(", "any("),
+    ],
     "a client that was stopped asks for its lease before it commits": [
         (DRIVER, "return await self._holds_lease(min(max(self._context.left, 0.05), 1.0))", "return True")
     ],

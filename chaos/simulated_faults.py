@@ -143,7 +143,7 @@ def a_pause(world: World, dice: random.Random) -> Fault:
     """Let a user pause and resume all engines, or only resume them."""
     rival, pauses, timeout = world.trainer(), dice.random() < 0.5, dice.uniform(2.0, 20.0)
     steps = ("pause", "resume") if pauses else ("resume",)
-    return Fault(lambda: rival.command(*steps, timeout=timeout))
+    return Fault(lambda: rival.command(*steps, timeout=timeout, resumes=10))
 
 
 def another_user(world: World, dice: random.Random) -> Fault:

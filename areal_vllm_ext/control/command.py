@@ -227,7 +227,8 @@ class Commander:
                     case protocol.Status() as status:
                         targets[name] = Target(engine, epoch, status)
                     case EngineUnreachable() as error:
-                        if (engine.replica, engine.dp_rank) not in self._dropped:
+                        dropped = (engine.replica, engine.dp_rank) in self._dropped
+                        if not dropped or await self._is_alive(engine, ends):
                             raise EngineUnreachable(f"{name}: {error}")
                     case RequestError() as error:
                         raise error
@@ -245,6 +246,14 @@ class Commander:
             if time.monotonic() > ends:
                 raise PauseFailed("an earlier update could not be resolved in time; its engines stay as they are")
             await asyncio.sleep(POLL_SECONDS / 20)
+
+    async def _is_alive(self, engine: EngineInfo, ends: float) -> bool:
+        """Return whether the directory still hears an engine that was dropped and does not answer here.
+
+        The directory may have resumed it meanwhile, so an update must not go on without it.
+        """
+        found = await self.discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
+        return any(one.incarnation == engine.incarnation for one in found.alive)
 
     @contextlib.asynccontextmanager
     async def _lease(self, ends: float) -> AsyncIterator[tuple[int, protocol.Engines]]:

@@ -48,6 +48,9 @@ class Leases:
         self.ends = 0.0
         self._opens = opens
         self._holder = ""
+        self._released = (
+            0  # the epoch that was released last: a renewal that arrives late does not bring its lease back
+        )
         self._waiting: dict[str, _Place] = {}
 
     def acquire(self, message: AcquireLease, now: float) -> Lease | Error:
@@ -87,7 +90,7 @@ class Leases:
 
     def renew(self, message: RenewLease, now: float) -> Lease | Error:
         """Extend the lease; also one from before a restart, whose epoch the engines have brought back."""
-        if message.epoch != self.epoch:
+        if message.epoch != self.epoch or message.epoch == self._released:
             return Error(kind="fenced", epoch=self.epoch, message="the lease was lost: another client holds it now")
         self._holder = message.holder
         self.ends = now + message.seconds
@@ -96,4 +99,4 @@ class Leases:
     def release(self, epoch: int, now: float) -> None:
         """End the lease of ``epoch``; another epoch changes nothing."""
         if epoch == self.epoch:
-            self.ends = now
+            self.ends, self._released = now, epoch

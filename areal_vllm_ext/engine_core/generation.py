@@ -39,6 +39,7 @@ class GenerationMachine:
         self.orphaned = False
         self._cache_cleared = False
         self._paused_before = False
+        self._hold_ended = False  # a user's pause has ended, but the engine stayed paused because of its weights
         self._holder = ""
         self._lease_ends = float("inf")
         self._call = 0
@@ -54,7 +55,7 @@ class GenerationMachine:
         clear = message.kv == "recompute"
         # A user's own pause outlasts the updates that come during it.
         if self.state == "running" or not message.update:
-            self.paused_for = message.update
+            self.paused_for, self._hold_ended = message.update, False
             self._hold(message.holder, message.lease, now)
         # An update needs a call of its own, because only the engine's loop knows that no other user has resumed meanwhile.
         same = self.state != "running" and self._called_for == message.update
@@ -95,7 +96,7 @@ class GenerationMachine:
         """Resume although no client asks for it."""
         self._call += 1
         self.state = "resuming"
-        return CallResume(self._call, lifts)
+        return CallResume(self._call, lifts or self._hold_ended)
 
     def pause_for_weights(self) -> CallPause:
         """Pause until an update commits, because these weights must not be served."""
@@ -105,7 +106,8 @@ class GenerationMachine:
 
     def end_hold(self) -> None:
         """End the user's pause but stay paused: the weights are stale or tainted, so resume when an update commits."""
-        self.paused_for = self.paused_for or STALE
+        if not self.paused_for:
+            self.paused_for, self._hold_ended = STALE, True
         self._hold("", 0, 0)
 
     def refuse_pauses_for(self, update: str, answer: Answer) -> list[Effect]:
@@ -131,7 +133,7 @@ class GenerationMachine:
         """The engine runs again, or failed to resume, or stays ``paused`` for a user."""
         if call != self._call or self.state != "resuming":
             return []
-        if paused and any(self._resume_waiting.values()):
+        if paused and (self._hold_ended or any(self._resume_waiting.values())):
             return [self.resume_unasked(lifts=True)]
         if error or paused:
             self.state = "paused"
@@ -165,7 +167,7 @@ class GenerationMachine:
         self._paused_before = self._paused_before or self.state == "pausing"
         if self.state == "running":
             self.state, self.mode, self._called_for = "paused", None, ""
-        self.paused_for = ""
+        self.paused_for, self._hold_ended = "", False
         self._hold("", 0, 0)
         return []
 
@@ -202,7 +204,7 @@ class GenerationMachine:
         self._lease_ends = now + lease if lease else float("inf")
 
     def _runs(self) -> None:
-        self.state, self.mode, self.paused_for = "running", None, ""
+        self.state, self.mode, self.paused_for, self._hold_ended = "running", None, "", False
         self._hold("", 0, 0)
 
     def _answer_pauses(self, answer: Answer) -> list[Effect]:

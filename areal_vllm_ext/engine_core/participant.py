@@ -246,7 +246,7 @@ class Participant:
     def _resume(self, caller: ReplyTo, message: Resume) -> list[Effect]:
         if self.update_phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
-        if self.tainted or self.stale:
+        if (self.tainted or self.stale) and not message.update:
             self.pauses.end_hold()
         if self.tainted:
             return self._refuse(caller, "state", f"the weights are tainted ({self.tainted}): send another update")

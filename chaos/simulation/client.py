@@ -162,17 +162,23 @@ class Trainer(Asking):
         self.run(lambda: self.create_task(self._update(call, on_phase)))
         return call
 
-    def command(self, *steps: str, timeout: float, done: Callable[[object], None] = nothing) -> None:
-        """Start pauses and resumes of a user, in turn; ``done`` is called after each, with None or its error."""
+    def command(self, *steps: str, timeout: float, done: Callable[[object], None] = nothing, resumes: int = 1) -> None:
+        """Start pauses and resumes of a user, in turn; ``done`` is called after each, with None or its error.
+
+        A resume that fails is tried again, ``resumes`` times in all.
+        """
 
         async def run() -> None:
             for step in steps:
-                try:
-                    await (self.engines.pause if step == "pause" else self.engines.resume)(timeout=timeout)
-                except ArealError as error:
-                    done(error)
-                else:
-                    done(None)
+                for _ in range(resumes if step == "resume" else 1):
+                    try:
+                        await (self.engines.pause if step == "pause" else self.engines.resume)(timeout=timeout)
+                    except ArealError as error:
+                        done(error)
+                        await asyncio.sleep(2.0)
+                    else:
+                        done(None)
+                        break
 
         self.run(lambda: self.create_task(run()))
 

@@ -119,6 +119,7 @@ class EngineProcess(Process):
         engine.carry_out(engine.participant.on_group_epoch(message.version, message.committed_epoch))
         if not self.joined:
             self.joined = True
+            self.world.joins(message.committed_epoch)
             engine.running = engine.participant.generation == "running"
             self.world.check(self.rank)
         self.flush()

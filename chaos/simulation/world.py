@@ -32,7 +32,8 @@ class World:
     Attributes:
         now: the true time, in seconds.
         switched: by version, the engines that ever committed it.
-        split: whether the network was cut so that two clients commanded engines at once, which is not promised to work.
+        split: whether something happened that is not promised to work: two clients commanded engines of a network that was
+            cut in two, or a directory that restarted could not hear of the newest version.
         on_send: called with every message that is sent, and whether it will arrive.
     """
 
@@ -222,6 +223,18 @@ class World:
                 there = self.directory.alive and not self.directory.asleep
                 passes = self.network.passes
                 self.split = not (there and passes(source, self.directory) and passes(self.directory, source))
+
+    def joins(self, epoch: int) -> None:
+        """Note that an engine joins at the group's committed epoch, as far as the directory knows it.
+
+        A directory that has restarted knows what it hears. The documentation does not promise one version if every engine
+        that knows a newer epoch is out of its reach.
+        """
+        for process in self.engines:
+            if process.alive and process.engine.participant.committed_epoch > epoch:
+                passes = self.network.passes
+                reached = passes(process, self.directory) and passes(self.directory, process)
+                self.split = self.split or process.asleep or not reached
 
     def check_history(self) -> None:
         """Check that all engines together have behaved like one register of weights."""

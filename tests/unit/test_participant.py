@@ -833,6 +833,27 @@ def test_an_engine_that_is_behind_serves_nothing_while_it_receives_an_update() -
     assert rig.state == ("idle", "running")
 
 
+def test_a_users_pause_that_ended_while_the_weights_were_stale_ends_with_the_next_update() -> None:
+    rig = Rig()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.paused()
+    rig.pause()
+    rig.paused()
+    assert isinstance(rig.answers[rig.resume()], Error), "the weights are stale"
+    switched(rig)
+    rig.take(rig.participant.handle(ReplyTo(b"trainer", b"r"), Resume(epoch=1, update="u"), rig.now))
+    assert rig.calls[-1] == CallResume(rig.calls[-1].call, lifts=True)  # type: ignore[union-attr]
+
+
+def test_a_users_pause_outlasts_an_update_that_resumes_while_the_weights_are_stale() -> None:
+    rig = Rig()
+    rig.pause()
+    rig.paused()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.take(rig.participant.handle(ReplyTo(b"trainer", b"r"), Resume(epoch=1, update="before"), rig.now))
+    assert rig.participant.pauses.paused_for == ""
+
+
 def test_an_engine_in_doubt_is_not_disturbed() -> None:
     rig = Rig()
     rig.begin()
