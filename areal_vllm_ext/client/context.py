@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from .sinks import Sinks
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class UpdateContext:
     """What all parts of one update use.
 
@@ -33,6 +34,7 @@ class UpdateContext:
         started: when the update began, by ``time.monotonic()``.
         ends: its deadline, by the same clock.
         spans: records what is done here, for the trace.
+        closed: set when the update ends, so that what still sends for it stops.
     """
 
     version: Version
@@ -43,6 +45,7 @@ class UpdateContext:
     started: float
     ends: float
     spans: SpanRecorder
+    closed: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @property
     def left(self) -> float:

@@ -84,6 +84,7 @@ class Delivery:
         unchanged: how many tensors were not sent, because every engine has them.
         entries: each tensor with its digest.
         buckets: by sender, how many it has sent.
+        complete: whether everything was sent.
     """
 
     def __init__(self, context: UpdateContext, targets: Mapping[str, Target], driver: Driver, sharing: Sharing) -> None:
@@ -92,6 +93,7 @@ class Delivery:
         self.unchanged = 0
         self.entries: list[tuple[TensorMeta, int]] = []
         self.buckets: dict[int, int] = {}
+        self.complete = False
         self._context = context
         self._targets = targets
         self._driver = driver
@@ -167,11 +169,18 @@ class Delivery:
         return asyncio.run_coroutine_threadsafe(self._driver.begin(senders, self.stagings()), self._context.loop)
 
     def record(self, sender: int, report: SendReport) -> None:
-        """Record what a sender has sent."""
+        """Record what a sender has sent, after the last one has sent its share."""
+        self.complete = True
         self.buckets[sender] = report.buckets
         self.nbytes += report.nbytes
         self.unchanged += report.unchanged
         self.entries += report.entries
+
+    def send_path(self, path: str) -> None:
+        """Have every worker read the checkpoint directory at ``path``; returns when all have begun."""
+        disk = Sender(transfer=protocol.Disk(path=path))
+        self.begin({name: {0: disk} for name in self._engines}).result()
+        self.complete = True
 
     def send(self, pairs: Tensors, expected: Sequence[TensorMeta]) -> None:
         """Send all tensors from this process; returns when every worker holds them.
@@ -213,7 +222,7 @@ class Delivery:
         while True:
             cached = sinks.sink is not None
             kind = choose_transport(asked, device, engines.values(), peer_ipc_failed=sinks.peer_ipc_failed)
-            sink = sinks.open(kind, engines, device, self.bucket_bytes(device, kind), expected, context.left)
+            sink = sinks.open(context, kind, engines, device, self.bucket_bytes(device, kind), expected, context.left)
             transfers = zip(engines, self.sharing.transfers(sink), strict=True)
             opening = self.begin({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
             try:
@@ -225,7 +234,7 @@ class Delivery:
                 sink.connect(opening)
                 opening.result()
             except UpdateAborted:
-                sinks.drop()
+                sinks.drop(context)
                 # Retry with a new connection if a worker no longer has the cached one. If CUDA IPC failed (for example, the
                 # worker is in another container), fall back to NCCL.
                 falls_back = kind == "ipc" and kind != choose_transport(

@@ -59,6 +59,7 @@ class Driver:
         self._context = context
         self._targets = targets
         self._holds_lease = holds_lease
+        self._beginning: asyncio.Task[object] | None = None
 
     async def begin(self, senders: Mapping[str, Mapping[int, Sender]], stagings: Mapping[str, Staging]) -> None:
         """Begin the update at every engine, under a new id; returns when every worker is ready to receive.
@@ -68,8 +69,10 @@ class Driver:
             stagings: by engine, what its workers stage.
 
         Raises:
-            UpdateAborted: an engine is not ready.
+            UpdateAborted: an engine is not ready, or the update has ended meanwhile.
         """
+        if self._context.closed.is_set():
+            raise UpdateAborted(self._context.given_up("its block was left while it was sending"))
         options, targets = self._context.options, self._targets
         # All engines of a replica or none: the ranks of an MoE group resume together. One that a user has paused stays so.
         resumes = {target.engine.replica for target in targets.values() if target.resumes}
@@ -80,8 +83,18 @@ class Driver:
         coordinator = Coordinator(uuid.uuid4().hex, self._context.version, members, options.mode, options.kv)
         self.coordinator = coordinator
         spans = trace.spans_for(target.engine for target in targets.values()) if options.trace else 0
-        await self.run(coordinator.begin(senders, self._context.left, stagings, spans))
+        self._beginning = asyncio.current_task()
+        try:
+            await self.run(coordinator.begin(senders, self._context.left, stagings, spans))
+        finally:
+            self._beginning = None
         self.raise_if_given_up()
+
+    async def stop_beginning(self) -> None:
+        """Cancel a ``begin`` that another task still runs, and wait until it has aborted the update."""
+        if self._beginning is not None:
+            self._beginning.cancel()
+            await asyncio.wait([self._beginning])
 
     @property
     def refused(self) -> bool:

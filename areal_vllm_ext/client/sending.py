@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -72,6 +74,8 @@ class Sending:
         self._announced: list[Future[None]] = []
         self._in_flight: list[Work] = []
         self._location = 0
+        # What the first engine that failed has answered.
+        self._problem = ""
 
     def split_shareable(
         self, sink: Sink, pairs: Iterable[tuple[TensorMeta, torch.Tensor]], persistent: frozenset[int] = frozenset()
@@ -114,8 +118,7 @@ class Sending:
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.
-            UpdateAborted: an engine failed; the message names it.
-            TimeoutError, Cancelled: the bytes did not get through.
+            UpdateAborted: an engine failed, which the message names, or the time is over.
         """
         self._base = base or {}
         try:
@@ -131,8 +134,13 @@ class Sending:
         except BaseException as error:
             for work in self._in_flight[-sink.slots :]:
                 work.cancel()
-            if isinstance(error, Cancelled) and (refusal := self._refusal()) is not None:
+            over = self._context.closed.is_set() or self._context.left <= 0
+            if not over and isinstance(error, Cancelled) and (refusal := self._refusal()) is not None:
                 raise refusal from None
+            if isinstance(error, (Cancelled, TimeoutError, FutureTimeout)) or (
+                over and isinstance(error, UpdateAborted)
+            ):
+                raise UpdateAborted(self._context.given_up(self._progress(error))) from error
             raise
         if not keep_buffers:
             sink.release()
@@ -221,6 +229,8 @@ class Sending:
         return numbered
 
     def _announce(self, bucket: Bucket) -> Future[None]:
+        if self._context.closed.is_set():
+            raise Cancelled
         return asyncio.run_coroutine_threadsafe(self.announce(bucket), self._context.loop)
 
     async def announce(self, bucket: Bucket) -> None:
@@ -240,10 +250,27 @@ class Sending:
             outcomes = await self._context.link.request_all(requests, timeout, until_error=True)
         for name, outcome in outcomes.items():
             if isinstance(outcome, ArealError):
+                self._problem = self._problem or f"{name}: {outcome}"
                 raise UpdateAborted(self._context.given_up(f"{name}: {outcome}"))
 
+    def _progress(self, error: BaseException) -> str:
+        """Say why the bytes did not get through, and how far they got."""
+        if self._context.closed.is_set():
+            cause = "its block was left while it was sending"
+        elif self._context.left <= 0:
+            detail = f" ({error})" if str(error) and not isinstance(error, UpdateAborted) else ""
+            cause = f"its timeout of {self._context.options.timeout:g} s was over while tensors were being sent{detail}"
+        else:
+            cause = str(error) or type(error).__name__
+        if self._context.left <= 0:
+            # Requests that were sent before end at the deadline too, and name the engine that does not answer.
+            concurrent.futures.wait(self._announced, _GRACE_SECONDS, return_when=concurrent.futures.FIRST_EXCEPTION)
+        arrived = sum(one.done() and not one.cancelled() and one.exception() is None for one in self._announced)
+        problem = f"; {self._problem}" if self._problem else ""
+        return f"{cause}: {arrived} of {len(self._announced)} announced buckets have arrived at every engine{problem}"
+
     def _failed(self) -> bool:
-        return self._refusal() is not None
+        return self._context.closed.is_set() or self._refusal() is not None
 
     def _refusal(self) -> BaseException | None:
         """Return the error of an engine that did not take a bucket; None if there is none."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from ..config import split_address
 from ..protocol import security
+from ..transport.base import Cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 class Sinks:
     """State that one update leaves to the next.
 
+    One update at a time may use it, from ``begin`` to ``end``. The thread of an update that was cancelled may still run, and
+    must not touch the connections of the next one.
+
     Attributes:
         sent: digests sent by this group's last update. The next update skips tensors that have not changed.
         sent_manifest: the manifest of ``sent``.
@@ -33,6 +38,19 @@ class Sinks:
         self.described: dict[str, tuple[tuple[TensorMeta, ...], int, int]] = {}
         self.peer_ipc_failed = False
         self._cached: tuple[tuple[object, ...], Sink] | None = None
+        self._user: object = None
+        self._lock = threading.Lock()
+
+    def begin(self, user: object) -> None:
+        """Let ``user`` open and drop sinks from now on, and nobody else."""
+        with self._lock:
+            self._user = user
+
+    def end(self, user: object) -> None:
+        """Let ``user`` open and drop no more sinks."""
+        with self._lock:
+            if self._user is user:
+                self._user = None
 
     @property
     def sink(self) -> Sink | None:
@@ -41,6 +59,7 @@ class Sinks:
 
     def open(
         self,
+        user: object,
         kind: str,
         engines: Mapping[str, EngineInfo],
         device: torch.device,
@@ -48,18 +67,43 @@ class Sinks:
         expected: Sequence[TensorMeta],
         timeout: float,
     ) -> Sink:
-        """Return the sending end to ``engines``: the cached one if nothing has changed since."""
-        key = (kind, device, bucket_bytes, *(engine.incarnation for engine in engines.values()))
-        if self._cached is None or self._cached[0] != key:
-            self.drop()
-            self._cached = (key, make_sink(kind, engines, device, bucket_bytes, expected, timeout))
-        return self._cached[1]
+        """Return the sending end to ``engines``: the cached one if nothing has changed since.
 
-    def drop(self) -> None:
-        """Close the cached sending end. After a failure, the next update makes a new one."""
-        if self._cached is not None:
-            self._cached[1].close()
-            self._cached = None
+        Raises:
+            Cancelled: the update of ``user`` is over.
+        """
+        key = (kind, device, bucket_bytes, *(engine.incarnation for engine in engines.values()))
+        with self._lock:
+            self._check(user)
+            if self._cached is not None and self._cached[0] == key:
+                return self._cached[1]
+        self.drop(user)
+        made = make_sink(kind, engines, device, bucket_bytes, expected, timeout)
+        with self._lock:
+            try:
+                self._check(user)
+            except Cancelled:
+                made.close()
+                raise
+            self._cached = key, made
+        return made
+
+    def drop(self, user: object = None) -> None:
+        """Close the cached sending end. After a failure, the next update makes a new one.
+
+        Args:
+            user: the update that drops it; ignored if that is over. None drops it in any case.
+        """
+        with self._lock:
+            if user is not None and user is not self._user:
+                return
+            cached, self._cached = self._cached, None
+        if cached is not None:
+            cached[1].close()
+
+    def _check(self, user: object) -> None:
+        if user is not self._user:
+            raise Cancelled("the update is over")
 
 
 def make_sink(

@@ -17,7 +17,7 @@ from ..errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, W
 from ..observability import trace
 from ..observability.spans import SpanRecorder
 from ..process.switch_interval import ShortSwitchInterval
-from ..protocol import Sender, Version
+from ..protocol import Version
 from ..transport.base import Cancelled
 from .context import UpdateContext
 from .delivery import Delivery, Sharing
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
+# A thread that sends for a cancelled update notices that within milliseconds, unless the user's iterator keeps it.
+_STOP_SECONDS = 0.5
 # Time to collect the engines' part of a trace; the shorter one applies after the deadline.
 _TRACE_SECONDS, _LATE_TRACE_SECONDS = 2.0, 0.15
 
@@ -113,6 +115,7 @@ class Transaction:
             await self._lease.aclose()
             raise
         self.driver = Driver(context, self._targets, self._commander.holds_lease)
+        self._sinks.begin(context)
         self.delivery = Delivery(context, self._targets, self.driver, self.sharing)
         context.spans.set_state("update", "")
 
@@ -134,8 +137,7 @@ class Transaction:
             raise ArealError("update.send(...) was called twice: an update sends once; begin another update")
         delivery, cast = self.delivery, checked_cast(dtype)
         if isinstance(weights, (str, os.PathLike)):
-            disk = Sender(transfer=protocol.Disk(path=checkpoint_path(weights)))
-            delivery.begin({name: {0: disk} for name in self._targets}).result()
+            delivery.send_path(checkpoint_path(weights))
             return
         expected = delivery.expected()
         pairs = Checker(expected, delivery.dtype, cast).check_source(weights, gather)
@@ -162,8 +164,12 @@ class Transaction:
         except (Cancelled, TimeoutError, concurrent.futures.TimeoutError, RuntimeError) as error:
             raise UpdateAborted(self.context.given_up(str(error) or type(error).__name__)) from error
 
-    async def close(self, error: BaseException | None) -> None:
+    async def close(self, error: BaseException | None, sending: asyncio.Future[None] | None = None) -> None:
         """End the update: commit what was sent, or give it up because of ``error``.
+
+        Args:
+            error: raised in the update's block.
+            sending: done when the thread that sends has ended.
 
         Raises:
             InvalidWeights: nothing was sent.
@@ -172,7 +178,9 @@ class Transaction:
             UpdateInDoubt: no engine is known to have committed, and some did not answer.
         """
         self._state = "closed"
+        self.context.closed.set()
         try:
+            await self.driver.stop_beginning()
             coordinator = self.driver.coordinator
             if coordinator is not None:
                 await self._end(coordinator, error)
@@ -181,8 +189,11 @@ class Transaction:
             elif error is None:
                 raise InvalidWeights("the update sent nothing: call update.send(...) inside its block")
         finally:
+            if sending and not sending.done():
+                await asyncio.wait([sending], timeout=_STOP_SECONDS)
             self.sharing.revoke()
             self._remember()
+            self._sinks.end(self.context)
             await self._lease.aclose()
             if self.options.trace:
                 await self._write_trace(self.options.trace)
@@ -192,6 +203,8 @@ class Transaction:
         delivery, run = self.delivery, self.driver.run
         if coordinator.phase in ("begin", "send") and error is not None:
             await run(coordinator.give_up(f"{type(error).__name__}: {error}"))
+        elif coordinator.phase == "send" and not delivery.complete:
+            await run(coordinator.give_up("update.send(...) did not bring all weights, and its error was not raised"))
         elif coordinator.phase == "send" and (changed := self.sharing.changed()):
             await run(coordinator.give_up(changed))
         elif coordinator.phase == "send":
@@ -245,7 +258,7 @@ class Transaction:
         """Keep what the next update can use; after a failure, nothing."""
         if self._result is None:
             self._sinks.sent, self._sinks.sent_manifest = {}, ""
-            self._sinks.drop()
+            self._sinks.drop(self.context)
         else:
             self._sinks.sent = {meta.name: (meta, value) for meta, value in self.delivery.entries}
             self._sinks.sent_manifest = self.delivery.manifest

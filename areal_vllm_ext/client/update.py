@@ -21,6 +21,7 @@ class AsyncUpdate:
 
     def __init__(self, transaction: Transaction) -> None:
         self.transaction = transaction  # for this package's own use
+        self._sending: asyncio.Future[None] | None = None
 
     @property
     def version(self) -> Version:
@@ -50,7 +51,10 @@ class AsyncUpdate:
             InvalidWeights: the weights do not fit the engines' model; nothing changed.
             UpdateAborted: an engine failed or the time is over; nothing changed.
         """
-        await asyncio.to_thread(self.transaction.send, weights, dtype)
+        self._sending = asyncio.ensure_future(asyncio.to_thread(self.transaction.send, weights, dtype))
+        # If this call is cancelled, its thread goes on until it notices. The end of the block waits for it.
+        self._sending.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(self._sending)
 
     async def __aenter__(self) -> AsyncUpdate:
         self.transaction.start(asyncio.get_running_loop())
@@ -58,4 +62,4 @@ class AsyncUpdate:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        await self.transaction.close(error)
+        await self.transaction.close(error, self._sending)

@@ -168,12 +168,12 @@ def one_has_nearly_all(opened: Any, seed: int, _: Connection) -> None:
 def fails_to_meet(opened: Any, seed: int, _: Connection) -> None:
     from areal_vllm_ext.transport.broadcast import BroadcastSink
 
-    meet = BroadcastSink.meet
-    BroadcastSink.meet = lambda *_: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    connect = BroadcastSink.connect
+    BroadcastSink.connect = lambda *_: 1 / 0  # type: ignore[method-assign, assignment, return-value]
     try:
         opened.send(tensors(seed))
     finally:
-        BroadcastSink.meet = meet  # type: ignore[method-assign]
+        BroadcastSink.connect = connect  # type: ignore[method-assign]
 
 
 def not_in_step(opened: Any, seed: int, _: Connection) -> None:

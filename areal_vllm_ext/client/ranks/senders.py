@@ -167,9 +167,9 @@ class RankSends:
                     sink.connect(opening)  # type: ignore[arg-type]  # its result is not used
                 result = opening.result(timeout=max(self._context.left, 0.0))
             except _Retry:
-                sinks.drop()
+                sinks.drop(self._context)
             except BaseException:
-                sinks.drop()
+                sinks.drop(self._context)
                 raise
             else:
                 return result.update, sink
@@ -179,7 +179,8 @@ class RankSends:
         if self._senders == "colocated" and asked == "auto":
             asked = "ipc" if device.type == "cuda" else "shared_memory"
         kind = choose_transport(asked, device, served.values())
-        return self._context.sinks.open(kind, served, device, known.bucket_bytes, known.expected, self._context.left)
+        context = self._context
+        return context.sinks.open(context, kind, served, device, known.bucket_bytes, known.expected, context.left)
 
     def _begin(self) -> BeginResult:
         """On rank 0: begin at every engine with the senders that all ranks have offered, and broadcast the result."""

@@ -98,6 +98,8 @@ class JointUpdate(Update):
         if self._leads:
             with self._failing_all():
                 self._thread.run(self._transaction.open())
+        else:
+            context.sinks.begin(context)
         return self
 
     def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> None:
@@ -173,6 +175,8 @@ class JointUpdate(Update):
                 self._agreement.publish_result(msgspec.json.encode(outcome))
 
     def _await_outcome(self, error: BaseException | None) -> None:
+        context = self._transaction.context
+        context.closed.set()
         try:
             if error is None:
                 outcome = msgspec.json.decode(self._agreement.await_result(), type=_Outcome)
@@ -183,7 +187,8 @@ class JointUpdate(Update):
             self._transaction.sharing.revoke()
             if self._received is None:
                 # The workers may not have received all that was sent over this connection, so do not use it again.
-                self._transaction.context.sinks.drop()
+                context.sinks.drop(context)
+            context.sinks.end(context)
 
     @contextlib.contextmanager
     def _failing_all(self) -> Iterator[None]:
