@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..integrity.checkpoint import Checkpoint
+from .base import Cancelled
 from .buckets import total_bytes
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator
 
     from ..protocol import Bucket, Disk
@@ -28,20 +30,27 @@ class DiskSource:
     sharing = None
     device = torch.device("cpu")
 
-    def __init__(self, transfer: Disk) -> None:
+    def __init__(self, transfer: Disk, cancelled: threading.Event) -> None:
         """Open the checkpoint.
+
+        Args:
+            transfer: its directory.
+            cancelled: set when the update is given up.
 
         Raises:
             NotACheckpoint: the directory holds no complete checkpoint, or two.
         """
-        self._checkpoint = Checkpoint(transfer.path)
+        self._checkpoint, self._cancelled = Checkpoint(transfer.path), cancelled
         self.nbytes = total_bytes(self._checkpoint.tensors.values())
 
     def start(self, bucket: Bucket, buffer: torch.Tensor, timeout: float, cancelled: Callable[[], bool]) -> Work:
         raise ValueError("an update from disk has no buckets")
 
     def load_all(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._checkpoint.read()
+        for named in self._checkpoint.read():
+            if self._cancelled.is_set():
+                raise Cancelled
+            yield named
 
     def close(self) -> None:
         self._checkpoint.close()

@@ -37,7 +37,7 @@ def open_source(transfer: Transfer, site: WorkerSite, timeout: float, cancelled:
         case Disk():
             from ..transport.disk import DiskSource
 
-            return DiskSource(transfer)
+            return DiskSource(transfer, cancelled)
 
 
 class Sources:

@@ -1,8 +1,9 @@
-"""Disk: a checkpoint is read whole or refused, and keeps what it was when it was read."""
+"""Disk: a checkpoint is read completely or refused, and does not change after it was read."""
 
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from areal_vllm_ext.errors import NotACheckpoint
 from areal_vllm_ext.protocol import Bucket, Disk
+from areal_vllm_ext.transport.base import Cancelled
 from areal_vllm_ext.transport.disk import DiskSource
 
 SHARDS = {
@@ -29,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def source(folder: Path) -> DiskSource:
-    return DiskSource(Disk(path=str(folder)))
+    return DiskSource(Disk(path=str(folder)), threading.Event())
 
 
 def test_every_tensor_of_every_shard_is_read_as_it_is(folder: Path) -> None:
@@ -65,7 +67,7 @@ def test_a_shard_that_is_not_there_yet_is_refused(folder: Path) -> None:
         source(folder)
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_path_without_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotACheckpoint, match="is not a directory"):
         source(tmp_path / "absent")
 
@@ -76,3 +78,35 @@ def test_an_update_from_disk_has_no_buckets_and_its_values_are_checked_by_the_wo
     assert not disk.reusable, "the folder may hold other weights next time"
     with pytest.raises(ValueError, match="no buckets"):
         disk.start(Bucket(epoch=1, update="u", index=0, nbytes=0, segments=()), torch.empty(0), 1.0, lambda: False)
+
+
+def test_a_large_checkpoint_is_not_read_to_its_end_when_the_update_is_given_up(folder: Path) -> None:
+    cancelled = threading.Event()
+    reading = DiskSource(Disk(path=str(folder)), cancelled).load_all()
+    next(reading)
+    cancelled.set()
+    with pytest.raises(Cancelled):
+        next(reading)
+
+
+def test_a_shard_that_is_replaced_between_begin_and_vote_is_refused(folder: Path) -> None:
+    disk = source(folder)
+    file = folder / "model-00002-of-00002.safetensors"
+    save_file({name: tensor + 1 for name, tensor in SHARDS[file.name].items()}, folder / "new")
+    (folder / "new").rename(file)
+    with pytest.raises(NotACheckpoint, match=r"00002-of-00002\.safetensors was replaced .*directory of its own"):
+        list(disk.load_all())
+
+
+def test_all_descriptors_are_closed(folder: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        disk = source(folder)
+        list(disk.load_all())
+        disk.close()
+        disk.close()
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+    for _ in range(5):
+        with pytest.raises(NotACheckpoint):
+            source(folder)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
