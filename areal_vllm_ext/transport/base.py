@@ -36,7 +36,7 @@ class WorkerSite(NamedTuple):
 
 
 def watch(
-    done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool], late: str = "the other side was silent"
+    done: Callable[[], bool], timeout: float, cancelled: Callable[[], bool], late: str = "it was not done"
 ) -> None:
     """Poll until ``done()``.
 

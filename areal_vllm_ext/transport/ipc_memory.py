@@ -33,7 +33,8 @@ class CopyWork:
         self._sources = sources  # keeps them open until the copies are done
 
     def wait(self, timeout: float, cancelled: Callable[[], bool]) -> torch.Tensor:
-        watch(self._done.query, timeout, cancelled)
+        late = f"{self._buffer.numel()} bytes were not copied from the trainer's GPU"
+        watch(self._done.query, timeout, cancelled, late)
         return self._buffer
 
     def cancel(self) -> None: ...

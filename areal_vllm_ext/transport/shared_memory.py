@@ -100,7 +100,7 @@ class SharedMemorySink(SlotsSink):
             slot_bytes: size of a slot, so that the largest tensor fits.
 
         Raises:
-            RuntimeError: /dev/shm has no room.
+            RuntimeError: /dev/shm has no room, or cannot be used.
         """
         super().__init__(bucket_bytes, slot_bytes)
         remove_leftovers()
@@ -109,7 +109,12 @@ class SharedMemorySink(SlotsSink):
         self.transfers = [transfer] * engines
         with contextlib.ExitStack() as undo:
             # Unnamed at first, so that no other process finds it before it is locked.
-            descriptor = os.open(_FOLDER, os.O_RDWR | os.O_TMPFILE, 0o600)
+            try:
+                descriptor = os.open(_FOLDER, os.O_RDWR | os.O_TMPFILE, 0o600)
+            except OSError as error:
+                raise RuntimeError(
+                    f"shared memory cannot be created in {_FOLDER}: {error.strerror}; use transport='broadcast'"
+                ) from None
             undo.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Reserve it now: a full /dev/shm is an error here instead of a SIGBUS later.

@@ -43,6 +43,10 @@ def _proof(token: str, who: bytes, challenges: bytes, rank: int) -> bytes:
     return hmac.digest(token.encode(), who + challenges + struct.pack("<I", rank), "sha256")
 
 
+def _cause(error: OSError) -> str:
+    return _NO_DESCRIPTOR if error.errno in _OUT_OF_RESOURCES else str(error.strerror or error)
+
+
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
@@ -81,12 +85,22 @@ class Listener:
     """The trainer's end until all workers have connected."""
 
     def __init__(self, host: str) -> None:
-        """Listen on ``host``, one numeric address of this machine, at any free port."""
-        self._socket = socket.create_server((host, 0), family=_family(host), backlog=1024)
+        """Listen on ``host``, one numeric address of this machine, at any free port.
+
+        Raises:
+            RuntimeError: this process cannot listen there.
+        """
+        with contextlib.ExitStack() as on_failure:
+            try:
+                self._socket = socket.create_server((host, 0), family=_family(host), backlog=1024)
+                on_failure.callback(self._socket.close)
+                self._selector = selectors.DefaultSelector()
+            except OSError as error:
+                raise RuntimeError(f"the trainer cannot listen on {host}: {_cause(error)}") from None
+            on_failure.pop_all()
         self._socket.setblocking(False)
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
-        self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
         self._unproven: dict[socket.socket, _Unproven] = {}  # the oldest first
         self._connected: dict[int, socket.socket] = {}
 
@@ -206,8 +220,7 @@ def connect(address: str, token: str, rank: int, timeout: float, cancelled: Call
         try:
             connection = socket.socket(_family(host))
         except OSError as error:
-            cause = _NO_DESCRIPTOR if error.errno in _OUT_OF_RESOURCES else str(error)
-            raise RuntimeError(f"this worker cannot connect to the trainer at {address}: {cause}") from None
+            raise RuntimeError(f"this worker cannot connect to the trainer at {address}: {_cause(error)}") from None
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
             connection.setblocking(False)

@@ -199,15 +199,32 @@ def test_a_trainer_without_a_free_descriptor_still_gets_its_workers() -> None:
         assert trainer.stdout.readline() == "connected [1]\n"
 
 
-def test_a_worker_without_a_free_descriptor_says_so() -> None:
+@pytest.mark.parametrize(
+    ("free", "what", "message"),
+    [
+        (
+            0,
+            "connect('127.0.0.1:1', 'the token', 1, 5.0, bool)",
+            "this worker cannot connect to the trainer at 127.0.0.1:1",
+        ),
+        (0, "Listener('127.0.0.1')", "the trainer cannot listen on 127.0.0.1"),
+        (1, "Listener('127.0.0.1')", "the trainer cannot listen on 127.0.0.1"),
+    ],
+)
+def test_a_process_without_a_free_descriptor_says_so(free: int, what: str, message: str) -> None:
     script = (
         "import resource\n"
-        "from areal_vllm_ext.transport.tcp_connect import connect\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n"
-        "connect('127.0.0.1:1', 'the token', 1, 5.0, lambda: False)\n"
+        "from areal_vllm_ext.transport.tcp_connect import Listener, connect\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({3 + free}, {3 + free}))\n"
+        f"{what}\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert "cannot connect to the trainer at 127.0.0.1:1: no file descriptor is left; raise the limit" in done.stderr
+    assert f"RuntimeError: {message}: no file descriptor is left; raise the limit (ulimit -n)" in done.stderr
+
+
+def test_an_address_that_is_not_this_machines_is_said() -> None:
+    with pytest.raises(RuntimeError, match=r"the trainer cannot listen on 192\.0\.2\.1: Cannot assign"):
+        Listener("192.0.2.1")
 
 
 # A name server that does not answer: each of these takes its time-out, in whatever thread asks.
