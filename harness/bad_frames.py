@@ -243,7 +243,7 @@ class Attacker:
         max_message_bytes: int,
         frames_of_a_peer: int = FRAMES_OF_A_PEER,
     ) -> None:
-        self._frames_of_a_peer = frames_of_a_peer
+        self._frames_of_a_peer, self._seed = frames_of_a_peer, seed
         self._address = address
         self._key = key
         self._random = random.Random(seed)
@@ -267,7 +267,8 @@ class Attacker:
         self._context.destroy(linger=0)
 
     def _be_a_peer(self, frames: int) -> None:
-        identity = self._random.choice((self._random.randbytes(8), b"worker-0", b"x" * 255, b"trainer"))
+        own = str(self._seed).encode()  # peers of one routing id take each other's place
+        identity = self._random.choice((self._random.randbytes(8), b"worker-" + own, own.rjust(255, b"x"), b"t" + own))
         peer = connect(self._context, self._address, self._key, identity)
         peer.sndtimeo = 20_000
         reads = self._random.random() < 0.8
