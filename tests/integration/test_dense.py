@@ -253,7 +253,7 @@ def test_command_line(cluster: Cluster, group: EngineGroup, tmp_path: Path) -> N
     assert call("pause", "--mode", "keep")[0] == 0
     code, said = call("status", "--json")
     assert code == 0
-    assert [(state["version"], state["state"]) for state in json.loads(said)] == [(version, "paused")] * 2
+    assert [(state["version"], state["generation"]) for state in json.loads(said)] == [(version, "paused")] * 2
     assert call("resume")[0] == 0
     assert {state.generation for state in group.status()} == {"running"}
     code, said = call("update", "--from", str(tmp_path), "--to-version", "never")
@@ -267,7 +267,7 @@ def test_stuck_engine_still_answers_status(cluster: Cluster, group: EngineGroup)
     os.kill(worker, signal.SIGSTOP)
     try:
         request = cluster.start(1, PROMPT, 20)
-        time.sleep(0.3)
+        cluster.wait_in_flight(group, 1)
         with pytest.raises(PauseFailed, match="DP rank 1"):
             group.pause("keep", timeout=1.0)
         started = time.monotonic()
@@ -282,7 +282,7 @@ def test_stuck_engine_still_answers_status(cluster: Cluster, group: EngineGroup)
 
 
 TRAINER = """
-import sys, time
+import dataclasses, sys, time
 import torch
 from transformers import AutoModelForCausalLM
 from areal_vllm_ext import EngineGroup
@@ -296,7 +296,10 @@ def slowly():
             print("sending", flush=True)
             time.sleep(3600)
         yield name, torch.zeros_like(tensor)
-with group.update("of the dead", timeout=100, bucket_mib=0) as update:
+opened = group.update("of the dead", timeout=100)
+transaction = opened._transaction
+transaction.options = dataclasses.replace(transaction.options, bucket_bytes=1)  # each tensor is sent at once
+with opened as update:
     update.send(slowly())
 """
 
@@ -332,7 +335,7 @@ def test_killed_headless_engine_is_named(cluster: Cluster, group: EngineGroup) -
     started = time.monotonic()
     while group.engines()[-1].dp_rank == 1 and time.monotonic() - started < 10:
         time.sleep(0.2)
-    with pytest.raises(EnginesMissing, match=r"DP rank 1 .*not heard"), group.update("never", timeout=10) as update:
+    with pytest.raises(EnginesMissing, match=r"DP rank 1 .*is lost"), group.update("never", timeout=10) as update:
         update.send(cluster.model)
     assert time.monotonic() - started < 11
     states = group.status()
