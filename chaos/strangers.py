@@ -270,6 +270,7 @@ class Samples:
             files = [files for _, files in samples]
             found[name] = {
                 "memory_mib": [max(one)[0] >> 20 for one in (middle, last)],
+                "memory_mib_over_time": [samples[len(samples) * tenth // 10][0] >> 20 for tenth in range(10)],
                 "descriptors": [files[0], max(files), files[-1]],
             }
         return found
