@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, NoReturn
 from ..control.command import DISCOVER_SECONDS
 from .group import AsyncEngineGroup, cannot_pickle
 from .loop_thread import LoopThread
-from .options import PAUSE_LEASE_SECONDS, PAUSE_SECONDS, READY_SECONDS, UPDATE_SECONDS, VERIFY_SECONDS
+from .options import (
+    PAUSE_LEASE_SECONDS,
+    PAUSE_SECONDS,
+    READY_SECONDS,
+    UPDATE_SECONDS,
+    VERIFY_SECONDS,
+    Senders,
+    check_choice,
+)
 from .walk import drained_on_error, walk
 
 if TYPE_CHECKING:
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
     from ..protocol import EngineInfo, KVPolicy, PauseMode, Version
     from ..protocol.security import ClusterKey
     from .blocking_update import Update
-    from .options import Senders, UpdateOptions
+    from .options import UpdateOptions
     from .state import EngineState, UpdateResult
     from .weights import WeightSource
 
@@ -128,6 +136,9 @@ class EngineGroup:
         """
         from .blocking_update import Update
 
+        check_choice("senders", senders, Senders)
+        if process_group is None and senders != "rank0":
+            raise ValueError(f"senders={senders!r} needs process_group=, the ranks of the trainer")
         transaction = self._group.update(version, timeout=timeout, **options).transaction
         if process_group is None:
             return Update(self._thread, transaction)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from ..protocol import KVPolicy, PauseMode, StagingKind, Version
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
 Transport = Literal["auto", "broadcast", "ipc", "shared_memory"]
@@ -93,6 +93,13 @@ class Options:
         for name, kind in (("transport", Transport), ("mode", PauseMode), ("kv", KVPolicy), ("staging", StagingKind)):
             if name in options:
                 check_choice(name, options[name], kind)
+        for name in ("keep_buffers", "drop_lost"):
+            if not isinstance(options.get(name, False), bool):
+                raise TypeError(f"{name} must be True or False, not {options[name]!r}")
+        if (hook := options.get("on_phase")) is not None and not callable(hook):
+            raise TypeError(f"on_phase must be a function of the phase's name, not {hook!r}")
+        if not isinstance(options.get("trace", ""), (str, os.PathLike, type(None))):
+            raise TypeError(f"trace must be a path, not {options['trace']!r}")
         if (mebibytes := options.pop("bucket_mib", None)) is not None:
             options["bucket_bytes"] = checked_count("bucket_mib", mebibytes) << 20
         return cls(timeout=checked_seconds(timeout), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -22,6 +23,12 @@ Cast = torch.dtype | Literal["auto"]
 _WIDTHS = {"float64": 3, "float32": 2, "bfloat16": 1, "float16": 1}
 # What modules keep beside their tensors (``torch.nn.Module.get_extra_state``); no part of a checkpoint.
 _EXTRA_STATE = "_extra_state"
+# A model has few tied weights. With more unknown names than this, they are not compared by value, which takes time.
+_MOST_COPIES = 8
+# Prefixes that wrappers of modules put into the names of tensors.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\."
+)
 
 
 def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
@@ -171,12 +178,28 @@ class Checker:
             meta = TensorMeta(name, self._dtype_of(name, _name(tensor.dtype)), tuple(tensor.shape))
             unexpected = self._expected and self._expected.get(name) != meta
             if unexpected and (problem := checkpoint.mismatch_reason(meta, self._expected, self._dtypes)):
-                hint = "" if name in self._expected else "; if it is tied to one that is, leave it out of an iterable"
-                raise InvalidWeights(problem + hint)
+                raise InvalidWeights(problem + self._hint(meta))
             sent.add(name)
             yield meta, tensor
         if not partial:
             self.check_complete(sent)
+
+    def _hint(self, meta: TensorMeta) -> str:
+        """Return what to do about a name that the engines' checkpoint lacks; empty for other names."""
+        name = meta.name
+        if name in self._expected:
+            return ""
+        bare = _WRAPPERS.sub("", name)
+        if bare in self._expected:
+            return (
+                f"; a wrapper has renamed {bare}: give the model inside it, or names without {name.replace(bare, '')!r}"
+            )
+        if longer := [known for known in self._expected if known.endswith(f".{name}")]:
+            return f"; the checkpoint calls it {longer[0]}: add the prefix to all names"
+        if shorter := [known for known in self._expected if name.endswith(f".{known}")]:
+            return f"; the checkpoint calls it {shorter[0]}: remove the prefix from all names"
+        like = [known.name for known in self._expected.values() if known.shape == meta.shape]
+        return f"; if it is tied to {like[0]}, leave it out" if len(like) == 1 else ""
 
     def _dtype_of(self, name: str, given: str) -> str:
         """Return the dtype in which tensor ``name``, which has dtype ``given``, is sent."""
@@ -219,8 +242,9 @@ class Checker:
     def check_ahead(self, weights: Sequence[Named], *, partial: bool = False) -> tuple[TensorMeta, ...]:
         """Check names, shapes and dtypes of all of ``weights`` before any engine is asked to begin.
 
-        Second names of tied weights, which checkpoints leave out, are found here, where all tensors are alive. In an iterable,
-        two tensors can have one address because the first was freed.
+        Second names of tied weights, which checkpoints leave out, are found here, where all tensors are alive: they share the
+        memory of a tensor that the checkpoint has, or are a copy of it. In an iterable, two tensors can have one address,
+        because the first was freed.
 
         Args:
             weights: the tensors.
@@ -231,8 +255,14 @@ class Checker:
         """
         self._tied = set()
         if others := [(name, tensor) for name, tensor in weights if name not in self._expected]:
-            identities = {_identity(tensor) for name, tensor in weights if name in self._expected}
-            self._tied = {name for name, tensor in others if _identity(tensor) in identities}
+            known = [tensor for name, tensor in weights if name in self._expected]
+            comparable = known if len(others) <= _MOST_COPIES else []
+            identities = {_identity(tensor) for tensor in known}
+            self._tied = {
+                name
+                for name, tensor in others
+                if _identity(tensor) in identities or any(_is_copy(tensor, one) for one in comparable)
+            }
         return tuple(meta for meta, _ in self._checked(weights, partial=partial))
 
 
@@ -244,6 +274,14 @@ def _cast(meta: TensorMeta, tensor: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _is_copy(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two full tensors are equal. Of sharded ones, this rank has a part only."""
+    if is_sharded(tensor) or is_sharded(other):
+        return False
+    alike = (tensor.shape, tensor.dtype, tensor.device) == (other.shape, other.dtype, other.device)
+    return alike and torch.equal(tensor, other)
 
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:

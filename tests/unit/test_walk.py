@@ -144,3 +144,21 @@ def test_send_outside_of_the_block_is_refused_by_name(group: EngineGroup) -> Non
 def test_a_path_that_is_none_is_refused(group: EngineGroup, path: Any) -> None:
     with pytest.raises(InvalidWeights, match=r"send\(\.\.\.\) got"):
         sends_at_once(group, path)
+
+
+WRONG_OPTIONS = {
+    "senders": ({"senders": "parts"}, r"senders must be one of .*not 'parts'"),
+    "senders of one rank": ({"senders": "partitioned"}, "senders='partitioned' needs process_group="),
+    "process_group": ({"process_group": 5}, "process_group must be a torch.distributed.ProcessGroup, not 5"),
+    "keep_buffers": ({"keep_buffers": "no"}, "keep_buffers must be True or False, not 'no'"),
+    "on_phase": ({"on_phase": "print"}, "on_phase must be a function of the phase's name, not 'print'"),
+    "trace": ({"trace": 1}, "trace must be a path, not 1"),
+    "bucket_mib": ({"bucket_mib": 1.5}, "bucket_mib must be an integer, not 1.5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_an_option_that_is_none_is_named_when_it_is_given(group: EngineGroup, case: str) -> None:
+    options, message = WRONG_OPTIONS[case]
+    with pytest.raises((TypeError, ValueError), match=message):
+        group.update(1, **options)

@@ -126,6 +126,34 @@ def test_a_tied_lm_head_is_left_out(tmp_path: Path) -> None:
         assert "lm_head.weight" not in sent(source, metas(files))
 
 
+@pytest.mark.parametrize("copy", [lambda one: one.clone(), lambda one: one.bfloat16().float()], ids=["clone", "cast"])
+def test_a_copy_of_a_tied_weight_is_left_out(copy: Any, tmp_path: Path) -> None:
+    model = dense(tie_word_embeddings=True)
+    files = saved(model, tmp_path)
+    state = {name: copy(tensor) for name, tensor in model.state_dict().items()}
+    for source in (state, list(state.items())):
+        assert set(sent(source, metas(files))) == set(files)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("module.a", r"a wrapper has renamed a: give the model inside it, or names without 'module\.'"),
+        ("_orig_mod.a", "a wrapper has renamed a"),
+        ("base_model.model.a", "a wrapper has renamed a"),
+        ("layer.0._checkpoint_wrapped_module.c", r"a wrapper has renamed layer\.0\.c"),
+        ("0.c", r"the checkpoint calls it layer\.0\.c: add the prefix"),
+        ("model.a", "the checkpoint calls it a: remove the prefix"),
+        ("head", "if it is tied to a, leave it out"),
+    ],
+)
+def test_a_name_that_is_none_gets_a_hint_that_fits(name: str, hint: str) -> None:
+    known = PLAIN | {"layer.0.c": torch.zeros(7)}
+    given = {"head": PLAIN["a"] + 1} if name == "head" else {name: torch.zeros(9)}
+    with pytest.raises(InvalidWeights, match=f"is not a weight.*{hint}"):
+        sent(known | given, metas(known))
+
+
 def test_a_broken_tie_is_refused(tmp_path: Path) -> None:
     model = dense(tie_word_embeddings=True)
     files = saved(model, tmp_path)

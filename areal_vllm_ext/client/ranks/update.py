@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import torch
@@ -75,8 +75,8 @@ class JointUpdate(Update):
             group: the trainer's ranks.
             senders: which ranks send, see ``EngineGroup.update``.
         """
-        if senders not in get_args(Senders):
-            raise ValueError(f"senders must be one of {', '.join(get_args(Senders))}, not {senders!r}")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, not {group!r}")
         super().__init__(thread, transaction)
         self._ranks = group
         self._name = str(transaction.version)
