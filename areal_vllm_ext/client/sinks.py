@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,12 @@ class Sinks:
             cached, self._cached = self._cached, None
         if cached is not None:
             cached[1].close()
+
+    def __del__(self) -> None:
+        # In a thread of its own: closing waits for transfers, and the garbage collector may run in an event loop's thread.
+        if self._cached is not None:
+            with contextlib.suppress(RuntimeError):  # no thread starts while the interpreter ends
+                threading.Thread(target=self._cached[1].close, name="areal-close-sink", daemon=True).start()
 
     def _check(self, user: object) -> None:
         if user is not self._user:

@@ -18,6 +18,7 @@ import pytest
 from waiting import eventually, in_thread
 
 from areal_vllm_ext import ArealError, AsyncEngineGroup, EngineGroup
+from areal_vllm_ext.client.sinks import Sinks
 from harness.simulated_engine import Deployment
 
 
@@ -56,6 +57,20 @@ def test_a_group_that_is_not_closed_warns_and_is_freed(
         gc.collect()
     freed()
     assert [engine.version for engine in deployment.engines.values()] == [4, 4]
+
+
+def test_a_forgotten_connection_to_the_workers_is_closed_in_a_thread_of_its_own() -> None:
+    closed: list[str] = []
+
+    class Sink:
+        def close(self) -> None:
+            closed.append(threading.current_thread().name)
+
+    sinks = Sinks()
+    sinks._cached = (), Sink()  # type: ignore[assignment]
+    del sinks
+    gc.collect()
+    eventually(lambda: closed == ["areal-close-sink"])
 
 
 def test_a_group_that_asked_nothing_is_freed(deployment: Deployment, key_file: Path, freed: Callable[[], None]) -> None:
