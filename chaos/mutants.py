@@ -123,6 +123,13 @@ MUTANTS = {
     "a group goes on without a dropped engine only if the directory has lost it, too": [
         (COMMAND, "if not dropped or await self._is_alive(engine, ends):", "if not dropped:")
     ],
+    "a tainted engine does not run when no engine is ahead": [
+        (
+            PARTICIPANT,
+            "if pauses.paused_for == STALE and not self.tainted else []",
+            "if pauses.paused_for == STALE else []",
+        )
+    ],
     "a late renewal does not bring a released lease back": [
         (LEASE, "if message.epoch != self.epoch or message.epoch == self._released:", "if message.epoch != self.epoch:")
     ],

@@ -430,7 +430,7 @@ class Participant:
             return []
         # All other engines were restarted as well.
         self.stale = ""
-        return [pauses.resume_unasked()] if pauses.paused_for == STALE else []
+        return [pauses.resume_unasked()] if pauses.paused_for == STALE and not self.tainted else []
 
     # Time
 

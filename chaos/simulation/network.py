@@ -15,6 +15,7 @@ class Network:
         lost, late, doubled, bursts: the share of all messages that this happens to, 0 to 1.
         cut: the places on one side of a partition; messages do not cross to the other side.
         blocked: pairs of places; messages from the first to the second do not arrive.
+        joined: the true time at which cuts ended last.
         held: messages that a cut link will deliver once it is joined.
     """
 
@@ -23,6 +24,7 @@ class Network:
         self.lost = self.late = self.doubled = self.bursts = 0.0
         self.cut: set[str] = set()
         self.blocked: set[tuple[str, str]] = set()
+        self.joined = float("-inf")
         self.held: list[tuple[Process, Callable[[], None]]] = []
 
     def passes(self, source: Process, target: Process) -> bool:

@@ -30,6 +30,7 @@ class Process(asyncio.AbstractEventLoop):
     Attributes:
         place: the part of the name that every incarnation shares.
         asleep: whether the process is frozen; slept: whether it ever was.
+        woke: the true time of the last thaw.
         waiting: events that came while the process was frozen.
     """
 
@@ -40,6 +41,7 @@ class Process(asyncio.AbstractEventLoop):
         self.clock = clock
         self.alive = True
         self.asleep = self.slept = False
+        self.woke = float("-inf")
         self.waiting: list[tuple[int, Any]] = []
         self._ready: collections.deque[asyncio.Handle] = collections.deque()
 
@@ -60,7 +62,7 @@ class Process(asyncio.AbstractEventLoop):
 
     def wake(self) -> None:
         """Thaw the process as SIGCONT does."""
-        self.asleep = False
+        self.asleep, self.woke = False, self.world.now
         for order, callback in self.waiting:
             self.world.at(self.world.now, self, callback, order)
         self.waiting.clear()

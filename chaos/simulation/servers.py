@@ -83,13 +83,16 @@ class EngineProcess(Process):
         self.engine = Engine(info=info, log=functools.partial(world.log, self.name))
         self.engine.running = self.joined = False
         self._stepping = False
+        self._answered = b""
         world.join(self, info.address)
         self.after(world.dice.uniform(0, TICK_SECONDS), self.tick)
         self.after(world.dice.uniform(0, timing.HEARTBEAT_SECONDS), self.beat)
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
         if caller.peer == self.name.encode():
-            if isinstance(message, Registered):
+            # ZeroMQ keeps the order of answers on a connection, so an older answer never comes after a newer one.
+            if isinstance(message, Registered) and caller.request_id > self._answered:
+                self._answered = caller.request_id
                 self.registered(message)
             return
         self.world.received(self, caller, message)

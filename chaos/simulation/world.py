@@ -165,6 +165,7 @@ class World:
 
     def join_links(self) -> None:
         """End every cut."""
+        self.network.joined = self.now
         self.network.cut.clear()
         self.network.blocked.clear()
         for receiver, arrive in self.network.held:
@@ -232,8 +233,9 @@ class World:
         """
         for process in self.engines:
             if process.alive and process.engine.participant.committed_epoch > epoch:
-                passes = self.network.passes
-                reached = passes(process, self.directory) and passes(self.directory, process)
+                network, recently = self.network, self.now - 2.0
+                reached = network.passes(process, self.directory) and network.passes(self.directory, process)
+                reached = reached and max(network.joined, process.woke, self.directory.woke) < recently
                 self.split = self.split or process.asleep or not reached
 
     def check_history(self) -> None:

@@ -882,6 +882,15 @@ def test_when_nobody_is_ahead_any_more_a_stale_engine_runs_again() -> None:
     assert rig.participant.stale == ""
 
 
+def test_a_tainted_engine_does_not_run_again_when_nobody_is_ahead_any_more() -> None:
+    rig = Rig()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.paused()
+    rig.participant.tainted = "the commit failed"
+    rig.take(rig.participant.on_group_epoch(OLD, 0))
+    assert not any(isinstance(call, CallResume) for call in rig.calls)
+
+
 def test_a_user_keeps_a_stale_engine_paused() -> None:
     rig = Rig()
     rig.take(rig.participant.on_group_epoch(NEW, 5))
