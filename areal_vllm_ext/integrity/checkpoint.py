@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..errors import NotACheckpoint
-from .safetensors_file import Identity, SafetensorsFile
+from .safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     import os
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 _INDEX = "model.safetensors.index.json"
 _MISTRAL = "consolidated"  # vLLM loads files that begin with it instead of all others
+
+
+# A file's device, inode, size and time of the last write.
+_Identity = tuple[int, int, int, int]
 
 
 class _Index(msgspec.Struct):
@@ -77,7 +82,7 @@ class Checkpoint:
         Args:
             directory: of a Hugging Face checkpoint.
             check_ambiguity: refuse a directory that holds a second checkpoint, such as the shards of an earlier save. vLLM
-                would load one of them without a word.
+                would load one of them silently.
 
         Raises:
             NotACheckpoint: there is no complete checkpoint, or there are two.
@@ -127,23 +132,21 @@ class Checkpoint:
 
     def changed(self) -> str | None:
         """Return what has changed in the directory since it was opened; None if nothing has."""
-        for file in self._files:
-            if changed := file.changed():
-                return changed
         before, now = self._listing, self._listed()
         different = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        return (
-            f"{self._directory / different[0]} was added, removed or replaced while it was read" if different else None
-        )
+        return f"{self._directory / different[0]} changed while it was read" if different else None
 
-    def _listed(self) -> dict[str, Identity]:
-        names = _present(self._directory)
-        if (self._directory / _INDEX).exists():
-            names.append(_INDEX)
-        return {name: Identity.of((self._directory / name).stat()) for name in names}
+    def _listed(self) -> dict[str, _Identity]:
+        """Return which files there are, and in which state."""
+        found: dict[str, _Identity] = {}
+        for name in (*_present(self._directory), _INDEX):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                one = (self._directory / name).stat()
+                found[name] = one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns
+        return found
 
     def _refuse_second(self, names: list[str]) -> None:
-        """Raise if a tensor is in two files, used or not: nobody can tell which one is meant."""
+        """Raise if a tensor is in two files, used or not, because either can be meant."""
         used = {name: file.path.name for file in self._files for name in file.tensors}
         for file in self._files:
             for name in file.tensors:

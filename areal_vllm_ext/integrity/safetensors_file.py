@@ -1,7 +1,6 @@
 """A safetensors file that is opened once and read by position, so that it stays the same file while it is read.
 
-A mapped file would show whatever is written to it meanwhile, and would end the process if the file got shorter. Whoever reads
-asks ``changed`` afterwards: a file that was written to, or replaced under its name, must not be used.
+A mapped file would show whatever is written to it meanwhile, and would end the process if the file got shorter.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import math
 import os
 import stat
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -47,19 +46,6 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int]
 
 
-class Identity(NamedTuple):
-    """Which file it is, and in which state."""
-
-    device: int
-    inode: int
-    nbytes: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, found: os.stat_result) -> Identity:
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
 class SafetensorsFile:
     """An open safetensors file.
 
@@ -79,8 +65,7 @@ class SafetensorsFile:
         try:
             # Not blocking, because the name may be a pipe's.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            self.identity = Identity.of(os.fstat(self._descriptor))
-            self._entries = self._read_header()
+            self._entries = self._read_header(os.fstat(self._descriptor))
         except (struct.error, msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
             self.close()
             raise NotACheckpoint(f"{path} cannot be read as safetensors: {error}") from None
@@ -89,9 +74,9 @@ class SafetensorsFile:
             raise
         self.tensors = {name: meta for name, (meta, _) in self._entries.items()}
 
-    def _read_header(self) -> dict[str, tuple[TensorMeta, int]]:
+    def _read_header(self, found: os.stat_result) -> dict[str, tuple[TensorMeta, int]]:
         """Return each tensor with its position in the file."""
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+        if not stat.S_ISREG(found.st_mode):
             raise NotACheckpoint(f"{self.path} is not a file")
         (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
         if length > _LONGEST_HEADER:
@@ -108,7 +93,7 @@ class SafetensorsFile:
             dtype: torch.dtype = getattr(torch, meta.dtype)
             if min(start, end, *entry.shape) < 0 or end - start != math.prod(entry.shape) * dtype.itemsize:
                 raise NotACheckpoint(f"{self.path}: {name} does not have the size of its shape and dtype")
-            if 8 + length + end > self.identity.nbytes:
+            if 8 + length + end > found.st_size:
                 raise NotACheckpoint(
                     f"{self.path} is truncated: {name} lies beyond its end; wait until it is completely written"
                 )
@@ -134,16 +119,6 @@ class SafetensorsFile:
                 raise NotACheckpoint(f"{self.path} became shorter while it was read")
             left, position = left[count:], position + count
         return tensor.view(dtype).view(meta.shape)
-
-    def changed(self) -> str | None:
-        """Return what has happened to the file since it was opened; None if it is still the same."""
-        if Identity.of(os.fstat(self._descriptor)) != self.identity:
-            return f"{self.path} was written to while it was read"
-        try:
-            same = Identity.of(self.path.stat()) == self.identity
-        except OSError:
-            same = False
-        return None if same else f"{self.path} was replaced while it was read"
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

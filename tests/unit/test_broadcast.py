@@ -173,7 +173,7 @@ def test_the_listener_is_closed_once_all_have_connected(pair: Group) -> None:
     assert seconds < TIMEOUT + 1
 
 
-def test_a_worker_that_says_no_is_heard_at_once() -> None:
+def test_a_worker_that_cannot_connect_ends_the_wait_at_once() -> None:
     sink = make_sink([[0], [0]], timeout=20.0)
     opening: Future[None] = Future()
     threading.Timer(0.1, opening.set_exception, (RuntimeError("no room"),)).start()
@@ -211,7 +211,7 @@ def test_a_trainer_that_is_gone_is_given_up(free_port: int) -> None:
     assert seconds < TIMEOUT + 1
 
 
-# Silence
+# Stalls
 
 
 def test_a_trainer_that_stalls_is_a_timeout(pair: Group) -> None:

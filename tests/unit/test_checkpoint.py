@@ -350,7 +350,7 @@ def test_a_folder_that_changes_between_begin_and_vote_is_refused(sharded: Path, 
 
 
 def test_what_is_read_is_of_the_files_that_were_opened(sharded: Path) -> None:
-    """Even where the last look does not see it, two saves are never mixed within a file."""
+    """So two saves are never mixed within one file."""
     with Checkpoint(sharded) as checkpoint:
         for name in checkpoint.tensors:
             assert any(name in file.tensors for file in checkpoint._files)
@@ -359,7 +359,7 @@ def test_what_is_read_is_of_the_files_that_were_opened(sharded: Path) -> None:
         assert load_file(sharded / "model-00001-of-00002.safetensors")["embed.weight"].all()
 
 
-def test_a_pipe_under_the_name_of_a_file_holds_nobody_up(folder: Path) -> None:
+def test_a_pipe_is_refused_without_waiting_for_a_writer(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(NotACheckpoint, match=r"is not a file"):

@@ -1,4 +1,4 @@
-"""Digests: equal for equal bytes and for no others that faults make; one value however the tensors lie."""
+"""Digests: equal for equal bytes only, and the same however the tensors are laid out."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ FAULTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("columns", [64, 100, 128])
-def test_what_goes_wrong_is_seen(fault: str, columns: int) -> None:
+def test_faults_are_seen(fault: str, columns: int) -> None:
     tensor = torch.randn(96, columns, generator=torch.Generator().manual_seed(1))
     broken = FAULTS[fault](tensor)
     if fault == "two signs":
@@ -130,12 +130,12 @@ def test_a_span_outside_of_its_buffer_is_refused(span: tuple[int, int]) -> None:
 def test_one_damaged_tensor_of_a_bucket_is_named() -> None:
     weights = [(TensorMeta(f"t{i}", "float32", (100,)), torch.randn(100)) for i in range(50)]
     (bucket,) = filled_buckets(weights, 1 << 20, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
-    segments, told = bucket.segments(), bucket.digests()
+    segments, announced = bucket.segments(), bucket.digests()
     bucket.filled[37 * 512 + 399] ^= 128
-    assert first_corrupt(segments, told, bucket.filled) == "t37"
+    assert first_corrupt(segments, announced, bucket.filled) == "t37"
     bucket.filled[37 * 512 + 399] ^= 128
     bucket.filled[37 * 512 + 400] ^= 128  # between two tensors
-    assert first_corrupt(segments, told, bucket.filled) is None
+    assert first_corrupt(segments, announced, bucket.filled) is None
 
 
 def test_a_manifest_is_of_names_dtypes_shapes_and_digests_in_any_order() -> None:

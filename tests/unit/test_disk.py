@@ -94,7 +94,9 @@ def test_a_shard_that_is_replaced_between_begin_and_vote_is_refused(folder: Path
     file = folder / "model-00002-of-00002.safetensors"
     save_file({name: tensor + 1 for name, tensor in SHARDS[file.name].items()}, folder / "new")
     (folder / "new").rename(file)
-    with pytest.raises(NotACheckpoint, match=r"00002-of-00002\.safetensors was replaced .*directory of its own"):
+    with pytest.raises(
+        NotACheckpoint, match=r"00002-of-00002\.safetensors changed while it was read: .*directory of its own"
+    ):
         list(disk.load_all())
 
 

@@ -66,22 +66,22 @@ def test_each_worker_is_known_by_its_rank_and_the_listener_is_closed_then(family
         connect(listener.address, TOKEN, 1, 5.0, never)
 
 
-def test_who_does_not_know_the_token_is_let_go(listener: Listener) -> None:
+def test_a_connection_without_the_token_is_closed(listener: Listener) -> None:
     thread, accepted = accepting(listener, timeout=1.0)
     with pytest.raises((RuntimeError, TimeoutError)):
         connect(listener.address, "another token", 1, 0.3, never)
     with pytest.raises((RuntimeError, TimeoutError)):
-        connect(listener.address, TOKEN, 3, 0.3, never)  # a rank that is nobody's
+        connect(listener.address, TOKEN, 3, 0.3, never)  # a rank of no worker
     thread.join(5)
     assert str(accepted[0]).startswith("2 of 2 workers did not connect")
 
 
-def test_who_listens_there_and_does_not_know_the_token_is_no_trainer() -> None:
+def test_a_listener_without_the_token_is_not_the_trainer() -> None:
     listener = Listener(HOST)
     _, accepted = in_thread(lambda: listener.accept_all("another token", WORKERS, 1.0, never))
     with pytest.raises((RuntimeError, TimeoutError)):
         connect(listener.address, TOKEN, 1, 0.3, never)
-    # One that answers whatever it likes.
+    # A server that sends arbitrary answers.
     with socket.create_server((HOST, 0)) as fake:
 
         def answer() -> None:
@@ -99,7 +99,7 @@ def test_who_listens_there_and_does_not_know_the_token_is_no_trainer() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"x", b"x" * 52, b"x" * 5000])
-def test_strangers_hold_nobody_up_and_do_not_stay(listener: Listener, sent: bytes) -> None:
+def test_strangers_do_not_delay_workers_and_are_closed(listener: Listener, sent: bytes) -> None:
     with contextlib.ExitStack() as stack:
         strangers = [stack.enter_context(stranger(listener)) for _ in range(300)]
         for one in strangers:
