@@ -6,7 +6,7 @@
                                                                       ▲ (every engine refused the commit, or failed in it)
 
 Answers and time-outs go in; the requests to send come out. Commit is sent only after every engine has acknowledged the pause.
-Until then every engine can still be told to keep its old weights, and is.
+Until then a problem aborts the update, and every engine keeps its old weights.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _DRAIN_SECONDS = 10.0
 class Walk:
     """An iterator that several ranks of a trainer walk at the same time, because it gathers a tensor at each step.
 
-    If one rank stopped half-way, the others would hang in the next collective. So whoever stops takes the rest first.
+    If one rank stopped half-way, the others would hang in the next collective. So a rank that stops takes the rest first.
     """
 
     def __init__(self, items: Iterator[Any], timeout: float) -> None:

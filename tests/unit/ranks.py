@@ -181,7 +181,7 @@ def not_in_step(opened: Any, seed: int, _: Connection) -> None:
     opened.send(tensors(seed + dist.get_rank()))
 
 
-def writes_to_what_it_lends(opened: Any, seed: int, _: Connection) -> None:
+def writes_to_what_it_shares(opened: Any, seed: int, _: Connection) -> None:
     """By CUDA IPC; here what torch's counters would say is planted."""
     opened.send(tensors(seed))
     opened._transaction.sharing.changed = lambda: "norm was changed before the update was over"

@@ -185,7 +185,7 @@ def test_an_engine_that_is_behind_runs_only_after_a_commit(aborted: bool) -> Non
 
 
 @pytest.mark.parametrize("aborted", [False, True])
-def test_where_nobody_ran_nobody_is_resumed(aborted: bool) -> None:
+def test_engines_that_did_not_run_are_not_resumed(aborted: bool) -> None:
     trainer = Trainer(a=False, b=False, c=False).to("pause")
     if aborted:
         trainer.answer("c", NO)
@@ -217,7 +217,7 @@ def test_an_engine_lost_at_resume_is_reported(trouble: Callable[[Trainer], None]
     assert trainer.coordinator.committed == list(NAMES)
 
 
-def test_where_every_engine_is_lost_at_commit_nobody_committed() -> None:
+def test_if_every_engine_is_lost_at_commit_none_committed() -> None:
     trainer = Trainer().to("commit")
     for name in NAMES:
         trainer.silence(name)

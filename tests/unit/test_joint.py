@@ -103,7 +103,7 @@ FAILURES = {
         "UpdateAborted",
         "has other tensors than",
     ),
-    "nobody sends": (("sends_nothing",), "InvalidWeights", "UpdateAborted", "the update sent nothing"),
+    "no rank sends": (("sends_nothing",), "InvalidWeights", "UpdateAborted", "the update sent nothing"),
 }
 
 

@@ -104,11 +104,11 @@ def test_what_cannot_be_sent_fails_on_every_rank(ranks: Ranks, served: Served, c
 
 @pytest.mark.parametrize("senders", SENDERS)
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_rank_that_writes_to_what_it_lends_fails_all(
+def test_a_rank_that_writes_to_what_it_shares_fails_all(
     ranks: Ranks, served: Served, senders: str, failing: int
 ) -> None:
     work = ["whole", "whole"]
-    work[failing] = "writes_to_what_it_lends"
+    work[failing] = "writes_to_what_it_shares"
     outcomes = ranks.both(*work, **options(7, timeout=8.0), senders=senders)
     assert [outcome[0] for outcome in outcomes] == ["UpdateAborted"] * 2, outcomes
     assert all("norm was changed before the update was over" in outcome[1] for outcome in outcomes), outcomes
@@ -188,7 +188,7 @@ def agreements(seconds: float) -> list[Agreement]:
     return [Agreement(rank, 2, store, time.monotonic() + seconds) for rank in range(2)]
 
 
-def test_ranks_take_turns() -> None:
+def test_one_rank_at_a_time_holds_the_lock() -> None:
     first, second = agreements(seconds=10.0)
     at_once = most = 0
 
@@ -207,7 +207,7 @@ def test_ranks_take_turns() -> None:
     assert most == 1
 
 
-def test_a_turn_that_does_not_end_is_given_up_with_the_rank_that_has_it() -> None:
+def test_a_lock_that_is_not_released_is_given_up_and_its_rank_named() -> None:
     first, second = agreements(seconds=0.2)
     with first.lock():
         with (
@@ -276,7 +276,7 @@ def test_a_worker_without_a_rank_on_its_device_is_named() -> None:
         plan("colocated", known(("GPU-0", "GPU-7")), [RankInventory((meta("a"),), "GPU-0", sharded=False)])
 
 
-def test_ranks_that_mean_different_tensors_by_one_name_are_told() -> None:
+def test_ranks_that_hold_different_tensors_under_one_name_are_named() -> None:
     inventories = [RankInventory((meta("a", size),), f"GPU-{size}", sharded=False) for size in (4, 5)]
     with pytest.raises(InvalidWeights, match="a has another shape or dtype on rank 1"):
         plan("partitioned", known(("GPU-0",)), inventories)

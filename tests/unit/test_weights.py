@@ -292,13 +292,13 @@ def packed(tensors: dict[str, torch.Tensor]) -> Bucket:
     return bucket
 
 
-def test_a_look_ahead_leaves_nothing_behind() -> None:
+def test_checking_ahead_leaves_no_state_behind() -> None:
     checker = Checker(metas(PLAIN), "float32", None)
     checker.check_ahead(list(PLAIN.items()))
     assert [meta.name for meta, _ in checker.check(PLAIN.items())] == list(PLAIN)
 
 
-def test_where_the_checkpoint_cannot_be_told_names_are_not_checked() -> None:
+def test_names_are_not_checked_if_the_checkpoint_is_unknown() -> None:
     assert list(sent({"anything": torch.zeros(1)}, ())) == ["anything"]
     with pytest.raises(InvalidWeights, match="twice"):
         sent([("a", torch.zeros(1)), ("a", torch.zeros(1))], ())
