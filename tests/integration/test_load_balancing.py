@@ -1,4 +1,4 @@
-"""Replicas whose DP ranks are balanced outside of vLLM: each rank, or each node, is a ``vllm serve`` of its own."""
+"""An MoE replica whose DP ranks are balanced outside of vLLM: each rank, or each node, is a ``vllm serve`` of its own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HYBRID = ["--data-parallel-hybrid-lb", "--data-parallel-size-local", "1", "--dat
 
 @pytest.mark.parametrize("rank_arguments", [EXTERNAL, HYBRID], ids=["external", "hybrid"])
 def test_ranks_of_several_servers_are_one_replica(tmp_path: Path, rank_arguments: list[str]) -> None:
-    model = make_model(tmp_path / "model")
+    model = make_model(tmp_path / "model", moe=True)
     first, second, rpc, directory_port = free_ports(4)
     ports = (first, second)
     directory = f"tcp://127.0.0.1:{directory_port}"
