@@ -18,7 +18,7 @@ _SCOPES = {
     # They list /dev/shm: a segment that another file's test makes meanwhile is not theirs.
     "shared memory": ("manifest", "senders", "sending", "shared_memory", "trace", "unchanged"),
     # They import vLLM, which takes ten seconds.
-    "vllm": ("packing", "plan"),
+    "vllm": ("packing", "plan", "shards"),
 }
 SCOPE_OF = {f"tests/unit/test_{name}.py": scope for scope, names in _SCOPES.items() for name in names}
 

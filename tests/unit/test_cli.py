@@ -259,12 +259,15 @@ assert "argparse" in sys.modules and not heavy, heavy
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
-def test_a_module_that_is_not_installed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_module_that_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Missing:
         def find_spec(self, name: str, *_: object) -> None:
             if name == "torch":
                 raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
+    monkeypatch.delattr("areal_vllm_ext.demo", raising=False)  # if another test has imported it
     removed = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("areal_vllm_ext.demo")}
     torch = sys.modules.pop("torch", None)
     sys.meta_path.insert(0, Missing())  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 from ranks import Ranks
 from real_receivers import Served, assert_untouched, checkpoint, served, shared_engines, weights
+
+from areal_vllm_ext.protocol.timing import HEARTBEAT_SECONDS
 
 if TYPE_CHECKING:
     from harness.simulated_engine import Deployment
@@ -45,8 +48,13 @@ def mortal(served: Served, key_file: Path) -> Iterator[Ranks]:
 
 
 def end_lease(served: Served) -> None:
-    """Have the directory's clock go on to the end of a lease whose holder was killed."""
-    served.deployment.clock_skew += 10.0
+    """Have the directory's clock go on to the end of a lease of 10 s, whose holder was killed.
+
+    In steps, with a heartbeat after each: an engine that was not heard for 5 s would be lost.
+    """
+    for _ in range(3):
+        served.deployment.clock_skew += 3.5
+        time.sleep(HEARTBEAT_SECONDS + 0.1)
 
 
 def assert_works(ranks: Ranks, served: Served, seed: int, work: str = "rows", bucket: int = 300) -> None:

@@ -33,7 +33,7 @@ from areal_vllm_ext.protocol.timing import LOST_AFTER_SECONDS
 from harness.simulated_engine import NEVER, Deployment, Shape, deployed
 
 Raw = Callable[..., RawClient]
-LEASE = 30.0
+LEASE = 4.0  # less than LOST_AFTER_SECONDS: no engine seems lost when the clock goes on by as much
 # At most this long after a lease has ended everything is settled.
 SETTLED = 8.0
 
@@ -217,6 +217,8 @@ def test_an_engine_that_was_away_while_the_others_aborted_is_stale(ready: Deploy
     away, other = ready.engines[0], ready.engines[1]
     ready.stop_engine(0)
     trainer.lose_lease()
+    time.sleep(0.5)  # the other engine is heard meanwhile
+    ready.clock_skew += LOST_AFTER_SECONDS - LEASE + 0.5
     eventually(lambda: other.endpoint.participant.update_phase == "idle", timeout=SETTLED + 6.0)
     eventually(lambda: other.running)
     assert (away.version, other.version) == (1, 0)

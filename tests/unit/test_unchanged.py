@@ -5,6 +5,7 @@ stand-ins for vLLM's workers whose models are a few parameters.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -104,6 +105,8 @@ class Engines(Served):
     @classmethod
     @contextlib.contextmanager
     def started(cls, key: security.ClusterKey, checkpoint: Path, key_file: Path) -> Iterator[Self]:  # noqa: F811
+        # The first commit needs it, and importing vLLM would take most of that update's timeout on a busy machine.
+        importlib.import_module("vllm.model_executor.model_loader.reload")
         with pytest.MonkeyPatch.context() as patch, awaiting_workers(key, checkpoint) as deployment:
             patch.setattr(proof, "prove", lambda *_: "")  # there is no vLLM to build a second model
             yield cls(deployment, checkpoint, key_file)
