@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from ..errors import NotACheckpoint
 from ..integrity import checkpoint
 from ..transport.base import WorkerSite
 from .live_weights import LiveWeights
+from .load.dry_load import DryModel
 from .load.loader import Loader
 from .residency import Residency
 from .sources import Sources
@@ -36,13 +38,13 @@ class WorkerContext:
         residency: whether the live weights are in memory.
         memory: where updates stage.
         sources: the worker's ends of its trainers' connections.
+        dry_model: tells what the model takes, where the checkpoint does not.
         report: sends the outcome of a step to the engine's endpoint.
     """
 
     def __init__(self, worker: Any, report: Callable[[WorkerDone], None]) -> None:
         model_config = worker.vllm_config.model_config
         self._model: tuple[str, str | None] = (model_config.model, model_config.revision)
-        self._expected: dict[str, TensorMeta] | None = None
         self.rank: int = worker.rank
         self.device = torch.device(worker.device)
         self.dtype = str(model_config.dtype).removeprefix("torch.")
@@ -52,13 +54,13 @@ class WorkerContext:
         self.memory = StagingMemory(self.device)
         self.sources = Sources(WorkerSite(self.rank, self.device))
         self.report = report
+        self.dry_model = DryModel.of(worker) if self.expected is None else None
 
+    @functools.cached_property
     def expected(self) -> dict[str, TensorMeta] | None:
-        """Return the tensors of the checkpoint that this engine was started from; None if they cannot be found out."""
-        if self._expected is None:
-            try:
-                self._expected = {tensor.name: tensor for tensor in checkpoint.describe(*self._model)}
-            except NotACheckpoint as error:
-                logger.warning("areal_vllm_ext: names and shapes of incoming weights cannot be checked: %s", error)
-                return None
-        return self._expected
+        """The tensors of the checkpoint that this engine was started from; None if they are not known."""
+        try:
+            return {tensor.name: tensor for tensor in checkpoint.describe(*self._model)}
+        except NotACheckpoint as error:
+            logger.warning("areal_vllm_ext: dtypes of incoming weights cannot be checked: %s", error)
+            return None

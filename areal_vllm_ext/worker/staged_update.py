@@ -173,7 +173,7 @@ class StagedUpdate:
         Raises:
             ValueError: the engine cannot load one of them.
         """
-        expected, dtypes = self.context.expected(), (self.context.dtype,)
+        expected, dtypes = self.context.expected, (self.context.dtype,)
         if expected is not None:
             for meta, _ in contents.values():
                 if expected.get(meta.name) != meta and (problem := checkpoint.mismatch_reason(meta, expected, dtypes)):
@@ -216,9 +216,12 @@ class StagedUpdate:
             self._keep_unchanged(order.base)
         elif self.run and self.run.partial:
             self._check_run(self.run)
-        expected = self.context.expected()
+        expected = self.context.expected
         if expected is not None and (problem := checkpoint.missing_reason(self.manifest, expected)):
             raise ValueError(problem)
+        planned = self.run is not None and self.run.complete
+        if self.context.dry_model and not planned and (refusal := self.context.dry_model.refusal(self.tensors)):
+            raise ValueError(f"nothing was applied: {refusal}")
         return digest.manifest(self.manifest.values())
 
     def _check_resident(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from ...integrity import digest
 from ..memory import free_bytes
 from .cpu_packing import ATTRIBUTE
+from .unloaded import described, load_and_find_unloaded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -50,8 +51,9 @@ def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mappin
     if reason := obstacle(worker, weights):
         return reason
     fresh: torch.nn.Module | None = None
+    unloaded: list[str] = []
     try:
-        fresh = fresh_model(worker, weights)
+        fresh = fresh_model(worker, weights, unloaded)
         wrong = different(live, digests_of_model(fresh))
         wrong += different(packed_digests(worker.get_model()), packed_digests(fresh))
     except Exception as error:
@@ -65,10 +67,22 @@ def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mappin
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ProofFailed(
-            f"{len(wrong)} tensors are not what a fresh load of the same weights gives: {', '.join(wrong[:5])}{more}; this "
-            "vLLM reloads this model wrongly: restart the engine from the checkpoint, and report it"
+            f"{len(wrong)} tensors are not what a fresh load of the same weights gives: {', '.join(wrong[:5])}{more}; "
+            + _cause(unloaded)
         )
     return ""
+
+
+def _cause(unloaded: list[str]) -> str:
+    """Return what a failed proof comes from, and what to do."""
+    if unloaded:
+        return f"what was sent is not complete ({described(unloaded)}): send all weights"
+    from vllm.version import __version__ as vllm_version
+
+    return (
+        f"vLLM {vllm_version}, or the corrections that areal_vllm_ext makes to it, reload this model wrongly: restart the "
+        "engine from the checkpoint, and report it to areal_vllm_ext"
+    )
 
 
 def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
@@ -82,8 +96,8 @@ def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
     return ""
 
 
-def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> torch.nn.Module:
-    """Build a second model from ``weights``, apart from the live one."""
+def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], unloaded: list[str]) -> torch.nn.Module:
+    """Build a second model from ``weights``, apart from the live one. ``unloaded`` gets parameters without weights."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -94,7 +108,7 @@ def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> tor
             pass
 
         def load_weights(self, model: Any, model_config: Any) -> None:
-            model.load_weights(iter(weights))
+            unloaded.extend(load_and_find_unloaded(model, weights))
 
     config = worker.vllm_config
     with set_current_vllm_config(config), separate_layer_registers(config.compilation_config):

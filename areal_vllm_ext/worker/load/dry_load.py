@@ -1,0 +1,75 @@
+"""A load of incoming tensors into a model without memory, to find out before the vote whether the live model takes them.
+
+It is for engines whose checkpoint is not known (``--load-format dummy``, no safetensors files): nothing else tells which
+names and shapes such a model takes. vLLM's loaders run as in a reload, and copy to parameters on the meta device.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .proof import separate_layer_registers
+from .unloaded import described, load_and_find_unloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+
+class DryModel:
+    """A second model on the meta device. It takes what the live model takes."""
+
+    def __init__(self, model: Any, *, complete: bool) -> None:
+        """
+        Args:
+            model: on the meta device.
+            complete: whether each of its parameters must get weights. Quantised models have parameters that get none.
+        """
+        self._model, self._complete = model, complete
+        # The set of tensors that was accepted last: the same one is accepted again without a load.
+        self._accepted: frozenset[tuple[str, torch.dtype, torch.Size]] = frozenset()
+
+    @classmethod
+    def of(cls, worker: Any) -> DryModel | None:
+        """Build one for the model of ``worker``; None if vLLM cannot build it without memory.
+
+        To be called on the worker's own thread before it computes.
+        """
+        try:
+            from vllm.config import set_current_vllm_config
+            from vllm.model_executor.model_loader.utils import initialize_model
+            from vllm.utils.torch_utils import set_default_torch_dtype
+
+            config = worker.vllm_config
+            with (
+                set_current_vllm_config(config),
+                separate_layer_registers(config.compilation_config),
+                set_default_torch_dtype(config.model_config.dtype),
+                torch.device("meta"),
+            ):
+                model = initialize_model(vllm_config=config, model_config=config.model_config)
+        except Exception:
+            logger.warning(
+                "areal_vllm_ext: names of incoming weights cannot be checked before the commit", exc_info=True
+            )
+            return None
+        return cls(model, complete=config.model_config.quantization is None)
+
+    def refusal(self, weights: Mapping[str, torch.Tensor]) -> str | None:
+        """Return why the model does not take ``weights`` as all of its weights; None if it does. Safe on any thread."""
+        tensors = frozenset((name, tensor.dtype, tensor.shape) for name, tensor in weights.items())
+        if tensors == self._accepted:
+            return None
+        try:
+            unloaded = load_and_find_unloaded(self._model, weights.items())
+        except Exception as error:
+            logger.info("areal_vllm_ext: a load without memory failed", exc_info=True)
+            return f"the model does not take these weights: {type(error).__name__}: {error}"
+        if self._complete and unloaded:
+            return f"{described(unloaded)}; send all weights"
+        self._accepted = tensors
+        return None
