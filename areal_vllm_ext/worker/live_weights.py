@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,15 @@ _READ_AFTER_SECONDS = 0.2
 
 class WeightsChanged(RuntimeError):
     """A commit ran while the weights were read; ask again."""
+
+
+class _Reading(NamedTuple):
+    """Digests of live tensors, now and after the last commit; what is not as that commit left it; and its contents."""
+
+    live: dict[str, int]
+    after_commit: dict[str, int]
+    wrong: list[str]
+    committed: Contents | None
 
 
 class LiveWeights:
@@ -166,8 +175,8 @@ class LiveWeights:
                 return False
         if len(written) == len(contents):
             return True
-        live, after_commit, _ = self._read()
-        return live == after_commit
+        reading = self._read()
+        return reading.live == reading.after_commit
 
     def describe(self, contents: bool) -> WorkerWeights:
         """Return digests of what is served now.
@@ -180,11 +189,7 @@ class LiveWeights:
             NotResident: the engine sleeps.
         """
         changes = self._changes
-        live, after_commit, committed = self._read()
-        with self._residency.access():
-            wrong = wrong_in(self._written)
-            linears = proof.packed_functions(self._worker.get_model())
-            wrong += [name for name, linear in linears.items() if self._linears.get(name) is not linear]
+        live, after_commit, wrong, committed = self._read()
         manifest = digest.manifest(committed.values()) if committed else ""
         uncompared: dict[str, str] = {}
         if contents and committed is None:
@@ -212,21 +217,28 @@ class LiveWeights:
         reason = "no load plan, and no comparison with a fresh load, tells which live memory it is in"
         return {name: reason for name in committed if name not in self._written}
 
-    def _read(self) -> tuple[dict[str, int], dict[str, int], Contents | None]:
-        """Return live digests, those after the last commit, and what was committed then: all of one commit."""
-        changes = self._changes
+    def _read(self) -> _Reading:
+        """Read the live weights, all of one commit.
+
+        Raises:
+            WeightsChanged: a commit ran meanwhile.
+            NotResident: the engine sleeps.
+        """
+        changes, live, wrong = self._changes, dict[str, int](), list[str]()
         with self._reading, self._residency.access():
             try:
                 live = proof.digests_of_model(self._worker.get_model())
+                wrong = wrong_in(self._written)
+                linears = proof.packed_functions(self._worker.get_model())
+                wrong += [name for name, linear in linears.items() if self._linears.get(name) is not linear]
             except Exception:
                 if changes == self._changes and changes % 2 == 0:
                     raise
-                live = {}
         with self._state:
             if changes != self._changes or changes % 2:
                 raise WeightsChanged("a commit changed the weights while they were read")
             self._after_commit = self._after_commit or live
-            return live, self._after_commit, self._contents
+            return _Reading(live, self._after_commit, wrong, self._contents)
 
     def _read_later(self, changes: int) -> None:
         background.run_later(_READ_AFTER_SECONDS, self._read_after_commit, changes)
@@ -239,31 +251,22 @@ class LiveWeights:
             return
         try:
             with background.on_side_stream(self._worker.device):
-                if not self._after_commit:
-                    self._read()
-                self._compare_written()
-        except WeightsChanged:
-            pass  # the next commit reads them itself
-        except NotResident:
-            pass  # nothing builds on them until a commit
+                reading = self._read()
+        except (WeightsChanged, NotResident):
+            return  # a commit is to come, and its weights are read then
         except Exception:
             logger.warning("areal_vllm_ext: no digests of the live weights could be taken", exc_info=True)
-
-    def _compare_written(self) -> None:
-        """Compare what the last commit wrote with what was received, and report a difference."""
-        changes, contents, update = self._changes, self._contents, self._update
-        with self._residency.access():
-            wrong = wrong_in(self._written)
+            return
         with self._state:
-            if changes != self._changes or changes % 2 or not contents:
+            if changes != self._changes or not reading.committed:
                 return
-            self._wrong = tuple(wrong)
-            self._manifest = "" if self._wrong or self._slept else digest.manifest(contents.values())
+            self._wrong = tuple(reading.wrong)
+            self._manifest = "" if self._wrong or self._slept else digest.manifest(reading.committed.values())
         if self._wrong:
             named = ", ".join(self._wrong[:5])
             reason = f"{len(self._wrong)} live tensors differ from what was received ({named})"
             logger.error("areal_vllm_ext: %s: update this engine again, and report it", reason)
-            self.on_damage(update, reason)
+            self.on_damage(self._update, reason)
 
     def _layout(self) -> str:
         """Name what of the model this worker holds. Workers of an equal layout hold equal live tensors."""

@@ -1,4 +1,4 @@
-"""Engines whose workers are stand-ins, but whose receivers are real: what is sent is received, staged and switched to."""
+"""Engines whose workers are stand-ins, but whose receivers are real: what is sent is received, staged and committed."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Served:
                 Receiver(one, engine.endpoint.address, engine.endpoint.attach_token)
                 for one in self.workers_of(number, checkpoint, key_file)
             ]
-            engine.staged = self.switch(number, engine)
+            engine.staged = self.commit(number, engine)
         deployment.wait_attached()
 
     def workers_of(self, number: int, checkpoint: Path, key_file: Path) -> list[Any]:
         """The stand-ins of engine ``number``."""
         return [worker(rank, checkpoint, key_file) for rank in range(WORKERS)]
 
-    def switch(self, number: int, engine: SimulatedEngine) -> Any:
+    def commit(self, number: int, engine: SimulatedEngine) -> Any:
         def staged(update: str) -> None:
             for rank, receiver in enumerate(self.receivers[number]):
                 assert not engine.running

@@ -66,10 +66,10 @@ def test_a_model_takes_its_weights_and_is_asked_once() -> None:
         ({"mlp": None, "_orig_mod.mlp": torch.ones(4, 4)}, "does not take these weights: KeyError: '_orig_mod.mlp'"),
         ({"v_head": torch.ones(1)}, "does not take these weights: KeyError: 'v_head'"),
         ({"mlp": torch.ones(4, 2)}, r"does not take these weights: AssertionError: mlp has shape \(4, 2\)"),
-        ({"mlp": None}, "1 parameters of the model get no weights: mlp; send all weights"),
+        ({"mlp": None}, "1 parameters of the model lack weights: mlp; send all weights"),
         (
             {"q": None, "k": None, "v": None, "mlp": None},
-            "2 parameters of the model get no weights: qkv, mlp; send all",
+            "2 parameters of the model lack weights: qkv, mlp; send all",
         ),
     ],
 )
@@ -100,11 +100,20 @@ def test_a_parameter_that_gets_other_memory_is_loaded() -> None:
     assert load_and_find_unloaded(model, [("mlp", torch.ones(4, 4))]) == ["embed", "qkv"]
 
 
+def test_a_parameter_that_is_written_in_part_may_be_padded() -> None:
+    partly: list[str] = []
+    sent = weights(q=None)
+    assert load_and_find_unloaded(Model("meta"), sent.items(), partly) == []
+    assert partly == ["qkv"]
+    assert DryModel(Model("meta"), complete=True).refusal(sent) is None, "so it is no reason to say no"
+
+
 @pytest.mark.parametrize(
     ("unloaded", "cause"),
     [
+        (["qkv"], "or the corrections that areal_vllm_ext makes to it, reload this model wrongly: restart the engine"),
         ([], "or the corrections that areal_vllm_ext makes to it, reload this model wrongly: restart the engine"),
-        (["mlp"], r"what was sent is not complete \(1 parameters of the model get no weights: mlp\): send all weights"),
+        (["mlp"], r"what was sent is not complete \(1 parameters of the model lack weights: mlp\): send all weights"),
     ],
 )
 def test_a_failed_proof_names_its_cause(monkeypatch: pytest.MonkeyPatch, unloaded: list[str], cause: str) -> None:
@@ -137,7 +146,7 @@ class Dry(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "reason"), [({"extra": torch.ones(1)}, "extra"), ({"norm": None}, "get no weights: norm")]
+    ("wrong", "reason"), [({"extra": torch.ones(1)}, "extra"), ({"norm": None}, "lack weights: norm")]
 )
 def test_an_engine_without_a_known_checkpoint_says_no_before_anything_is_touched(
     key: security.ClusterKey, key_file: Path, tmp_path: Path, wrong: dict[str, Any], reason: str

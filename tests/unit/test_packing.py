@@ -1,4 +1,4 @@
-"""Weights that vLLM packs on a CPU, planned: packed beside generation by vLLM's own function, switched by an assignment."""
+"""Weights that vLLM packs on a CPU, planned: packed beside generation by vLLM's own function, committed by an assignment."""
 
 from __future__ import annotations
 

@@ -171,9 +171,9 @@ def test_every_engine_and_every_worker_is_in_the_trace(
             assert set(intake) == {"open", "prepare", "stage", "digest", "take"} | buckets
             assert lies_in(intake["digest"], intake["bucket 2"]), "the last one of this name"
             assert lies_in(intake["bucket 1"], phases["send"])
-            switch = found.spans(engine, f"worker {rank}")
-            assert set(switch) == {"load", "prove"}
-            assert lies_in(switch["load"], requests["commit"])
+            commit = found.spans(engine, f"worker {rank}")
+            assert set(commit) == {"load", "prove"}
+            assert lies_in(commit["load"], requests["commit"])
 
 
 def test_nothing_is_recorded_unless_it_is_asked_for(engines: Deployment, group: EngineGroup, tmp_path: Path) -> None:

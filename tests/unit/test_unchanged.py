@@ -28,6 +28,7 @@ from real_receivers import (
     vllm_config,
     weights,
 )
+from vllm.model_executor.layers import utils as _utils  # noqa: F401 - else the first commit imports it, for longer than it may take
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
@@ -111,7 +112,7 @@ class Engines(Served):
             patch.setattr(proof, "prove", lambda *_: "")  # there is no vLLM to build a second model
             yield cls(deployment, checkpoint, key_file)
 
-    def switch(self, number: int, engine: Any) -> Any:
+    def commit(self, number: int, engine: Any) -> Any:
         def commit(update: str) -> None:
             assert not engine.running
             with ThreadPoolExecutor(WORKERS) as pool:

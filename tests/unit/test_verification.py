@@ -208,13 +208,13 @@ def test_digests_that_a_commit_cut_through_are_not_told(
     live: tuple[LiveWeights, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, model = live
-    reading, switched = threading.Event(), threading.Event()
+    reading, committed = threading.Event(), threading.Event()
     take = proof.digests_of_model
 
     def slowly(model: torch.nn.Module) -> dict[str, int]:
         values = take(model)
         reading.set()
-        assert switched.wait(5)
+        assert committed.wait(5)
         return values
 
     monkeypatch.setattr(live_weights.proof, "digests_of_model", slowly)
@@ -231,7 +231,7 @@ def test_digests_that_a_commit_cut_through_are_not_told(
     assert reading.wait(5)
     with weights.committing({}):
         model.embed.weight.data += 1
-    switched.set()
+    committed.set()
     thread.join(5)
     assert len(errors) == 1
     eventually(lambda: weights._after_commit)

@@ -68,9 +68,14 @@ def prove(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], live: Mappin
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ProofFailed(
             f"{len(wrong)} tensors are not what a fresh load of the same weights gives: {', '.join(wrong[:5])}{more}; "
-            + _cause(unloaded)
+            + _cause([name for name in unloaded if any(_is_of(name, one) for one in wrong)])
         )
     return ""
+
+
+def _is_of(parameter: str, wrong: str) -> bool:
+    """Return whether ``wrong`` (a tensor, or a layer whose weight lies packed) is ``parameter``."""
+    return wrong in (parameter, f"{parameter.rpartition('.')[0]} (packed)")
 
 
 def _cause(unloaded: list[str]) -> str:
@@ -97,7 +102,7 @@ def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
 
 
 def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], unloaded: list[str]) -> torch.nn.Module:
-    """Build a second model from ``weights``, apart from the live one. ``unloaded`` gets parameters without weights."""
+    """Build a second model from ``weights``, apart from the live one. ``unloaded`` gets parameters without all weights."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -108,7 +113,9 @@ def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], unload
             pass
 
         def load_weights(self, model: Any, model_config: Any) -> None:
-            unloaded.extend(load_and_find_unloaded(model, weights))
+            partly: list[str] = []
+            unloaded.extend(load_and_find_unloaded(model, weights, partly))
+            unloaded.extend(partly)
 
     config = worker.vllm_config
     with set_current_vllm_config(config), separate_layer_registers(config.compilation_config):

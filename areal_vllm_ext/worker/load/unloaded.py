@@ -15,38 +15,50 @@ if TYPE_CHECKING:
     from torch.multiprocessing.reductions import StorageWeakRef
 
 
-def load_and_find_unloaded(model: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+def load_and_find_unloaded(
+    model: Any, weights: Iterable[tuple[str, torch.Tensor]], partly: list[str] | None = None
+) -> list[str]:
     """Load ``weights`` by the model's own loaders, and return the parameters to which nothing was written.
 
     Parameters of one element are left out: they are defaults, such as the scales of a KV cache.
+
+    Args:
+        model: the model.
+        weights: (name, tensor) in checkpoint format.
+        partly: gets the parameters that were written in part, because tensors are missing or the rest is padding.
     """
     before = {name: storage_key(parameter) for name, parameter in model.named_parameters()}
     with _Writes() as writes:
         model.load_weights(iter(weights))
-    # A loader may also give a parameter other memory.
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.numel() > 1 and (key := storage_key(parameter)) == before.get(name) and key not in writes.storages
-    ]
+    unloaded = []
+    for name, parameter in model.named_parameters():
+        key = storage_key(parameter)
+        if parameter.numel() <= 1 or key != before.get(name):
+            continue  # a default, or the loader gave it other memory
+        if (written := writes.elements.get(key, 0)) == 0:
+            unloaded.append(name)
+        elif written < parameter.numel() and partly is not None:
+            partly.append(name)
+    return unloaded
 
 
 def described(unloaded: list[str]) -> str:
     """Return one line that names the first of these parameters."""
     more = f" and {len(unloaded) - 3} more" if len(unloaded) > 3 else ""
-    return f"{len(unloaded)} parameters of the model get no weights: {', '.join(unloaded[:3])}{more}"
+    return f"{len(unloaded)} parameters of the model lack weights: {', '.join(unloaded[:3])}{more}"
 
 
 class _Writes(TorchDispatchMode):
-    """Records to which storages operators write."""
+    """Counts the elements that operators write to each storage."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.storages: set[StorageWeakRef] = set()
+        self.elements: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for argument, value in zip(func._schema.arguments, args, strict=False):  # noqa: SLF001
             if isinstance(value, torch.Tensor) and argument.alias_info is not None and argument.alias_info.is_write:
-                self.storages.add(storage_key(value))
+                key = storage_key(value)
+                self.elements[key] = self.elements.get(key, 0) + value.numel()
         return result
