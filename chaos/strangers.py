@@ -43,7 +43,8 @@ T = TypeVar("T")
 _MORE_MEMORY_BYTES = 48 << 20
 _MORE_FILES = 20
 _UPDATE_TIMEOUT_SECONDS = 30.0
-_SETTLE_SECONDS = 8.0  # longer than any time that a port gives a stranger
+_SETTLE_SECONDS = 2.0
+_PATIENCE_SECONDS = 9.0  # longer than any port waits for a stranger
 _HELD_CONNECTIONS = 200
 _FRAMES_OF_A_PEER = 2000
 
@@ -154,7 +155,7 @@ class Stranger:
         self._ports, self._recorded = ports, recorded
         self._random = random.Random(seed)
         self._held: list[socket.socket] = []
-        self.refused = 0
+        self.refused = self.outstayed = 0
 
     def knock(self, connections: int) -> None:
         for number in range(connections):
@@ -168,7 +169,16 @@ class Stranger:
             except OSError:
                 self.refused += 1  # the listener of a trainer is open at times only
             self._leave(one)
+        ends = time.monotonic() + _PATIENCE_SECONDS
         for one in self._held:
+            one.settimeout(max(ends - time.monotonic(), 0.01))
+            try:
+                while one.recv(4096):
+                    pass
+            except TimeoutError:
+                self.outstayed += 1
+            except OSError:
+                pass  # reset
             one.close()
 
     def _say(self, one: socket.socket) -> None:
@@ -326,17 +336,19 @@ def attack(frames: int, connections: int, processes: int = 2, seed: int = 0) -> 
             samples.take()
         took = time.monotonic() - started
         problems = [f"{name} ended" for name in samples.ended()]
-        refused = 0
+        refused = outstayed = 0
         if not problems:
             for one in strangers:
                 said, _ = one.communicate(timeout=60)
                 problems += [] if one.returncode == 0 else ["an attacker failed: its port did not answer in time"]
-                refused += int(said or 0)
+                one_refused, one_outstayed = map(int, (said or "0 0").split())
+                refused, outstayed = refused + one_refused, outstayed + one_outstayed
             time.sleep(_SETTLE_SECONDS)
             samples.take()
         said, _ = trainer.communicate(timeout=120)
         facts = json.loads(said.splitlines()[-1]) if said else {}
         summary = samples.summary()
+        problems += [f"{outstayed} silent connections were never closed"] if outstayed else []
         problems += [*grown(summary), *facts.get("errors", [])]
         if facts.get("lifelines_lost") or not facts.get("updates") or not facts.get("rendezvous"):
             problems.append(f"the trainer's ports did not work: {facts}")
@@ -377,7 +389,7 @@ def _be_strangers(options: argparse.Namespace) -> None:
         finally:
             attacker.close()
     knocking.join()
-    print(stranger.refused)
+    print(stranger.refused, stranger.outstayed)
 
 
 def main() -> int:
