@@ -19,8 +19,9 @@ from .errors import SettingsError
 DEFAULT_DIRECTORY_PORT = 29700
 ENV_PREFIX = "AREAL_VLLM_"
 
+# ZeroMQ refuses other names, and would take some other texts for something else.
 _ADDRESS = re.compile(
-    r"tcp://(?:\[(?P<ipv6>[0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?)\]|(?P<name>[A-Za-z0-9_.-]{1,253})):(?P<port>[0-9]{1,5})"
+    r"tcp://(?:\[(?P<ipv6>[0-9a-fA-F:.]+(?:%[A-Za-z0-9_.-]+)?)\]|(?P<name>[A-Za-z0-9][A-Za-z0-9_.-]{0,252})):(?P<port>[0-9]{1,5})"
 )
 _MAX_NAME_CHARACTERS = 256
 _RANGES = {"port": (0, 65_535), "max_message_mib": (1, 1024)}

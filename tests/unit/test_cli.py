@@ -92,10 +92,27 @@ def test_an_address_off_loopback_needs_a_key(capsys: pytest.CaptureFixture[str])
     assert "AREAL_VLLM_KEY_FILE" in refused(capsys, "status", "--connect", "tcp://192.0.2.1:29700")
 
 
-@pytest.mark.parametrize("address", ["192.0.2.1:29700", "tcp://host", "tcp://host:port", "http://host:1"])
+@pytest.mark.parametrize(
+    "address", ["192.0.2.1:29700", "tcp://host", "tcp://host:port", "http://host:1", "tcp://-:1", "tcp://\0:1"]
+)
 def test_a_bad_address_says_how_to_write_one(capsys: pytest.CaptureFixture[str], address: str) -> None:
     assert "tcp://host:port" in refused(capsys, "status", "--connect", address)
     assert "tcp://host:port" in refused(capsys, "directory", address)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["256.1.1.1", "no-such-host.invalid", "[fe80::1%nope]", "0.0.0.0", "255.255.255.255", "[::]", "1", "h--", "h_."],
+)
+def test_an_address_that_leads_nowhere_is_one_line_within_the_timeout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], host: str
+) -> None:
+    key_file = tmp_path / "cluster.key"
+    security.write_key(key_file)
+    started = time.monotonic()
+    line = refused(capsys, "status", "--connect", f"tcp://{host}:1", "--key-file", str(key_file), "--timeout", "0.4")
+    assert f"tcp://{host}:1" in line
+    assert time.monotonic() - started < 1.0
 
 
 def test_directory_says_which_address_is_in_use(capsys: pytest.CaptureFixture[str]) -> None:

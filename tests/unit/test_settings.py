@@ -101,6 +101,9 @@ def test_an_address_is_tcp_host_port(address: str, parts: tuple[str, int]) -> No
         "TCP://h:1",
         "tcp://h:+1",
         "ipc:///tmp/x",
+        "tcp://-:1",
+        "tcp://_h:1",
+        "tcp://..:1",
     ],
 )
 def test_what_is_no_address_is_refused_with_the_form_to_write(address: str) -> None:
