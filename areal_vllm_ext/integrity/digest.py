@@ -28,6 +28,7 @@ from concurrent.futures import Future
 
 import torch
 
+from ..observability import fault_points
 from ..protocol import TensorMeta, encoder
 from . import digest_torch
 from .digest_torch import as_bytes
@@ -60,6 +61,7 @@ def digests(buffer: torch.Tensor, spans: Sequence[tuple[int, int]]) -> list[int]
             raise ValueError(f"{nbytes} bytes at {offset} do not lie on rows inside a buffer of {buffer.numel()} bytes")
     if not spans:
         return []
+    fault_points.reach("digest")
     if not has_kernel(buffer.device):
         return digest_torch.digests_in(buffer, spans)
     if buffer.device.type == "cpu" or (start := buffer.data_ptr()) % ROW_BYTES:
@@ -74,6 +76,7 @@ def digests_of(tensors: Iterable[torch.Tensor]) -> list[int]:
     A tensor that is not contiguous is copied while it is read.
     """
     result: list[int] = []
+    fault_points.reach("digest")
     for device, group in itertools.groupby(tensors, key=lambda tensor: tensor.device):
         by_device = functools.partial(_by_kernel, device=device) if has_kernel(device) else digest_torch.digests_of
         result += by_device(group)

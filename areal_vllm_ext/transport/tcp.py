@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..observability import fault_points
 from .base import Cancelled
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class _Incoming(_Connection):
 
     def _receive(self, view: memoryview) -> None:
         while view:
-            count = self._connection.recv_into(view)
+            count = self._connection.recv_into(view, fault_points.reach("read", len(view)))
             if not count:
                 raise RuntimeError("the connection was closed")
             view = view[count:]

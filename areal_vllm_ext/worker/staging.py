@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ..observability import fault_points
 from ..protocol import Staging
 from ..transport import host_memory
 from ..transport.buckets import UnpackedBucket
@@ -74,6 +75,7 @@ class Pool:
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return a buffer of ``nbytes``."""
+        fault_points.reach("staging", nbytes)
         if self._device.type != "cuda":
             return host_memory.zeros(nbytes)
         with self._lock:
