@@ -14,7 +14,8 @@ FIRST_LINES = 20
 LONGEST_SUBJECT = 72
 # The rules for subjects are kept since this commit.
 SINCE = "c9b728d75947bf13b73d02ff6b5b26e6f179c842"
-_PREFIX = re.compile(r"[A-Za-z_/. -]{1,30}: ")
+# A word and a colon, or lower-case words and a colon; a colon within a sentence is none.
+_PREFIX = re.compile(r"(\S+|[a-z][^:]{0,30}): ")
 
 
 def long_files(package: Path) -> list[str]:

@@ -35,8 +35,9 @@ def repository(tmp_path: Path) -> Path:
     git(tmp_path, "init", "-q")
     for subject in (
         "core: a commit from before the rules",
-        "Refuse a second pause",
+        "Refuse a second pause: two clients took it for theirs",
         "core: refuse a second pause",
+        "make bench: fan-out as its result was made",
         "R" + "e" * 72,
     ):
         git(tmp_path, "commit", "-q", "--allow-empty", "-m", subject)
@@ -52,10 +53,11 @@ def git(repository: Path, *arguments: str) -> str:
 
 
 def test_subjects_are_short_and_have_no_prefix(repository: Path) -> None:
-    too_long, prefixed = check_tree.bad_subjects(
+    too_long, words, prefixed = check_tree.bad_subjects(
         repository, since=git(repository, "rev-list", "--max-parents=0", "HEAD")
     )
     assert "has 73 characters, 72 at most" in too_long
+    assert "has a prefix: make bench: fan-out" in words
     assert "has a prefix: core: refuse a second pause" in prefixed
 
 
