@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_vllm_ext.engine_core.participant import CallCommit
-from areal_vllm_ext.protocol import Commit, Message, Resume, Version
+from areal_vllm_ext.protocol import Abort, Commit, Message, Resume, Version
 from areal_vllm_ext.protocol.server import ReplyTo
 
 from .account import Account, Served
@@ -217,13 +217,18 @@ class World:
         from, if that client could not reach the directory.
         """
         self.coverage.message(engine.engine.participant, message)
-        if isinstance(message, Commit | Resume) and not self.split:
-            source = self._processes.get(caller.peer)
-            behind = any(one.alive and one.engine.participant.epoch > message.epoch for one in self.engines)
-            if source and behind and message.epoch >= engine.engine.participant.epoch:
-                there = self.directory.alive and not self.directory.asleep
-                passes = self.network.passes
-                self.split = not (there and passes(source, self.directory) and passes(self.directory, source))
+        source = self._processes.get(caller.peer)
+        if self.split or source is None or not isinstance(message, Abort | Commit | Resume):
+            return
+        passes, directory = self.network.passes, self.directory
+        living = [one for one in self.engines if one.alive and one is not engine]
+        if any(one.engine.participant.epoch > message.epoch for one in living):
+            obeyed = message.epoch >= engine.engine.participant.epoch
+            there = directory.alive and not directory.asleep
+            self.split = obeyed and not (there and passes(source, directory) and passes(directory, source))
+        else:  # it decides without an engine that is out of its reach
+            cut = (one for one in living if not (passes(source, one) and passes(one, source)))
+            self.split = any(one.engine.participant.epoch < message.epoch for one in cut)
 
     def joins(self, epoch: int) -> None:
         """Note that an engine joins at the group's committed epoch, as far as the directory knows it.
