@@ -226,8 +226,9 @@ class World:
             obeyed = message.epoch >= engine.engine.participant.epoch
             there = directory.alive and not directory.asleep
             self.split = obeyed and not (there and passes(source, directory) and passes(directory, source))
-        else:  # it decides without an engine that is out of its reach
-            cut = (one for one in living if not (passes(source, one) and passes(one, source)))
+        else:  # it decides without an engine that is, or just was, out of its reach
+            recent = self.network.joined > self.now - 2.0
+            cut = (one for one in living if recent or not (passes(source, one) and passes(one, source)))
             self.split = any(one.engine.participant.epoch < message.epoch for one in cut)
 
     def joins(self, epoch: int) -> None:
