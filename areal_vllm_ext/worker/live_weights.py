@@ -101,7 +101,8 @@ class LiveWeights:
         try:
             yield
             self._contents = contents
-            self._linears = proof.packed_functions(self._worker.get_model())
+            if self._linears:  # a walk over all modules, in the pause: only where a backend packs (a CPU's)
+                self._linears = proof.packed_functions(self._worker.get_model())
         finally:
             self._changes += 1
         # Not now: for 16 GB it would lengthen the pause by 6 ms.
