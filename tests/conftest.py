@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 CI = os.environ.get("CI") == "true"
+
+# A shell starts background jobs with Ctrl-C ignored, and their children inherit that. The tests of Ctrl-C need the default.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files whose tests run one after another in one worker of pytest-xdist.
 _SCOPES = {

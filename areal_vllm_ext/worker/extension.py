@@ -42,7 +42,7 @@ class WorkerExtension:
             with context.live_weights.committing(staged.manifest, update):
                 with spans.span(track, "load"):
                     digests = {name: value for name, (_, value) in staged.manifest.items()}
-                    written = context.loader.load(weights, run, digests)
+                    written = context.loader.load(weights, run, digests, planned=planned)
                     context.live_weights.set_written(written, kept=run.kept if run is not None else ())
                 with spans.span(track, "prove"):
                     partial = run is not None and run.partial

@@ -157,7 +157,9 @@ def test_the_loader_packs_beside_generation_and_reloads_once() -> None:
                 intake.start()
                 intake.join()
             packed_by.clear() if seed == 1 else None
-            loader.load(list(weights.items()), bound)
+            loader.load(
+                list(weights.items()), bound, planned=bound is not None and bound.complete and loader.fits(bound)
+            )
             assert equal(worker.model, weights)
     assert worker.reloads == 1
     assert packed_by[-len(LINEARS) :] == ["intake"] * len(LINEARS)

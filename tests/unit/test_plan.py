@@ -495,7 +495,7 @@ def updated(loader: Loader, weights: Weights) -> None:
     bound = loader.begin_run()
     if bound:
         bound.add(bound.plan.copies_of(weights))
-    loader.load(list(weights.items()), bound)
+    loader.load(list(weights.items()), bound, planned=bound is not None and bound.complete and loader.fits(bound))
 
 
 def test_the_loader_reloads_once_and_copies_from_then_on() -> None:

@@ -393,8 +393,10 @@ def test_bytes_that_do_not_get_through_by_the_deadline_are_said_with_the_worker(
     monkeypatch.setattr(tcp._Outgoing, "_transfer", lambda *_: stopped.wait(20))
     started = time.monotonic()
     try:
+        # The trainer's own end and the engine's silence are two views of one fault: whichever is seen first is told.
         with pytest.raises(
-            UpdateAborted, match=r"a bucket of \d+ bytes was not through after .* s \(worker 0 of DP rank 0"
+            UpdateAborted,
+            match=r"a bucket of \d+ bytes was not through .*worker 0 of DP rank 0|DP rank 0 .* did not answer",
         ):
             send(group, weights(1), timeout=1.5, transport="broadcast")
         assert time.monotonic() - started < 3.0

@@ -60,6 +60,8 @@ class Loader:
         weights: Sequence[tuple[str, torch.Tensor]],
         run: PlanRun | None = None,
         digests: Mapping[str, int] | None = None,
+        *,
+        planned: bool = False,
     ) -> Written | None:
         """Load a complete set of checkpoint tensors. Runs on the worker's own thread while its engine is paused.
 
@@ -67,15 +69,16 @@ class Loader:
             weights: (name, tensor) in checkpoint format, on any device.
             run: the plan's run to which they were added, if any.
             digests: of ``weights``, so that the live memory can be compared later.
+            planned: whether ``run`` is complete and ``fits`` said yes just now, which takes too long to ask twice in a pause.
 
         Returns:
             the live memory that was written, if a load plan knows it.
         """
         written: Written | None = None
-        if run is not None and run.plan is self._plan and not self.fits(run):
+        if run is not None and run.complete and not planned:
             # Changed since the update began: the plan would write to memory that the model no longer uses.
             self.forget()
-        if run is not None and run.complete and run.plan is self._plan:
+        if run is not None and planned:
             run.copy()
             self._reset_caches()
             written = run.written
