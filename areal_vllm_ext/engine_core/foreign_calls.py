@@ -135,6 +135,7 @@ class ForeignCalls:
 
         def call() -> None:
             if self._guard.weights:
+                self._report(lambda participant: participant.pauses.resume_refused_elsewhere())
                 raise RuntimeError(f"not resumed: {self._guard.weights}; send an update through areal_vllm_ext")
             if self._engine.is_scheduler_paused():
                 original()

@@ -178,6 +178,11 @@ class GenerationMachine:
         elif self.state == "pausing":  # our call came later, and pauses again
             self._paused_before, self.paused_for = False, self._called_for
 
+    def resume_refused_elsewhere(self) -> list[Effect]:
+        """Another user's resume was refused because of the weights: it still ends that user's own pause."""
+        self.end_hold()
+        return []
+
     # Time
 
     def tick(self, now: float) -> list[Effect]:

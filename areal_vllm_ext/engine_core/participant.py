@@ -136,7 +136,8 @@ class Participant:
         if self.update_phase != "idle":
             return True
         pauses = self.pauses
-        left_paused = pauses.state != "running" and pauses.paused_for not in ("", STALE) and not self.tainted
+        # Also after an update that healed a stale engine, whose trainer never sent the Resume.
+        left_paused = pauses.state != "running" and bool(pauses.paused_for) and not (self.tainted or self.stale)
         return self._resume_orphans and (pauses.orphaned or left_paused)
 
     def status(

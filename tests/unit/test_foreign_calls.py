@@ -258,6 +258,16 @@ def test_no_other_user_resumes_weights_that_must_not_be_served(why: str, before:
     assert not rig.vllm.paused
 
 
+def test_a_resume_that_is_refused_for_the_weights_ends_the_users_own_pause() -> None:
+    rig = Rig()
+    rig.vllm.pause_scheduler("keep")
+    rig.take(rig.participant.on_group_epoch("v9", 9))
+    with pytest.raises(RuntimeError, match="not resumed: its weights are stale"):
+        rig.vllm.resume_scheduler()
+    rig.update()
+    assert not rig.vllm.paused
+
+
 def test_a_resume_that_crosses_the_news_that_the_weights_are_stale_is_taken_back() -> None:
     rig = Rig()
     rig.vllm.pause_scheduler("keep")

@@ -833,6 +833,15 @@ def test_an_engine_that_is_behind_serves_nothing_while_it_receives_an_update() -
     assert rig.state == ("idle", "running")
 
 
+def test_a_stale_engine_that_an_update_healed_is_resumed_by_recovery_if_its_trainer_is_lost() -> None:
+    rig = Rig()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.paused()
+    assert not rig.participant.needs_recovery
+    switched(rig)
+    assert rig.participant.needs_recovery
+
+
 def test_a_users_pause_that_ended_while_the_weights_were_stale_ends_with_the_next_update() -> None:
     rig = Rig()
     rig.take(rig.participant.on_group_epoch(NEW, 5))
