@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from areal_vllm_ext.process.leftovers import SCRATCH_PREFIX
+from areal_vllm_ext.process.supervised import Supervised
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -29,16 +31,11 @@ def vllm_server(model: Path, port: int, directory: str, *arguments: str) -> Iter
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-extension-cls", "areal_vllm_ext.worker.WorkerExtension", *arguments]
     path = model.parent / f"log-{port}"
-    with path.open("w") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            yield path
-        finally:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
+    # For vLLM's sockets, which it leaves. Their paths have 107 characters at most, so not in pytest's folder.
+    scratch = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX))
+    environment["VLLM_RPC_BASE_PATH"] = str(scratch)
+    server = Supervised(command, log=path, env={**os.environ, **environment}, grace=20, scratch=scratch)
+    try:
+        yield path
+    finally:
+        server.end()
