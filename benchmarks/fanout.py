@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch  # noqa: F401 - a trainer has imported it; else the first transaction would, for 2 s
+
 from areal_vllm_ext import AsyncEngineGroup, UpdateAborted
 from areal_vllm_ext.protocol import security
 from harness.report import finish, spread, table
