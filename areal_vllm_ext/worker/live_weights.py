@@ -101,7 +101,9 @@ class LiveWeights:
         try:
             yield
             self._contents = contents
-            if self._linears:  # a walk over all modules, in the pause: only where a backend packs (a CPU's)
+            if (
+                self._worker.device.type == "cpu"
+            ):  # elsewhere no backend packs, and this walks over all modules in the pause
                 self._linears = proof.packed_functions(self._worker.get_model())
         finally:
             self._changes += 1

@@ -146,7 +146,7 @@ def test_bad_weights_touch_no_engine(cluster: Cluster, group: EngineGroup, tmp_p
     nan = state[name].clone()
     nan[0, 0] = float("nan")
     cases: dict[str, dict[str, torch.Tensor]] = {
-        "is not a weight": {**state, "model.layers.0.mlp.upproj.weight": state[name].clone()},
+        "is not a weight": {**state, "model.layers.0.mlp.upproj.weight": state[name] + 1},
         "has shape": {**state, name: state[name][:, :-1]},
         "has dtype": {**state, name: state[name].to(torch.int32)},
         "missing": {key: tensor for key, tensor in state.items() if key != name},

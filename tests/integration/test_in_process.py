@@ -209,7 +209,7 @@ def test_engines_of_an_external_launcher_are_one_replica(tmp_path: Path) -> None
         ({"VLLM_PLUGINS": "another"}, r"VLLM_PLUGINS"),
         ({"AREAL_VLLM_HOST": "0.0.0.0"}, r"AREAL_VLLM_KEY_FILE"),
         ({"AREAL_VLLM_KEY_FILE": "/nowhere/cluster.key"}, r"areal-vllm keygen /nowhere/cluster.key"),
-        ({"AREAL_VLLM_PORT": "many"}, r"AREAL_VLLM_PORT must be a number"),
+        ({"AREAL_VLLM_PORT": "many"}, r"AREAL_VLLM_PORT: 'many' is not a whole number"),
         ({"_AREAL_TEST_BREAK": "1"}, r"vLLM 0\.\d+.* cannot be hooked: patch start_endpoint_with_busy_loop failed"),
     ],
 )

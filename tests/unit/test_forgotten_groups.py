@@ -35,7 +35,8 @@ def freed() -> Callable[[], None]:
 
     def check() -> None:
         gc.collect()
-        eventually(lambda: all(now <= then for now, then in zip(open_now(), before, strict=True)), timeout=5)
+        # A few come and go with the process itself. Four groups would leave 12 threads and 56 descriptors.
+        eventually(lambda: all(now <= then + 3 for now, then in zip(open_now(), before, strict=True)), timeout=5)
 
     return check
 
