@@ -164,7 +164,7 @@ class RealDeployment:
                 found = await link.request_all(asked, timeout)
                 return {int(rank): answer if isinstance(answer, Status) else None for rank, answer in found.items()}
             finally:
-                await link.close()
+                link.close()
 
         return asyncio.run(ask())
 
