@@ -43,7 +43,7 @@ class Sinks:
         self._lock = threading.Lock()
 
     def begin(self, user: object) -> None:
-        """Let ``user`` open and drop sinks from now on, and nobody else."""
+        """Let ``user`` open and drop sinks from now on, and no other update."""
         with self._lock:
             self._user = user
 

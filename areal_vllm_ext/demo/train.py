@@ -64,7 +64,7 @@ def run(moe: bool = False, steps: int | None = None, seed: int = 0, keep_logs: b
         result["left_on_disk"] = len(left)
         code = 0 if result["token_exact"] and not result["mixed_versions"] and not left else 1
     except KeyboardInterrupt:
-        code = 0  # ended on request: nobody will read the logs
+        code = 0  # the user ended it, so the logs are not kept
         raise
     except DeploymentError as error:
         print(error, file=sys.stderr)  # several lines, with the end of the logs

@@ -69,7 +69,7 @@ class Guard:
     """Why other users of the engine must leave it alone just now; empty if they need not.
 
     While there is an ``update``, vLLM's own calls that pause, resume, sleep or reload wait. Because of its ``weights``, an
-    engine is resumed by nobody but an update.
+    engine is resumed only by an update.
     """
 
     update: str = ""

@@ -48,7 +48,7 @@ class Loader:
         return PlanRun(plan) if plan else None
 
     def fits(self, run: PlanRun) -> bool:
-        """Return whether the run's plan is still the plan of the live model, tensor by tensor. Takes 0.3 ms."""
+        """Return whether the run's plan is still the plan of the live model, tensor by tensor."""
         return run.plan is self._plan and run.plan.fits(self._worker.get_model())
 
     def forget(self) -> None:

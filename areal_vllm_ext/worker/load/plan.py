@@ -27,7 +27,7 @@ class ModelFingerprint:
     """The modules of a model and the addresses of their tensors, to notice that the model is no longer what it was.
 
     Every update compares it, once in the pause. It is therefore kept as flat lists, which ``map`` walks without a
-    step of the interpreter for each tensor: 0.3 ms instead of 2 ms for 8 billion parameters.
+    step of the interpreter for each tensor.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
