@@ -104,7 +104,7 @@ class StagedUpdate:
             if len(self._sources) < len(self.received):
                 return False
             self.run = context.loader.begin_run()
-            self._check_resident()
+            self._check_resident(planned=self.run is not None)
             if self.run:
                 if not self.run.plan.packings:  # packed weights cannot be compared with what they were
                     self.base_manifest, self._base = context.live_weights.base()
@@ -206,7 +206,7 @@ class StagedUpdate:
             ValueError: tensors are missing, or do not fit this engine.
             NotResident: the live weights are not in memory.
         """
-        self._check_resident()
+        self._check_resident(planned=self.run is not None and self.context.loader.fits(self.run))
         for number, source in self._sources.items():
             for tensors in batches(source.load_all()):
                 self._add_loaded(tensors, unchecked=source.unchecked)
@@ -224,10 +224,9 @@ class StagedUpdate:
             raise ValueError(f"nothing was applied: {refusal}")
         return digest.manifest(self.manifest.values())
 
-    def _check_resident(self) -> None:
-        """Refuse weights that are not in memory. A plan that fits the model knows where each tensor is."""
-        residency, run = self.context.residency, self.run
-        planned = run is not None and self.context.loader.fits(run)
+    def _check_resident(self, *, planned: bool) -> None:
+        """Refuse weights that are not in memory. ``planned``: a plan fits the model, and knows where each tensor is."""
+        residency = self.context.residency
         if reason := residency.asleep_reason() if planned else residency.absent_reason():
             raise NotResident(f"nothing was applied: {reason}")
 
