@@ -320,6 +320,55 @@ def test_loaders_that_only_move_and_cast_are_planned_right(loader: Callable[...,
     assert same(model, fresh(build, weights))
 
 
+class Biased(torch.nn.Module):
+    """A fused projection with a bias, as of Qwen2. vLLM's reload leaves a parameter of this name where it is."""
+
+    def __init__(self, between: Callable[[torch.Tensor, str], None] | None = None) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(3 * HEADS), requires_grad=False)
+        loaders = {one: rows(i * HEADS, HEADS) for i, one in enumerate("qkv")}
+
+        def load(param: torch.Tensor, loaded: torch.Tensor, name: str) -> None:
+            loaders[name](param, loaded)
+            if between:
+                between(param, name)
+
+        self.bias.weight_loader = load
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            self.bias.weight_loader(self.bias, tensor, name)
+
+
+BIASES = dict.fromkeys("qkv", (TP_SIZE * HEADS,))
+
+
+def test_a_bias_which_a_reload_writes_twice_is_planned() -> None:
+    model = made(Biased)
+    plan = recorded(model, staged(BIASES, 1))
+    assert plan.nbytes == model.bias.nbytes, "each slice once"
+    weights = staged(BIASES, 2)
+    copied(plan, weights)
+    assert same(model, fresh(Biased, weights))
+
+
+def test_a_bias_with_another_write_between_two_equal_ones_is_not_planned() -> None:
+    def over_the_first(param: torch.Tensor, name: str) -> None:
+        if name == "v":
+            param.data[:HEADS].copy_(param.data[-HEADS:])
+
+    def zero_first(param: torch.Tensor, name: str) -> None:
+        if name == "v":
+            param.data[:HEADS].fill_(0)
+
+    for between, reason in (
+        (over_the_first, "the live bias is copied"),
+        (zero_first, "q is overwritten by a constant"),
+    ):
+        with pytest.raises(NotPlanned, match=reason):
+            recorded(made(lambda between=between: Biased(between)), staged(BIASES, 1))
+
+
 def plus_one(param: torch.Tensor, loaded: torch.Tensor) -> None:
     param.data.copy_(loaded + 1)
 

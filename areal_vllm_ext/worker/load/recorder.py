@@ -6,7 +6,7 @@ nothing else. Any of these means no plan, and the next load is layer by layer ag
 - an operator computes with a weight, or reads its values;
 - a weight ends elsewhere than in a live tensor, or also elsewhere: packed where no operator shows it, or kept aside
   (CPU packing is the exception: ``observe_packing`` tells the recorder of it);
-- a live tensor is written in part, or twice;
+- a live tensor is written in part, or twice with different slices;
 - a layer has other attributes after the load, which may be made of its weights (the absorbed projections of MLA).
 
 A plan is proven before it is used: each of its copies must find the bytes, where it would write, that the load put there.
@@ -239,7 +239,7 @@ class Recorder(TorchDispatchMode):
                 storage = self._storages[key] = RecordedStorage()
             self._set_dtype(storage, target)
             source_slice = slice_of(source).moved(-slice_of(staged).offset)
-            storage.copies.append(Copy(target_slice, name, source_slice))
+            storage.add([Copy(target_slice, name, source_slice)])
             return
         between = self._storages.get(storage_key(source))
         if between is None:
@@ -267,7 +267,7 @@ class Recorder(TorchDispatchMode):
         shift = target_slice.offset - source_slice.offset
         for constant in between.constants:
             self._add_constant(storage, constant.moved(shift))
-        storage.copies += [copy._replace(target_slice=copy.target_slice.moved(shift)) for copy in between.copies]
+        storage.add(copy._replace(target_slice=copy.target_slice.moved(shift)) for copy in between.copies)
         between.handed_on = len(between.copies)
 
     def _set_dtype(self, storage: RecordedStorage, target: torch.Tensor) -> None:

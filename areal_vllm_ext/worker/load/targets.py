@@ -9,7 +9,7 @@ import torch
 from .strides import slice_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from .strides import Copy, StridedSlice
 
@@ -29,7 +29,7 @@ class RecordedStorage:
     Attributes:
         names: the live tensors of this storage; empty for a temporary one.
         dtype: of all that was written; None before the first write.
-        copies: slices of incoming tensors that were written.
+        copies: slices of incoming tensors that were written, each once.
         constants: slices that were filled with a constant.
         handed_on: how many of the copies were passed on to another storage.
     """
@@ -40,6 +40,18 @@ class RecordedStorage:
         self.copies: list[Copy] = []
         self.constants: list[StridedSlice] = []
         self.handed_on = 0
+        self._known: set[Copy] = set()
+
+    def add(self, copies: Iterable[Copy]) -> None:
+        """Record copies. One that repeats an earlier one exactly counts once, because it writes the same bytes again.
+
+        vLLM's reload does that to each parameter named ``bias``: it keeps this one off the meta device, so the run of the
+        loader that only counts elements writes them too. Another copy between the two still counts as a second write.
+        """
+        for copy in copies:
+            if copy not in self._known:
+                self._known.add(copy)
+                self.copies.append(copy)
 
 
 class LiveTarget:
