@@ -123,6 +123,12 @@ MUTANTS = {
     "a group goes on without a dropped engine only if the directory has lost it, too": [
         (COMMAND, "if not dropped or await self._is_alive(engine, ends):", "if not dropped:")
     ],
+    "recovery waits for engines that are joining": [
+        (COMMAND, "if missing and (found.joining or not without_lost):", "if missing and not without_lost:")
+    ],
+    "a pause that is over its time stands where weights are unfit": [
+        (PARTICIPANT, "self.pauses.tick(now, stands=unfit)", "self.pauses.tick(now)")
+    ],
     "a tainted engine does not run when no engine is ahead": [
         (
             PARTICIPANT,

@@ -183,7 +183,8 @@ class Commander:
                 async with self._lease(ends) as (epoch, found):
                     self._disconnect_others(found)
                     missing = describe_missing(found, dropped=self._dropped)
-                    if missing and not without_lost:
+                    # After a restart of the directory, engines that are joining again may be serving.
+                    if missing and (found.joining or not without_lost):
                         if not waited or (found.joining and time.monotonic() < ends):
                             waited = True  # without the lease, because no engine joins while a client holds it
                             continue
@@ -206,8 +207,8 @@ class Commander:
         next_beat = time.monotonic() + 1.5 * timing.HEARTBEAT_SECONDS
         while True:
             found = await self.discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
-            missing = "" if without_lost else describe_missing(found, dropped=self._dropped)
-            if not missing:
+            missing = describe_missing(found, dropped=self._dropped)
+            if not missing or (without_lost and not found.joining):
                 return
             if time.monotonic() + POLL_SECONDS > (ends if found.joining else min(ends, next_beat)):
                 raise EnginesMissing(missing)

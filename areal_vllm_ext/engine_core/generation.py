@@ -185,15 +185,20 @@ class GenerationMachine:
 
     # Time
 
-    def tick(self, now: float) -> list[Effect]:
-        """Cancel a pause that is over its time, and see whether a user's pause is orphaned."""
+    def tick(self, now: float, *, stands: bool = False) -> list[Effect]:
+        """Cancel a pause that is over its time, and see whether a user's pause is orphaned.
+
+        A pause that ``stands`` is not cancelled, because these weights must not be served. Only its callers are refused.
+        """
         self.orphaned = self.state != "running" and not self.paused_for and now >= self._lease_ends
         if self.state != "pausing" or not self._pause_waiting or now < self._ends:
             return []
         late = Error(kind="timeout", message="the engine did not become idle in time; the pause was cancelled")
         effects = self._answer_pauses(late)
+        if stands:
+            self.paused_for = self.paused_for and STALE
         # Where an earlier pause was complete it stands, and this one joins it late.
-        if not self._paused_before:
+        elif not self._paused_before:
             self._call += 1
             self.state = "resuming"
             effects.append(CallCancelPause(self._call))

@@ -438,10 +438,11 @@ class Participant:
     def tick(self, now: float) -> list[Effect]:
         """Let time pass: give up what is over its time."""
         effects: list[Effect] = []
-        if self.tainted and self.generation == "running":
+        unfit = bool(self.tainted or self.stale)
+        if unfit and self.generation == "running":
             effects.append(self.pauses.pause_for_weights())
-        effects += self.pauses.tick(now)
-        if self.pauses.orphaned and (self.tainted or self.stale):
+        effects += self.pauses.tick(now, stands=unfit)
+        if self.pauses.orphaned and unfit:
             self.pauses.end_hold()
         in_doubt = self.update_phase == "committing" or self._in_doubt
         if self.update and not in_doubt and now >= self.update.ends:

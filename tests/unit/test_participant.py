@@ -796,6 +796,48 @@ def test_a_paused_engine_stays_paused_where_a_pause_of_another_mode_fails() -> N
     assert rig.participant.generation == "paused"
 
 
+@pytest.mark.parametrize("update", ["u", ""])
+def test_a_pause_that_times_out_does_not_set_stale_weights_running(update: str) -> None:
+    rig = Rig()
+    rig.begin()
+    rig.done("begin")
+    rig.prepare()
+    rig.done("prepare")
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    asked = rig.pause("keep", "recompute", timeout=5.0, update=update)
+    rig.pass_time(5.0)
+    refusal = rig.answers[asked]
+    assert isinstance(refusal, Error)
+    assert refusal.kind == "timeout"
+    assert "CallCancelPause" not in rig.kinds()
+    rig.paused()
+    assert rig.participant.generation == "paused"
+    assert rig.participant.pauses.paused_for == ("stale" if update else "")
+
+
+def test_a_pause_for_an_update_stands_where_the_weights_became_stale() -> None:
+    rig = Rig()
+    rig.begin()
+    rig.done("begin")
+    rig.prepare()
+    rig.done("prepare")
+    rig.pause(update="u", timeout=5.0)
+    rig.abort()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.pause("abort", timeout=5.0)
+    rig.pass_time(5.0)
+    assert "CallCancelPause" not in rig.kinds()
+
+
+def test_stale_weights_are_paused_again_where_the_pause_failed() -> None:
+    rig = Rig()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.paused("no consent")
+    assert rig.participant.generation == "running"
+    rig.pass_time(0.1)
+    assert rig.participant.generation == "pausing"
+
+
 # What the directory says, and pauses with a lease
 
 
