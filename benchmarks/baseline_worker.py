@@ -34,11 +34,13 @@ class BaselineWorker(WorkerExtension):
                 self._baseline_link.broadcast(tensor)
                 yield name, tensor
 
-        if layerwise:
-            self.reload_weights(weights_iterator=received())
-        else:
-            for one in received():
-                self.get_model().load_weights([one])
+        # Our extension would find the weights damaged, and keep the engine from generating.
+        with self._areal_receiver.context.live_weights.committing({}):
+            if layerwise:
+                self.reload_weights(weights_iterator=received())
+            else:
+                for one in received():
+                    self.get_model().load_weights([one])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -10,6 +10,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -30,8 +31,6 @@ TOKENS = 16
 # Largest distance of log-probabilities, as a share of the distance to other weights. Another order of summation in bf16
 # makes a few hundredths.
 _LOGPROB_TOLERANCE = 0.1
-# The same for quantized weights, which each engine has also compared with a fresh load.
-_QUANTISED_TOLERANCE = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +43,10 @@ class Place:
         trainers: the number of the trainer's GPUs.
         engines: the number of data-parallel engines, each of ``tp`` workers.
         quantization: how vLLM quantizes the weights as it loads them.
+        eager: whether the engines run without CUDA graphs.
+        fresh: whether the engines start from a checkpoint of the trainer's weights of version 0, so that their own output
+            at the start is the oracle: where weights are quantized, or a rounding decides which expert a token is given to,
+            Hugging Face's is none.
     """
 
     device: str
@@ -53,6 +56,8 @@ class Place:
     engines: int = 1
     tp: int = 1
     quantization: str | None = None
+    eager: bool = False
+    fresh: bool = False
 
     @property
     def trainer_device(self) -> torch.device:
@@ -69,6 +74,9 @@ class Server:
         self.url = deployment.url
         # Distance in nats between log-probabilities of two sets of weights; measured once.
         self._scale = 0.0
+        # What the engine answered when it had just started, and the largest distance of two of its answers then.
+        self._at_start: list[float] = []
+        self._noise = 0.0
 
     def connect(self) -> EngineGroup:
         return EngineGroup.connect(self.deployment.directory, key_file=self.key_file)
@@ -109,18 +117,49 @@ class Server:
                 if served != tokens:
                     return f"engine {engine} generates {served[0][:5]}..., Hugging Face {tokens[0][:5]}..."
             return ""
-        prompt = [(37 * i + 11) % trainer.model.config.vocab_size for i in range(200)]
+        prompt = _prompt(trainer)
         expected = trainer.logprobs(prompt)
         self._scale = self._scale or _distance(trainer.logprobs_of_others(prompt), expected)
-        body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
-        answer = self.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
-        served = [entry[str(token)]["logprob"] for entry, token in zip(answer[1:], prompt[1:], strict=True)]
-        error = _distance(served, expected)
-        tolerance = _QUANTISED_TOLERANCE if self.place.quantization else _LOGPROB_TOLERANCE
-        if error > tolerance * self._scale:
+        error = _distance(self._logprobs(prompt), expected)
+        if error > _LOGPROB_TOLERANCE * self._scale:
             return f"log-probabilities differ by {error:.3f} nats; those of other weights by {self._scale:.3f}"
         print(f"log-probabilities: {error:.4f} nats from the trainer's; other weights: {self._scale:.3f}", flush=True)
         return ""
+
+    def remember_start(self, trainer: TrainerModel) -> None:
+        """Record what a freshly started engine answers, alone and beside other requests, and how far its answers differ."""
+        prompt = _prompt(trainer)
+        answers = [self._logprobs(prompt) for _ in range(2)]
+        with ThreadPoolExecutor(4) as pool:
+            others = [pool.submit(Completions(self.url).greedy, PROMPTS, tokens=TOKENS) for _ in range(3)]
+            answers += [self._logprobs(prompt) for _ in range(2)]
+            for other in others:
+                other.result()
+        self._at_start = answers[0]
+        self._noise = max(_distance(answers[0], answer) for answer in answers)
+        apart = [round(_distance(answers[0], answer), 5) for answer in answers[1:]]
+        print(f"a fresh engine's own answers differ by {apart} nats", flush=True)
+
+    def unlike_start(self, trainer: TrainerModel) -> str:
+        """Return how the engine's output differs from that of its start; empty if two fresh answers differ as much."""
+        error = _distance(self._logprobs(_prompt(trainer)), self._at_start)
+        if error > 2 * self._noise:
+            return (
+                f"log-probabilities differ by {error:.5f} nats from a fresh engine's, two of which by {self._noise:.5f}"
+            )
+        print(
+            f"log-probabilities: {error:.5f} nats from a fresh engine's; two of its own: {self._noise:.5f}", flush=True
+        )
+        return ""
+
+    def _logprobs(self, prompt: list[int]) -> list[float]:
+        body = {"model": self.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
+        answer = self.post("/v1/completions", body)["choices"][0]["prompt_logprobs"]
+        return [entry[str(token)]["logprob"] for entry, token in zip(answer[1:], prompt[1:], strict=True)]
+
+
+def _prompt(trainer: TrainerModel) -> list[int]:
+    return [(37 * i + 11) % trainer.model.config.vocab_size for i in range(200)]
 
 
 def _distance(one: Sequence[float], other: Sequence[float]) -> float:
@@ -140,8 +179,10 @@ def serving(
         native: vLLM's own weight transfer to start with (``ipc``, ``nccl``), if any.
         extension: the worker's class; None starts a vLLM without this package.
     """
-    arguments = ["--load-format", "dummy", "--no-enable-prefix-caching"]
+    arguments = ["--no-enable-prefix-caching", *([] if place.fresh else ["--load-format", "dummy"])]
     arguments += ["--dtype", str(trainer.model.dtype).removeprefix("torch."), "--tensor-parallel-size", str(place.tp)]
+    if place.device == "cuda" and not place.eager:
+        arguments += ["--no-enforce-eager"]  # the deployment's own default is for CPUs
     if place.quantization:
         arguments += ["--quantization", place.quantization]
     if native:
@@ -150,8 +191,10 @@ def serving(
     env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "TRITON_F32_DEFAULT": "ieee"}
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-bench-")))
-        trainer.save_shape(folder / "model")
+        # A checkpoint of many GB lies in memory, where starting from it takes seconds.
+        within = "/dev/shm" if place.fresh else None  # noqa: S108 - memory is what this is for
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-bench-", dir=within)))
+        trainer.save(folder / "model", weights=place.fresh)
         key_file, host, node = None, "127.0.0.1", Node(engines=place.engines)
         if place.device == "cuda":
             gpus = place.engines * place.tp
@@ -190,7 +233,10 @@ def serving(
         )
         stack.enter_context(deployment)
         deployment.wait(timeout=400)
-        yield Server(deployment, place, key_file, host)
+        server = Server(deployment, place, key_file, host)
+        if place.fresh:
+            server.remember_start(trainer)
+        yield server
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@
     python -m benchmarks.update --device cuda --transport broadcast,ipc --size qwen3-8b       # a GPU each: NCCL, and a pull
 
 The ways take turns on one server, each turn with new weights. After a way's first and last update every engine must serve
-the trainer's weights: greedy tokens of Hugging Face in float32, log-probabilities in bf16. A way that does not is reported
+the trainer's weights: greedy tokens of Hugging Face in float32, log-probabilities in bf16. Quantized weights and experts in
+bf16 are compared with what the engine answered when it had started from the same weights. A way that fails is reported
 as wrong and compared with nothing. Times are medians without the first ``--warm-up`` updates of each way. The last line is
 JSON.
 """
@@ -57,7 +58,7 @@ class Contest:
                 extra = max(int(after[1]) - int(then[0]) for then, after in zip(before, self._memory(), strict=True))
                 peaks = self.memory if counts else self.first_memory
                 peaks[way.name] = max(peaks.get(way.name, 0.0), round(extra / 2**20, 1))
-            if check and (wrong := self._server.wrong(self._trainer)):
+            if check and (wrong := self._wrong(way)):
                 self.problems[way.name] = f"wrong: {wrong}"
         except Exception as error:
             self.problems[way.name] = f"failed: {type(error).__name__}: {str(error)[:500]}"
@@ -66,6 +67,17 @@ class Contest:
             print(f"{way.name}: {problem}", file=sys.stderr, flush=True)
         elif counts:
             self.timings.setdefault(way.name, []).append(timing)
+
+    def _wrong(self, way: Way) -> str:
+        """Return how the engines' output is wrong after an update by ``way``."""
+        if not self._server.place.fresh:
+            return self._server.wrong(self._trainer)
+        if not self._server.unlike_start(self._trainer):
+            return "the update changed nothing: the engine answers as when it was started"
+        self._version += 1
+        self._trainer.set(0)
+        way.update(self._version, self._trainer.weights())
+        return self._server.unlike_start(self._trainer)
 
     def _memory(self) -> list[Any]:
         return self._server.rpc("baseline_memory")
@@ -237,6 +249,12 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
     parser.add_argument("--bucket-mib", type=int, default=0, help="default: the package's")
     parser.add_argument("--keep-buffers", action="store_true", help="ours also with keep_buffers")
     parser.add_argument("--quantization", help="how the engines quantize, for example fp8")
+    parser.add_argument("--eager", action="store_true", help="CUDA: engines without CUDA graphs")
+    parser.add_argument(
+        "--fresh-oracle",
+        action="store_true",
+        help="compare with the engine's own output at its start; always so where Hugging Face's is no oracle",
+    )
     parser.add_argument("--no-native", action="store_true", help="leave vLLM's own transfer out")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs here")
@@ -252,6 +270,10 @@ def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Place]:
         engines=options.engines,
         tp=options.tp,
         quantization=options.quantization,
+        eager=options.eager,
+        # In bf16, a rounding decides which expert a token is given to.
+        fresh=options.fresh_oracle
+        or bool(options.quantization or ("experts" in SIZES[options.size] and options.dtype != torch.float32)),
     )
     return options, place
 

@@ -47,7 +47,7 @@ def test_a_checkpoint_of_a_models_shape_is_one_and_takes_no_room(size: str, tmp_
     threads = torch.get_num_threads()
     trainer = models.TrainerModel(size, torch.float32, torch.device("cpu"))
     torch.set_num_threads(threads)
-    trainer.save_shape(tmp_path)
+    trainer.save(tmp_path, weights=False)
     described = {meta.name: meta.shape for meta in checkpoint.describe(str(tmp_path))}
     assert described == {name: tuple(tensor.shape) for name, tensor in trainer.weights()}
     file = tmp_path / "model.safetensors"
