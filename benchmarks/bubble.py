@@ -21,8 +21,8 @@ from typing import Any
 from harness.report import finish, percentile, table
 
 from .load import Load, load
-from .models import TrainerModel
 from .serving import Server, serving
+from .sizes import TrainerModel
 from .update import connected, parsed, ways_of
 from .ways import Native, Way, Weights, join
 

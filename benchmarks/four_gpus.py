@@ -30,9 +30,9 @@ from areal_vllm_ext import EngineGroup, UpdateResult
 from areal_vllm_ext.demo.deployment import free_ports
 from harness.report import finish, table
 
-from .models import SIZES, TrainerModel
 from .ranks import RANKS, device_of, joined
 from .serving import Place, Server, serving
+from .sizes import SIZES, TrainerModel
 
 WARM_UP = 2
 CASES = [

@@ -26,8 +26,8 @@ from areal_vllm_ext.demo.deployment import WORKER_EXTENSION
 from harness.report import finish, table
 
 from .load import load
-from .models import SIZES, TrainerModel
 from .serving import Place, Server, serving
+from .sizes import SIZES, TrainerModel
 
 FIGURES = ("tokens_per_s", "cpu_ms_per_token")
 _SETTLE_SECONDS = 0.5

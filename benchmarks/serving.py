@@ -23,7 +23,7 @@ from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.protocol import security
 from harness.network import Namespaces, missing
 
-from .models import TrainerModel
+from .sizes import TrainerModel
 
 BASELINE_WORKER = "benchmarks.baseline_worker.BaselineWorker"
 PROMPTS = [[10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7], [7] * 5]

@@ -27,8 +27,8 @@ from harness.report import finish, save, table
 
 from .link import Link
 from .load import load
-from .models import SIZES, TrainerModel
 from .serving import Place, Server, serving
+from .sizes import SIZES, TrainerModel
 from .ways import Native, Ours, PerTensor, Timing, Way, Weights, join, raw_broadcast, raw_copy
 
 

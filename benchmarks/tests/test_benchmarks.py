@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from areal_vllm_ext.integrity import checkpoint
-from benchmarks import bubble, load, models, overhead, plot, serving, update
+from benchmarks import bubble, load, overhead, plot, serving, sizes, update
 from harness import report
 
 ROOT = Path(__file__).parent.parent.parent
@@ -45,7 +45,7 @@ def test_fanout_measures_real_endpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", ["tiny", "tiny-moe"])
 def test_a_checkpoint_of_a_models_shape_is_one_and_takes_no_room(size: str, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    trainer = models.TrainerModel(size, torch.float32, torch.device("cpu"))
+    trainer = sizes.TrainerModel(size, torch.float32, torch.device("cpu"))
     torch.set_num_threads(threads)
     trainer.save(tmp_path, weights=False)
     described = {meta.name: meta.shape for meta in checkpoint.describe(str(tmp_path))}
@@ -57,7 +57,7 @@ def test_a_checkpoint_of_a_models_shape_is_one_and_takes_no_room(size: str, tmp_
 
 def test_weights_follow_from_the_version_and_change_what_the_oracle_says() -> None:
     threads = torch.get_num_threads()
-    trainer = models.TrainerModel("tiny", torch.float32, torch.device("cpu"))
+    trainer = sizes.TrainerModel("tiny", torch.float32, torch.device("cpu"))
     first = trainer.greedy([[10, 20, 30]], 8)
     trainer.set(1)
     assert trainer.greedy([[10, 20, 30]], 8) != first
