@@ -11,6 +11,7 @@ import math
 import os
 import time
 import uuid
+import weakref
 from typing import TYPE_CHECKING
 
 import zmq
@@ -119,6 +120,10 @@ class Connection:
         self._reasons: dict[str, str] = {}
         self._unconnected_since: dict[str, float] = {}
         self._monitor = self._socket.get_monitor_socket()
+        # A loop that ends may drop a close that it was asked for. Without this, the garbage collector would then end the
+        # context before its sockets, and wait for them for ever.
+        self._free = weakref.finalize(self, _free, self._context, self._socket, self._monitor)
+        self._free.atexit = False
         self._reading = False
         self.loop.add_reader(self._socket.fileno(), self._read)
         self.loop.add_reader(self._monitor.fileno(), self._watch)
@@ -218,10 +223,7 @@ class Connection:
         if not self.loop.is_closed():
             self.loop.remove_reader(self._socket.fileno())
             self.loop.remove_reader(self._monitor.fileno())
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close(linger=0)
-        self._context.destroy(linger=0)
+        self._free()
 
     def close_from_any_thread(self) -> None:
         """Close the sockets in the loop's thread if the loop runs; otherwise here."""
@@ -299,3 +301,10 @@ class Connection:
         consequence = kind in (zmq.Event.CONNECTED, zmq.Event.DISCONNECTED, zmq.Event.CONNECT_RETRIED)
         if reason is not None and not (failed and consequence):
             self._reasons[address] = reason
+
+
+def _free(context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    socket.disable_monitor()
+    monitor.close(linger=0)
+    socket.close(linger=0)
+    context.destroy(linger=0)

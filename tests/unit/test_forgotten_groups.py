@@ -131,6 +131,32 @@ def test_a_group_that_is_forgotten_with_its_closed_loop_is_freed(
     freed()
 
 
+def test_a_connection_whose_loop_ended_before_it_closed_does_not_hang_the_garbage_collector() -> None:
+    code = """
+import asyncio, gc
+from areal_vllm_ext import protocol
+from areal_vllm_ext.control.connection import Connection
+from areal_vllm_ext.protocol import security
+
+async def connect():
+    key = security.new_key()
+    connection = Connection(lambda host: key)
+    connection.ask({"engine": ("tcp://127.0.0.1:9", protocol.Hello())}, 5.0, print)
+    asyncio.get_running_loop().stop()
+    connection.close_from_any_thread()  # the loop closes first
+
+loop = asyncio.new_event_loop()
+task = loop.create_task(connect())
+loop.run_forever()
+loop.close()
+del task
+gc.collect()
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 def test_a_program_that_closes_nothing_ends(deployment: Deployment, key_file: Path) -> None:
     code = f"""
 from areal_vllm_ext import AsyncEngineGroup, EngineGroup
