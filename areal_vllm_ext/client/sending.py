@@ -18,7 +18,7 @@ import torch
 
 from ..errors import ArealError, UpdateAborted
 from ..protocol import Bucket, EngineInfo, Segment, TensorMeta
-from ..transport.base import Cancelled
+from ..transport.base import Cancelled, PeerLost
 from ..transport.buckets import Bucket as FilledBucket
 from ..transport.buckets import filled_buckets, nbytes_of
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Announcements end at the update's deadline by themselves, with an error that names the engine. Wait this long for it.
 _GRACE_SECONDS = 0.5
+# A worker that fails closes its connection, and says why over the control connection. Wait this long for it.
+_CAUSE_SECONDS = 1.0
 
 
 class SendReport(msgspec.Struct):
@@ -132,11 +134,12 @@ class Sending:
                 for announced in self._announced:
                     announced.result(timeout=self._left() + _GRACE_SECONDS)
         except BaseException as error:
+            refusal = self._refusal_behind(error)
             for work in self._in_flight[-sink.slots :]:
                 work.cancel()
-            over = self._context.closed.is_set() or self._context.left <= 0
-            if not over and isinstance(error, Cancelled) and (refusal := self._refusal()) is not None:
+            if refusal is not None:
                 raise refusal from None
+            over = self._context.closed.is_set() or self._context.left <= 0
             if isinstance(error, (Cancelled, TimeoutError, FutureTimeout)) or (
                 over and isinstance(error, UpdateAborted)
             ):
@@ -276,6 +279,15 @@ class Sending:
         """Return the error of an engine that did not take a bucket; None if there is none."""
         errors = (future.exception() for future in tuple(self._announced) if future.done() and not future.cancelled())
         return next((error for error in errors if error is not None), None)
+
+    def _refusal_behind(self, error: BaseException) -> BaseException | None:
+        """Return the error of an engine that explains why a transfer ended with ``error``; None if there is none."""
+        if self._context.closed.is_set() or self._context.left <= 0 or not isinstance(error, (Cancelled, PeerLost)):
+            return None
+        if isinstance(error, PeerLost):
+            seconds = min(_CAUSE_SECONDS, self._left())
+            concurrent.futures.wait(self._announced, seconds, return_when=concurrent.futures.FIRST_EXCEPTION)
+        return self._refusal()
 
     def _left(self) -> float:
         return max(self._context.left, 0.0)

@@ -23,6 +23,10 @@ class Cancelled(Exception):
     """The update was given up while its bytes were in flight."""
 
 
+class PeerLost(RuntimeError):
+    """The connection to a peer broke. The peer may say why over the control connection."""
+
+
 class WorkerSite(NamedTuple):
     """Where a worker is, as far as transports need to know.
 
@@ -71,6 +75,7 @@ class Work(Protocol):
         Raises:
             Cancelled: ``cancelled()`` became true.
             TimeoutError: it took longer than ``timeout`` seconds.
+            PeerLost: the connection to a peer broke.
         """
         ...
 

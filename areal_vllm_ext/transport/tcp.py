@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..observability import fault_points
-from .base import Cancelled
+from .base import Cancelled, PeerLost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -69,7 +69,7 @@ class TcpWork:
                     raise TimeoutError(self._late(timeout))
                 self._changed.wait(min(left, _POLL_SECONDS))
             if self._error is not None:
-                self._give_up()
+                # The other transfers go on until ``cancel``: a peer whose connection ends now would report that as well.
                 raise self._error
         return self._buffer
 
@@ -114,7 +114,8 @@ class _Connection:
                     try:
                         self._transfer(work)
                     except (OSError, RuntimeError) as failed:
-                        error = RuntimeError(f"{self._name}: {failed}")
+                        broke = f"the connection broke ({failed}): see the log of that process"
+                        error = PeerLost(f"{self._name}: {broke if isinstance(failed, OSError) else failed}")
                         # Only a close resets the other end, which may wait for room to send.
                         self._connection.close()
                 work.finish(self._rank, error)

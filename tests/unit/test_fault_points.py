@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from real_receivers import (
@@ -13,14 +13,20 @@ from real_receivers import (
     group,
     send,
     served,
+    set_bucket_bytes,
     shared_engines,
     weights,
 )
 
 from areal_vllm_ext import UpdateAborted
 from areal_vllm_ext.observability.fault_points import injected
+from areal_vllm_ext.worker.staged_update import StagedUpdate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
     from areal_vllm_ext import EngineGroup
 
 __all__ = ["checkpoint", "group", "served", "shared_engines"]  # the fixtures
@@ -38,15 +44,43 @@ def slowly(nbytes: int) -> int:
     return nbytes
 
 
+CAUSE = r"DP rank \d of replica \w+ .*: worker \d: bucket 0: MemoryError: out of memory"
+
+
 @pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
 def test_a_staging_that_runs_out_of_memory_ends_the_update(served: Served, group: EngineGroup, transport: str) -> None:
-    # By broadcast, the trainer may see the connection close before it hears of the cause.
-    cause = "out of memory" if transport == "shared_memory" else ""
-    with injected("staging", fails(MemoryError("out of memory"))), pytest.raises(UpdateAborted, match=cause):  # type: ignore[arg-type]
+    with injected("staging", fails(MemoryError("out of memory"))), pytest.raises(UpdateAborted, match=CAUSE):  # type: ignore[arg-type]
         send(group, weights(1), transport=transport)
     assert_untouched(served)
     send(group, weights(2), version=2, transport=transport)
     assert served.serves(weights(2))
+
+
+def test_the_cause_is_named_where_the_trainer_first_sees_a_closed_connection(
+    served: Served, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = StagedUpdate.report
+
+    def late(self: StagedUpdate, step: str, *problem: Any, **more: Any) -> None:
+        time.sleep(0.3 if problem else 0.0)
+        report(self, step, *problem, **more)
+
+    def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
+        for entry in weights(7).items():
+            yield entry
+            time.sleep(0.05)
+
+    monkeypatch.setattr(StagedUpdate, "report", late)
+    opened = group.update(7, timeout=20.0, transport="broadcast")
+    set_bucket_bytes(opened, 256)
+
+    def update() -> None:
+        with opened:
+            opened.send(one_by_one())
+
+    with injected("staging", fails(MemoryError("out of memory"))), pytest.raises(UpdateAborted, match=CAUSE):  # type: ignore[arg-type]
+        update()
+    assert_untouched(served)
 
 
 def test_short_reads_bring_all_bytes(served: Served, group: EngineGroup) -> None:
