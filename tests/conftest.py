@@ -20,10 +20,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Files whose tests run one after another in one worker of pytest-xdist.
 _SCOPES = {
-    # They list /dev/shm: a segment that another file's test makes meanwhile is not theirs.
-    "shared memory": ("manifest", "senders", "sending", "shared_memory", "trace", "unchanged"),
-    # They import vLLM, which takes ten seconds.
-    "vllm": ("packing", "plan", "shards"),
+    # They import vLLM, which takes 5 s of CPU.
+    "vllm": ("dry_load", "packing", "plan", "residency", "shards", "unchanged"),
+    # They fork processes from a server, which imports torch's distributed tensors.
+    "forked": ("broadcast", "interrupt", "joint", "senders", "shared_memory"),
 }
 SCOPE_OF = {f"tests/unit/test_{name}.py": scope for scope, names in _SCOPES.items() for name in names}
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +17,25 @@ from raw_client import RawClient
 from areal_vllm_ext.protocol import security, timing
 from harness.simulated_engine import HOST, Deployment, deployed
 
+# What is imported while tests are collected lives until the end, so the garbage collector need not look through it.
+gc.disable()
+
 # Busy machines stall for seconds, and what hypothesis has found once belongs into a test of its own.
 hypothesis.settings.register_profile(
     "default", max_examples=500, deadline=None, database=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.register_profile("nightly", max_examples=20_000, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    if "triton" in sys.modules:
+        gc.unfreeze()  # else its compiled module reports leaks when the interpreter exits
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +86,14 @@ def deployment(key: security.ClusterKey) -> Iterator[Deployment]:
     with deployed(key) as two:
         two.wait_attached()
         yield two
+
+
+@pytest.fixture
+def segment_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for this process's shared memory: trainers of other tests remove what killed trainers left in theirs."""
+    with tempfile.TemporaryDirectory(prefix="segments-", dir="/dev/shm") as folder:
+        monkeypatch.setattr("areal_vllm_ext.transport.shared_memory._FOLDER", Path(folder))
+        yield Path(folder)
 
 
 @pytest.fixture

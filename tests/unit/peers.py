@@ -6,12 +6,14 @@ import multiprocessing
 import signal
 import threading
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.protocol import Broadcast, SharedMemory
+from areal_vllm_ext.transport import shared_memory
 from areal_vllm_ext.transport.base import WorkerSite
 from areal_vllm_ext.transport.broadcast import BroadcastSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink
@@ -80,8 +82,9 @@ def join_and_wait(connection: Connection, transfer: Broadcast, rank: int) -> Non
     source.close()
 
 
-def make_segment(connection: Connection) -> None:
-    """A trainer that makes shared memory, meets its workers when it is told so, and does nothing any more."""
+def make_segment(connection: Connection, folder: Path) -> None:
+    """A trainer that makes shared memory in ``folder``, connects to its workers at the first message, and then waits."""
+    shared_memory._FOLDER = folder
     sink = SharedMemorySink(1, 1024, 4096)
     sink.buffer(0, 4096)[1].fill_(7)
     transfer: SharedMemory = sink.transfers[0]

@@ -444,10 +444,10 @@ def test_two_trainers_that_update_at_the_same_time_do_not_mix(served: Served, ke
     assert served.serves(weights(int(str(last.pop()))))
 
 
-def test_nothing_is_left_in_shared_memory(served: Served, group: EngineGroup) -> None:
+def test_nothing_is_left_in_shared_memory(served: Served, group: EngineGroup, segment_folder: Path) -> None:
     send(group, weights(1), transport="shared_memory")
     assert served.serves(weights(1))
-    assert list(Path("/dev/shm").glob("areal-*")) == []
+    assert list(segment_folder.iterdir()) == []
 
 
 # What a receiver does with orders that do not belong together

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from areal_vllm_ext.protocol import Bucket, SharedMemory
+from areal_vllm_ext.transport import shared_memory
 from areal_vllm_ext.transport.buckets import aligned
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink, SharedMemorySource, remove_leftovers
 
@@ -20,8 +21,11 @@ CPU = torch.device("cpu")
 SLOT = 4096
 
 
+pytestmark = pytest.mark.usefixtures("segment_folder")
+
+
 def segments() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("areal-")}
+    return {path.name for path in shared_memory._FOLDER.iterdir()}
 
 
 def bucket(nbytes: int, location: int) -> Bucket:
@@ -40,12 +44,11 @@ def done(error: Exception | None = None) -> Future[None]:
 
 
 @pytest.fixture
-def sink() -> Iterator[SharedMemorySink]:
-    before = segments()
+def sink(segment_folder: Path) -> Iterator[SharedMemorySink]:
     made = SharedMemorySink(2, 1024, SLOT)
     yield made
     made.close()
-    assert segments() == before, "something is left in /dev/shm"
+    assert not segments(), "something is left"
 
 
 def test_every_worker_reads_what_was_written(sink: SharedMemorySink) -> None:
@@ -99,12 +102,11 @@ def test_the_name_is_gone_where_a_worker_says_no(sink: SharedMemorySink) -> None
 
 
 def test_only_the_owner_can_open_the_segment(sink: SharedMemorySink) -> None:
-    assert Path("/dev/shm", sink.transfers[0].segment).stat().st_mode & 0o777 == 0o600
+    assert (shared_memory._FOLDER / sink.transfers[0].segment).stat().st_mode & 0o777 == 0o600
 
 
-def test_nothing_is_left_where_the_trainer_is_killed_after_the_meeting() -> None:
-    before = segments()
-    process, connection = peers.start(peers.make_segment)
+def test_nothing_is_left_where_the_trainer_is_killed_after_the_meeting(segment_folder: Path) -> None:
+    process, connection = peers.start(peers.make_segment, segment_folder)
     transfer = connection.recv()
     try:
         source = SharedMemorySource(transfer, CPU)
@@ -112,43 +114,36 @@ def test_nothing_is_left_where_the_trainer_is_killed_after_the_meeting() -> None
         assert connection.recv() == "met"
         process.kill()
         process.join()
-        assert segments() == before
+        assert not segments()
         assert receive(source, SLOT, 0).eq(7).all(), "what was sent can still be read"
     finally:
         peers.end(process, connection)
-        Path("/dev/shm", transfer.segment).unlink(missing_ok=True)
 
 
-def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_lives_is_not() -> None:
-    before = segments()
-    killed, to_killed = peers.start(peers.make_segment)
-    living, to_living = peers.start(peers.make_segment)
+def test_what_a_killed_trainer_left_is_removed_by_the_next_and_what_lives_is_not(segment_folder: Path) -> None:
+    killed, to_killed = peers.start(peers.make_segment, segment_folder)
+    living, to_living = peers.start(peers.make_segment, segment_folder)
     left, lives = to_killed.recv().segment, to_living.recv().segment
     try:
         killed.kill()
         killed.join()
-        assert segments() == before | {left, lives}
+        assert segments() == {left, lives}
         sink = SharedMemorySink(1, 1024, SLOT)
-        assert segments() == before | {lives, sink.transfers[0].segment}
+        assert segments() == {lives, sink.transfers[0].segment}
         sink.close()
         to_living.send("all have met")
         assert to_living.recv() == "met"
-        assert segments() == before
+        assert not segments()
     finally:
         peers.end(killed, to_killed)
         peers.end(living, to_living)
-        for name in (left, lives):
-            Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def test_only_segments_are_removed() -> None:
-    other = Path("/dev/shm/areal-notes")
-    other.write_text("somebody's")
-    try:
-        remove_leftovers()
-        assert other.exists()
-    finally:
-        other.unlink()
+def test_only_segments_are_removed(segment_folder: Path) -> None:
+    other = segment_folder / "areal-notes"
+    other.write_text("of another program")
+    remove_leftovers()
+    assert other.exists()
 
 
 # Sizes
@@ -185,15 +180,12 @@ def test_a_name_that_is_no_segments_is_refused(name: str) -> None:
         SharedMemorySource(SharedMemory(segment=name, nbytes=1), CPU)
 
 
-def test_a_link_in_the_place_of_a_segment_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "target").write_bytes(bytes(16))
-    link = Path("/dev/shm/areal-" + "0" * 32)
-    link.symlink_to(tmp_path / "target")
-    try:
-        with pytest.raises(OSError, match="symbolic link"):
-            SharedMemorySource(SharedMemory(segment=link.name, nbytes=16), CPU)
-    finally:
-        link.unlink()
+def test_a_link_in_the_place_of_a_segment_is_not_followed(segment_folder: Path) -> None:
+    (segment_folder / "target").write_bytes(bytes(16))
+    link = segment_folder / ("areal-" + "0" * 32)
+    link.symlink_to(segment_folder / "target")
+    with pytest.raises(OSError, match="symbolic link"):
+        SharedMemorySource(SharedMemory(segment=link.name, nbytes=16), CPU)
 
 
 def test_a_worker_on_another_host_is_told_of_broadcast() -> None:
@@ -203,9 +195,8 @@ def test_a_worker_on_another_host_is_told_of_broadcast() -> None:
 
 def test_a_full_shm_is_said_before_anything_is_sent() -> None:
     room = os.statvfs("/dev/shm")
-    before = segments()
     if room.f_blocks == 0:
         pytest.skip("/dev/shm has no limit here")
-    with pytest.raises(RuntimeError, match=r"/dev/shm has no room for \d+ MiB .*bucket_mib"):
+    with pytest.raises(RuntimeError, match=r"/dev/shm\S* has no room for \d+ MiB .*bucket_mib"):
         SharedMemorySink(1, 1024, room.f_blocks * room.f_frsize)
-    assert segments() == before
+    assert not segments()

@@ -5,7 +5,6 @@ stand-ins for vLLM's workers whose models are a few parameters.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any, Self
 
 import pytest
 import torch
+from lazily import imported
 from real_receivers import (
     SHAPES,
     WORKERS,
@@ -28,7 +28,6 @@ from real_receivers import (
     vllm_config,
     weights,
 )
-from vllm.model_executor.layers import utils as _utils  # noqa: F401 - else the first commit imports it, for longer than it may take
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
@@ -106,8 +105,9 @@ class Engines(Served):
     @classmethod
     @contextlib.contextmanager
     def started(cls, key: security.ClusterKey, checkpoint: Path, key_file: Path) -> Iterator[Self]:  # noqa: F811
-        # The first commit needs it, and importing vLLM would take most of that update's timeout on a busy machine.
-        importlib.import_module("vllm.model_executor.model_loader.reload")
+        # The first commit needs them, and importing vLLM would take most of that update's timeout on a busy machine.
+        imported("vllm.model_executor.model_loader.reload")
+        imported("vllm.model_executor.layers.utils")
         with pytest.MonkeyPatch.context() as patch, awaiting_workers(key, checkpoint) as deployment:
             patch.setattr(proof, "prove", lambda *_: "")  # there is no vLLM to build a second model
             yield cls(deployment, checkpoint, key_file)

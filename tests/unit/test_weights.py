@@ -6,19 +6,24 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from lazily import Lazily
 
 from areal_vllm_ext import InvalidWeights
 from areal_vllm_ext.client.weights import Checker, named_weights
 from areal_vllm_ext.integrity import checkpoint
 from areal_vllm_ext.protocol import TensorMeta
 from areal_vllm_ext.transport.buckets import Bucket
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+
+transformers = Lazily("transformers")
 
 SMALL = {
     "vocab_size": 64,
@@ -33,14 +38,17 @@ SMALL = {
 
 def dense(**options: Any) -> Qwen3ForCausalLM:
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(**(SMALL | options)))
+    model: Qwen3ForCausalLM = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(SMALL | options)))
+    return model
 
 
 def mixture() -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1)
+    config = transformers.Qwen3MoeConfig(
+        **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=1
     )
+    model: Qwen3MoeForCausalLM = transformers.Qwen3MoeForCausalLM(config)
+    return model
 
 
 def saved(model: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
