@@ -230,7 +230,8 @@ class Connection:
         try:
             if self.loop.is_running():
                 self.loop.call_soon_threadsafe(self.close)
-                return
+                if not self.loop.is_closed():  # a loop that was closed just now calls nothing any more
+                    return
         except RuntimeError:
             pass  # the loop was closed just now
         self.close()
