@@ -103,8 +103,8 @@ MUTANTS = {
     "an engine that is behind pauses within an update, too": [
         (
             PARTICIPANT,
-            'if self.update_phase == "committing" or self._in_doubt or pauses.state == "resuming":',
-            'if self.update_phase != "idle" or pauses.state == "resuming":',
+            'if self.update_phase == "committing" or self._in_doubt: return []\n        if committed_epoch',
+            'if self.update_phase != "idle":\n            return []\n        if committed_epoch',
         )
     ],
     "no engine that is behind is resumed by a user": [
@@ -121,7 +121,16 @@ MUTANTS = {
         )
     ],
     "a group goes on without a dropped engine only if the directory has lost it, too": [
-        (COMMAND, "if not dropped or await self._is_alive(engine, ends):", "if not dropped:")
+        (COMMAND, "return not alive and key in self._silent_since_dropped(found)", "return True")
+    ],
+    "a group goes on without a dropped engine only until that is heard again": [
+        (COMMAND, "if heard.get(key, dropped) <= dropped", "")
+    ],
+    "a group does not go on without an engine that was back": [
+        (COMMAND, "self._dropped.pop((target.engine.replica, target.engine.dp_rank), None)", "pass")
+    ],
+    "an engine that has not joined takes part in no update": [
+        (PARTICIPANT, "if not self.joined and isinstance(message, Begin | Pause):", "if False:")
     ],
     "recovery waits for engines that are joining": [
         (COMMAND, "if missing and (found.joining or not without_lost):", "if missing and not without_lost:")

@@ -7,6 +7,8 @@ version within bounds, and nothing may be left behind.
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -16,6 +18,7 @@ from typing import Any
 
 from areal_vllm_ext.client.state import UpdateResult
 from areal_vllm_ext.errors import ArealError, UpdateAborted
+from areal_vllm_ext.protocol import PauseMode
 
 from .simulation import Call, Clock, Coverage, World, require
 
@@ -143,7 +146,8 @@ def a_pause(world: World, dice: random.Random) -> Fault:
     """Let a user pause and resume all engines, or only resume them."""
     rival, pauses, timeout = world.trainer(), dice.random() < 0.5, dice.uniform(2.0, 20.0)
     steps = ("pause", "resume") if pauses else ("resume",)
-    return Fault(lambda: rival.command(*steps, timeout=timeout, resumes=10))
+    mode: PauseMode = dice.choice(["keep", "wait", "abort"])
+    return Fault(lambda: rival.command(*steps, timeout=timeout, resumes=10, mode=mode))
 
 
 def another_user(world: World, dice: random.Random) -> Fault:
@@ -153,13 +157,15 @@ def another_user(world: World, dice: random.Random) -> Fault:
 
     def call(rank: int, name: str) -> None:
         process = world.engines[rank]
-        if not (process.alive and process.joined):
+        if not (process.alive and process.joined) or process.asleep or "calls" in process.stuck:
             return
         with contextlib.suppress(RuntimeError):
             if name == "reload_weights":
                 process.engine.vllm.collective_rpc(name)
             else:
                 getattr(process.engine.vllm, name)()
+        world.check(rank)
+        process.flush()
 
     return Fault(
         lambda: each(functools.partial(call, rank, name) for name in calls for rank in ranks),
@@ -274,6 +280,19 @@ class Round:
             for process in self.world.engines
         )
 
+    def resume_what_users_paused(self) -> None:
+        """Let the leases of users' own pauses run out; a user resumes what has no lease."""
+        world = self.world
+        if self.serve():
+            return
+        slowest = min(process.clock.rate for process in (*world.engines, world.directory))
+        if world.resume_orphans:
+            world.run(until=world.now + PAUSE_SECONDS / min(slowest, 1.0), done=self.serve)
+        if not self.serve():
+            world.trainer().command("resume", timeout=20.0, resumes=5)
+            world.run(until=world.now + RECOVERY_SECONDS, done=self.serve)
+        world.run(until=world.now + 3.0)
+
     def update_until_it_succeeds(self, healed: float) -> None:
         world = self.world
         next_trainer = world.trainer()
@@ -285,7 +304,9 @@ class Round:
             call = next_trainer.update(f"v2.{attempt}", timeout=self.dice.uniform(5.0, 20.0))
             self.run_until_ended(call, healed + 2 * RECOVERY_SECONDS)
             require(call.outcome is not None, "hang", f"the update to {call.version} does not end")
-            if isinstance(call.outcome, UpdateResult) and world.now >= healed and not call.outcome.lost:
+            # A forgotten engine that is just starting again is not in the update, and it is not lost either.
+            everywhere = isinstance(call.outcome, UpdateResult) and len(call.outcome.engines) == len(world.engines)
+            if everywhere and world.now >= healed and not call.outcome.lost:
                 self.recovery = world.now - healed
                 return
             require(
@@ -300,6 +321,7 @@ class Round:
 
     def check_end(self) -> None:
         world = self.world
+        self.resume_what_users_paused()
         calls = [(trainer, call) for trainer in world.trainers for call in trainer.calls]
         world.run(until=world.now + 60.0, done=lambda: all(c.outcome is not None or not t.alive for t, c in calls))
         for trainer, call in calls:
@@ -333,7 +355,8 @@ class Round:
         elif isinstance(call.outcome, UpdateAborted):
             require(not switched, "untrue outcome", f"engines {switched} switched, but: {call.outcome}")
         else:
-            require(isinstance(call.outcome, ArealError), "rule", f"the update ended with {call.outcome!r}")
+            expected = (ArealError, asyncio.CancelledError)
+            require(isinstance(call.outcome, expected), "rule", f"the update ended with {call.outcome!r}")
 
     def check_deadline(self, call: Call) -> None:
         self.overrun = max(self.overrun, call.seconds - call.timeout)
@@ -346,8 +369,8 @@ class _Hand:
 
     alive, asleep = True, False
 
-    def run(self, callback: Callable[[], object]) -> None:
-        callback()
+    def __init__(self) -> None:
+        self.ready: collections.deque[asyncio.Handle] = collections.deque()  # always empty
 
 
 WORLDS_HAND: Any = _Hand()

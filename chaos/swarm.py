@@ -12,6 +12,10 @@ import itertools
 import random
 from collections.abc import Callable
 
+from areal_vllm_ext.client.options import UpdateOptions
+from areal_vllm_ext.protocol import WeightsMismatch
+from areal_vllm_ext.protocol.timing import LOST_AFTER_SECONDS
+
 from .simulated_faults import KINDS, WORLDS_HAND, Fault, Round, some
 from .simulation import Call, Clock, Coverage, Trainer, World
 
@@ -36,7 +40,7 @@ def stuck(world: World, dice: random.Random) -> Fault:
 
     def strike() -> None:
         for rank in ranks:
-            world.engines[rank].stuck = what
+            world.engines[rank].get_stuck(what)
 
     def heal() -> None:
         for rank in ranks:
@@ -96,13 +100,90 @@ def directory_asleep(world: World, dice: random.Random) -> Fault:
     return Fault(lambda: each("sleep"), lambda: each("wake"))
 
 
+def messages_late(world: World, dice: random.Random) -> Fault:
+    """Let some messages come seconds late, or so late that leases have run out."""
+    network, share, seconds = world.network, dice.uniform(0.05, 0.5), dice.choice([2.0, 2.0, 20.0])
+
+    def strike() -> None:
+        network.late, network.late_seconds = share, seconds
+
+    def heal() -> None:
+        network.late = 0.0
+
+    return Fault(strike, heal)
+
+
+def trainer_interrupted(world: World, dice: random.Random) -> Fault:
+    """Cancel a trainer's update."""
+    living = [trainer for trainer in world.trainers if trainer.alive and trainer.calls]
+    return Fault(dice.choice(living).interrupt if living else lambda: None)
+
+
+def damaged_weights(world: World, dice: random.Random) -> Fault:
+    """Let workers find that they serve other weights than were sent, as the look after a commit can."""
+    ranks = some(world, dice)
+
+    def strike() -> None:
+        for rank in ranks:
+            process = world.engines[rank]
+            participant = process.engine.participant
+            if process.alive and not process.asleep and participant.last_update:
+                participant.weights_mismatch(
+                    WeightsMismatch(update=participant.last_update, rank=0, reason="a digest differs")
+                )
+                process.flush()
+
+    return Fault(strike)
+
+
+def given_up(world: World, dice: random.Random) -> Fault:
+    """Kill an engine; a user gives it up once the directory has lost it; it comes back all the same."""
+    rank = dice.randrange(len(world.engines))
+    user, info = world.trainer(), world.engines[rank].engine.info
+
+    def strike() -> None:
+        world.crash_engine(rank)
+        user.after(LOST_AFTER_SECONDS + 1.0, lambda: user.forget(info.replica, info.dp_rank))
+
+    return Fault(strike, lambda: world.restart_engine(rank))
+
+
+def a_look(world: World, dice: random.Random) -> Fault:
+    """Let a user ask for every engine's status, several times."""
+    user, times = world.trainer(), dice.choice([1, 5, 20])
+
+    def strike() -> None:
+        for count in range(times):
+            user.after(0.01 * count, user.look)
+
+    return Fault(strike)
+
+
+def a_long_pause(world: World, dice: random.Random) -> Fault:
+    """Let a user pause all engines and resume them when the fault ends, or never; the lease may run out before."""
+    user, mode, lease = world.trainer(), dice.choice(["keep", "wait", "abort"]), dice.choice([2.0, 8.0, 30.0, None])
+    resumes = dice.random() < 0.7
+
+    def heal() -> None:
+        if resumes:
+            user.command("resume", timeout=10.0, resumes=5)
+
+    return Fault(lambda: user.command("pause", timeout=10.0, mode=mode, lease=lease), heal)
+
+
 FAULTS: dict[str, Strike] = {
-    **{name: KINDS[name] for name in ("message lost", "message late", "message doubled", "reordered bursts")},
+    **{name: KINDS[name] for name in ("message lost", "message doubled", "reordered bursts")},
     **{name: KINDS[name] for name in ("engine crash", "engine asleep", "engine fails")},
-    **{name: KINDS[name] for name in ("directory crash", "head crash", "partition", "a pause")},
+    **{name: KINDS[name] for name in ("directory crash", "head crash", "partition", "a pause", "another user")},
+    "message late": messages_late,
     "trainer crash": trainer_crash,
     "trainer asleep": trainer_asleep,
+    "trainer interrupted": trainer_interrupted,
     "directory asleep": directory_asleep,
+    "damaged weights": damaged_weights,
+    "engine given up": given_up,
+    "a look": a_look,
+    "a long pause": a_long_pause,
     "one-way cut": one_way,
     "stuck calls": stuck,
     "full memory": full_memory,
@@ -123,7 +204,14 @@ class SwarmRound(Round):
 
     def __init__(self, seed: int, engines: int = 0, trace: bool = False, coverage: Coverage | None = None) -> None:
         dice = random.Random(seed)
-        self.world = World(engines or dice.choice([2, 3, 3, 4]), dice, trace, coverage)
+        self.world = World(
+            engines or dice.choice([2, 3, 3, 4]),
+            dice,
+            trace,
+            coverage,
+            replicas=dice.choice([1, 1, 2]),
+            resume_orphans=dice.random() < 0.9,
+        )
         self.dice = dice
         self.kind = "swarm"
         self.overrun = self.recovery = 0.0
@@ -132,6 +220,8 @@ class SwarmRound(Round):
         }
         # How often an update begins, and how often a fault strikes in a phase of an update instead of at some time.
         self._pace, self._aim = dice.choice([0.2, 1.0, 5.0]), dice.choice([0.0, 0.05, 0.3])
+        # How long an update's bytes take, and how often an update goes on without lost engines.
+        self._seconds, self._drops = dice.choice([0.0, 0.0, 0.3, 2.0]), dice.choice([0.0, 0.0, 0.0, 0.5])
         self._versions = itertools.count(1)
         self._phase = "none"
         self._heals = 0.0
@@ -156,11 +246,16 @@ class SwarmRound(Round):
             self.schedule(name)
         world.run(until=self._heals)
         self.heal()
-        if dice.random() < 0.5:
+        if dice.random() < 0.5 and world.resume_orphans and not self._pauses_for_ever:
             self.wait_until_all_serve(world.now)
         self.update_until_it_succeeds(self._heals)
         world.run(until=world.now + 3.0)
         self.check_end()
+
+    @property
+    def _pauses_for_ever(self) -> bool:
+        """Whether a user may have paused engines without a lease."""
+        return "another user" in self.rates or "a long pause" in self.rates
 
     def keep_updating(self, trainer: Trainer | None = None) -> None:
         """Let a trainer update again and again; a dead trainer has a successor."""
@@ -178,7 +273,13 @@ class SwarmRound(Round):
 
         if world.now < self._heals and not trainer.asleep:
             version = f"v{next(self._versions)}"
-            call.append(trainer.update(version, dice.choice(TIMEOUTS), on_phase=self.on_phase))
+            seconds = self._seconds * dice.random()
+            options: UpdateOptions = {
+                "mode": dice.choice(["keep", "keep", "wait", "abort"]),
+                "kv": dice.choice(["recompute", "recompute", "keep"]),
+                "drop_lost": dice.random() < self._drops,
+            }
+            call.append(trainer.update(version, dice.choice(TIMEOUTS), self.on_phase, seconds, **options))
         world.at(world.now + 0.2, WORLDS_HAND, go_on)
 
     def on_phase(self, phase: str) -> None:

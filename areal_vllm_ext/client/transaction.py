@@ -221,8 +221,9 @@ class Transaction:
             raise self._not_committed(coordinator, fates)
         self._commander.drop(
             # An engine that committed and did not resume may be running by now, so the group does not go on without it.
-            (self._targets[name].engine for name in coordinator.lost if name not in coordinator.committed),
-            (target.engine for target in self._targets.values()),
+            self._targets[name].engine
+            for name in coordinator.lost
+            if name not in coordinator.committed
         )
         finished = time.monotonic()
         return UpdateResult(

@@ -93,8 +93,8 @@ class Commander:
         # Renews the lease of the running command, and the time until which no other client can have taken it.
         self._renew: Callable[[float], Awaitable[None]] | None = None
         self._certain_until = 0.0
-        # Engines that were lost in an update of this group. The group goes on without them until they are back.
-        self._dropped: set[tuple[str, int]] = set()
+        # Engines that were lost in an update of this group, and when. The group goes on without them until they are back.
+        self._dropped: dict[tuple[str, int], float] = {}
 
     async def discover(self, timeout: float) -> protocol.Engines:
         """Ask the directory which engines there are.
@@ -115,10 +115,20 @@ class Commander:
         outcomes = await self.link.request_all(addressed, max(ends - time.monotonic(), 0.05))
         return {name: str(outcome) for name, outcome in outcomes.items() if isinstance(outcome, ArealError)}
 
-    def drop(self, lost: Iterable[EngineInfo], kept: Iterable[EngineInfo]) -> None:
-        """Go on without the engines that were lost in an update; engines in ``kept`` belong to the group (again)."""
-        self._dropped.difference_update((engine.replica, engine.dp_rank) for engine in kept)
-        self._dropped.update((engine.replica, engine.dp_rank) for engine in lost)
+    def drop(self, lost: Iterable[EngineInfo]) -> None:
+        """Go on without the engines that were lost in an update."""
+        now = time.monotonic()
+        self._dropped.update({(engine.replica, engine.dp_rank): now for engine in lost})
+
+    def _silent_since_dropped(self, found: protocol.Engines) -> set[tuple[str, int]]:
+        """Return the engines that the group goes on without.
+
+        An engine that the directory has heard since may have been resumed by another client or the directory. If it is lost
+        again, it may serve.
+        """
+        now = time.monotonic()
+        heard = {(engine.replica, engine.dp_rank): now - seconds for engine, seconds in found.lost}
+        return {key for key, dropped in self._dropped.items() if heard.get(key, dropped) <= dropped}
 
     async def forget(self, replica: str, dp_rank: int | None, timeout: float) -> None:
         """Give up lost engines for good, so that commands go on without them.
@@ -182,7 +192,7 @@ class Commander:
                     await self._await_engines(ends, without_lost)
                 async with self._lease(ends) as (epoch, found):
                     self._disconnect_others(found)
-                    missing = describe_missing(found, dropped=self._dropped)
+                    missing = describe_missing(found, dropped=self._silent_since_dropped(found))
                     # After a restart of the directory, engines that are joining again may be serving.
                     if missing and (found.joining or not without_lost):
                         if not waited or (found.joining and time.monotonic() < ends):
@@ -192,7 +202,10 @@ class Commander:
                     engines = {engine.name: engine for engine in found.alive}
                     # A forgotten engine may have committed what the others abort, so it counts as away.
                     all_here = not found.forgotten and not describe_missing(found)
-                    yield await self._take_over(engines, epoch, ends, all_here=all_here, resume=resume)
+                    targets = await self._take_over(engines, epoch, ends, all_here=all_here, resume=resume)
+                    for target in targets.values():
+                        self._dropped.pop((target.engine.replica, target.engine.dp_rank), None)
+                    yield targets
                     return
 
     async def _await_engines(self, ends: float, without_lost: bool) -> None:
@@ -207,7 +220,7 @@ class Commander:
         next_beat = time.monotonic() + 1.5 * timing.HEARTBEAT_SECONDS
         while True:
             found = await self.discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
-            missing = describe_missing(found, dropped=self._dropped)
+            missing = describe_missing(found, dropped=self._silent_since_dropped(found))
             if not missing or (without_lost and not found.joining):
                 return
             if time.monotonic() + POLL_SECONDS > (ends if found.joining else min(ends, next_beat)):
@@ -228,8 +241,7 @@ class Commander:
                     case protocol.Status() as status:
                         targets[name] = Target(engine, epoch, status)
                     case EngineUnreachable() as error:
-                        dropped = (engine.replica, engine.dp_rank) in self._dropped
-                        if not dropped or await self._is_alive(engine, ends):
+                        if not await self._is_lost(engine, ends):
                             raise EngineUnreachable(f"{name}: {error}")
                     case RequestError() as error:
                         raise error
@@ -248,13 +260,17 @@ class Commander:
                 raise PauseFailed("an earlier update could not be resolved in time; its engines stay as they are")
             await asyncio.sleep(POLL_SECONDS / 20)
 
-    async def _is_alive(self, engine: EngineInfo, ends: float) -> bool:
-        """Return whether the directory still hears an engine that was dropped and does not answer here.
+    async def _is_lost(self, engine: EngineInfo, ends: float) -> bool:
+        """Return whether an engine that does not answer here was dropped, and the directory does not hear it either.
 
-        The directory may have resumed it meanwhile, so an update must not go on without it.
+        Otherwise the directory may have resumed it meanwhile, so an update must not go on without it.
         """
+        key = (engine.replica, engine.dp_rank)
+        if key not in self._dropped:
+            return False
         found = await self.discover(min(max(ends - time.monotonic(), 0.1), DISCOVER_SECONDS))
-        return any(one.incarnation == engine.incarnation for one in found.alive)
+        alive = any(one.incarnation == engine.incarnation for one in found.alive)
+        return not alive and key in self._silent_since_dropped(found)
 
     @contextlib.asynccontextmanager
     async def _lease(self, ends: float) -> AsyncIterator[tuple[int, protocol.Engines]]:

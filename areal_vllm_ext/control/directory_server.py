@@ -10,7 +10,6 @@ import asyncio
 import logging
 import threading
 import time
-from time import monotonic
 from typing import TYPE_CHECKING
 
 import zmq
@@ -18,6 +17,7 @@ import zmq
 from .. import protocol
 from ..protocol import security, timing
 from ..protocol.server import Server
+from .awake_clock import AwakeClock
 from .command import Commander
 from .directory import Directory
 from .link import Link
@@ -42,7 +42,7 @@ class DirectoryServer:
         port: int,
         key: security.ClusterKey,
         max_message_bytes: int = _MAX_MESSAGE_BYTES,
-        clock: Callable[[], float] = monotonic,
+        clock: Callable[[], float] | None = None,
         *,
         settle_seconds: float = 0.0,
         resume_orphans: bool = True,
@@ -55,13 +55,13 @@ class DirectoryServer:
             port: 0 takes a free port.
             key: the cluster's key.
             max_message_bytes: the longest message that is read.
-            clock: the time in seconds; tests pass their own.
+            clock: the time in seconds (default: ``AwakeClock``); tests pass their own.
             settle_seconds: see ``Directory``.
             resume_orphans: whether engines resume when the client that paused them is gone.
         """
         self._server = Server(context, host, port, key, protocol.directory_decoder, max_message_bytes)
-        self._directory = Directory(clock(), settle_seconds)
-        self._clock = clock
+        self._clock = clock or AwakeClock()
+        self._directory = Directory(self._clock(), settle_seconds)
         self._key = key
         self._resume_orphans = resume_orphans
         self._recovery: threading.Thread | None = None

@@ -45,6 +45,7 @@ from ..protocol.server import ReplyTo, Server, connect
 from .effects import CallCancelPause, CallCommit, CallPause, CallResume, Effect, Guard, Order, Reply
 from .participant import Participant
 from .queries import WeightQueries
+from .status import status_of
 from .tracing import Tracing
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Endpoint:
         # Every holder of the key may command this engine, but only its own workers may vote: its executor gives them this.
         self.attach_token = secrets.token_hex(16)
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
-        self._participant = Participant(version, workers, resume_orphans=settings.resume_orphans)
+        self._participant = Participant(version, workers, resume_orphans=settings.resume_orphans, joined=False)
         self.tracing = Tracing(workers)
         self._queries = WeightQueries(identity.model, identity.revision, workers, self.post)
         self._guard = Guard()
@@ -333,7 +334,7 @@ class Endpoint:
     def _status(self) -> Status:
         running, waiting = self._engine.request_counts()
         seconds = self._engine.oldest_call_seconds()
-        return self._participant.status(self.info, running, waiting, seconds, self._engine.is_paused())
+        return status_of(self._participant, self.info, running, waiting, seconds, self._engine.is_paused())
 
     def _carry_out(self, effects: list[Effect]) -> None:
         self.tracing.states(self._participant)

@@ -92,3 +92,11 @@ class UpdateInFlight:
 
     def _done(self, step: str) -> Ack:
         return Ack(manifest=self.base if step == "begin" else self.manifest)
+
+
+def wrong_senders(begin: Begin, workers: frozenset[int]) -> str:
+    """Return why an engine with ``workers`` cannot take part in this update; empty if it can."""
+    receiving = [set(sender.workers) for sender in begin.senders.values()]
+    if receiving and all(workers.issuperset(ranks) for ranks in receiving):
+        return ""
+    return f"this engine has the workers {sorted(workers)}, and the update has {begin.senders}"

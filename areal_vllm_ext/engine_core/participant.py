@@ -40,15 +40,13 @@ from ..protocol import (
     Prepare,
     Register,
     Resume,
-    Status,
-    UpdatePhase,
     Version,
     WeightsMismatch,
     WorkerDone,
 )
 from .effects import CallCommit, Effect, Guard, Order, Reply
 from .generation import STALE, GenerationMachine
-from .in_flight import UpdateInFlight
+from .in_flight import UpdateInFlight, wrong_senders
 
 if TYPE_CHECKING:
     from ..protocol.server import ReplyTo
@@ -68,10 +66,17 @@ class Participant:
         stale: why its weights are older than the group's; empty if they are not.
         foreign: which call of another user has changed its weights or their version; empty if none has.
         asleep: why its weights are not in the device's memory; empty if they are.
+        joined: whether it has heard the group's committed epoch. Before that it serves nothing.
     """
 
     def __init__(
-        self, version: Version, workers: frozenset[int], epoch: int = 0, *, resume_orphans: bool = True
+        self,
+        version: Version,
+        workers: frozenset[int],
+        epoch: int = 0,
+        *,
+        resume_orphans: bool = True,
+        joined: bool = True,
     ) -> None:
         """Start idle and running.
 
@@ -80,6 +85,7 @@ class Participant:
             workers: the ranks that must finish every step.
             epoch: the highest seen so far.
             resume_orphans: whether recovery resumes an engine that a client paused before it was lost.
+            joined: see above.
         """
         self.version = version
         self.workers = workers
@@ -94,6 +100,7 @@ class Participant:
         self.stale = ""
         self.foreign = ""
         self.asleep = ""
+        self.joined = joined
         self.committed_epoch = 0
         self.pauses = GenerationMachine()
         self._resume_orphans = resume_orphans
@@ -112,6 +119,10 @@ class Participant:
             return self._keep_paused(caller, message, now)
         if refusal := self.fence(message.epoch):
             return [Reply(caller, refusal)]
+        if not self.joined and isinstance(message, Begin | Pause):
+            return self._refuse(
+                caller, "state", "this engine has just started and has not joined its group yet: try again"
+            )
         match message:
             case Pause():
                 return self._pause(caller, message, now)
@@ -139,47 +150,6 @@ class Participant:
         # Also after an update that healed a stale engine, whose trainer never sent the Resume.
         left_paused = pauses.state != "running" and bool(pauses.paused_for) and not (self.tainted or self.stale)
         return self._resume_orphans and (pauses.orphaned or left_paused)
-
-    def status(
-        self,
-        engine: EngineInfo,
-        running: int = 0,
-        waiting: int = 0,
-        waiting_for_engine: float = 0.0,
-        scheduler_paused: bool | None = None,
-    ) -> Status:
-        """Return what the engine says about itself.
-
-        Args:
-            engine: who it is.
-            running: requests that run.
-            waiting: requests that wait.
-            waiting_for_engine: seconds since the oldest call that the engine's loop has not come to.
-            scheduler_paused: what vLLM's scheduler does; None if it cannot be asked.
-        """
-        phase: UpdatePhase = self.update_phase
-        if phase == "idle" and (self.tainted or self.stale or self.foreign):
-            phase = "tainted" if self.tainted else "stale" if self.stale else "foreign"
-        return Status(
-            engine=engine,
-            version=self.version,
-            update_phase=phase,
-            generation=self.pauses.observed(scheduler_paused),
-            pause_mode=self.pauses.mode,
-            paused_for=self.pauses.paused_for,
-            epoch=self.epoch,
-            update=self.update.begin.update if self.update else "",
-            last_update=self.last_update,
-            committed_epoch=self.committed_epoch,
-            orphaned=self.pauses.orphaned,
-            requests_running=running,
-            requests_waiting=waiting,
-            waiting_for_engine=waiting_for_engine,
-            error=self.tainted or self.stale or self.foreign or self.asleep or self.error,
-            weights="" if self.foreign else self.weights,
-            unproven=self.unproven,
-            asleep=bool(self.asleep),
-        )
 
     @property
     def guard(self) -> Guard:
@@ -264,9 +234,7 @@ class Participant:
             return self._refuse(caller, "state", "an update is in doubt on this engine: commit or abort it first")
         if self.asleep:
             return self._refuse(caller, "state", self.asleep)
-        receiving = [set(sender.workers) for sender in message.senders.values()]
-        if not receiving or not all(self.workers.issuperset(ranks) for ranks in receiving):
-            problem = f"this engine has the workers {sorted(self.workers)}, and the update has {message.senders}"
+        if problem := wrong_senders(message, self.workers):
             return self._refuse(caller, "state", problem)
         effects = self._give_up("a newer update began") if self.update else []
         self.update = UpdateInFlight(message, now + message.timeout, self.workers)
@@ -417,17 +385,17 @@ class Participant:
 
     def on_group_epoch(self, version: Version, committed_epoch: int) -> list[Effect]:
         """Take the newest committed update of the group: serve nothing older."""
-        pauses = self.pauses
-        if self.update_phase == "committing" or self._in_doubt or pauses.state == "resuming":
+        pauses, self.joined = self.pauses, True
+        if self.update_phase == "committing" or self._in_doubt:
             return []
         if committed_epoch > self.committed_epoch:
             self.stale = f"the group is at version {version}, this engine at {self.version}"
             if pauses.state == "running":
                 return [pauses.pause_for_weights()]
-            if pauses.paused_for:
+            if pauses.paused_for:  # an engine that is resuming is paused by the next tick
                 pauses.paused_for = STALE
             return []
-        if not self.stale or self.update_phase != "idle":
+        if not self.stale or self.update_phase != "idle" or pauses.state == "resuming":
             return []
         # All other engines were restarted as well.
         self.stale = ""

@@ -29,7 +29,14 @@ from .base import BUCKETS, DIRECTORY, GONE_SECONDS, REPEAT_SECONDS, nothing
 from .process import Process, new_caller
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
+    from areal_vllm_ext.client.options import UpdateOptions
+    from areal_vllm_ext.protocol import PauseMode
+
     from .world import World
+
+ASK_SECONDS = 0.25
 
 
 class SimulatedLink(Link):
@@ -88,34 +95,42 @@ class Asking(Process):
     ) -> Asked:
         """Send each request every second under one id, as ``Connection.ask`` does, until it is answered or times out."""
         asked = Asked(self)
+        said: list[tuple[ReplyTo, str, Message]] = []
         for name, (address, message) in requests.items():
             caller = new_caller(self)
-            asked.callers.append(caller)
+            said.append((caller, address, message))
             self.pending[caller] = functools.partial(self._settle, caller, functools.partial(heard, name))
-            self._say(caller, address, message, timeout, self.time() + timeout)
+        asked.callers = [caller for caller, _, _ in said]
+        self._say(said, timeout, self.time() + timeout)
         return asked
 
     def _settle(self, caller: ReplyTo, heard: Callable[[Any], None], outcome: Answer | EngineUnreachable) -> None:
         del self.pending[caller]
         heard(outcome)
 
-    def _say(self, caller: ReplyTo, address: str, message: Message, timeout: float, ends: float) -> None:
-        if (settle := self.pending.get(caller)) is None:
-            return
-        left = ends - self.time()
-        if not self.alive:
-            settle(EngineUnreachable("this process is dead"))
-            return
-        if self.world.reaches(self, address):
-            self.gone_since.pop(address, None)
-        elif self.time() - self.gone_since.setdefault(address, self.time()) > GONE_SECONDS:
-            settle(EngineUnreachable(f"{address} is not connected"))
-            return
-        if left <= 1e-9:
-            settle(EngineUnreachable(f"{address} did not answer within {timeout:.1f} s"))
-            return
-        self.world.send(self, address, caller, message)
-        self.after(min(left, REPEAT_SECONDS), lambda: self._say(caller, address, message, timeout, ends))
+    def _say(self, requests: list[tuple[ReplyTo, str, Message]], timeout: float, ends: float) -> None:
+        """Send what is not answered yet, and again a second later."""
+        now, again = self.time(), []
+        left = ends - now
+        for request in requests:
+            caller, address, message = request
+            if (settle := self.pending.get(caller)) is None:
+                continue
+            if not self.alive:
+                settle(EngineUnreachable("this process is dead"))
+                continue
+            if self.world.reaches(self, address):
+                self.gone_since.pop(address, None)
+            elif now - self.gone_since.setdefault(address, now) > GONE_SECONDS:
+                settle(EngineUnreachable(f"{address} is not connected"))
+                continue
+            if left <= 1e-9:
+                settle(EngineUnreachable(f"{address} did not answer within {timeout:.1f} s"))
+                continue
+            self.world.send(self, address, caller, message)
+            again.append(request)
+        if again:
+            self.after(min(left, REPEAT_SECONDS), functools.partial(self._say, again, timeout, ends))
 
     def keep_only(self, addresses: set[str]) -> None:
         pass
@@ -142,7 +157,8 @@ class Call:
         """Return the update as a write of the history."""
         if isinstance(self.outcome, UpdateResult):
             return Write(self.version, self.started, self.ended, "committed")
-        unknown = self.outcome is None or isinstance(self.outcome, UpdateInDoubt | WeightsTainted)
+        unclear = (UpdateInDoubt, WeightsTainted, asyncio.CancelledError)
+        unknown = self.outcome is None or isinstance(self.outcome, unclear)
         return Write(self.version, self.started, self.ended, "unknown" if unknown else "aborted")
 
 
@@ -153,16 +169,67 @@ class Trainer(Asking):
         super().__init__(world, name)
         self.calls: list[Call] = []
         self.engines = self.group()
+        self._updating: asyncio.Task[None] | None = None
         world.join(self)
 
-    def update(self, version: str, timeout: float, on_phase: Callable[[str], None] = nothing) -> Call:
-        """Start an update; ``on_phase`` is called with each phase, and with ``receiving`` between two buckets."""
+    def update(
+        self,
+        version: str,
+        timeout: float,
+        on_phase: Callable[[str], None] = nothing,
+        seconds: float = 0.0,
+        **options: Unpack[UpdateOptions],
+    ) -> Call:
+        """Start an update; ``on_phase`` is called with each phase, and with ``receiving`` between two buckets.
+
+        Args:
+            version: of the weights.
+            timeout: of the update.
+            on_phase: see above.
+            seconds: how long the second bucket takes to fill.
+            options: of the update.
+        """
         call = Call(version, timeout, started=self.world.now)
         self.calls.append(call)
-        self.run(lambda: self.create_task(self._update(call, on_phase)))
+
+        def start() -> None:
+            self._updating = self.create_task(self._update(call, on_phase, seconds, options))
+
+        self.run(start)
         return call
 
-    def command(self, *steps: str, timeout: float, done: Callable[[object], None] = nothing, resumes: int = 1) -> None:
+    def interrupt(self) -> None:
+        """Cancel the update that runs, as a user does with the task."""
+        if self.alive and not self.asleep and (task := self._updating):
+            self.run(task.cancel)
+
+    def forget(self, replica: str, dp_rank: int) -> None:
+        """Give up an engine for good."""
+
+        async def run() -> None:
+            with contextlib.suppress(ArealError):
+                await self.engines.forget(replica, dp_rank)
+
+        self.run(lambda: self.create_task(run()))
+
+    def look(self) -> None:
+        """Ask for the status of every engine."""
+
+        async def run() -> None:
+            with contextlib.suppress(ArealError):
+                await self.engines.status()
+
+        self.run(lambda: self.create_task(run()))
+
+    def command(
+        self,
+        *steps: str,
+        timeout: float,
+        done: Callable[[object], None] = nothing,
+        resumes: int = 1,
+        mode: PauseMode = "keep",
+        lease: float | None = 30.0,
+    ) -> None:
         """Start pauses and resumes of a user, in turn; ``done`` is called after each, with None or its error.
 
         A resume that fails is tried again, ``resumes`` times in all.
@@ -172,7 +239,10 @@ class Trainer(Asking):
             for step in steps:
                 for _ in range(resumes if step == "resume" else 1):
                     try:
-                        await (self.engines.pause if step == "pause" else self.engines.resume)(timeout=timeout)
+                        if step == "pause":
+                            await self.engines.pause(mode, timeout=timeout, lease=lease)
+                        else:
+                            await self.engines.resume(timeout=timeout)
                     except ArealError as error:
                         done(error)
                         await asyncio.sleep(2.0)
@@ -182,18 +252,22 @@ class Trainer(Asking):
 
         self.run(lambda: self.create_task(run()))
 
-    async def _update(self, call: Call, on_phase: Callable[[str], None]) -> None:
+    async def _update(
+        self, call: Call, on_phase: Callable[[str], None], seconds: float, options: UpdateOptions
+    ) -> None:
         def announce(phase: str) -> None:
             self.world.log(self.name, f"phase {phase}")
             on_phase(phase)
 
         started = self.time()
         try:
-            options = {"timeout": call.timeout, "on_phase": announce}
-            async with self.engines.update(call.version, **options) as update:
+            options["on_phase"] = announce
+            async with self.engines.update(call.version, timeout=call.timeout, **options) as update:
                 # The steps of ``send``, which would take a thread.
                 transaction = update.transaction
                 driver, delivery = transaction.driver, transaction.delivery
+                if options.get("drop_lost"):
+                    self.world.goes_on_without({engine.address for engine, _ in delivery.engines.values()})
                 senders = {name: {0: Sender(transfer=Disk(path="/"))} for name in delivery.engines}
                 await driver.begin(senders, delivery.stagings())
                 sending = Sending(transaction.context, delivery.engines)
@@ -203,9 +277,10 @@ class Trainer(Asking):
                     )
                     if not index:
                         announce("receiving")
+                        await asyncio.sleep(min(seconds, max(transaction.context.left, 0.0)))
                 delivery.record(0, SendReport(BUCKETS, 0, [], 0))
             outcome: object = update.result
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             outcome = error
         if self.alive:
             call.outcome, call.seconds, call.ended = outcome, self.time() - started, self.world.now
@@ -231,5 +306,7 @@ def simulated_time() -> Iterator[None]:
         mock.patch.object(client_context, "time", SimulatedTime),
         mock.patch.object(client_driver, "time", SimulatedTime),
         mock.patch.object(client_transaction, "time", SimulatedTime),
+        # Fewer events: how often a client asks for a lease that is held changes nothing else.
+        mock.patch.object(control_command, "_ASK_SECONDS", ASK_SECONDS),
     ):
         yield

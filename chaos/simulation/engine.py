@@ -18,6 +18,7 @@ from areal_vllm_ext.engine_core.effects import (
 )
 from areal_vllm_ext.engine_core.foreign_calls import ForeignCalls
 from areal_vllm_ext.engine_core.participant import Participant
+from areal_vllm_ext.engine_core.status import status_of
 from areal_vllm_ext.protocol import (
     Abort,
     Answer,
@@ -77,11 +78,14 @@ class Engine:
         info: EngineInfo | None = None,
         workers: int = 2,
         log: Callable[[str], None] = nothing,
+        *,
+        resume_orphans: bool = True,
+        joined: bool = True,
     ) -> None:
         self.info = info or engine_info(0, 1, 0)
         self.version: Version = version
         self.running = True
-        self.participant = Participant(version, frozenset(range(workers)))
+        self.participant = Participant(version, frozenset(range(workers)), resume_orphans=resume_orphans, joined=joined)
         self.highest_epoch = 0
         self.begun: set[str] = set()
         self.calls: collections.deque[EngineCall] = collections.deque()
@@ -116,20 +120,21 @@ class Engine:
             return
         if isinstance(message, Begin):
             self.begun.add(message.update)
-        before = self.state
+        epoch = getattr(message, "epoch", None)
+        before = self.state if epoch is not None and epoch < self.highest_epoch else None
         if isinstance(message, Fence):
             refusal = self.participant.fence(message.epoch)
             self.carry_out([Reply(caller, refusal or self.status())])
         else:
             self.carry_out(self.participant.handle(caller, message, now))
-        if (epoch := getattr(message, "epoch", None)) is None:  # it holds a pause, and commands nothing
+        if epoch is None:  # it holds a pause, and commands nothing
             return
-        if epoch < self.highest_epoch and self.state != before:
+        if before is not None and self.state != before:
             raise Violation("rule", f"{message} of a lower epoch than {self.highest_epoch} changed {before}")
         self.highest_epoch = max(self.highest_epoch, epoch)
 
     def status(self) -> Status:
-        return self.participant.status(self.info)
+        return status_of(self.participant, self.info)
 
     @property
     def state(self) -> tuple[object, ...]:
@@ -279,12 +284,13 @@ class Engine:
             parts[0]()
 
 
-def engine_info(rank: int, engines: int, incarnation: int) -> EngineInfo:
+def engine_info(rank: int, engines: int, incarnation: int, replicas: int = 1) -> EngineInfo:
+    """Return who engine ``rank`` is. Engines belong to ``replicas`` in turn."""
     return EngineInfo(
-        replica="r",
-        dp_rank=rank,
-        dp_size=engines,
-        headless=rank > 0,
+        replica=f"r{rank % replicas}" if replicas > 1 else "r",
+        dp_rank=rank // replicas,
+        dp_size=len(range(rank % replicas, engines, replicas)),
+        headless=rank >= replicas,
         node=f"n{rank}",
         pid=incarnation,
         incarnation=f"{incarnation:020d}",

@@ -13,6 +13,7 @@ class Network:
 
     Attributes:
         lost, late, doubled, bursts: the share of all messages that this happens to, 0 to 1.
+        late_seconds: how late a late message is, on average.
         cut: the places on one side of a partition; messages do not cross to the other side.
         blocked: pairs of places; messages from the first to the second do not arrive.
         joined: the true time at which cuts ended last.
@@ -22,6 +23,7 @@ class Network:
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
         self.lost = self.late = self.doubled = self.bursts = 0.0
+        self.late_seconds = 2.0
         self.cut: set[str] = set()
         self.blocked: set[tuple[str, str]] = set()
         self.joined = float("-inf")
@@ -29,9 +31,9 @@ class Network:
 
     def passes(self, source: Process, target: Process) -> bool:
         """Return whether messages get from ``source`` to ``target``."""
-        if (source.place in self.cut) != (target.place in self.cut):
+        if self.cut and (source.place in self.cut) != (target.place in self.cut):
             return False
-        return (source.place, target.place) not in self.blocked
+        return not self.blocked or (source.place, target.place) not in self.blocked
 
     def delays(self, now: float) -> list[float]:
         """Return after how many seconds the message arrives, once for each copy."""
@@ -43,7 +45,7 @@ class Network:
         for _ in range(copies):
             delay = dice.uniform(0.0002, 0.002)
             if self.late and dice.random() < self.late:
-                delay += dice.expovariate(0.5)
+                delay += dice.expovariate(1 / self.late_seconds)
             if self.bursts and dice.random() < self.bursts:
                 delay += 0.5 - now % 0.5  # messages of half a second arrive together, in any order
             delays.append(delay)

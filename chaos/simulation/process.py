@@ -32,6 +32,7 @@ class Process(asyncio.AbstractEventLoop):
         asleep: whether the process is frozen; slept: whether it ever was.
         woke: the true time of the last thaw.
         waiting: events that came while the process was frozen.
+        ready: callbacks that run after the event that made them ready.
     """
 
     def __init__(self, world: World, name: str, clock: Clock) -> None:
@@ -43,7 +44,7 @@ class Process(asyncio.AbstractEventLoop):
         self.asleep = self.slept = False
         self.woke = float("-inf")
         self.waiting: list[tuple[int, Any]] = []
-        self._ready: collections.deque[asyncio.Handle] = collections.deque()
+        self.ready: collections.deque[asyncio.Handle] = collections.deque()
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
         """Handle a message."""
@@ -73,15 +74,16 @@ class Process(asyncio.AbstractEventLoop):
 
     def run(self, callback: Callable[[], object]) -> None:
         """Run one event and all callbacks that it makes ready."""
+        before = asyncio._get_running_loop()
         asyncio._set_running_loop(self)
         try:
             callback()
-            while self._ready:
-                handle = self._ready.popleft()
+            while self.ready:
+                handle = self.ready.popleft()
                 if not handle.cancelled():
                     handle._run()
         finally:
-            asyncio._set_running_loop(None)
+            asyncio._set_running_loop(before)
 
     # The methods that asyncio calls on a loop
 
@@ -90,13 +92,13 @@ class Process(asyncio.AbstractEventLoop):
 
     def call_soon(self, callback: Any, *args: Any, context: Any = None) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
-        self._ready.append(handle)
+        self.ready.append(handle)
         return handle
 
     call_soon_threadsafe = call_soon
 
     def call_later(self, delay: float, callback: Any, *args: Any, context: Any = None) -> asyncio.TimerHandle:
-        timer = asyncio.TimerHandle(self.time() + delay, callback, args, self, context)
+        timer = asyncio.TimerHandle(0.0, callback, args, self, context)  # the world keeps the time
         self.world.at(self.world.now + max(delay, 0.0) / self.clock.rate, self, timer)
         return timer
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from areal_vllm_ext.control.awake_clock import AwakeClock
 from areal_vllm_ext.control.command import Commander
 from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.engine_core.participant import CallCommit
@@ -28,7 +29,8 @@ class DirectoryProcess(Asking):
 
     def __init__(self, world: World) -> None:
         super().__init__(world, "directory")
-        self.directory = Directory(self.time(), timing.SETTLE_SECONDS)
+        self.awake_time = AwakeClock(self.time)
+        self.directory = Directory(self.awake_time(), timing.SETTLE_SECONDS)
         self.answers: dict[ReplyTo, Answer] = {}
         self.recovery: asyncio.Task[None] | None = None
         world.join(self, DIRECTORY)
@@ -41,14 +43,15 @@ class DirectoryProcess(Asking):
 
     def watch(self) -> None:
         """Recover what a client has left, as ``DirectoryServer`` does."""
-        if (self.recovery is None or self.recovery.done()) and self.directory.recovery_due(self.time()):
+        if (self.recovery is None or self.recovery.done()) and self.directory.recovery_due(self.awake_time()):
             self.world.log(self.name, "recovers")
             self.recovery = self.create_task(self.recover())
         self.after(WATCH_SECONDS, self.watch)
 
     async def recover(self) -> None:
         try:
-            await Commander(self.link(), DIRECTORY, self.name).recover(RECOVERY_SECONDS, resume=True)
+            resume = self.world.resume_orphans
+            await Commander(self.link(), DIRECTORY, self.name).recover(RECOVERY_SECONDS, resume=resume)
         except ArealError as error:
             self.world.log(self.name, f"cannot recover: {error}")
             await asyncio.sleep(timing.HEARTBEAT_SECONDS)
@@ -58,7 +61,7 @@ class DirectoryProcess(Asking):
             super().hear(caller, message)
             return
         if caller not in self.answers:
-            self.answers[caller] = self.directory.handle(message, self.time())
+            self.answers[caller] = self.directory.handle(message, self.awake_time())
         self.world.send(self, caller.peer, caller, self.answers[caller])
 
 
@@ -70,7 +73,6 @@ class EngineProcess(Process):
         full: whether no worker has memory for another update.
         stuck: what does not return: ``calls`` of the engine's loop, its ``pause``, ``workers``.
         slowness: the longest time that a step takes, in seconds.
-        joined: whether the directory has answered; before that the engine serves nothing.
     """
 
     def __init__(self, world: World, info: EngineInfo, rank: int) -> None:
@@ -80,13 +82,24 @@ class EngineProcess(Process):
         self.full = False
         self.stuck: frozenset[str] = frozenset()
         self.slowness = STEP_SECONDS
-        self.engine = Engine(info=info, log=functools.partial(world.log, self.name))
-        self.engine.running = self.joined = False
-        self._stepping = False
+        self.engine = Engine(
+            info=info, log=functools.partial(world.log, self.name), resume_orphans=world.resume_orphans, joined=False
+        )
+        self.engine.running = False
+        self._stepping = self._ticking = False
         self._answered = b""
         world.join(self, info.address)
-        self.after(world.dice.uniform(0, TICK_SECONDS), self.tick)
         self.after(world.dice.uniform(0, timing.HEARTBEAT_SECONDS), self.beat)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the directory has answered. Before that the engine's loop does not run."""
+        return self.engine.participant.joined
+
+    @property
+    def serves(self) -> bool:
+        """Whether clients get answers. The steps of a loop that is stuck come later."""
+        return self.alive and not self.asleep and self.engine.running and "calls" not in self.stuck
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
         if caller.peer == self.name.encode():
@@ -108,20 +121,19 @@ class EngineProcess(Process):
         self.world.check(self.rank)
 
     def tick(self) -> None:
+        self._ticking = False
         participant, now = self.engine.participant, self.time()
         if effects := participant.tick(now):
             self.engine.carry_out(effects)
-            self.flush()
         if participant.update and participant.update_phase == "receiving" and now > participant.update.ends:
             raise Violation("leftover", f"{self.name} receives an update whose time is over")
-        self.after(TICK_SECONDS, self.tick)
+        self.flush()
 
     def registered(self, message: Registered) -> None:
         """Handle the directory's answer to a heartbeat."""
-        engine = self.engine
+        engine, joined = self.engine, self.joined
         engine.carry_out(engine.participant.on_group_epoch(message.version, message.committed_epoch))
-        if not self.joined:
-            self.joined = True
+        if not joined:
             self.world.joins(message.committed_epoch)
             engine.running = engine.participant.generation == "running"
             self.world.check(self.rank)
@@ -134,11 +146,19 @@ class EngineProcess(Process):
 
     def flush(self) -> None:
         """Send the answers, and let the next step come a moment later."""
-        engine = self.engine
+        engine, participant = self.engine, self.engine.participant
         self.world.committed(self.rank)
-        for caller, answer in engine.replies:
-            self.world.send(self, caller.peer, caller, answer)
-        engine.replies.clear()
+        if engine.replies:
+            for caller, answer in engine.replies:
+                self.world.send(self, caller.peer, caller, answer)
+            engine.replies.clear()
+        if (participant.tainted or participant.stale) and participant.generation == "running":
+            engine.carry_out(participant.tick(self.time()))  # as the endpoint does after each message
+        # An engine that runs and has no update has nothing that could be over its time.
+        waits = participant.update or participant.generation != "running" or participant.tainted or participant.stale
+        if waits and not self._ticking:
+            self._ticking = True
+            self.after(TICK_SECONDS, self.tick)
         if not self._stepping and engine.busy:
             self._stepping = True
             self.after(self.world.dice.uniform(0.0001, self.slowness), self.step)
@@ -146,12 +166,18 @@ class EngineProcess(Process):
     def unstick(self) -> None:
         """End ``stuck``, ``full`` and ``slowness``."""
         self.stuck, self.full, self.slowness = frozenset(), False, STEP_SECONDS
+        self.world.check(self.rank)
         self.flush()
+
+    def get_stuck(self, what: frozenset[str]) -> None:
+        """Let ``what`` not return until ``unstick``."""
+        self.stuck = what
+        self.world.account_for(self.rank)
 
     def _parts(self) -> list[Callable[[], None]]:
         """Return what can happen next, without what is stuck."""
         engine, parts = self.engine, self.engine.parts()
-        if "calls" in self.stuck:
+        if "calls" in self.stuck or not self.joined:
             parts = [part for part in parts if part != engine.step]
         if "pause" in self.stuck:
             parts = [part for part in parts if part != engine.become_idle]
@@ -176,7 +202,7 @@ class EngineProcess(Process):
             part(fails=self._fails() or (self.full and isinstance(engine.orders[part.args[0]][0], Begin)))
         else:
             part()
-            if part == engine.become_idle:
+            if part in (engine.become_idle, engine.report):
                 self.world.check(self.rank)
         self.flush()
 

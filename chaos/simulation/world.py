@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 import heapq
 import itertools
 import random
@@ -32,15 +33,24 @@ class World:
     Attributes:
         now: the true time, in seconds.
         switched: by version, the engines that ever committed it.
-        split: whether something happened that is not promised to work: two clients commanded engines of a network that was
-            cut in two, or a directory that restarted could not hear of the newest version.
+        replicas: how many replicas the engines belong to.
+        resume_orphans: whether recovery resumes engines that a client has left paused.
+        not_promised: what happened that is not promised to work, one of ``NOT_PROMISED``; empty if nothing did.
         on_send: called with every message that is sent, and whether it will arrive.
     """
 
     def __init__(
-        self, engines: int, dice: random.Random, trace: bool = False, coverage: Coverage | None = None
+        self,
+        engines: int,
+        dice: random.Random,
+        trace: bool = False,
+        coverage: Coverage | None = None,
+        *,
+        replicas: int = 1,
+        resume_orphans: bool = True,
     ) -> None:
         self.dice = dice
+        self.replicas, self.resume_orphans = replicas, resume_orphans
         self.now = 0.0
         self.events = 0
         self.lines: list[str] | None = [] if trace else None
@@ -51,7 +61,7 @@ class World:
         self._processes: dict[bytes, Process] = {}
         self.network = Network(self.dice)
         self.switched: dict[Version, set[int]] = collections.defaultdict(set)
-        self.split = False
+        self.not_promised = ""
         self.coverage = coverage or Coverage()
         self._epochs: dict[Version, int] = {}
         self._begun: set[str] = set()
@@ -85,7 +95,8 @@ class World:
         self.remember()
 
     def _new_engine(self, rank: int, engines: int) -> EngineProcess:
-        return EngineProcess(self, engine_info(rank, engines, next(self._incarnations)), rank)
+        info = engine_info(rank, engines, next(self._incarnations), self.replicas)
+        return EngineProcess(self, info, rank)
 
     def crash_engine(self, rank: int) -> None:
         self.engines[rank].kill()
@@ -109,24 +120,35 @@ class World:
         """Call ``callback`` in ``process`` at the true time ``when``; ``order`` decides between simultaneous events."""
         heapq.heappush(self._heap, (when, next(self._order) if order is None else order, process, callback))
 
-    def run(self, until: float, done: Callable[[], bool] = lambda: False) -> None:
+    def run(self, until: float, done: Callable[[], bool] | None = None) -> None:
         """Play events up to the time ``until``, or until ``done``."""
-        heap = self._heap
-        while heap and heap[0][0] <= until and not done():
-            when, order, process, callback = heapq.heappop(heap)
-            if not process.alive:
-                continue
-            if process.asleep:
-                process.waiting.append((order, callback))
-                continue
-            self.now = max(self.now, when)
-            if isinstance(callback, asyncio.TimerHandle):
-                if callback.cancelled():
+        heap, heappop, set_loop = self._heap, heapq.heappop, asyncio._set_running_loop
+        timer_class = asyncio.TimerHandle
+        try:
+            while heap and heap[0][0] <= until and not (done and done()):
+                when, order, process, callback = heappop(heap)
+                if not process.alive:
                     continue
-                callback = callback._run
-            self.events += 1
-            process.run(callback)
-        if not done():
+                if process.asleep:
+                    process.waiting.append((order, callback))
+                    continue
+                self.now = max(self.now, when)
+                if callback.__class__ is timer_class:
+                    if callback.cancelled():
+                        continue
+                    callback = callback._run
+                self.events += 1
+                # ``process.run(callback)``, without leaving the loop after each event
+                set_loop(process)
+                callback()
+                ready = process.ready
+                while ready:
+                    handle = ready.popleft()
+                    if not handle.cancelled():
+                        handle._run()
+        finally:
+            set_loop(None)
+        if not (done and done()):
             self.now = max(self.now, until)
 
     def log(self, who: str, what: object) -> None:
@@ -140,12 +162,9 @@ class World:
         receiver = self._listening.get(target) if isinstance(target, str) else self._processes.get(target)
         if not source.alive or receiver is None:
             return
-
-        def arrive() -> None:
-            if self.lines is not None:
-                self.log(receiver.name, f"<- {source.name} {brief(message)}")
-            receiver.hear(caller, message)
-
+        arrive: Callable[[], None] = functools.partial(receiver.hear, caller, message)
+        if self.lines is not None:
+            arrive = functools.partial(self._arrive, source, receiver, caller, message)
         if not self.network.passes(source, receiver):
             self.on_send(source, receiver, caller, message, False)
             # When a link is joined again, either the kernel delivers what was in flight, or the connection has ended.
@@ -156,6 +175,10 @@ class World:
         self.on_send(source, receiver, caller, message, bool(delays) and receiver.alive)
         for delay in delays:
             self.at(self.now + delay, receiver, arrive)
+
+    def _arrive(self, source: Process, receiver: Process, caller: ReplyTo, message: Message) -> None:
+        self.log(receiver.name, f"<- {source.name} {brief(message)}")
+        receiver.hear(caller, message)
 
     def reaches(self, source: Process, address: str) -> bool:
         """Return whether a connection from ``source`` to ``address`` would stand."""
@@ -186,7 +209,7 @@ class World:
         """Note what engine ``rank`` serves now."""
         process = self.engines[rank]
         participant, served = process.engine.participant, None
-        if process.alive and not process.asleep and process.engine.running:
+        if process.serves:
             served = Served(process.name, participant.version, process.engine.version)
             self.account.newest = max(self.account.newest, participant.committed_epoch)
         self.account.serves(rank, served, self.now)
@@ -194,8 +217,11 @@ class World:
     def committed(self, rank: int) -> None:
         """Note the version that engine ``rank`` has, and its epoch."""
         participant = self.engines[rank].engine.participant
+        if self._epochs.get(participant.version) != participant.committed_epoch:
+            self._epochs[participant.version] = participant.committed_epoch
+        elif rank in self.switched[participant.version]:
+            return
         self.switched[participant.version].add(rank)
-        self._epochs[participant.version] = participant.committed_epoch
 
     def returned(self, version: Version) -> None:
         """Note that an update has returned as committed: from now on no engine may serve older weights."""
@@ -214,22 +240,38 @@ class World:
 
         A network that is cut in two can have two commanders, each on its side: the documentation does not promise one
         version then. So a violation does not count after an engine has obeyed a client that another engine has been fenced
-        from, if that client could not reach the directory.
+        from, if that client could not reach the directory. The same holds after a client has decided without an engine
+        that it could not reach, or that was frozen.
         """
         self.coverage.message(engine.engine.participant, message)
         source = self._processes.get(caller.peer)
-        if self.split or source is None or not isinstance(message, Abort | Commit | Resume):
+        if self.not_promised or source is None or not isinstance(message, Abort | Commit | Resume):
             return
         passes, directory = self.network.passes, self.directory
         living = [one for one in self.engines if one.alive and one is not engine]
         if any(one.engine.participant.epoch > message.epoch for one in living):
             obeyed = message.epoch >= engine.engine.participant.epoch
             there = directory.alive and not directory.asleep
-            self.split = obeyed and not (there and passes(source, directory) and passes(directory, source))
+            if obeyed and not (there and passes(source, directory) and passes(directory, source)):
+                self.not_promised = "a network was cut in two"
         else:  # it decides without an engine that is, or just was, out of its reach
-            recent = self.network.joined > self.now - 2.0
-            cut = (one for one in living if recent or not (passes(source, one) and passes(one, source)))
-            self.split = any(one.engine.participant.epoch < message.epoch for one in cut)
+            recent = self.now - 2.0
+            behind = [one for one in living if one.engine.participant.epoch < message.epoch]
+            if any(one.asleep or one.woke > recent for one in behind):
+                self.not_promised = "an engine was frozen while others decided"
+            if any(self.network.joined > recent or not (passes(source, one) and passes(one, source)) for one in behind):
+                self.not_promised = "a network was cut in two"
+
+    def goes_on_without(self, targets: set[str]) -> None:
+        """Note that an update with ``drop_lost`` goes on without engines that are alive.
+
+        The documentation says that such an engine may serve its old weights.
+
+        Args:
+            targets: the addresses of the engines that are in the update.
+        """
+        if any(one.alive and one.joined and one.engine.info.address not in targets for one in self.engines):
+            self.not_promised = self.not_promised or "drop_lost, and the lost engine was alive"
 
     def joins(self, epoch: int) -> None:
         """Note that an engine joins at the group's committed epoch, as far as the directory knows it.
@@ -241,8 +283,9 @@ class World:
             if process.alive and process.engine.participant.committed_epoch > epoch:
                 network, recently = self.network, self.now - 2.0
                 reached = network.passes(process, self.directory) and network.passes(self.directory, process)
-                reached = reached and max(network.joined, process.woke, self.directory.woke) < recently
-                self.split = self.split or process.asleep or not reached
+                reached = reached and max(network.joined, process.woke) < recently
+                if process.asleep or not reached:
+                    self.not_promised = self.not_promised or "a restarted directory did not hear of the newest version"
 
     def check_history(self) -> None:
         """Check that all engines together have behaved like one register of weights."""

@@ -13,6 +13,7 @@ from raw_client import RawClient
 from waiting import eventually
 
 from areal_vllm_ext import protocol
+from areal_vllm_ext.control.awake_clock import LONGEST_STEP_SECONDS, AwakeClock
 from areal_vllm_ext.control.directory import Directory, new_incarnation
 from areal_vllm_ext.control.membership import describe_missing
 from areal_vllm_ext.protocol import (
@@ -464,3 +465,29 @@ def test_a_restarted_engine_joins_anew() -> None:
     successor = msgspec.structs.replace(engine(0), incarnation="2")
     assert directory.handle(Register(engine=successor, epoch=0), 2.5) == Ack()
     assert joining(directory, 2.5) == [0]
+
+
+def test_time_stands_still_for_a_directory_that_is_stopped() -> None:
+    """It has not read the heartbeats of that time yet, so nobody is lost, no lease is over, and it has not settled."""
+    reading = [100.0]
+    clock = AwakeClock(lambda: reading[0])
+    assert clock() == 100.0
+    reading[0] += 0.2
+    assert clock() == pytest.approx(100.2)
+    reading[0] += 3600.0
+    assert clock() == pytest.approx(100.2 + LONGEST_STEP_SECONDS)
+    reading[0] += 0.2
+    assert clock() == pytest.approx(100.4 + LONGEST_STEP_SECONDS)
+
+
+def test_a_directory_that_was_stopped_settles_before_an_engine_joins() -> None:
+    reading = [0.0]
+    clock = AwakeClock(lambda: reading[0])
+    directory = Directory(clock(), settle_seconds=2.5)
+    reading[0] = 60.0
+    assert told(directory, 0, clock()) == Ack(), "the engine that knows the newest version may be next in the queue"
+    assert told(directory, 1, clock(), version="v1", committed_epoch=1) == Ack()
+    for _ in range(4):
+        reading[0] += 0.5
+        clock()
+    assert told(directory, 0, clock()) == Registered(version="v1", committed_epoch=1)

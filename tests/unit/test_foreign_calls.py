@@ -16,6 +16,7 @@ from engine_infos import engine_info
 from areal_vllm_ext.engine_core.effects import CallCommit, CallPause, CallResume, Effect, Order, Reply
 from areal_vllm_ext.engine_core.foreign_calls import ForeignCalls
 from areal_vllm_ext.engine_core.participant import Participant, ParticipantRequest
+from areal_vllm_ext.engine_core.status import status_of
 from areal_vllm_ext.protocol import (
     Ack,
     Answer,
@@ -117,7 +118,7 @@ class Rig:
                     self.take(self.participant.commit_done("", 0.0))
 
     def status(self) -> Status:
-        return self.participant.status(engine_info(), scheduler_paused=self.vllm.paused)
+        return status_of(self.participant, engine_info(), scheduler_paused=self.vllm.paused)
 
     def begin(self) -> Answer | None:
         message = Begin(epoch=1, update="u", version="v1", senders={0: Sender(transfer=Disk(path="/"))}, timeout=60.0)

@@ -829,6 +829,34 @@ def test_a_pause_for_an_update_stands_where_the_weights_became_stale() -> None:
     assert "CallCancelPause" not in rig.kinds()
 
 
+def test_an_engine_that_resumes_when_it_hears_that_it_is_behind_pauses_again() -> None:
+    rig = in_state("idle", "paused")
+    rig.resume()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    assert rig.participant.stale
+    rig.take(rig.participant.on_group_epoch(OLD, 0))
+    assert rig.participant.generation == "resuming", "no second resume"
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.resumed()
+    rig.pass_time(0.0)
+    assert rig.participant.generation == "pausing"
+    assert rig.participant.pauses.paused_for == "stale"
+
+
+def test_an_engine_takes_part_in_nothing_before_it_has_joined() -> None:
+    rig = Rig()
+    rig.participant.joined = False
+    for asked in (rig.begin(), rig.pause()):
+        refusal = rig.answers[asked]
+        assert isinstance(refusal, Error)
+        assert "has not joined its group yet" in refusal.message
+    assert rig.acked(rig.resume()), "it has nothing to resume"
+    assert rig.calls == []
+    rig.take(rig.participant.on_group_epoch(OLD, 0))
+    rig.begin()
+    assert rig.participant.update_phase == "receiving"
+
+
 def test_stale_weights_are_paused_again_where_the_pause_failed() -> None:
     rig = Rig()
     rig.take(rig.participant.on_group_epoch(NEW, 5))
