@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+
+from .transaction import CANNOT_PICKLE
 
 if TYPE_CHECKING:
     import os
@@ -44,3 +46,6 @@ class Update:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._thread.run(self._transaction.close(error))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(CANNOT_PICKLE)

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
+CANNOT_PICKLE = (
+    "an update cannot be pickled, because it belongs to the connections of this process: begin it in the process that sends "
+    "the weights; its result can be pickled"
+)
+
 # A thread that sends for a cancelled update notices that within milliseconds, unless the user's iterator keeps it.
 _STOP_SECONDS = 0.5
 # Time to collect the engines' part of a trace; the shorter one applies after the deadline.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+
+from .transaction import CANNOT_PICKLE
 
 if TYPE_CHECKING:
     import os
@@ -63,3 +65,6 @@ class AsyncUpdate:
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         await self.transaction.close(error, self._sending)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(CANNOT_PICKLE)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from waiting import eventually, in_thread
 
-from areal_vllm_ext import ArealError, AsyncEngineGroup, EngineGroup
+from areal_vllm_ext import ArealError, AsyncEngineGroup, EngineGroup, UpdateResult
 from areal_vllm_ext.client.sinks import Sinks
 from harness.simulated_engine import Deployment
 
@@ -257,6 +257,28 @@ def test_a_group_that_is_pickled_says_what_to_do(kind: type, key_file: Path) -> 
             TypeError, match=rf"{kind.__name__} cannot be pickled, .* call {kind.__name__}.connect\(...\)"
         ):
             attempt(group)
+
+
+@pytest.mark.parametrize("kind", [EngineGroup, AsyncEngineGroup])
+def test_an_update_that_is_pickled_says_what_to_do(kind: type, key_file: Path) -> None:
+    opened = kind.connect("tcp://127.0.0.1:1", key_file=key_file).update(1)
+    for attempt in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"an update cannot be pickled, .* begin it in the process that sends"):
+            attempt(opened)
+
+
+def test_the_result_of_an_update_can_be_pickled() -> None:
+    result = UpdateResult(
+        version=1,
+        engines=("one",),
+        lost={"other": "it ended"},
+        nbytes=8,
+        kept=0,
+        total_ms=2.0,
+        pause_ms=1.0,
+        commit_ms=0.5,
+    )
+    assert pickle.loads(pickle.dumps(result)) == result
 
 
 def test_no_warning_comes_from_groups_that_are_closed(deployment: Deployment, key_file: Path) -> None:
