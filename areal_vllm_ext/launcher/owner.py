@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ import zmq
 from ray.util.placement_group import remove_placement_group
 
 from ..client.group import AsyncEngineGroup
+from ..control.command import Commander
 from ..control.directory_server import DirectoryServer
+from ..control.link import Link
 from ..errors import ArealError, LaunchError
 from ..process.lifeline import Lifelines
 from ..protocol import security, timing
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 30.0
+# Engines that were killed are lost to the directory after 5 s.
+_FORGET_SECONDS = timing.LOST_AFTER_SECONDS + 3.0
+_DIRECTORY_SECONDS = 2.0
+_MAX_MESSAGE_BYTES = 1 << 20
 
 
 class ReplicaOwner:
@@ -42,6 +49,7 @@ class ReplicaOwner:
         self._launchers: dict[int, Any] = {}
         self._group: PlacementGroup | None = None
         self._running: asyncio.Task[None] | None = None
+        self._joined = False
         self._gone, self._seen = set[str](), set[str]()
         self._lifelines = Lifelines(self._gone.add)
 
@@ -51,6 +59,7 @@ class ReplicaOwner:
         """Start the replica; serve the directory here, unless the replica joins another one's ``directory``."""
         self._spec, own = spec, ray.util.get_node_ip_address()
         self._lifeline = await self._lifelines.listen(own)
+        self._joined = directory is not None
         if directory is None:
             key, context = key or security.new_key(), zmq.Context()
             security.ZapAuthenticator(context, key)
@@ -70,6 +79,9 @@ class ReplicaOwner:
             self._running.cancel()
             await asyncio.wait([self._running])
         await self._end_all()
+        if self._joined:
+            with contextlib.suppress(ArealError):  # the directory ended before this replica
+                await forget_closed(self._directory, self._spec.name)
         self._change(phase="ended")
 
     def _change(self, **changes: Any) -> None:
@@ -233,6 +245,28 @@ class ReplicaOwner:
         if self._group and self._spec.placement.group is None:
             await asyncio.to_thread(remove_placement_group, self._group)
         self._group = None
+
+
+async def forget_closed(directory: DirectoryEndpoint, replica: str, seconds: float = _FORGET_SECONDS) -> None:
+    """Let the directory's other replicas go on without ``replica``, whose engines have ended on purpose.
+
+    Engines that were killed are alive to the directory until they are lost, and cannot be forgotten before.
+
+    Raises:
+        EngineUnreachable: the directory does not answer.
+    """
+    link = Link(lambda _: directory.key, _MAX_MESSAGE_BYTES)
+    commander, ends = Commander(link, directory.address), time.monotonic() + seconds
+    try:
+        while time.monotonic() < ends:
+            found = await commander.discover(_DIRECTORY_SECONDS)
+            if not any(engine.replica == replica for engine in (*found.alive, *found.joining)):
+                if any(engine.replica == replica for engine, _ in found.lost):
+                    await commander.forget(replica, None, _DIRECTORY_SECONDS)
+                return
+            await asyncio.sleep(_POLL_SECONDS)
+    finally:
+        link.close()
 
 
 def _device() -> tuple[str, str]:
