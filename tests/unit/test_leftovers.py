@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import multiprocessing
 import socket
 import sys
 import tempfile
@@ -68,3 +69,11 @@ def test_a_segment_is_left_when_no_process_has_it_open() -> None:
     finally:
         path.unlink()
         users.unlink()
+
+
+def test_a_semaphore_is_not_left_while_its_maker_has_it() -> None:
+    """It was mapped under a temporary name, and got its own name later."""
+    lock = multiprocessing.get_context("spawn").Lock()
+    path = Path("/dev/shm", lock._semlock.name.replace("/", "sem."))  # type: ignore[attr-defined]
+    assert path.exists()
+    assert path not in left_on_disk()
