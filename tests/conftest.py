@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 CI = os.environ.get("CI") == "true"
 
+# For torch in tests and in what they start. OpenMP's threads wait for each other in busy loops, so where engines or other tests
+# need the cores too, small models take ten times as long with two threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell starts background jobs with Ctrl-C ignored, and their children inherit that. The tests of Ctrl-C need the default.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
