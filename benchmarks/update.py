@@ -39,6 +39,7 @@ class Contest:
         self._server, self._trainer = server, trainer
         self._version = 0
         self.timings: dict[str, list[Timing]] = {}
+        self.first: dict[str, Timing] = {}
         self.problems: dict[str, str] = {}
         # By way, a worker's peak memory above its memory before, in MiB: in all updates, and in the first ones with the proof.
         self.memory: dict[str, float] = {}
@@ -54,6 +55,7 @@ class Contest:
         try:
             before = self._server.rpc("baseline_memory")
             timing = way.update(self._version, weights)
+            self.first.setdefault(way.name, timing)
             if before and before[0]:
                 extra = max(int(after[1]) - int(then[0]) for then, after in zip(before, self._memory(), strict=True))
                 peaks = self.memory if counts else self.first_memory
@@ -93,6 +95,8 @@ class Contest:
                 row["pause_ms"] = round(statistics.median(timing.pause_ms for timing in timings), 2)
                 row["all_pause_ms"] = [round(timing.pause_ms, 2) for timing in timings]
                 commits = [timing.commit_ms for timing in timings if timing.commit_ms is not None]
+                row["first_total_ms"] = round(self.first[name].total_ms, 2)
+                row["first_pause_ms"] = round(self.first[name].pause_ms, 2)
                 row["commit_ms"] = round(statistics.median(commits), 2) if commits else None
                 row["peak_mib"] = self.memory.get(name)
                 row["first_peak_mib"] = self.first_memory.get(name)
@@ -298,6 +302,7 @@ def main() -> int:
         "right",
         "total_ms",
         "pause_ms",
+        "first_pause_ms",
         "commit_ms",
         "gb_per_s",
         "of_raw_link",
