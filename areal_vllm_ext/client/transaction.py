@@ -22,9 +22,10 @@ from ..transport.base import Cancelled
 from .context import UpdateContext
 from .delivery import Delivery, Sharing
 from .driver import Driver
+from .modules import Named, gathered
 from .state import UpdateResult
 from .walk import drained_on_error, walk
-from .weights import Checker, Named, WeightSource, checked_cast, gathered
+from .weights import Checker, WeightSource, checked_cast
 
 if TYPE_CHECKING:
     import torch

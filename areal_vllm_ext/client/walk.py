@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping
 from typing import Any
 
 from .options import checked_seconds
@@ -56,7 +56,7 @@ def walk(weights: Any, timeout: Any) -> Any:
         weights: see ``AsyncUpdate.send``.
         timeout: of the update, in seconds, checked or not.
     """
-    if isinstance(weights, (Walk, str, Mapping, list, tuple)) or hasattr(weights, "state_dict"):
+    if isinstance(weights, (Walk, str, Mapping, ItemsView, list, tuple)) or hasattr(weights, "state_dict"):
         return weights
     if hasattr(weights, "shape") or not isinstance(weights, Iterable):
         return weights  # a path, or an error that the check of the weights names

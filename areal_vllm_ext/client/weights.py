@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import functools
-import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from ..errors import InvalidWeights
 from ..integrity import checkpoint
 from ..protocol import TensorMeta
+from .modules import Named, gathered, identity, is_sharded, parts_of
+from .names import NameFinder
 
-Named = tuple[str, torch.Tensor]
 WeightSource = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[Named]
 # The dtype to send in: one for all floating-point tensors, or "auto" for that of each tensor in the engines' checkpoint.
 Cast = torch.dtype | Literal["auto"]
 
 # A dtype is wider than another if it holds every value of it. Neither of float16 and bfloat16 does.
 _WIDTHS = {"float64": 3, "float32": 2, "bfloat16": 1, "float16": 1}
-# What modules keep beside their tensors (``torch.nn.Module.get_extra_state``); no part of a checkpoint.
-_EXTRA_STATE = "_extra_state"
 # A model has few tied weights. With more unknown names than this, they are not compared by value, which takes time.
 _MOST_COPIES = 8
-# Prefixes that wrappers of modules put into the names of tensors.
-_WRAPPERS = re.compile(
-    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\."
-)
 
 
 def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the checkpoint tensors of a module, a state dict or an iterable, one at a time.
 
-    A Hugging Face model's tensors get the names under which the model saves them. For example, transformers 5 holds the
+    The parts of names that wrappers add (``torch.compile``, DDP, FSDP, activation checkpointing) are taken off a module's
+    names. A Hugging Face model's tensors get the names under which the model saves them. For example, transformers 5 holds the
     experts of an MoE fused, and saves them one by one. A ``DTensor`` is gathered, which is a collective: in a sharded trainer
     every rank must walk through this iterator at the same time. ``EngineGroup.update(process_group=...)`` does that.
     """
@@ -44,9 +39,7 @@ def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
 def named_parts(source: WeightSource) -> Iterable[Named]:
     """Return the checkpoint tensors as this rank holds them: a ``DTensor`` is not gathered."""
     if isinstance(source, torch.nn.Module):
-        module = source.module if isinstance(source, torch.nn.parallel.DistributedDataParallel) else source
-        state = {name: one for name, one in module.state_dict().items() if not name.endswith(_EXTRA_STATE)}
-        source = checkpoint_format(module, state)
+        source = parts_of(source)
     if isinstance(source, torch.Tensor) or not isinstance(source, Iterable):
         raise InvalidWeights(
             f"send(...) got {_kind(source)}: give a module, a state dict, an iterable of (name, tensor), or a path"
@@ -103,42 +96,6 @@ def checked_cast(dtype: str | torch.dtype | None) -> Cast | None:
     return cast
 
 
-def is_sharded(part: Any) -> bool:
-    """Return whether gathering the full tensor is a collective."""
-    return hasattr(part, "full_tensor")
-
-
-def gathered(parts: Iterable[Named]) -> Iterator[Named]:
-    """Yield full tensors, one at a time."""
-    part: Any
-    for name, part in parts:
-        full: torch.Tensor = part.full_tensor() if is_sharded(part) else part
-        yield name, full.detach() if full.requires_grad else full
-
-
-def checkpoint_format(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return ``state`` under the names that ``save_pretrained`` writes; unchanged unless the module is Hugging Face's."""
-    try:
-        from transformers import PreTrainedModel
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return state
-    if not isinstance(module, PreTrainedModel):
-        return state
-    converted: dict[str, torch.Tensor] = revert_weight_conversion(module, without_ties(module, state))
-    return converted
-
-
-def without_ties(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return ``state`` without the second names of tied weights, as ``save_pretrained`` does. Broken ties stay."""
-    ties: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if not ((source := state.get(ties.get(name, ""))) is not None and _identity(source) == _identity(tensor))
-    }
-
-
 class Checker:
     """Checks the tensors to send by name, shape and dtype."""
 
@@ -150,6 +107,7 @@ class Checker:
             dtype: dtype to send in, see ``AsyncUpdate.send``.
         """
         self._expected = {tensor.name: tensor for tensor in expected}
+        self._names = NameFinder(self._expected)
         self._dtypes = (engine_dtype,)
         self._cast = checked_cast(dtype)
         self._tied: set[str] = set()
@@ -164,8 +122,14 @@ class Checker:
         Raises:
             InvalidWeights: the engines could not load a tensor; or, at the end, one is missing.
         """
-        for meta, tensor in self._checked(weights, partial=partial):
+        for meta, tensor in self._checked(self.renamed(weights), partial=partial):
             yield meta, _cast(meta, tensor)
+
+    def renamed(self, weights: Iterable[Named]) -> Iterator[Named]:
+        """Yield ``weights`` under the engines' names, without what is no part of what engines serve."""
+        for name, tensor in weights:
+            if (known := self._names.find(name)) is not None:
+                yield known, tensor
 
     def _checked(self, weights: Iterable[Named], *, partial: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """Yield the tensors to send before they are cast. No operation runs on them, so a ``DTensor`` costs no collective."""
@@ -178,28 +142,11 @@ class Checker:
             meta = TensorMeta(name, self._dtype_of(name, _name(tensor.dtype)), tuple(tensor.shape))
             unexpected = self._expected and self._expected.get(name) != meta
             if unexpected and (problem := checkpoint.mismatch_reason(meta, self._expected, self._dtypes)):
-                raise InvalidWeights(problem + self._hint(meta))
+                raise InvalidWeights(problem + self._names.hint(meta))
             sent.add(name)
             yield meta, tensor
         if not partial:
             self.check_complete(sent)
-
-    def _hint(self, meta: TensorMeta) -> str:
-        """Return what to do about a name that the engines' checkpoint lacks; empty for other names."""
-        name = meta.name
-        if name in self._expected:
-            return ""
-        bare = _WRAPPERS.sub("", name)
-        if bare in self._expected:
-            return (
-                f"; a wrapper has renamed {bare}: give the model inside it, or names without {name.replace(bare, '')!r}"
-            )
-        if longer := [known for known in self._expected if known.endswith(f".{name}")]:
-            return f"; the checkpoint calls it {longer[0]}: add the prefix to all names"
-        if shorter := [known for known in self._expected if name.endswith(f".{known}")]:
-            return f"; the checkpoint calls it {shorter[0]}: remove the prefix from all names"
-        like = [known.name for known in self._expected.values() if known.shape == meta.shape]
-        return f"; if it is tied to {like[0]}, leave it out" if len(like) == 1 else ""
 
     def _dtype_of(self, name: str, given: str) -> str:
         """Return the dtype in which tensor ``name``, which has dtype ``given``, is sent."""
@@ -229,14 +176,16 @@ class Checker:
     ) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """Check all of ``source``, and yield the tensors that ``gather`` makes full.
 
-        A module, a mapping or a list is checked before this returns; an iterator while it is walked.
+        A module, a mapping, its items or a list is checked before this returns; an iterator while it is walked.
         """
         parts = named_parts(source)
-        if isinstance(source, (torch.nn.Module, Mapping, list, tuple)):
+        if isinstance(source, (torch.nn.Module, Mapping, ItemsView, list, tuple)):
             parts = list(parts)
-            checked = {meta.name: meta for meta in self.check_ahead(parts)}
-            # ``checked`` lacks the second names of tied weights.
-            return ((checked[name], _cast(checked[name], tensor)) for name, tensor in gather(parts) if name in checked)
+            # It lacks the second names of tied weights.
+            checked = {meta.name: meta for meta in self.check_ahead(list(self.renamed(parts)))}
+            # Every rank of a trainer gathers the same parts, under the names that it holds them by.
+            full = self.renamed(gather(parts))
+            return ((checked[name], _cast(checked[name], tensor)) for name, tensor in full if name in checked)
         return self.check(gather(parts))
 
     def check_ahead(self, weights: Sequence[Named], *, partial: bool = False) -> tuple[TensorMeta, ...]:
@@ -247,7 +196,7 @@ class Checker:
         because the first was freed.
 
         Args:
-            weights: the tensors.
+            weights: the tensors, under the engines' names (``renamed``).
             partial: whether other ranks send the rest.
 
         Returns:
@@ -257,11 +206,11 @@ class Checker:
         if others := [(name, tensor) for name, tensor in weights if name not in self._expected]:
             known = [tensor for name, tensor in weights if name in self._expected]
             comparable = known if len(others) <= _MOST_COPIES else []
-            identities = {_identity(tensor) for tensor in known}
+            identities = {identity(tensor) for tensor in known}
             self._tied = {
                 name
                 for name, tensor in others
-                if _identity(tensor) in identities or any(_is_copy(tensor, one) for one in comparable)
+                if identity(tensor) in identities or any(_is_copy(tensor, one) for one in comparable)
             }
         return tuple(meta for meta, _ in self._checked(weights, partial=partial))
 
@@ -284,12 +233,6 @@ def _is_copy(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     return alike and torch.equal(tensor, other)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    if hasattr(tensor, "to_local"):  # a DTensor: compare this rank's shards, because gathering would be a collective
-        tensor = tensor.to_local()
-    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
 def warn_unchecked(reason: str) -> None:
     """Warn that names and shapes are not checked before the tensors are sent."""
     warnings.warn(f"names and shapes cannot be checked before they are sent: {reason}", RuntimeWarning, stacklevel=3)
@@ -303,7 +246,7 @@ def persistent_storages(source: object) -> frozenset[int]:
         source.values()
         if isinstance(source, Mapping)
         else [one for _, one in source]
-        if isinstance(source, list)
+        if isinstance(source, (list, ItemsView))
         else ()
     )
     return frozenset(

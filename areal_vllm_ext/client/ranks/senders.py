@@ -20,8 +20,9 @@ from ...integrity import digest
 from ...protocol import EngineInfo, Sender
 from ...transport.buckets import total_bytes
 from ..delivery import choose_transport
+from ..modules import Named, gathered, is_sharded
 from ..sending import Sending, SendReport
-from ..weights import Checker, Named, WeightSource, gathered, is_sharded, named_parts
+from ..weights import Checker, WeightSource, named_parts
 from .plan import BeginContext, Plan, RankInventory, own_place, plan, with_workers, worker_ranks
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class RankSends:
         device = parts[0][1].device if parts else torch.device("cpu")
         known = self._begin_context(device)
         checker = Checker(known.expected, known.dtype, dtype)
+        parts = list(checker.renamed(parts))
         inventories = self._exchange_inventories(checker, parts, device)
         own = inventories[agreement.rank]
         shares = plan(self._senders, known, inventories)

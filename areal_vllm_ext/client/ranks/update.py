@@ -24,10 +24,11 @@ import torch.distributed as dist
 
 from ...errors import ArealError, UpdateAborted, UpdateInDoubt, WeightsTainted
 from ..blocking_update import Update
+from ..modules import Named, gathered, is_sharded
 from ..options import Senders
 from ..state import UpdateResult
 from ..walk import drained_on_error, walk
-from ..weights import Named, WeightSource, checked_cast, gathered, is_sharded, named_parts
+from ..weights import WeightSource, checked_cast, named_parts
 from .agreement import GRACE_SECONDS, Agreement
 from .senders import RankSends
 

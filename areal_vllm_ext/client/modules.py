@@ -1,0 +1,120 @@
+"""The tensors of a trainer's module, under the names with which its model is saved.
+
+A wrapper (``torch.compile``, DDP, FSDP, activation checkpointing, a value head) adds a part to the names, which is taken off.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("areal_vllm_ext")
+
+Named = tuple[str, torch.Tensor]
+
+# Parts of names that wrappers add wherever they are in a model. No model has modules of these names.
+_INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What modules keep beside their tensors (``torch.nn.Module.get_extra_state``); no part of a checkpoint.
+_EXTRA_STATE = "_extra_state"
+# The head that PPO trainers put beside the model (trl's AutoModelForCausalLMWithValueHead).
+VALUE_HEAD = "v_head"
+
+
+def is_sharded(part: Any) -> bool:
+    """Return whether gathering the full tensor is a collective."""
+    return hasattr(part, "full_tensor")
+
+
+def gathered(parts: Iterable[Named]) -> Iterator[Named]:
+    """Yield full tensors, one at a time."""
+    part: Any
+    for name, part in parts:
+        full: torch.Tensor = part.full_tensor() if is_sharded(part) else part
+        yield name, full.detach() if full.requires_grad else full
+
+
+def identity(tensor: Any) -> tuple[object, ...]:
+    """Return what two names of one tensor have in common."""
+    if hasattr(tensor, "to_local"):  # a DTensor: compare this rank's shards, because gathering would be a collective
+        tensor = tensor.to_local()
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def without_wrappers(name: str) -> str:
+    """Return ``name`` without the parts that wrappers inside of a model add."""
+    return _INNER_WRAPPERS.sub("", name)
+
+
+def parts_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a module as this rank holds them, under the names with which its model is saved."""
+    outer, model = _unwrapped(module)
+    state = {
+        without_wrappers(name): tensor for name, tensor in outer.state_dict().items() if not name.endswith(_EXTRA_STATE)
+    }
+    return checkpoint_format(model, state)
+
+
+def _unwrapped(module: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return the module to ask for its tensors, and the model inside of all wrappers."""
+    asked = module
+    while (wrapped := _wrapped(module)) is not None:
+        # FSDP1 gathers in its own ``state_dict``, so the module inside of it is not asked.
+        if asked is module and not _is_fsdp1(module):
+            asked = wrapped
+        module = wrapped
+    return asked, module
+
+
+def _wrapped(module: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the module inside of a wrapper; None if ``module`` is no wrapper."""
+    inside: dict[str, Any] = dict(module.named_children())
+    if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        return module.module  # type: ignore[no-any-return]
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        if name in inside:
+            return inside[name]  # type: ignore[no-any-return]
+    if VALUE_HEAD in inside and "pretrained_model" in inside:
+        say_left_out(VALUE_HEAD)
+        return inside["pretrained_model"]  # type: ignore[no-any-return]
+    return None
+
+
+def _is_fsdp1(module: torch.nn.Module) -> bool:
+    return "_fsdp_wrapped_module" in module._modules  # noqa: SLF001 - named_children skips what is there twice
+
+
+def say_left_out(name: str) -> None:
+    """Log once that tensors of this name are no part of what engines serve."""
+    if name not in _left_out:
+        _left_out.add(name)
+        logger.warning("%s of the trainer is not sent: the engines' model has no such tensors", name)
+
+
+_left_out: set[str] = set()
+
+
+def checkpoint_format(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return ``state`` under the names that ``save_pretrained`` writes; unchanged unless the module is Hugging Face's."""
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return state
+    if not isinstance(module, PreTrainedModel):
+        return state
+    converted: dict[str, torch.Tensor] = revert_weight_conversion(module, without_ties(module, state))
+    return converted
+
+
+def without_ties(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return ``state`` without the second names of tied weights, as ``save_pretrained`` does. Broken ties stay."""
+    ties: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not ((source := state.get(ties.get(name, ""))) is not None and identity(source) == identity(tensor))
+    }

@@ -1,0 +1,85 @@
+"""``NameFinder``: which of the engines' tensors a trainer means by a name."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidWeights
+from .modules import VALUE_HEAD, say_left_out, without_wrappers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ..protocol import TensorMeta
+
+# Parts that wrappers add: in front of a name, and (peft) where a layer has an adapter.
+_OUTER_WRAPPERS = ("module.", "pretrained_model.", "base_model.model.")
+_ADAPTED = re.compile(r"\.base_layer(?=\.)")
+# Tensors of an adapter, which only its model can merge.
+_ADAPTER = re.compile(r"\.(lora_|modules_to_save\.|original_module\.|ia3_|hada_|lokr_|vera_|oft_)")
+# A buffer that older models save, and that every model computes from its configuration.
+_COMPUTED = "rotary_emb.inv_freq"
+
+
+class NameFinder:
+    """Finds the engines' name for a trainer's."""
+
+    def __init__(self, known: Mapping[str, TensorMeta]) -> None:
+        """
+        Args:
+            known: the engines' tensors by name; empty if they are not known.
+        """
+        self._known = known
+
+    def find(self, name: str) -> str | None:
+        """Return the engines' name for ``name``; None if the tensor is no part of what engines serve.
+
+        A name that nothing in the engines' model fits is returned as it is.
+
+        Raises:
+            InvalidWeights: it is a part of an adapter.
+        """
+        if name in self._known:
+            return name
+        found = next((one for one in _candidates(name) if one in self._known), None)
+        if found is not None:
+            return found
+        if _ADAPTER.search(name):
+            raise InvalidWeights(
+                f"{name} is a part of an adapter: give send(...) the PeftModel itself, which is sent merged"
+            )
+        bare = without_wrappers(name)
+        if bare.endswith(_COMPUTED):
+            return None
+        if bare.removeprefix("module.").startswith(f"{VALUE_HEAD}."):
+            say_left_out(VALUE_HEAD)
+            return None
+        return name if self._known else bare
+
+    def hint(self, meta: TensorMeta) -> str:
+        """Return what to do about a tensor that the engines' model lacks; empty if its name is known."""
+        name = meta.name
+        if name in self._known:
+            return ""
+        if longer := [known for known in self._known if known.endswith(f".{name}")]:
+            return f"; the checkpoint calls it {longer[0]}: add the prefix to all names"
+        if shorter := [known for known in self._known if name.endswith(f".{known}")]:
+            return f"; the checkpoint calls it {shorter[0]}: remove the prefix from all names"
+        like = [known.name for known in self._known.values() if known.shape == meta.shape]
+        return f"; if it is tied to {like[0]}, leave it out" if len(like) == 1 else ""
+
+
+def _candidates(name: str) -> Iterator[str]:
+    """Yield ``name`` without what wrappers add, less and less of it."""
+    bare = without_wrappers(name)
+    yield bare
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in _OUTER_WRAPPERS:
+            if bare.startswith(prefix):
+                bare, stripped = bare.removeprefix(prefix), True
+                yield bare
+                yield _ADAPTED.sub("", bare)
+    yield _ADAPTED.sub("", bare)
