@@ -64,6 +64,9 @@ MESSAGES: tuple[protocol.Message, ...] = (
     protocol.Abort(epoch=0, update="u", reason="a stranger says so"),
     protocol.Fence(epoch=0),
     protocol.GetTrace(update="u", timeout=1e6),
+    protocol.WeightsTaken(
+        rank=0, weights=protocol.Weights(tensors=(_SEGMENT.tensor,), optional=("w",), ties={"w": "w"})
+    ),
     protocol.WorkerTrace(update="u", rank=0, now=0.0, spans=(protocol.Span("t", "n", 0.0, 1.0),)),
     *(protocol.WorkerDone(update="u", rank=rank, step=step) for rank in (-1, 0, 7) for step in ("prepare", "begin")),
     protocol.Register(engine=_ENGINE, epoch=0),

@@ -30,8 +30,9 @@ from areal_vllm_ext.config import Settings
 from areal_vllm_ext.control.directory import new_incarnation
 from areal_vllm_ext.control.directory_server import DirectoryServer
 from areal_vllm_ext.engine_core.effects import CallPause, CallResume, Guard
-from areal_vllm_ext.engine_core.endpoint import Endpoint, Identity
-from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.engine_core.endpoint import Endpoint
+from areal_vllm_ext.errors import NotACheckpoint
+from areal_vllm_ext.integrity import checkpoint, digest
 from areal_vllm_ext.protocol import (
     Attach,
     Begin,
@@ -108,7 +109,7 @@ class SimulatedEngine:
         staged: called with the update's id at commit; a test with real receivers loads the tensors there.
     """
 
-    def __init__(self, later: Later, version: Version) -> None:
+    def __init__(self, later: Later, shape: Shape) -> None:
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.errors: dict[str, str] = {}
         self.calls: list[str] = []
@@ -118,7 +119,7 @@ class SimulatedEngine:
         self.live: dict[str, int] = {}
         self.busy = 0
         self.running = True
-        self.version = version
+        self.version, self.model = shape.version, shape.model
         self.requests = 0
         self.staged: Callable[[str], None] = lambda _update: None
         self.guarded = Guard()
@@ -252,6 +253,7 @@ class Workers:
         self._poller.register(worker, zmq.POLLIN)
         info = WorkerInfo(rank=rank, node=HOST, pid=os.getpid(), device="cpu", device_id="cpu")
         self._send(worker, Attach(worker=info, token=engine.endpoint.attach_token))
+        self._send(worker, protocol.WeightsTaken(rank=rank, weights=_of_files(engine.model)))
 
     def _detach(self, engine: SimulatedEngine) -> None:
         for worker in [worker for worker, (owner, _) in self._workers.items() if owner is engine]:
@@ -325,6 +327,15 @@ class Workers:
         self._later.call(engine.seconds[kind], lambda: self._do(lambda: self._send(worker, done)))
 
 
+@functools.cache
+def _of_files(model: str) -> protocol.Weights:
+    """What a model takes of which nothing but the files is known."""
+    try:
+        return protocol.Weights(tensors=tuple(checkpoint.describe(model)))
+    except NotACheckpoint as error:
+        return protocol.Weights(tensors=(), error=str(error))
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The properties of a deployment."""
@@ -387,7 +398,7 @@ class Deployment:
 
     def start_engine(self, rank: int) -> SimulatedEngine:
         """Start an engine, or the next incarnation of a stopped one."""
-        engine = SimulatedEngine(self.later, self.shape.version)
+        engine = SimulatedEngine(self.later, self.shape)
         info = EngineInfo(
             replica=self.shape.replica,
             dp_rank=rank,
@@ -400,7 +411,7 @@ class Deployment:
             dtype=self.shape.dtype,
         )
         engine.endpoint = Endpoint(
-            identity=Identity(info, self.shape.model, None),
+            info=info,
             host=HOST,
             directory=self.directory,
             key=self.key,

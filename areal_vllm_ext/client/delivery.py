@@ -15,7 +15,7 @@ import torch
 from .. import protocol
 from ..errors import UpdateAborted
 from ..integrity import digest
-from ..protocol import EngineInfo, Sender, Staging, TensorMeta, Transfer
+from ..protocol import EngineInfo, Sender, Staging, TensorMeta, Transfer, Weights
 from ..transport.buckets import tensor_bytes, total_bytes
 from ..transport.device import device_id
 from .driver import Driver
@@ -115,23 +115,23 @@ class Delivery:
         """The dtype in which the engines compute."""
         return next(iter(self._targets.values())).engine.dtype
 
-    def expected(self) -> tuple[TensorMeta, ...]:
-        """Return the engines' checkpoint, as the first engine describes it. Not from the event loop's thread."""
+    def taken(self) -> Weights:
+        """Return what the engines take, as the first engine describes it. Not from the event loop's thread."""
         return asyncio.run_coroutine_threadsafe(self._describe(), self._context.loop).result()
 
-    async def _describe(self) -> tuple[TensorMeta, ...]:
+    async def _describe(self) -> Weights:
         sinks, engine = self._context.sinks, next(iter(self._targets.values())).engine
         if engine.incarnation not in sinks.described:
             answer = await self._context.link.request(engine.address, protocol.DescribeWeights(), self._context.left)
             assert isinstance(answer, protocol.Weights), (engine.name, answer)
             if answer.error:
                 warn_unchecked(answer.error)
-                return answer.tensors
-            tensors, dtype = answer.tensors, engine.dtype
+                return answer
+            tensors, dtype = answer.required, engine.dtype
             largest = max((tensor_bytes(meta, dtype) for meta in tensors), default=0)
-            sinks.described = {engine.incarnation: (tensors, total_bytes(tensors, dtype), largest)}
-        tensors, self._expected_bytes, self._largest_bytes = sinks.described[engine.incarnation]
-        return tensors
+            sinks.described = {engine.incarnation: (answer, total_bytes(tensors, dtype), largest)}
+        weights, self._expected_bytes, self._largest_bytes = sinks.described[engine.incarnation]
+        return weights
 
     def bucket_bytes(self, device: torch.device, transport: str = "") -> int:
         """Return the size of the buckets in which tensors on ``device`` travel."""
@@ -187,7 +187,7 @@ class Delivery:
 
         Args:
             pairs: the tensors.
-            expected: the engines' checkpoint.
+            expected: the tensors that the engines take.
         """
         context = self._context
         first = next(pairs)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..integrity.hugging_face import checkpoint_format
+
 logger = logging.getLogger("areal_vllm_ext")
 
 Named = tuple[str, torch.Tensor]
@@ -35,13 +37,6 @@ def gathered(parts: Iterable[Named]) -> Iterator[Named]:
     for name, part in parts:
         full: torch.Tensor = part.full_tensor() if is_sharded(part) else part
         yield name, full.detach() if full.requires_grad else full
-
-
-def identity(tensor: Any) -> tuple[object, ...]:
-    """Return what two names of one tensor have in common."""
-    if hasattr(tensor, "to_local"):  # a DTensor: compare this rank's shards, because gathering would be a collective
-        tensor = tensor.to_local()
-    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def without_wrappers(name: str) -> str:
@@ -95,26 +90,3 @@ def say_left_out(name: str) -> None:
 
 
 _left_out: set[str] = set()
-
-
-def checkpoint_format(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return ``state`` under the names that ``save_pretrained`` writes; unchanged unless the module is Hugging Face's."""
-    try:
-        from transformers import PreTrainedModel
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return state
-    if not isinstance(module, PreTrainedModel):
-        return state
-    converted: dict[str, torch.Tensor] = revert_weight_conversion(module, without_ties(module, state))
-    return converted
-
-
-def without_ties(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return ``state`` without the second names of tied weights, as ``save_pretrained`` does. Broken ties stay."""
-    ties: dict[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
-    return {
-        name: tensor
-        for name, tensor in state.items()
-        if not ((source := state.get(ties.get(name, ""))) is not None and identity(source) == identity(tensor))
-    }

@@ -6,31 +6,31 @@ import re
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidWeights
+from ..integrity import checkpoint
 from .modules import VALUE_HEAD, say_left_out, without_wrappers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
-    from ..protocol import TensorMeta
+    from ..protocol import TensorMeta, Weights
 
 # Parts that wrappers add: in front of a name, and (peft) where a layer has an adapter.
 _OUTER_WRAPPERS = ("module.", "pretrained_model.", "base_model.model.")
 _ADAPTED = re.compile(r"\.base_layer(?=\.)")
 # Tensors of an adapter, which only its model can merge.
 _ADAPTER = re.compile(r"\.(lora_|modules_to_save\.|original_module\.|ia3_|hada_|lokr_|vera_|oft_)")
-# A buffer that older models save, and that every model computes from its configuration.
-_COMPUTED = "rotary_emb.inv_freq"
 
 
 class NameFinder:
     """Finds the engines' name for a trainer's."""
 
-    def __init__(self, known: Mapping[str, TensorMeta]) -> None:
+    def __init__(self, taken: Weights) -> None:
         """
         Args:
-            known: the engines' tensors by name; empty if they are not known.
+            taken: what the engines take; without tensors if it is not known.
         """
-        self._known = known
+        self._known = {tensor.name: tensor for tensor in taken.tensors}
+        self._ties, self._prefixes = taken.ties, taken.prefixes
 
     def find(self, name: str) -> str | None:
         """Return the engines' name for ``name``; None if the tensor is no part of what engines serve.
@@ -40,17 +40,18 @@ class NameFinder:
         Raises:
             InvalidWeights: it is a part of an adapter.
         """
-        if name in self._known:
+        if name in self._known or name in self._ties:
             return name
-        found = next((one for one in _candidates(name) if one in self._known), None)
-        if found is not None:
-            return found
+        for candidate in _candidates(name):
+            found = checkpoint.known_name(candidate, self._known, self._prefixes)
+            if found in self._known or found in self._ties:
+                return found
         if _ADAPTER.search(name):
             raise InvalidWeights(
                 f"{name} is a part of an adapter: give send(...) the PeftModel itself, which is sent merged"
             )
         bare = without_wrappers(name)
-        if bare.endswith(_COMPUTED):
+        if bare.endswith(checkpoint.COMPUTED):
             return None
         if bare.removeprefix("module.").startswith(f"{VALUE_HEAD}."):
             say_left_out(VALUE_HEAD)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..integrity.digest import Contents
-    from ..protocol import EngineInfo, TensorMeta
+    from ..protocol import EngineInfo, TensorMeta, Weights
     from ..transport.base import Sink
 
 
@@ -29,14 +29,14 @@ class Sinks:
     Attributes:
         sent: digests sent by this group's last update. The next update skips tensors that have not changed.
         sent_manifest: the manifest of ``sent``.
-        described: an engine's checkpoint, the bytes of its tensors and of the largest, by the engine's incarnation.
+        described: what an engine takes, the bytes of these tensors and of the largest, by the engine's incarnation.
         peer_ipc_failed: set after CUDA IPC to another GPU failed once; later updates use NCCL.
     """
 
     def __init__(self) -> None:
         self.sent: Contents = {}
         self.sent_manifest = ""
-        self.described: dict[str, tuple[tuple[TensorMeta, ...], int, int]] = {}
+        self.described: dict[str, tuple[Weights, int, int]] = {}
         self.peer_ipc_failed = False
         self._cached: tuple[tuple[object, ...], Sink] | None = None
         self._user: object = None

@@ -145,11 +145,11 @@ class Transaction:
         if isinstance(weights, (str, os.PathLike)):
             delivery.send_path(checkpoint_path(weights))
             return
-        expected = delivery.expected()
-        pairs = Checker(expected, delivery.dtype, cast).check_source(weights, gather)
+        taken = delivery.taken()
+        pairs = Checker(taken, delivery.dtype, cast).check_source(weights, gather)
         self.sharing.allow(weights, self.options.staging)
         with self.errors_of_sending():
-            delivery.send(pairs, expected)
+            delivery.send(pairs, taken.required)
 
     def check_open(self) -> None:
         """Raise ArealError outside of the update's block."""

@@ -11,9 +11,11 @@ import torch
 
 from ..errors import InvalidWeights
 from ..integrity import checkpoint
-from ..protocol import TensorMeta
-from .modules import Named, gathered, identity, is_sharded, parts_of
+from ..integrity.hugging_face import identity
+from ..protocol import TensorMeta, Weights
+from .modules import Named, gathered, is_sharded, parts_of
 from .names import NameFinder
+from .ties import SecondNames
 
 WeightSource = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[Named]
 # The dtype to send in: one for all floating-point tensors, or "auto" for that of each tensor in the engines' checkpoint.
@@ -97,17 +99,23 @@ def checked_cast(dtype: str | torch.dtype | None) -> Cast | None:
 
 
 class Checker:
-    """Checks the tensors to send by name, shape and dtype."""
+    """Checks the tensors to send by name, shape and dtype.
 
-    def __init__(self, expected: Iterable[TensorMeta], engine_dtype: str, dtype: str | torch.dtype | None) -> None:
+    Attributes:
+        second_names: compares what comes under two names of one tensor.
+    """
+
+    def __init__(self, taken: Weights, engine_dtype: str, dtype: str | torch.dtype | None) -> None:
         """
         Args:
-            expected: the engines' checkpoint; empty if it is unknown, then nothing can be checked.
+            taken: what the engines take; without tensors if it is unknown, then nothing can be checked.
             engine_dtype: the dtype in which the engines compute, allowed in addition to the checkpoint's own.
             dtype: dtype to send in, see ``AsyncUpdate.send``.
         """
-        self._expected = {tensor.name: tensor for tensor in expected}
-        self._names = NameFinder(self._expected)
+        self._expected = {tensor.name: tensor for tensor in taken.required}
+        self._optional = frozenset(taken.optional)
+        self._names, self._ties = NameFinder(taken), taken.ties
+        self.second_names = SecondNames(self._ties, self._names)
         self._dtypes = (engine_dtype,)
         self._cast = checked_cast(dtype)
         self._tied: set[str] = set()
@@ -122,13 +130,14 @@ class Checker:
         Raises:
             InvalidWeights: the engines could not load a tensor; or, at the end, one is missing.
         """
-        for meta, tensor in self._checked(self.renamed(weights), partial=partial):
+        for meta, tensor in self._checked(self.renamed(self.second_names.compared(weights)), partial=partial):
             yield meta, _cast(meta, tensor)
 
     def renamed(self, weights: Iterable[Named]) -> Iterator[Named]:
         """Yield ``weights`` under the engines' names, without what is no part of what engines serve."""
         for name, tensor in weights:
-            if (known := self._names.find(name)) is not None:
+            known = self._names.find(name)
+            if known is not None and known not in self._optional and known not in self._ties:
                 yield known, tensor
 
     def _checked(self, weights: Iterable[Named], *, partial: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
@@ -181,6 +190,7 @@ class Checker:
         parts = named_parts(source)
         if isinstance(source, (torch.nn.Module, Mapping, ItemsView, list, tuple)):
             parts = list(parts)
+            self.second_names.compare(parts)
             # It lacks the second names of tied weights.
             checked = {meta.name: meta for meta in self.check_ahead(list(self.renamed(parts)))}
             # Every rank of a trainer gathers the same parts, under the names that it holds them by.

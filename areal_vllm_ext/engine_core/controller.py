@@ -23,7 +23,7 @@ from ..control.directory_server import DirectoryServer
 from ..errors import SettingsError
 from ..process.host_slot import HostSlot
 from ..protocol import Version, security, timing
-from .endpoint import Endpoint, Identity
+from .endpoint import Endpoint
 from .foreign_calls import ForeignCalls
 from .identity import describe_engine, directory_address, engine_count, worker_ranks
 
@@ -89,7 +89,7 @@ class Controller:
             settings = dataclasses.replace(settings, replica=f"{host}/{self._slot.number}")
         info = describe_engine(config, settings, host)
         self.endpoint = Endpoint(
-            identity=Identity(info, config.model_config.model, config.model_config.revision),
+            info=info,
             host=host,
             directory=address,
             key=key,

@@ -7,7 +7,6 @@ the engine goes to ``controller.py``, which runs it on the engine's own loop and
 from __future__ import annotations
 
 import collections
-import dataclasses
 import logging
 import math
 import os
@@ -35,6 +34,7 @@ from ..protocol import (
     Hello,
     Status,
     WeightsMismatch,
+    WeightsTaken,
     Welcome,
     WorkerDone,
     WorkerTrace,
@@ -73,21 +73,12 @@ class Engine(Protocol):
     def guard(self, guard: Guard) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """What the endpoint says about its engine before the workers are known."""
-
-    info: EngineInfo
-    model: str
-    revision: str | None
-
-
 class Endpoint:
     """Serves one engine. Use: construct, ``start``, later ``stop``."""
 
     def __init__(
         self,
-        identity: Identity,
+        info: EngineInfo,
         host: str,
         directory: str,
         key: security.ClusterKey,
@@ -96,7 +87,7 @@ class Endpoint:
         settings: Settings,
         engine: Engine,
     ) -> None:
-        """Bind the socket, so that an address in use is an error here.
+        """Bind the socket, so that an address in use is an error here. ``info``: without the workers.
 
         Raises:
             SettingsError: if the address cannot be bound.
@@ -109,13 +100,13 @@ class Endpoint:
         self._key = key
         self._directory_address = directory
         self._engine = engine
-        self.info = msgspec.structs.replace(identity.info, address=self._server.address)
+        self.info = msgspec.structs.replace(info, address=self._server.address)
         # Every holder of the key may command this engine, but only its own workers may vote: its executor gives them this.
         self.attach_token = secrets.token_hex(16)
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
         self._participant = Participant(version, workers, resume_orphans=settings.resume_orphans, joined=False)
         self.tracing = Tracing(workers)
-        self._queries = WeightQueries(identity.model, identity.revision, workers, self.post)
+        self._queries = WeightQueries(workers)
         self._guard = Guard()
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -289,7 +280,7 @@ class Endpoint:
                 self._server.answer(caller, refusal or self._status())
             case Attach():
                 self._attach(caller, message)
-            case WorkerDone() | WeightsMismatch() | DigestsTaken() | WorkerTrace():
+            case WorkerDone() | WeightsMismatch() | DigestsTaken() | WeightsTaken() | WorkerTrace():
                 self._hear(caller, message)
             case _:
                 effects = self._participant.handle(caller, message, monotonic())
@@ -304,7 +295,9 @@ class Endpoint:
         else:
             self._carry_out(self._queries.digest(caller, message, monotonic()))
 
-    def _hear(self, worker: ReplyTo, message: WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace) -> None:
+    def _hear(
+        self, worker: ReplyTo, message: WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace
+    ) -> None:
         known = self._workers.get(message.rank)
         if known is None or known[0] != worker.peer:
             return
@@ -315,6 +308,8 @@ class Endpoint:
                 self._participant.weights_mismatch(message)
             case DigestsTaken():
                 self._carry_out(self._queries.digests_taken(message))
+            case WeightsTaken():
+                self._carry_out(self._queries.weights_taken(message))
             case WorkerTrace():
                 self._carry_out(self.tracing.worker_trace(message, monotonic()))
 

@@ -1,20 +1,17 @@
-"""Questions about an engine's weights: which tensors its checkpoint has, and the digests of what its workers serve."""
+"""Questions about an engine's weights: which tensors its model takes, and the digests of what its workers serve."""
 
 from __future__ import annotations
 
 import dataclasses
-import threading
 from typing import TYPE_CHECKING
 
-from ..errors import NotACheckpoint
-from ..integrity import checkpoint
-from ..protocol import DigestsTaken, DigestWeights, Error, WeightDigests, Weights, WorkerWeights
+from ..protocol import DigestsTaken, DigestWeights, Error, WeightDigests, Weights, WeightsTaken, WorkerWeights
 from .effects import Effect, Order, Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
-    from ..protocol import ErrorKind
+    from ..protocol import ErrorKind, TensorMeta
     from ..protocol.server import ReplyTo
 
 
@@ -30,24 +27,10 @@ class _Digesting:
 class WeightQueries:
     """The questions of one engine. Used from the endpoint's thread only."""
 
-    def __init__(
-        self,
-        model: str,
-        revision: str | None,
-        workers: frozenset[int],
-        post: Callable[[Callable[[], list[Effect]]], None],
-    ) -> None:
-        """Ask nothing yet.
-
-        Args:
-            model: the checkpoint's directory or its name on the hub.
-            revision: of that name.
-            workers: the ranks that answer.
-            post: has the endpoint's thread run a function and carry out its effects.
-        """
-        self._model, self._revision = model, revision
+    def __init__(self, workers: frozenset[int]) -> None:
+        """Ask nothing yet. ``workers``: the ranks that answer."""
         self._workers = workers
-        self._post = post
+        self._taken: dict[int, Weights] = {}
         self._weights: Weights | None = None
         self._weights_waiting: list[ReplyTo] = []
         self._digesting: dict[str, _Digesting] = {}
@@ -58,26 +41,18 @@ class WeightQueries:
         return bool(self._digesting)
 
     def describe(self, caller: ReplyTo) -> list[Effect]:
-        """Answer with the checkpoint's tensors, read once."""
+        """Answer with what the model takes, as soon as every worker has said what its part takes."""
         if self._weights is not None:
             return [Reply(caller, self._weights)]
         self._weights_waiting.append(caller)
-        if len(self._weights_waiting) == 1:
-            # Not on this thread: reading many headers on a network file system takes seconds.
-            threading.Thread(target=self._read_headers, name="areal-describe", daemon=True).start()
         return []
 
-    def _read_headers(self) -> None:
-        try:
-            weights = Weights(tensors=tuple(checkpoint.describe(self._model, self._revision)))
-        except NotACheckpoint as error:
-            weights = Weights(tensors=(), error=str(error))
-        except Exception as error:
-            weights = Weights(tensors=(), error=f"{type(error).__name__}: {error}")
-        self._post(lambda: self._described(weights))
-
-    def _described(self, weights: Weights) -> list[Effect]:
-        self._weights = weights
+    def weights_taken(self, message: WeightsTaken) -> list[Effect]:
+        """Note what a worker's part of the model takes."""
+        self._taken[message.rank] = message.weights
+        if self._workers - set(self._taken):
+            return []
+        weights = self._weights = together([self._taken[rank] for rank in sorted(self._taken)])
         waiting, self._weights_waiting = self._weights_waiting, []
         return [Reply(caller, weights) for caller in waiting]
 
@@ -110,3 +85,22 @@ class WeightQueries:
             problem = f"no digests from worker {', '.join(map(str, missing))} in time"
             effects.append(Reply(asked.caller, Error(kind="timeout", message=problem)))
         return effects
+
+
+def together(parts: Iterable[Weights]) -> Weights:
+    """Return what a model takes whose workers take ``parts``: it ignores what every worker ignores."""
+    parts = list(parts)
+    if unknown := next((part for part in parts if not part.tensors), None):
+        return Weights(tensors=(), error=unknown.error)
+    tensors: dict[str, TensorMeta] = {}
+    ties: dict[str, str] = {}
+    for part in parts:
+        tensors |= {tensor.name: tensor for tensor in part.tensors}
+        ties |= part.ties
+    optional = frozenset(tensors).intersection(*(part.optional for part in parts))
+    return Weights(
+        tensors=tuple(tensors.values()),
+        optional=tuple(name for name in tensors if name in optional),
+        ties={second: first for second, first in ties.items() if second in optional or second not in tensors},
+        prefixes=tuple(prefix for prefix in parts[0].prefixes if all(prefix in part.prefixes for part in parts)),
+    )

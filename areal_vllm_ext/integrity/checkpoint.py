@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Dtypes in which an engine may compute, and so may take a tensor instead of the checkpoint's dtype.
 FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
+# A buffer that older models save, and that every model computes from its configuration.
+COMPUTED = "rotary_emb.inv_freq"
 _INDEX = "model.safetensors.index.json"
 _MISTRAL = "consolidated"  # vLLM loads files that begin with it instead of all others
 
@@ -235,6 +237,37 @@ def mismatch_reason(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtyp
         castable = known.dtype in FLOATS and tensor.dtype in FLOATS
         hint = "send with dtype='auto'" if castable else f"send it as {known.dtype}"
         return f"{tensor.name} has dtype {tensor.dtype}, the engines' checkpoint {known.dtype}: {hint}"
+    return None
+
+
+def known_name(name: str, known: Mapping[str, object], prefixes: Iterable[str]) -> str:
+    """Return the engines' name for ``name``, which can lack one of ``prefixes`` or have one more; else ``name`` itself."""
+    if name not in known:
+        for prefix in prefixes:
+            other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+            if other in known:
+                return other
+    return name
+
+
+def broken_tie(second: str, first: str) -> str:
+    """Return a message about two names that engines load to one tensor, and that have different values."""
+    return (
+        f"{second} differs from {first}, and the engines' model has one tensor for both (tie_word_embeddings): "
+        "tie them in the trainer, or start the engines from a checkpoint whose config.json does not tie them"
+    )
+
+
+def broken_tie_reason(ties: Mapping[str, str], digests: Mapping[str, int]) -> str | None:
+    """Return which two names of one tensor have different digests; None if there are none.
+
+    Args:
+        ties: the first name of a tensor by each second one.
+        digests: of tensors by name.
+    """
+    for second, first in ties.items():
+        if second in digests and first in digests and digests[second] != digests[first]:
+            return broken_tie(second, first)
     return None
 
 

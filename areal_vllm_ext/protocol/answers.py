@@ -7,6 +7,7 @@ import msgspec
 from .messages import (
     DirectoryRequest,
     EngineRequest,
+    Weights,
     WorkerMessage,
     WorkerOrder,
 )
@@ -18,7 +19,6 @@ from .types import (
     Message,
     PauseMode,
     Span,
-    TensorMeta,
     UpdatePhase,
     Version,
     WorkerWeights,
@@ -57,13 +57,6 @@ class Status(Message):
     weights: str = ""
     unproven: str = ""
     asleep: bool = False
-
-
-class Weights(Message):
-    """The checkpoint's tensors; empty with ``error`` if they cannot be known (a model loaded with dummy weights)."""
-
-    tensors: tuple[TensorMeta, ...]
-    error: str = ""
 
 
 class WeightDigests(Message):

@@ -25,6 +25,7 @@ from .types import (
     Sender,
     Span,
     Staging,
+    TensorMeta,
     Version,
     WorkerInfo,
     WorkerWeights,
@@ -239,6 +240,34 @@ class DigestsTaken(Message):
     busy: bool = False
 
 
+class Weights(Message):
+    """What a model takes; ``tensors`` is empty with ``error`` if it is not known (quantised from other files, GGUF).
+
+    ``optional`` names those that the model ignores or has under another name too, so that they need not be sent.
+    ``ties`` has the first name of a tensor by each second one, also by second names that are not among ``tensors``.
+    ``prefixes``: with and without one of these, a name means the same tensor.
+    """
+
+    tensors: tuple[TensorMeta, ...]
+    error: str = ""
+    optional: tuple[str, ...] = ()
+    ties: dict[str, str] = msgspec.field(default_factory=dict)
+    prefixes: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> tuple[TensorMeta, ...]:
+        """The tensors that must be sent."""
+        optional = frozenset(self.optional)
+        return tuple(tensor for tensor in self.tensors if tensor.name not in optional)
+
+
+class WeightsTaken(Message):
+    """What a worker's part of the model takes. It says so once, after it has attached."""
+
+    rank: Rank
+    weights: Weights
+
+
 class WorkerTrace(Message):
     """A worker's answer to ``GetTrace``, at ``now`` of its clock."""
 
@@ -248,7 +277,7 @@ class WorkerTrace(Message):
     spans: tuple[Span, ...]
 
 
-WorkerMessage = Attach | WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace
+WorkerMessage = Attach | WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace
 WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights | GetTrace
 
 

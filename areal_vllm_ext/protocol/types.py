@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 REQUEST_ID_BYTES = 16
 
 # Bounds of what comes from the wire: room above every epoch, finite leases and waits, names of bounded length.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import NotACheckpoint
-from ..integrity import checkpoint
+from ..protocol import Weights
 from ..transport.base import WorkerSite
+from . import background
 from .live_weights import LiveWeights
 from .load.dry_load import DryModel
+from .load.intake import Intake
 from .load.loader import Loader
 from .residency import Residency
 from .sources import Sources
@@ -21,7 +23,7 @@ from .staging import StagingMemory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..protocol import TensorMeta, WorkerDone
+    from ..protocol import WorkerDone
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -38,29 +40,37 @@ class WorkerContext:
         residency: whether the live weights are in memory.
         memory: where updates stage.
         sources: the worker's ends of its trainers' connections.
-        dry_model: tells what the model takes, where the checkpoint does not.
+        dry_model: refuses what the model does not take, where ``intake`` does not know it.
+        learned: done when ``intake`` is known.
         report: sends the outcome of a step to the engine's endpoint.
     """
 
     def __init__(self, worker: Any, report: Callable[[WorkerDone], None]) -> None:
         model_config = worker.vllm_config.model_config
-        self._model: tuple[str, str | None] = (model_config.model, model_config.revision)
         self.rank: int = worker.rank
         self.device = torch.device(worker.device)
         self.dtype = str(model_config.dtype).removeprefix("torch.")
         self.loader = Loader(worker)
         self.residency = Residency(worker)
-        self.live_weights = LiveWeights(worker, self.residency, self._model)
+        self.live_weights = LiveWeights(worker, self.residency, (model_config.model, model_config.revision))
         self.memory = StagingMemory(self.device)
         self.sources = Sources(WorkerSite(self.rank, self.device))
         self.report = report
-        self.dry_model = DryModel.of(worker) if self.expected is None else None
+        self.dry_model = DryModel.of(worker)
+        self.learned: Future[Intake] = Future()
+        background.run(self._learn, (model_config.model, model_config.revision), model_config)
 
     @functools.cached_property
-    def expected(self) -> dict[str, TensorMeta] | None:
-        """The tensors of the checkpoint that this engine was started from; None if they are not known."""
+    def intake(self) -> Intake:
+        """What the model takes. Waits until it is known: milliseconds after start-up, or seconds for 20,000 tensors."""
+        return self.learned.result()
+
+    def _learn(self, model: tuple[str, str | None], config: Any) -> None:
         try:
-            return {tensor.name: tensor for tensor in checkpoint.describe(*self._model)}
-        except NotACheckpoint as error:
-            logger.warning("areal_vllm_ext: dtypes of incoming weights cannot be checked: %s", error)
-            return None
+            intake = Intake.of(model, config, self.dry_model)
+        except Exception as error:
+            logger.warning("areal_vllm_ext: not known what the model takes", exc_info=True)
+            intake = Intake(Weights(tensors=(), error=f"{type(error).__name__}: {error}"))
+        if intake.known:
+            self.dry_model = None  # no longer needed
+        self.learned.set_result(intake)

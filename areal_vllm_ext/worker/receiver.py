@@ -28,7 +28,9 @@ from ..protocol import (
     DigestWeights,
     GetTrace,
     Prepare,
+    Weights,
     WeightsMismatch,
+    WeightsTaken,
     WorkerDone,
     WorkerInfo,
     WorkerTrace,
@@ -42,9 +44,14 @@ from .live_weights import WeightsChanged
 from .reception import Reception
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from .load.intake import Intake
     from .staged_update import StagedUpdate
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
+
+Report = WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace
 
 
 class Receiver:
@@ -74,9 +81,7 @@ class Receiver:
         self._max_message_bytes = settings.max_message_mib << 20
         # The last update that began, and its spans.
         self._traced = ("", DISABLED)
-        self._reports: queue.SimpleQueue[WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace] = (
-            queue.SimpleQueue()
-        )
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         digest.compile_cpu_kernel()  # starts to compile now, not with the first update
         self._wake_read, self._wake_write = socket.socketpair()
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -125,9 +130,12 @@ class Receiver:
 
     # Called from any thread
 
-    def _report(self, message: WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace) -> None:
+    def _report(self, message: Report) -> None:
         self._reports.put(message)
         self._wake_write.send(b"\0")
+
+    def _report_taken(self, learned: Future[Intake]) -> None:
+        self._report(WeightsTaken(rank=self.context.rank, weights=learned.result().weights))
 
     def _report_damage(self, update: str, reason: str) -> None:
         self._report(WeightsMismatch(update=update, rank=self.context.rank, reason=reason))
@@ -136,6 +144,7 @@ class Receiver:
 
     def _run(self) -> None:
         self._send(Attach(worker=self._info, token=self._token))
+        self.context.learned.add_done_callback(self._report_taken)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake_read.fileno(), zmq.POLLIN)
@@ -153,8 +162,12 @@ class Receiver:
                 else:
                     self._handle(message)
 
-    def _send(self, message: Attach | WorkerDone | WeightsMismatch | DigestsTaken | WorkerTrace) -> None:
+    def _send(self, message: Attach | Report) -> None:
         payload = protocol.encoder.encode(message)
+        if isinstance(message, WeightsTaken) and len(payload) > self._max_message_bytes:
+            problem = f"the names of all tensors are {len(payload) >> 20} MiB: raise AREAL_VLLM_MAX_MESSAGE_MIB"
+            unknown = WeightsTaken(rank=message.rank, weights=Weights(tensors=(), error=problem))
+            payload = protocol.encoder.encode(unknown)
         if isinstance(message, DigestsTaken) and len(payload) > self._max_message_bytes:
             # The endpoint would close this connection.
             problem = (

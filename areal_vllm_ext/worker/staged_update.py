@@ -64,6 +64,8 @@ class StagedUpdate:
         # The base of a delta update: contents and manifest of the live weights, if this worker can accept changed tensors only.
         self._base: Contents = {}
         self.base_manifest = ""
+        # Digests of what arrived under second names of tied tensors.
+        self._second_names: dict[str, int] = {}
         # Whether only this rank's slices of each bucket are kept.
         self._slices_only = False
         self._sources: dict[int, Source] = {}
@@ -173,11 +175,10 @@ class StagedUpdate:
         Raises:
             ValueError: the engine cannot load one of them.
         """
-        expected, dtypes = self.context.expected, (self.context.dtype,)
-        if expected is not None:
-            for meta, _ in contents.values():
-                if expected.get(meta.name) != meta and (problem := checkpoint.mismatch_reason(meta, expected, dtypes)):
-                    raise ValueError(problem)
+        known, dtypes = self.context.intake.known, (self.context.dtype,)
+        for meta, _ in contents.values() if known else ():
+            if known.get(meta.name) != meta and (problem := checkpoint.mismatch_reason(meta, known, dtypes)):
+                raise ValueError(problem)
         if unchecked and (name := first_non_finite(bucket.tensors.items())):
             raise ValueError(f"{name} holds NaN or infinite values")
         self.manifest.update(contents)
@@ -216,8 +217,10 @@ class StagedUpdate:
             self._keep_unchanged(order.base)
         elif self.run and self.run.partial:
             self._check_run(self.run)
-        expected = self.context.expected
-        if expected is not None and (problem := checkpoint.missing_reason(self.manifest, expected)):
+        intake = self.context.intake
+        if problem := checkpoint.missing_reason(self.manifest, intake.required):
+            raise ValueError(problem)
+        if problem := intake.broken_tie({name: one for name, (_, one) in self.manifest.items()} | self._second_names):
             raise ValueError(problem)
         planned = self.run is not None and self.run.complete
         if self.context.dry_model and not planned and (refusal := self.context.dry_model.refusal(self.tensors)):
@@ -231,7 +234,11 @@ class StagedUpdate:
             raise NotResident(f"nothing was applied: {reason}")
 
     def _add_loaded(self, tensors: dict[str, torch.Tensor], *, unchecked: bool) -> None:
-        staged = {name: self.put(tensor) for name, tensor in tensors.items()}
+        intake = self.context.intake
+        named = {intake.find(name): tensor for name, tensor in tensors.items()}
+        ignored = {name: named.pop(name) for name in tensors if intake.ignores(name)}
+        self._second_names |= zip(ignored, digest.digests_of(ignored.values()), strict=True)
+        staged = {name: self.put(tensor) for name, tensor in named.items()}
         metas = (meta_of(name, tensor) for name, tensor in staged.items())
         values = digest.digests_of(staged.values())
         contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}

@@ -86,7 +86,7 @@ def test_a_quantised_model_has_parameters_without_weights() -> None:
 def test_a_model_that_cannot_be_built_without_memory_is_not_asked(caplog: pytest.LogCaptureFixture) -> None:
     worker = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=SimpleNamespace()))
     assert DryModel.of(worker) is None
-    assert "cannot be checked before the commit" in caplog.text
+    assert "cannot be checked by a load without memory" in caplog.text
 
 
 def test_a_parameter_that_gets_other_memory_is_loaded() -> None:
@@ -153,7 +153,7 @@ def test_an_engine_without_a_known_checkpoint_says_no_before_anything_is_touched
 ) -> None:
     with Engines.started(key, tmp_path, key_file) as engines, connected(engines.deployment, key_file) as group:
         for worker in engines.all_workers:
-            assert worker._areal_receiver.context.expected is None
+            assert not worker._areal_receiver.context.intake.known
             worker._areal_receiver.context.dry_model = DryModel(Dry(), complete=True)
         send(group, served_weights(1))
         assert engines.serve(served_weights(1))

@@ -5,22 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 import zmq
 from engine_infos import engine_info
 from raw_client import RawClient
+from safetensors.torch import save_file
 from waiting import eventually
 
 from areal_vllm_ext import protocol
 from areal_vllm_ext.control import directory
 from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.engine_core.participant import Participant
-from areal_vllm_ext.integrity import checkpoint
 from areal_vllm_ext.protocol import (
     EPOCH_JUMP,
     Ack,
@@ -279,24 +279,20 @@ def test_a_message_of_thousands_of_frames_is_refused_whole(
     assert isinstance(client.answer(), Ack)
 
 
-def test_whoever_asks_for_the_checkpoint_while_it_is_read_waits_for_the_same_reader(
-    deployment: Deployment, raw: Raw, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_who_asks_what_the_model_takes_waits_until_every_worker_has_said_it(
+    key: security.ClusterKey, raw: Raw, tmp_path: Path
 ) -> None:
-    read, go_on = [0], threading.Event()
-
-    def describe(*_: object) -> list[protocol.TensorMeta]:
-        read[0] += 1
-        assert go_on.wait(10)
-        return [protocol.TensorMeta("w", "float32", (1,))]
-
-    monkeypatch.setattr(checkpoint, "describe", describe)
-    client = raw(deployment.engines[0].endpoint.address)
-    for _ in range(30):
-        client.send(os.urandom(16), protocol.encoder.encode(DescribeWeights()))
-    assert isinstance(client.ask(GetStatus()), Status)
-    go_on.set()
-    assert all(isinstance(client.answer(), Weights) for _ in range(30))
-    assert read == [1]
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    shape = Shape(workers=2, model=str(tmp_path))
+    with deployed(key, 1, shape=shape, simulate_workers=False) as one:
+        one.workers.attach(one.engines[0], 0)
+        client = raw(one.engines[0].endpoint.address)
+        for _ in range(30):
+            client.send(os.urandom(16), protocol.encoder.encode(DescribeWeights()))
+        assert isinstance(client.ask(GetStatus()), Status)
+        one.workers.attach(one.engines[0], 1)
+        wanted = Weights(tensors=(protocol.TensorMeta("w", "float32", (1,)),))
+        assert all(client.answer() == wanted for _ in range(30))
 
 
 # libzmq ends a process that sends heartbeats on a connection whose messages wait, once the peer has closed it.

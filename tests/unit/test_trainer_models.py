@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_weights import dense, metas, mixture, saved, sent
+from test_weights import dense, metas, mixture, saved, sent, takes
 
 from areal_vllm_ext import InvalidWeights
 from areal_vllm_ext.client import modules
@@ -105,7 +105,7 @@ def test_the_items_of_a_state_dict_are_checked_before_anything_is_sent(tmp_path:
     items = (files | {"extra": torch.zeros(1)}).items()
     assert walk(items, 1) is items, "nothing gathers at each step, so nothing is walked"
     with pytest.raises(InvalidWeights, match="extra is not a weight"):
-        Checker(metas(files), "float32", None).check_source(items)
+        Checker(takes(metas(files)), "float32", None).check_source(items)
 
 
 class WithValueHead(torch.nn.Module):

@@ -17,7 +17,7 @@ from lazily import Lazily
 from areal_vllm_ext import InvalidWeights
 from areal_vllm_ext.client.weights import Checker, named_weights
 from areal_vllm_ext.integrity import checkpoint
-from areal_vllm_ext.protocol import TensorMeta
+from areal_vllm_ext.protocol import TensorMeta, Weights
 from areal_vllm_ext.transport.buckets import Bucket
 
 if TYPE_CHECKING:
@@ -65,11 +65,16 @@ def metas(tensors: dict[str, torch.Tensor]) -> list[TensorMeta]:
     return [TensorMeta(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()]
 
 
+def takes(expected: Iterable[TensorMeta], **more: Any) -> Weights:
+    """What engines say of a model that takes ``expected``."""
+    return Weights(tensors=tuple(expected), **more)
+
+
 def sent(
     source: Any, expected: Iterable[TensorMeta], engine_dtype: str = "float32", cast: str | None = None
 ) -> dict[str, torch.Tensor]:
     """What would go to the engines."""
-    checker = Checker(expected, engine_dtype, cast)
+    checker = Checker(takes(expected), engine_dtype, cast)
     return {meta.name: tensor for meta, tensor in checker.check_source(source)}
 
 
@@ -93,7 +98,7 @@ def test_an_iterable_is_walked_one_tensor_at_a_time() -> None:
             made.append(name)
             yield name, tensor
 
-    walk = Checker(metas(PLAIN), "float32", None).check(named_weights(gather()))
+    walk = Checker(takes(metas(PLAIN)), "float32", None).check(named_weights(gather()))
     next(walk)
     assert made == ["a"], "a sharded trainer gathers one tensor at a time"
 
@@ -231,7 +236,7 @@ def test_what_does_not_fit_is_refused_by_name(source: list[tuple[str, torch.Tens
     with pytest.raises(InvalidWeights, match=message):
         sent(source, metas(PLAIN))
     with pytest.raises(InvalidWeights, match=message):
-        Checker(metas(PLAIN), "float32", None).check_ahead(source)
+        Checker(takes(metas(PLAIN)), "float32", None).check_ahead(source)
 
 
 NOT_TENSORS = {
@@ -297,7 +302,7 @@ def packed(tensors: dict[str, torch.Tensor]) -> Bucket:
 
 
 def test_checking_ahead_leaves_no_state_behind() -> None:
-    checker = Checker(metas(PLAIN), "float32", None)
+    checker = Checker(takes(metas(PLAIN)), "float32", None)
     checker.check_ahead(list(PLAIN.items()))
     assert [meta.name for meta, _ in checker.check(PLAIN.items())] == list(PLAIN)
 
@@ -380,9 +385,9 @@ def test_a_dtype_that_is_none_is_named(dtype: Any) -> None:
     with pytest.raises(
         ValueError, match="dtype must be one of 'auto', 'float64', 'float32', 'bfloat16', 'float16', not"
     ):
-        Checker(MIXED, "bfloat16", dtype)
+        Checker(takes(MIXED), "bfloat16", dtype)
     with pytest.raises(TypeError, match=r"dtype must be .auto., a string"):
-        Checker(MIXED, "bfloat16", 16)  # type: ignore[arg-type]
+        Checker(takes(MIXED), "bfloat16", 16)  # type: ignore[arg-type]
 
 
 def test_a_tied_weight_that_is_cast_stays_tied(tmp_path: Path) -> None:

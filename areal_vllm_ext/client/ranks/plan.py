@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from ...errors import InvalidWeights, UpdateAborted
-from ...protocol import EngineInfo, TensorMeta
+from ...protocol import EngineInfo, TensorMeta, Weights
 from ...transport.buckets import tensor_bytes
 from ...transport.device import device_id
 
@@ -25,13 +25,13 @@ class BeginContext(msgspec.Struct):
 
     Attributes:
         engines: by name, with their epochs.
-        expected: the engines' checkpoint.
+        weights: what the engines take.
         dtype: the dtype in which the engines compute.
         bucket_bytes: size of a bucket.
     """
 
     engines: dict[str, tuple[EngineInfo, int]]
-    expected: tuple[TensorMeta, ...]
+    weights: Weights
     dtype: str
     bucket_bytes: int
 

@@ -85,7 +85,8 @@ class RankSends:
         parts = list(named_parts(weights))
         device = parts[0][1].device if parts else torch.device("cpu")
         known = self._begin_context(device)
-        checker = Checker(known.expected, known.dtype, dtype)
+        checker = Checker(known.weights, known.dtype, dtype)
+        checker.second_names.compare(parts)
         parts = list(checker.renamed(parts))
         inventories = self._exchange_inventories(checker, parts, device)
         own = inventories[agreement.rank]
@@ -113,8 +114,8 @@ class RankSends:
         if self._agreement.rank:
             return msgspec.json.decode(self._agreement.receive_broadcast(), type=BeginContext)
         delivery = self._transaction.delivery
-        expected = delivery.expected()
-        known = BeginContext(delivery.engines, expected, delivery.dtype, delivery.bucket_bytes(device))
+        weights = delivery.taken()
+        known = BeginContext(delivery.engines, weights, delivery.dtype, delivery.bucket_bytes(device))
         self._agreement.broadcast(encode(known))
         return known
 
@@ -182,7 +183,8 @@ class RankSends:
             asked = "ipc" if device.type == "cuda" else "shared_memory"
         kind = choose_transport(asked, device, served.values())
         context = self._context
-        return context.sinks.open(context, kind, served, device, known.bucket_bytes, known.expected, context.left)
+        expected = known.weights.required
+        return context.sinks.open(context, kind, served, device, known.bucket_bytes, expected, context.left)
 
     def _begin(self) -> BeginResult:
         """On rank 0: begin at every engine with the senders that all ranks have offered, and broadcast the result."""

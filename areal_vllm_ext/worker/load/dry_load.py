@@ -1,7 +1,7 @@
 """A load of incoming tensors into a model without memory, to find out before the vote whether the live model takes them.
 
-It is for engines whose checkpoint is not known (``--load-format dummy``, no safetensors files): nothing else tells which
-names and shapes such a model takes. vLLM's loaders run as in a reload, and copy to parameters on the meta device.
+vLLM's loaders run as in a reload, and copy to parameters on the meta device. ``intake.py`` learns with it at start-up what the
+model takes. Where that is not possible, each new set of tensors is loaded before its vote.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .proof import separate_layer_registers
+from .proof import separate_layer_registers, tie_as
 from .unloaded import described, load_and_find_unloaded
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ class DryModel:
         # The set of tensors that was accepted last: the same one is accepted again without a load.
         self._accepted: frozenset[tuple[str, torch.dtype, torch.Size]] = frozenset()
 
+    @property
+    def modules(self) -> list[Any]:
+        """The models that are loaded from one checkpoint."""
+        return [self._model]
+
     @classmethod
     def of(cls, worker: Any) -> DryModel | None:
         """Build one for the model of ``worker``; None if vLLM cannot build it without memory.
@@ -52,9 +57,10 @@ class DryModel:
                 torch.device("meta"),
             ):
                 model = initialize_model(vllm_config=config, model_config=config.model_config)
+            tie_as(model, worker.get_model())
         except Exception:
             logger.warning(
-                "areal_vllm_ext: names of incoming weights cannot be checked before the commit", exc_info=True
+                "areal_vllm_ext: names of incoming weights cannot be checked by a load without memory", exc_info=True
             )
             return None
         return cls(model, complete=config.model_config.quantization is None)

@@ -113,6 +113,7 @@ def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], unload
             pass
 
         def load_weights(self, model: Any, model_config: Any) -> None:
+            tie_as(model, worker.get_model())
             partly: list[str] = []
             unloaded.extend(load_and_find_unloaded(model, weights, partly))
             unloaded.extend(partly)
@@ -123,6 +124,20 @@ def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], unload
             vllm_config=config, model_config=config.model_config
         )
     return fresh
+
+
+def tie_as(model: torch.nn.Module, live: torch.nn.Module) -> None:
+    """Give parameters of ``model`` the second names that they have in ``live``.
+
+    vLLM does not tie an ``lm_head`` that the checkpoint holds as well. It ties it after the load, if the values are equal
+    (``maybe_retie_word_embeddings``). An update need not hold it then, so that a second model must be tied before its load.
+    """
+    first = {id(parameter): name for name, parameter in live.named_parameters()}
+    own = dict(model.named_parameters())
+    for name, parameter in live.named_parameters(remove_duplicate=False):
+        if name != first[id(parameter)] and name in own and first[id(parameter)] in own:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(attribute, own[first[id(parameter)]])
 
 
 @contextlib.contextmanager
