@@ -13,6 +13,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .client.blocking import EngineGroup
     from .client.blocking_update import Update
+    from .client.calls import CallFailed, CallResult, WorkerAnswer
     from .client.group import AsyncEngineGroup
     from .client.options import UpdateOptions
     from .client.state import EngineState, UpdateResult
@@ -40,6 +41,8 @@ __all__ = [
     "ArealError",
     "AsyncEngineGroup",
     "AsyncUpdate",
+    "CallFailed",
+    "CallResult",
     "Difference",
     "EngineGroup",
     "EngineInfo",
@@ -60,6 +63,7 @@ __all__ = [
     "UpdateResult",
     "Verification",
     "WeightsTainted",
+    "WorkerAnswer",
     "__version__",
     "named_weights",
 ]
@@ -67,6 +71,8 @@ __all__ = [
 _MODULES = {
     "AsyncEngineGroup": "client.group",
     "AsyncUpdate": "client.update",
+    "CallFailed": "client.calls",
+    "CallResult": "client.calls",
     "Difference": "integrity.verify",
     "EngineGroup": "client.blocking",
     "EngineInfo": "protocol",
@@ -75,6 +81,7 @@ _MODULES = {
     "UpdateOptions": "client.options",
     "UpdateResult": "client.state",
     "Verification": "integrity.verify",
+    "WorkerAnswer": "client.calls",
     "named_weights": "client.weights",
 }
 

@@ -29,7 +29,7 @@ from areal_vllm_ext import protocol
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.control.directory import new_incarnation
 from areal_vllm_ext.control.directory_server import DirectoryServer
-from areal_vllm_ext.engine_core.effects import CallPause, CallResume, Guard
+from areal_vllm_ext.engine_core.effects import CallMethod, CallPause, CallResume, Guard
 from areal_vllm_ext.engine_core.endpoint import Endpoint
 from areal_vllm_ext.errors import NotACheckpoint
 from areal_vllm_ext.integrity import checkpoint, digest
@@ -102,6 +102,8 @@ class SimulatedEngine:
         errors: by call or step that fails, its error message.
         calls: the calls of the endpoint, in order.
         orders: the orders to the first worker, in order.
+        worker_ranks: of the workers that answer a call of a user's method.
+        method: what a worker answers to such a call, in msgpack, or an exception's type and message; its arguments.
         commits: every committed version, with whether the engine was paused.
         manifest: the digest that the workers vote with; if empty, the digest of what was announced to them.
         live: digests of the weights that the workers serve.
@@ -123,6 +125,12 @@ class SimulatedEngine:
         self.requests = 0
         self.staged: Callable[[str], None] = lambda _update: None
         self.guarded = Guard()
+        self.worker_ranks: Sequence[int] = (0,)
+        self.method: Callable[[int, CallMethod], tuple[bytes, str, str]] = lambda _rank, effect: (
+            effect.arguments,
+            "",
+            "",
+        )
         self.endpoint: Endpoint
         self._later = later
         self._pausing: int | None = None
@@ -182,6 +190,16 @@ class SimulatedEngine:
             self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, self.seconds["commit"]))
 
         self._later.call(self.seconds["commit"], done)
+
+    def call_method(self, effect: CallMethod) -> None:
+        self.calls.append(f"call {effect.method}")
+
+        def done() -> None:
+            answers = [protocol.CallAnswer(rank, *self.method(rank, effect)) for rank in self.worker_ranks]
+            error = self.errors.get("call", "")
+            self.endpoint.post(lambda: self.endpoint.calls.done(effect.call, tuple(answers), error))
+
+        self._later.call(self.seconds["call"], done)
 
     def oldest_call_seconds(self) -> float:
         return 0.0
@@ -399,6 +417,7 @@ class Deployment:
     def start_engine(self, rank: int) -> SimulatedEngine:
         """Start an engine, or the next incarnation of a stopped one."""
         engine = SimulatedEngine(self.later, self.shape)
+        engine.worker_ranks = range(self.shape.workers)
         info = EngineInfo(
             replica=self.shape.replica,
             dp_rank=rank,

@@ -1,4 +1,4 @@
-"""Commands for the engines of a group: status, pause, resume, update, verify, forget."""
+"""Commands for the engines of a group: status, pause, resume, update, verify, call, forget."""
 
 from __future__ import annotations
 
@@ -81,6 +81,16 @@ def add_to(commands: Commands) -> None:
     _add_connection(parser, "%(default)g", 300.0)
 
     parser = commands.add(
+        "call",
+        _call,
+        "Call a method of your own worker extension on every worker",
+        "The method is a public one of a subclass of WorkerExtension. Arguments are JSON; what is no JSON is text.",
+    )
+    parser.add_argument("method", metavar="METHOD", help="the method's name")
+    parser.add_argument("arguments", metavar="ARGUMENT", nargs="*", type=_json_or_text, help="passed to it, in order")
+    _add_connection(parser, "%(default)g", 60.0)
+
+    parser = commands.add(
         "forget",
         _forget,
         "Give up lost engines for good, so that commands go on without them",
@@ -112,6 +122,13 @@ def _add_connection(parser: argparse.ArgumentParser, default: str, timeout: floa
 
 def _version(text: str) -> Version:
     return int(text) if text.isascii() and text.isdecimal() and str(int(text)) == text else text
+
+
+def _json_or_text(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _connect(options: argparse.Namespace) -> EngineGroup:
@@ -187,6 +204,16 @@ def _update(options: argparse.Namespace) -> int:
     sentence = "{engines} engines serve version {version} (took {total_ms} ms, paused for {pause_ms} ms)"
     print_report(options.json, facts, sentence)
     return 1 if result.lost else 0
+
+
+def _call(options: argparse.Namespace) -> int:
+    with _connect(options) as group:
+        result = group.call(options.method, *options.arguments, timeout=options.timeout)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(answer) for answer in result.answers], default=repr))
+    else:
+        print("\n".join(map(str, result.answers)))
+    return 1 if result.errors else 0
 
 
 def _forget(options: argparse.Namespace) -> int:

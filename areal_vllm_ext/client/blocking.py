@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..control.command import DISCOVER_SECONDS
 from .group import AsyncEngineGroup, cannot_pickle
 from .loop_thread import LoopThread
 from .options import (
+    CALL_SECONDS,
     PAUSE_LEASE_SECONDS,
     PAUSE_SECONDS,
     READY_SECONDS,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ..protocol import EngineInfo, KVPolicy, PauseMode, Version
     from ..protocol.security import ClusterKey
     from .blocking_update import Update
+    from .calls import CallResult
     from .options import UpdateOptions
     from .state import EngineState, UpdateResult
     from .weights import WeightSource
@@ -145,6 +147,10 @@ class EngineGroup:
         from .ranks.update import JointUpdate
 
         return JointUpdate(self._thread, transaction, process_group, senders)
+
+    def call(self, method: str, *arguments: Any, timeout: float = CALL_SECONDS, lease: bool = True) -> CallResult:
+        """Call a method of your own worker extension on every worker. See ``AsyncEngineGroup.call``."""
+        return self._thread.run(self._group.call(method, *arguments, timeout=timeout, lease=lease))
 
     def forget(self, replica: str, dp_rank: int | None = None, *, timeout: float = DISCOVER_SECONDS) -> None:
         """Give up lost engines for good. See ``AsyncEngineGroup.forget``."""

@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 import weakref
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
@@ -18,7 +18,9 @@ from ..control.link import Link
 from ..control.membership import describe_missing
 from ..errors import EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from ..protocol import KVPolicy, PauseMode, security
+from . import calls
 from .options import (
+    CALL_SECONDS,
     MAX_LEASE_SECONDS,
     PAUSE_LEASE_SECONDS,
     PAUSE_SECONDS,
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from ..control.command import Target
     from ..integrity.verify import Verification
     from ..protocol import EngineInfo, Version
+    from .calls import CallResult
     from .options import UpdateOptions
     from .state import UpdateResult
     from .update import AsyncUpdate
@@ -341,6 +344,33 @@ class AsyncEngineGroup:
                 assert isinstance(answer, protocol.WeightDigests)
                 return answer
             await asyncio.sleep(POLL_SECONDS)
+
+    async def call(self, method: str, *arguments: Any, timeout: float = CALL_SECONDS, lease: bool = True) -> CallResult:
+        """Call a method of your own worker extension on every worker of every engine, headless ones too.
+
+        The method runs on each worker's own thread, between two steps; its engine generates nothing meanwhile. It must
+        not change the weights. Engines that sleep run it too, and have no weights in memory then.
+
+        Args:
+            method: the name of a public method that a subclass of ``WorkerExtension`` defines.
+            arguments: None, bool, int of 64 bits, float, str, bytes, and lists and dicts of these, as msgpack carries them.
+                Tuples arrive as lists. So do answers.
+            timeout: seconds. After them, an engine that has not begun to run the method does not run it.
+            lease: hold the group's lease meanwhile, so that no update runs beside the call. False: call at once, also
+                inside an update's block.
+
+        Returns:
+            the answer of each worker; an exception of the method is an answer too, see ``WorkerAnswer``.
+
+        Raises:
+            CallFailed: an engine did not answer in time, or could not ask its workers; ``answers`` has the others'.
+            RequestError: a call must not reach this method, or the lease is held by another client.
+            EnginesMissing: an engine is lost or was never there; nothing was called.
+            TypeError: msgpack cannot carry an argument; nothing was sent.
+            ValueError: the arguments are longer than engines read (AREAL_VLLM_MAX_MESSAGE_MIB); nothing was called.
+        """
+        encoded = calls.encode_arguments(method, arguments)
+        return await calls.call(self._commander, method, encoded, checked_seconds(timeout), lease=lease)
 
     async def forget(self, replica: str, dp_rank: int | None = None, *, timeout: float = DISCOVER_SECONDS) -> None:
         """Give up lost engines for good, so that commands go on without them.

@@ -107,6 +107,18 @@ class Commander:
         self._disconnect_others(answer)
         return answer
 
+    async def engines(self, timeout: float) -> dict[str, EngineInfo]:
+        """Return every engine by name, for a request that needs no lease.
+
+        Raises:
+            EnginesMissing: an engine is lost or was never there.
+            EngineUnreachable: the directory does not answer.
+        """
+        found = await self.discover(min(timeout, DISCOVER_SECONDS))
+        if missing := describe_missing(found, dropped=self._silent_since_dropped(found)):
+            raise EnginesMissing(missing)
+        return {engine.name: engine for engine in found.alive}
+
     async def ask_all(
         self, targets: Mapping[str, Target], requests: Mapping[str, EngineRequest], ends: float
     ) -> dict[str, str]:

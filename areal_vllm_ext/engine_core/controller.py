@@ -22,7 +22,7 @@ from ..config import Settings, split_address
 from ..control.directory_server import DirectoryServer
 from ..errors import SettingsError
 from ..process.host_slot import HostSlot
-from ..protocol import Version, security, timing
+from ..protocol import CallAnswer, Version, security, timing
 from .endpoint import Endpoint
 from .foreign_calls import ForeignCalls
 from .identity import describe_engine, directory_address, engine_count, worker_ranks
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.core import EngineCore
 
-    from .effects import CallPause, CallResume, Guard
+    from .effects import CallMethod, CallPause, CallResume, Guard
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -232,6 +232,20 @@ class Controller:
             report("", "; ".join(dict.fromkeys(reasons)))
 
         self._call("commit", on_loop, failed=report)
+
+    def call_method(self, effect: CallMethod) -> None:
+        """Run a user's method on every worker, as vLLM runs its own: on the worker's thread, between two steps."""
+
+        def report(answers: list[tuple[int, bytes, str, str]], error: str = "") -> None:
+            workers = tuple(CallAnswer(*answer) for answer in sorted(answers))
+            self.endpoint.post(lambda: self.endpoint.calls.done(effect.call, workers, error))
+
+        def on_loop() -> None:
+            if time.monotonic() < effect.ends:  # otherwise its caller has given up
+                arguments = (effect.method, effect.arguments, effect.longest_answer)
+                report(self._engine.collective_rpc("areal_call", args=arguments))
+
+        self._call("call", on_loop, failed=lambda error: report([], error))
 
     def oldest_call_seconds(self) -> float:
         """Return for how long the oldest call waits for the engine's loop."""

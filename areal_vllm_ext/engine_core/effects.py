@@ -65,6 +65,20 @@ class CallCommit:
 
 
 @dataclasses.dataclass(frozen=True)
+class CallMethod:
+    """Call a user's method on every worker, unless it is later than ``ends``; report to ``UserCalls.done`` with ``call``.
+
+    ``longest_answer``: bytes that the answer of one worker may have.
+    """
+
+    call: str
+    method: str
+    arguments: bytes
+    ends: float
+    longest_answer: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Guard:
     """Why other users of the engine must leave it alone just now; empty if they need not.
 
@@ -76,4 +90,4 @@ class Guard:
     weights: str = ""
 
 
-Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit
+Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit | CallMethod

@@ -24,6 +24,7 @@ from ..control.directory import wrong_protocol
 from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import (
     Attach,
+    Call,
     DescribeWeights,
     DigestsTaken,
     DigestWeights,
@@ -42,11 +43,12 @@ from ..protocol import (
     timing,
 )
 from ..protocol.server import ReplyTo, Server, connect
-from .effects import CallCancelPause, CallCommit, CallPause, CallResume, Effect, Guard, Order, Reply
+from .effects import CallCancelPause, CallCommit, CallMethod, CallPause, CallResume, Effect, Guard, Order, Reply
 from .participant import Participant
 from .queries import WeightQueries
 from .status import status_of
 from .tracing import Tracing
+from .user_calls import UserCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +69,7 @@ class Engine(Protocol):
     def resume(self, effect: CallResume) -> None: ...
     def cancel_pause(self, call: int) -> None: ...
     def commit(self, update: str, version: Version) -> None: ...
+    def call_method(self, effect: CallMethod) -> None: ...
     def oldest_call_seconds(self) -> float: ...
     def request_counts(self) -> tuple[int, int]: ...
     def is_paused(self) -> bool: ...
@@ -107,6 +110,7 @@ class Endpoint:
         self._participant = Participant(version, workers, resume_orphans=settings.resume_orphans, joined=False)
         self.tracing = Tracing(workers)
         self._queries = WeightQueries(workers)
+        self.calls = UserCalls(workers, settings.max_message_mib << 20)
         self._guard = Guard()
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -198,6 +202,7 @@ class Endpoint:
                 self._carry_out(self._participant.tick(now))
                 self._carry_out(self._queries.tick(now))
                 self._carry_out(self.tracing.tick(now))
+                self._carry_out(self.calls.tick(now))
                 self._adapt_switch_interval()
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + timing.HEARTBEAT_SECONDS
@@ -226,7 +231,7 @@ class Endpoint:
     def _milliseconds_to_tick(self, next_beat: float) -> int:
         """Return how long to wait for a message: until the next beat, unless something may run out of time before."""
         state = self._participant
-        asked = self._queries.waiting or self.tracing.waiting
+        asked = self._queries.waiting or self.tracing.waiting or self.calls.waiting
         if state.update or state.generation != "running" or asked or not self._all_attached.is_set():
             return _TICK_MILLISECONDS
         return math.ceil(min(max(next_beat - monotonic(), 0.0), timing.HEARTBEAT_SECONDS) * 1e3)
@@ -275,6 +280,9 @@ class Endpoint:
                 self._digest(caller, message)
             case GetTrace():
                 self._carry_out(self.tracing.ask(caller, message, monotonic()))
+            case Call():
+                refusal = None if message.epoch is None else self._participant.fence(message.epoch)
+                self._carry_out([Reply(caller, refusal)] if refusal else self.calls.ask(caller, message, monotonic()))
             case Fence():
                 refusal = self._participant.fence(message.epoch)
                 self._server.answer(caller, refusal or self._status())
@@ -352,5 +360,7 @@ class Endpoint:
                     self._engine.cancel_pause(effect.call)
                 case CallCommit():
                     self._engine.commit(effect.update, effect.version)
+                case CallMethod():
+                    self._engine.call_method(effect)
                 case _:
                     raise AssertionError(f"no way to carry out {effect!r}")

@@ -12,6 +12,7 @@ from .messages import (
     WorkerOrder,
 )
 from .types import (
+    CallAnswer,
     EngineInfo,
     Epoch,
     ErrorKind,
@@ -77,6 +78,12 @@ class Trace(Message):
     silent: tuple[int, ...] = ()
 
 
+class CallAnswers(Message):
+    """The answer to ``Call``: every worker's, by rank."""
+
+    workers: tuple[CallAnswer, ...]
+
+
 class Ack(Message):
     """Done. ``manifest``: see ``WorkerDone``."""
 
@@ -124,7 +131,7 @@ class Error(Message):
     epoch: int = 0
 
 
-Answer = Welcome | Status | Weights | WeightDigests | Trace | Ack | Engines | Lease | Registered | Error
+Answer = Welcome | Status | Weights | WeightDigests | Trace | CallAnswers | Ack | Engines | Lease | Registered | Error
 
 encoder = msgspec.msgpack.Encoder()
 engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(

@@ -179,6 +179,19 @@ class GetTrace(Message):
     timeout: Seconds
 
 
+class Call(Message):
+    """Call a method of the user's own worker extension on every worker. ``call`` is any name; the engine runs each once.
+
+    ``arguments`` is a msgpack array. ``epoch``: of the lease; None without one.
+    """
+
+    call: str
+    method: Name
+    arguments: bytes
+    timeout: Seconds
+    epoch: Epoch | None = None
+
+
 EngineRequest = (
     Hello
     | GetStatus
@@ -195,6 +208,7 @@ EngineRequest = (
     | Fence
     | AdoptEpoch
     | GetTrace
+    | Call
 )
 
 

@@ -129,6 +129,15 @@ class WorkerWeights(Payload):
     uncompared: dict[str, str] = {}
 
 
+class CallAnswer(Payload):
+    """What a user's method answered on one worker: ``value`` in msgpack, or the type and the message of its exception."""
+
+    rank: int
+    value: bytes = b""
+    error_type: str = ""
+    error: str = ""
+
+
 # How the bytes travel: one struct per transport
 
 

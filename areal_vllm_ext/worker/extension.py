@@ -17,6 +17,16 @@ class WorkerExtension:
 
         self._areal_receiver = Receiver(self, endpoint, token)
 
+    def areal_call(self: Any, method: str, arguments: bytes, longest_answer: int) -> tuple[int, bytes, str, str]:
+        """Call a method of the user's extension, see ``user_methods.call``. Runs on the worker's own thread.
+
+        Returns:
+            this worker's rank, the answer in msgpack, and the type and message of an exception.
+        """
+        from . import user_methods
+
+        return self._areal_receiver.context.rank, *user_methods.call(self, method, arguments, longest_answer)
+
     def areal_commit(self: Any, update: str) -> str:
         """Make the staged weights of ``update`` live. Runs on the worker's own thread while the engine is paused.
 

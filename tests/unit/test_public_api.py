@@ -69,6 +69,7 @@ def test_every_exported_name_is_there() -> None:
 # Both clients
 
 METHODS = {
+    "call",
     "close",
     "connect",
     "engines",
