@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-Point = Literal["staging", "digest", "read"]
+Point = Literal["staging", "digest", "read", "shadow"]
 
 _faults: dict[Point, Callable[[int], int]] = {}
 

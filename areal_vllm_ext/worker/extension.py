@@ -47,9 +47,16 @@ class WorkerExtension:
             weights, run = list(staged.tensors.items()), staged.run
             # An engine can fall asleep between its vote and now. A plan that fits the model knows where each tensor is.
             planned = run is not None and run.complete and context.loader.fits(run)
-            if reason := context.residency.asleep_reason() if planned else context.residency.absent_reason():
+            shadow = staged.shadow if staged.shadow is not None and context.loader.fits_shadow(staged.shadow) else None
+            if reason := context.residency.asleep_reason() if planned or shadow else context.residency.absent_reason():
                 raise NotResident(f"worker {context.rank} applied nothing: {reason}")
             with context.live_weights.committing(staged.manifest, update):
+                if shadow is not None and not planned:
+                    with spans.span(track, "load shadow"):
+                        context.live_weights.set_written(context.loader.load_shadow(shadow, weights))
+                        context.live_weights.set_proven((name for name, _ in weights), shadow.digests)
+                    staged.confirm_shared()
+                    return ""
                 with spans.span(track, "load"):
                     digests = {name: value for name, (_, value) in staged.manifest.items()}
                     written = context.loader.load(weights, run, digests, planned=planned)

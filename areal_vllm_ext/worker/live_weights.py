@@ -129,6 +129,15 @@ class LiveWeights:
         """Return whether the loader is not proven yet and there is room for the proof. Safe on any thread."""
         return not self._proven and not proof.obstacle(self._worker, ())
 
+    def set_proven(self, names: Iterable[str], digests: dict[str, int]) -> None:
+        """Say, inside ``committing``, that the live tensors are those of a fresh load.
+
+        Args:
+            names: of the checkpoint tensors that were loaded.
+            digests: of the fresh load's tensors, taken before the commit.
+        """
+        self._proven, self._after_commit, self._compared_with_fresh = frozenset(names), digests, True
+
     def prove(self, weights: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> str:
         """Prove the loader, inside ``committing``: at the first update, and when other tensors arrive than were proven.
 
@@ -263,7 +272,8 @@ class LiveWeights:
         with self._state:
             if changes != self._changes or not reading.committed:
                 return
-            self._wrong = tuple(reading.wrong)
+            differ = (name for name, value in reading.live.items() if reading.after_commit.get(name) != value)
+            self._wrong = tuple(dict.fromkeys((*reading.wrong, *differ)))
             self._manifest = "" if self._wrong or self._slept else digest.manifest(reading.committed.values())
         if self._wrong:
             named = ", ".join(self._wrong[:5])

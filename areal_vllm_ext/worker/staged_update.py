@@ -16,8 +16,10 @@ from ..integrity import checkpoint, digest
 from ..observability.spans import SpanRecorder
 from ..protocol import TensorMeta, WorkerDone
 from ..transport import host_memory
+from ..transport.base import Cancelled
 from ..transport.buckets import UnpackedBucket, first_non_finite
 from . import staging
+from .load.shadow import BuildOptions, Refused
 from .residency import NotResident
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ..transport.base import Source
     from .context import WorkerContext
     from .load.plan import CopyBatch, PlanRun
+    from .load.shadow import Shadow
     from .staging import Buckets, Place
 
 # Buckets of one sender that are in flight at once.
@@ -43,6 +46,8 @@ class StagedUpdate:
         tensors: staged tensors by name. Without those of which only this rank's slices are kept.
         manifest: of each tensor that arrived or is kept: what it is, and the digest of its bytes.
         run: the load plan's run, to which tensors are added; None without a plan.
+        shadow: the new weights as kernels read them; None where a plan copies them, or the commit reloads.
+        no_shadow: why there is no shadow, where one was wanted.
         buckets: unpacked buckets whose memory the next update may use, if this one asked to keep it.
         received: how many buckets have arrived, by sender.
         stamps: where the trainer shows whether it still shares its memory, by the value that means yes.
@@ -55,6 +60,8 @@ class StagedUpdate:
         self.tensors: dict[str, torch.Tensor] = {}
         self.manifest: Contents = {}
         self.run: PlanRun | None = None
+        self.shadow: Shadow | None = None
+        self.no_shadow = ""
         self.buckets: Buckets = {}
         self.received = dict.fromkeys(senders, 0)
         self.stamps: dict[int, torch.Tensor] = {}
@@ -86,7 +93,8 @@ class StagedUpdate:
         """Free the staging. The connections to the senders stay for the next update."""
         self.tensors, self.run, self.stamps = {}, None, {}
         self.buckets, self._kept = {}, {}
-        self.context.memory.give_back_later()
+        shadow, self.shadow = self.shadow, None
+        self.context.memory.give_back_later(shadow.free if shadow is not None else None)
 
     # Begin
 
@@ -225,7 +233,33 @@ class StagedUpdate:
         planned = self.run is not None and self.run.complete
         if self.context.dry_model and not planned and (refusal := self.context.dry_model.refusal(self.tensors)):
             raise ValueError(f"nothing was applied: {refusal}")
+        if not planned:
+            self._build_shadow()
         return digest.manifest(self.manifest.values())
+
+    def _build_shadow(self) -> None:
+        """Build the new weights beside generation. Without a shadow the commit reloads.
+
+        Raises:
+            ValueError: the model does not take them.
+        """
+        context = self.context
+        options = BuildOptions(
+            self._check_time, max(self.seconds_left, 0.0), context.residency.access, context.memory.shadows.allocating
+        )
+        try:
+            with self.spans.span(f"worker {context.rank}", "build shadow"):
+                shadow, self.no_shadow = context.loader.build_shadow(list(self.tensors.items()), self.manifest, options)
+        except Refused as refusal:
+            raise ValueError(f"nothing was applied: {refusal}") from None
+        self.shadow = shadow
+
+    def _check_time(self) -> None:
+        """Raise if the update is given up or its time is over."""
+        if self.cancelled.is_set():
+            raise Cancelled
+        if self.seconds_left < 0:
+            raise TimeoutError("the new weights were not loaded in time: raise the update's timeout")
 
     def _check_resident(self, *, planned: bool) -> None:
         """Refuse weights that are not in memory. ``planned``: a plan fits the model, and knows where each tensor is."""

@@ -6,8 +6,9 @@ a generating engine down.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -78,12 +79,20 @@ class Pool:
         fault_points.reach("staging", nbytes)
         if self._device.type != "cuda":
             return host_memory.zeros(nbytes)
-        with self._lock:
-            if self._pool is None:
-                with torch.cuda.device(self._device):
-                    self._pool = torch.cuda.MemPool()
-            with torch.cuda.use_mem_pool(self._pool, self._device):
-                return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        with self._lock, self.allocating():
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    @contextlib.contextmanager
+    def allocating(self) -> Iterator[None]:
+        """Take the device memory that the body allocates on this thread from this pool."""
+        if self._device.type != "cuda":
+            yield
+            return
+        if (pool := self._pool) is None:
+            with torch.cuda.device(self._device):
+                pool = self._pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool, self._device):
+            yield
 
     @property
     def used(self) -> bool:
@@ -101,13 +110,14 @@ class StagingMemory:
 
     Attributes:
         pool: where buckets arrive on the worker's device.
+        shadows: where shadows are built.
         kept: unpacked buckets of the last update, if it asked to keep them.
         keeps: whether the last update asked to keep its memory.
         in_use: whether an update is in progress.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.pool = Pool(device)
+        self.pool, self.shadows = Pool(device), Pool(device)
         self.kept: Buckets = {}
         self.keeps = False
         self.in_use: Callable[[], bool] = lambda: False
@@ -117,14 +127,22 @@ class StagingMemory:
         kept, self.kept = self.kept, {}
         return kept
 
-    def give_back_later(self) -> None:
-        """Give the memory back to the device soon, beside the running engine, unless it is kept or in use then."""
-        if self.pool.used:
-            background.run_later(_GIVE_BACK_SECONDS, self._give_back)
+    def give_back_later(self, free: Callable[[], None] | None = None) -> None:
+        """Give the memory back to the device soon, beside the running engine, unless it is kept or in use then.
 
-    def _give_back(self) -> None:
-        if not self.in_use() and not self.keeps:
-            self.pool.give_back()
+        Args:
+            free: called before, to free what is still used of it.
+        """
+        if free or self.pool.used or self.shadows.used:
+            background.run_later(_GIVE_BACK_SECONDS, self._give_back, free)
+
+    def _give_back(self, free: Callable[[], None] | None) -> None:
+        if free:
+            free()
+        if not self.in_use():
+            self.shadows.give_back()
+            if not self.keeps:
+                self.pool.give_back()
 
 
 def put(buffer: torch.Tensor, place: Place, device: torch.device) -> torch.Tensor:

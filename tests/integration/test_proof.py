@@ -30,8 +30,15 @@ loader.repack_tied_layers = lambda model: None
 """,
 }
 
+# As where there is no room for a shadow: the commit reloads.
+RELOAD = """
+from areal_vllm_ext.worker.load import shadow
+shadow.obstacle = lambda *_: "switched off"
+"""
+
 UPDATE = (
-    START
+    RELOAD
+    + START
     + """
 from transformers import AutoModelForCausalLM
 from areal_vllm_ext import EngineGroup

@@ -1,11 +1,12 @@
-"""Loads staged checkpoint tensors into the live model, in one of two ways:
+"""Loads staged checkpoint tensors into the live model, in one of three ways, the first that can be used:
 
-- **layerwise**, by vLLM's reload (``Worker.reload_weights``). It rebuilds each layer as a fresh load would, processes it
-  (quantised, prepacked) and copies it into the tensors that kernels and CUDA graphs hold. It is always available. Where
-  vLLM's own reload is wrong, ``worker/hooks.py`` and the functions below correct it.
-- **planned**, by a few batched copies, if ``recorder.py`` could prove that a layerwise load is nothing but copies.
-
-The first load is layerwise, and recorded. So is a load of other tensors than the plan knows.
+- **plan**: some batched copies, if ``recorder.py`` could prove that a load is nothing but copies.
+- **shadow**: vLLM's loader builds the new weights beside generation before the vote (``shadow.py``), and the commit copies
+  them. The load is recorded, so that the next update may have a plan.
+- **reload**, by vLLM's reload (``Worker.reload_weights``). It rebuilds each layer as a fresh load would, processes it
+  (quantised, prepacked) and copies it into the tensors that kernels and CUDA graphs hold, all inside the pause. It is used
+  where no shadow can be built, and recorded too. Where vLLM's own reload is wrong, ``worker/hooks.py`` and the functions
+  below correct it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...transport.base import Cancelled
 from .cpu_packing import ATTRIBUTE
 from .plan import LoadPlan, PlanRun
 from .proof import readable
 from .recorder import Recorder, observe_packing
+from .shadow import BuildOptions, NoShadow, Refused, Shadow, build
 from .targets import NotPlanned
 from .written import Written
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from ...integrity.digest import Contents
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -37,6 +42,8 @@ class Loader:
         self._plan: LoadPlan | None = None
         # Names, dtypes and shapes of the last attempt at a plan. The same ones would give the same plan, or none again.
         self._tried: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        # The same of tensors for which a shadow cannot stand for the live model, and why.
+        self._unshadowed: tuple[dict[str, tuple[torch.dtype, torch.Size]], str] = ({}, "")
 
     def begin_run(self) -> PlanRun | None:
         """Return a run of the load plan for an update that begins; None without a plan that fits the live model."""
@@ -51,9 +58,63 @@ class Loader:
         """Return whether the run's plan is still the plan of the live model, tensor by tensor."""
         return run.plan is self._plan and run.plan.fits(self._worker.get_model())
 
+    def fits_shadow(self, shadow: Shadow) -> bool:
+        """Return whether the shadow was built for the live model as it is now, tensor by tensor."""
+        return shadow.fits(self._worker.get_model())
+
     def forget(self) -> None:
         """Drop the plan, so that the next load records a new one."""
         self._plan, self._tried = None, {}
+
+    def build_shadow(
+        self, weights: Sequence[tuple[str, torch.Tensor]], contents: Contents, options: BuildOptions
+    ) -> tuple[Shadow | None, str]:
+        """Build the new weights beside generation. Safe on any thread.
+
+        Args:
+            weights: (name, tensor) in checkpoint format, complete.
+            contents: their digests, by name.
+            options: how.
+
+        Returns:
+            the shadow, and why there is none: the commit reloads then.
+
+        Raises:
+            Refused: the model does not take these weights.
+        """
+        kinds = _kinds(weights)
+        if self._unshadowed[0] == kinds:
+            return None, self._unshadowed[1]
+        try:
+            return build(self._worker, weights, contents, options._replace(recorded=kinds != self._tried)), ""
+        except NoShadow as reason:
+            logger.warning("areal_vllm_ext: weights are loaded in the pause: %s", reason)
+            if reason.lasts:
+                self._unshadowed = kinds, str(reason)
+            return None, str(reason)
+        except (Refused, Cancelled, TimeoutError):
+            raise
+        except Exception as error:
+            logger.warning("areal_vllm_ext: weights are loaded in the pause: no shadow could be built", exc_info=True)
+            self._unshadowed = kinds, f"{type(error).__name__}: {error}"
+            return None, self._unshadowed[1]
+
+    def load_shadow(self, shadow: Shadow, weights: Sequence[tuple[str, torch.Tensor]]) -> Written | None:
+        """Make a shadow that fits the live model live. Runs on the worker's own thread while its engine is paused.
+
+        Args:
+            shadow: of ``weights``.
+            weights: (name, tensor) in checkpoint format.
+
+        Returns:
+            the live memory that was written, if a load plan knows it.
+        """
+        shadow.copy()
+        self._reset_caches()
+        self._plan, self._tried = shadow.plan, _kinds(weights)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return shadow.written
 
     def load(
         self,
@@ -97,7 +158,7 @@ class Loader:
         return written
 
     def _worth_a_plan(self, weights: Sequence[tuple[str, torch.Tensor]]) -> bool:
-        tried, self._tried = self._tried, {name: (tensor.dtype, tensor.shape) for name, tensor in weights}
+        tried, self._tried = self._tried, _kinds(weights)
         # EPLB moves experts between ranks, so a recorded place would be wrong.
         return tried != self._tried and not self._worker.vllm_config.parallel_config.enable_eplb
 
@@ -132,6 +193,10 @@ class Loader:
         for name in ("reset_lora_state", "reset_encoder_cache", "reset_mm_cache"):
             if reset := getattr(runner, name, None):
                 reset()
+
+
+def _kinds(weights: Sequence[tuple[str, torch.Tensor]]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in weights}
 
 
 def leave_reload(model: torch.nn.Module) -> None:

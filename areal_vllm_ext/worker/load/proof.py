@@ -16,6 +16,7 @@ import torch
 
 from ...integrity import digest
 from ..memory import free_bytes
+from .apart import apart, load_into, new_model
 from .cpu_packing import ATTRIBUTE
 from .unloaded import described, load_and_find_unloaded
 
@@ -26,6 +27,8 @@ logger = logging.getLogger("vllm.areal_vllm_ext")
 
 # Room for a fresh model and for the temporary memory of its loading, as a multiple of the model's size.
 _ROOM_FACTOR = 1.3
+# How long to wait for the build of an update that was given up.
+_WAIT_SECONDS = 10.0
 # Unit vectors that a packed layer is given at once.
 _PROBES = 128
 
@@ -103,26 +106,16 @@ def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
 
 def fresh_model(worker: Any, weights: Sequence[tuple[str, torch.Tensor]], unloaded: list[str]) -> torch.nn.Module:
     """Build a second model from ``weights``, apart from the live one. ``unloaded`` gets parameters without all weights."""
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    class StagedLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM's modules are not followed
-        """vLLM's own loader, with the staged tensors in place of files."""
+    def load(model: Any) -> None:
+        partly: list[str] = []
+        unloaded.extend(load_and_find_unloaded(model, weights, partly))
+        unloaded.extend(partly)
 
-        def download_model(self, model_config: Any) -> None:
-            pass
-
-        def load_weights(self, model: Any, model_config: Any) -> None:
-            tie_as(model, worker.get_model())
-            partly: list[str] = []
-            unloaded.extend(load_and_find_unloaded(model, weights, partly))
-            unloaded.extend(partly)
-
-    config = worker.vllm_config
-    with set_current_vllm_config(config), separate_layer_registers(config.compilation_config):
-        fresh: torch.nn.Module = StagedLoader(config.load_config).load_model(
-            vllm_config=config, model_config=config.model_config
-        )
+    with apart(worker.vllm_config, timeout=_WAIT_SECONDS) as config:
+        fresh = new_model(config, worker.device)
+        tie_as(fresh, worker.get_model())
+        load_into(fresh, config, worker.device, load)
     return fresh
 
 

@@ -121,6 +121,7 @@ class Recorder(TorchDispatchMode):
         """
         if self._reason:
             raise NotPlanned(self._reason)
+        gc.collect()
         self._check_temporary_storages()
         self._check_attributes()
         packings = tuple(self._packings.values())
@@ -136,7 +137,6 @@ class Recorder(TorchDispatchMode):
         return LoadPlan(targets, self._staged, ModelFingerprint(self._model), packings)
 
     def _check_temporary_storages(self) -> None:
-        gc.collect()
         for key, storage in self._storages.items():
             if not storage.names and storage.copies and not key.expired():
                 raise NotPlanned(f"the loaders keep a copy of {storage.copies[0].source} aside")

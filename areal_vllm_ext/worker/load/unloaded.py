@@ -27,19 +27,10 @@ def load_and_find_unloaded(
         weights: (name, tensor) in checkpoint format.
         partly: gets the parameters that were written in part, because tensors are missing or the rest is padding.
     """
-    before = {name: storage_key(parameter) for name, parameter in model.named_parameters()}
-    with _Writes() as writes:
+    writes = Writes(model)
+    with writes:
         model.load_weights(iter(weights))
-    unloaded = []
-    for name, parameter in model.named_parameters():
-        key = storage_key(parameter)
-        if parameter.numel() <= 1 or key != before.get(name):
-            continue  # a default, or the loader gave it other memory
-        if (written := writes.elements.get(key, 0)) == 0:
-            unloaded.append(name)
-        elif written < parameter.numel() and partly is not None:
-            partly.append(name)
-    return unloaded
+    return writes.unloaded(partly)
 
 
 def described(unloaded: list[str]) -> str:
@@ -48,17 +39,45 @@ def described(unloaded: list[str]) -> str:
     return f"{len(unloaded)} parameters of the model lack weights: {', '.join(unloaded[:3])}{more}"
 
 
-class _Writes(TorchDispatchMode):
-    """Counts the elements that operators write to each storage."""
+class Writes(TorchDispatchMode):
+    """Counts the elements that operators write to each storage.
 
-    def __init__(self) -> None:
+    Attributes:
+        elements: how many elements were written, by storage.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """
+        Args:
+            model: not loaded yet.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.elements: dict[StorageWeakRef, int] = {}
+        self._model = model
+        self._before = {name: storage_key(parameter) for name, parameter in model.named_parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for argument, value in zip(func._schema.arguments, args, strict=False):  # noqa: SLF001
-            if isinstance(value, torch.Tensor) and argument.alias_info is not None and argument.alias_info.is_write:
-                key = storage_key(value)
-                self.elements[key] = self.elements.get(key, 0) + value.numel()
+        kwargs = kwargs or {}
+        for place, argument in enumerate(func._schema.arguments):  # noqa: SLF001
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(tensor, torch.Tensor):
+                    key = storage_key(tensor)
+                    self.elements[key] = self.elements.get(key, 0) + tensor.numel()
         return result
+
+    def unloaded(self, partly: list[str] | None = None) -> list[str]:
+        """Return the parameters to which nothing was written; ``partly`` gets those that were written in part."""
+        unloaded = []
+        for name, parameter in self._model.named_parameters():
+            key = storage_key(parameter)
+            if parameter.numel() <= 1 or key != self._before.get(name):
+                continue  # a default, or the loader gave it other memory
+            if (written := self.elements.get(key, 0)) == 0:
+                unloaded.append(name)
+            elif written < parameter.numel() and partly is not None:
+                partly.append(name)
+        return unloaded

@@ -1,0 +1,313 @@
+"""Shadows: new weights in the format that kernels read, built beside generation before the vote.
+
+A shadow is a second model that vLLM's own loader loads and processes, as it does at an engine's start. All that can fail
+happens to it. The commit copies its tensors into those that kernels and CUDA graphs hold, and assigns what is packed beside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import traceback
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...observability import fault_points
+from ...transport.base import Cancelled
+from ..memory import free_bytes
+from . import apart
+from .pairing import BeforeLoad, Pairs
+from .plan import LoadPlan, ModelFingerprint
+from .proof import readable, tie_as
+from .recorder import observe_packing
+from .shadow_recorder import ShadowRecorder
+from .strides import storage_key
+from .targets import NotPlanned
+from .twins import Leaf, NotTwins, tensors_in
+from .unloaded import described
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from ...integrity.digest import Contents
+    from .written import Written
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+# Device memory that a shadow leaves free for others, besides what its loading needs for a moment.
+_DEVICE_RESERVE = 512 << 20
+# Room for a shadow and for the temporary memory of its loading, as a multiple of the live model's size.
+_ROOM_FACTOR = 1.15
+# Operators of these kinds wait for other ranks, which build at other times.
+_COLLECTIVES = ("c10d", "_c10d_functional", "symm_mem")
+
+
+class NoShadow(Exception):
+    """No shadow can be built, whatever the values of the weights are; the message says why. A reload in the pause may do.
+
+    Attributes:
+        lasts: whether the same tensors will have none in later updates either.
+    """
+
+    def __init__(self, reason: str, *, lasts: bool = False) -> None:
+        """
+        Args:
+            reason: why there is none.
+            lasts: whether later updates of the same tensors will have none either.
+        """
+        super().__init__(reason)
+        self.lasts = lasts
+
+
+class Refused(Exception):
+    """The model does not take these weights; the message says why."""
+
+
+class BuildOptions(NamedTuple):
+    """How a shadow is built.
+
+    Attributes:
+        step: called often while it is built; it raises if the update is given up.
+        timeout: seconds to wait for another build in this process.
+        access: a context that keeps the live weights in memory while they are read.
+        memory: a context whose device memory is apart from the engine's.
+        recorded: whether to make a load plan of it.
+    """
+
+    step: Callable[[], None] = lambda: None
+    timeout: float = -1
+    access: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    memory: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    recorded: bool = True
+
+
+class Shadow:
+    """New weights of one worker, complete.
+
+    Attributes:
+        digests: of the live model's parameters and buffers after the commit.
+        plan: how a later update of the same names, dtypes and shapes is loaded without a shadow; None if it cannot be.
+        written: the live memory that the commit writes, by incoming tensor, if the plan knows it.
+    """
+
+    def __init__(self, model: torch.nn.Module, live: torch.nn.Module) -> None:
+        """
+        Args:
+            model: the second model.
+            live: the model that it shadows.
+        """
+        self._model, self._live = model, live
+        self._fingerprint = ModelFingerprint(live)
+        self._batches: dict[tuple[torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._assigned: list[Leaf] = []
+        self._replaced: list[Any] = []
+        self.digests: dict[str, int] = {}
+        self.plan: LoadPlan | None = None
+        self.written: Written | None = None
+
+    def set_pairs(self, pairs: Pairs) -> None:
+        """Say what the commit must do."""
+        self.digests, self._assigned = pairs.digests, pairs.assigned
+        for target, source in pairs.copies:
+            targets, sources = self._batches.setdefault((target.dtype, target.is_contiguous()), ([], []))
+            targets.append(_plain(target))
+            sources.append(_plain(source))
+
+    def fits(self, live: torch.nn.Module) -> bool:
+        """Return whether ``live`` still has the tensors that the shadow was built for, at the same addresses."""
+        return self._fingerprint.matches(live)
+
+    def copy(self) -> None:
+        """Make the live model serve these weights. The device may not have finished when this method returns."""
+        for targets, sources in self._batches.values():
+            torch._foreach_copy_(targets, sources, non_blocking=True)
+        for leaf in self._assigned:
+            self._replaced.append(leaf.other)  # freed later than in the pause
+            setattr(leaf.owner, leaf.key, leaf.value)
+
+    def free(self) -> None:
+        """Free the memory. Modules hold each other in circles, so it would otherwise wait for the garbage collector."""
+        live = {storage_key(tensor) for tensor in readable(self._live).values()}
+        live |= {storage_key(tensor) for leaf in self._assigned for tensor in tensors_in(leaf.value)}
+        sources = [source for _, batch in self._batches.values() for source in batch]
+        for tensor in (*readable(self._model).values(), *sources):
+            if storage_key(tensor) not in live:
+                with contextlib.suppress(RuntimeError):  # memory that is not torch's own
+                    tensor.untyped_storage().resize_(0)
+        self._batches, self._assigned, self._replaced = {}, [], []
+
+
+def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
+    """Return why no shadow of ``weights`` can be built for ``worker`` now; empty if one can."""
+    config = worker.vllm_config
+    parallel = config.parallel_config
+    if parallel.enable_eplb:
+        return "experts move between the ranks (EPLB), so a fresh load has others"
+    if parallel.enable_expert_parallel and parallel.data_parallel_size > 1 and worker.device.type == "cuda":
+        return "experts of several DP ranks set up their communication together while they are loaded"
+    if config.quant_config is not None and config.model_config.quantization in ("bitsandbytes", "gguf"):
+        return f"vLLM loads {config.model_config.quantization} by another loader"
+    if reason := _offloads(config):
+        return reason
+    size = sum(tensor.nbytes for tensor in _by_storage(readable(worker.get_model())).values())
+    if worker.device.type == "cpu":  # packed weights are in no tensor
+        size = max(size, sum(tensor.nbytes for _, tensor in weights))
+    needed = fault_points.reach("shadow", int(_ROOM_FACTOR * size))
+    needed += _DEVICE_RESERVE if worker.device.type == "cuda" else 0
+    free = free_bytes(worker.device)
+    if needed > free:
+        return f"no room on {worker.device} beside the old weights: {needed >> 20} MiB needed, {free >> 20} MiB free"
+    return ""
+
+
+def build(
+    worker: Any, weights: Sequence[tuple[str, torch.Tensor]], contents: Contents, options: BuildOptions
+) -> Shadow:
+    """Build a shadow of the live model with ``weights``. Safe on any thread, beside generation.
+
+    Args:
+        worker: vLLM's worker.
+        weights: (name, tensor) in checkpoint format, complete.
+        contents: their digests, by name.
+        options: how.
+
+    Raises:
+        NoShadow: this model cannot be shadowed, or there is no room.
+        Refused: the model does not take these weights.
+    """
+    if reason := obstacle(worker, weights):
+        raise NoShadow(reason)
+    live = worker.get_model()
+    with contextlib.ExitStack() as unfinished:
+        try:
+            with apart.apart(worker.vllm_config, options.step, options.timeout) as config, options.memory():
+                model = _new_model(config, worker.device)
+                tie_as(model, live)
+                shadow = Shadow(model, live)
+                unfinished.callback(shadow.free)
+                before = BeforeLoad(model)
+                recorder = ShadowRecorder(model, dict(weights)) if options.recorded else None
+                _load(model, config, worker.device, weights, before, recorder)
+                with options.access():
+                    shadow.set_pairs(pairs := Pairs(model, live, before))
+                    if recorder is not None:
+                        shadow.plan = _plan(recorder, live, pairs.aside)
+            if shadow.plan is not None and (copies := shadow.plan.copies_of(dict(weights))):
+                shadow.written = copies.written({name: value for name, (_, value) in contents.items()})
+            if worker.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+        except NotTwins as reason:
+            raise NoShadow(str(reason), lasts=True) from None
+        except torch.OutOfMemoryError as error:
+            _collect(error)
+            raise NoShadow(f"the memory for new weights beside the old ones ran out: {error}") from None
+        except MemoryError as error:
+            _collect(error)
+            raise Refused(f"the host's memory for the new weights ran out: {error}") from None
+        unfinished.pop_all()
+    return shadow
+
+
+def _new_model(config: Any, device: torch.device) -> torch.nn.Module:
+    try:
+        return apart.new_model(config, device)
+    except Exception as error:
+        _raise_again(error)
+        logger.warning("areal_vllm_ext: no second model can be built beside the live one", exc_info=True)
+        raise NoShadow(f"vLLM cannot build a second model ({type(error).__name__}: {error})", lasts=True) from None
+
+
+def _load(
+    model: torch.nn.Module,
+    config: Any,
+    device: torch.device,
+    weights: Sequence[tuple[str, torch.Tensor]],
+    before: BeforeLoad,
+    recorder: ShadowRecorder | None,
+) -> None:
+    """Load the weights, and refuse those that the model does not take, or that leave parameters without weights."""
+    unloaded: list[str] = []
+
+    def load(one: Any) -> None:
+        one.load_weights(_fed(weights))
+        unloaded.extend(before.writes.unloaded())
+
+    packing = observe_packing(recorder) if recorder and device.type == "cpu" else contextlib.nullcontext()
+    try:
+        with _NoCollectives(), before.writes, recorder or contextlib.nullcontext(), packing:
+            apart.load_into(model, config, device, load)
+    except Exception as error:
+        _raise_again(error)
+        logger.info("areal_vllm_ext: the new weights cannot be loaded", exc_info=True)
+        raise Refused(f"the model does not take these weights: {type(error).__name__}: {error}") from None
+    missing = [name for name in unloaded if name in readable(model)]
+    if missing and config.model_config.quantization is None:
+        raise Refused(f"{described(missing)}; send all weights")
+
+
+def _plan(recorder: ShadowRecorder, live: torch.nn.Module, aside: Sequence[str]) -> LoadPlan | None:
+    try:
+        plan = recorder.plan_for(live, aside)
+    except NotPlanned as reason:
+        logger.info("areal_vllm_ext: no load plan, so each update is loaded beside the live weights: %s", reason)
+        return None
+    except Exception as error:
+        _raise_again(error)
+        logger.warning("areal_vllm_ext: no load plan could be made", exc_info=True)
+        return None
+    logger.info("areal_vllm_ext: further updates are copied as planned, %d MiB", plan.nbytes >> 20)
+    return plan
+
+
+class _NoCollectives(TorchDispatchMode):
+    """Refuses operators that wait for other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in _COLLECTIVES:
+            raise NoShadow(f"{func} waits for other ranks while the model is loaded", lasts=True)
+        return func(*args, **(kwargs or {}))
+
+
+def _fed(weights: Sequence[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in weights:
+        fault_points.reach("shadow", tensor.nbytes)
+        yield name, tensor
+
+
+def _offloads(config: Any) -> str:
+    offload = getattr(config, "offload_config", None)
+    if offload is not None and getattr(getattr(offload, "uva", None), "cpu_offload_gb", None):
+        return "a part of the weights is kept on the host (cpu_offload_gb)"
+    return ""
+
+
+def _raise_again(error: Exception) -> None:
+    """Raise ``error`` if it says nothing about the weights: the update is given up, or memory ran out."""
+    if isinstance(error, (Cancelled, TimeoutError, NoShadow, torch.OutOfMemoryError, MemoryError)):
+        raise error
+    if "can't allocate memory" in str(error):  # torch's way to say so on a CPU
+        raise MemoryError(str(error)) from None
+
+
+def _collect(error: Exception) -> None:
+    """Free what the failed build still holds, because memory is short."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+
+
+def _by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[StorageWeakRef, torch.Tensor]:
+    return {storage_key(tensor): tensor for tensor in tensors.values()}
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as a tensor without class and history."""
+    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return plain.set_(tensor.untyped_storage(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
