@@ -129,6 +129,9 @@ MUTANTS = {
     "a group does not go on without an engine that was back": [
         (COMMAND, "self._dropped.pop((target.engine.replica, target.engine.dp_rank), None)", "pass")
     ],
+    "an update that is committed does not begin again": [
+        (PARTICIPANT, "if message.update == self.last_update:  # a copy that came late", "if False:")
+    ],
     "an engine that has not joined takes part in no update": [
         (PARTICIPANT, "if not self.joined and isinstance(message, Begin | Pause):", "if False:")
     ],

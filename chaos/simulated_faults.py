@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import functools
 import random
@@ -20,7 +19,7 @@ from areal_vllm_ext.client.state import UpdateResult
 from areal_vllm_ext.errors import ArealError, UpdateAborted
 from areal_vllm_ext.protocol import PauseMode
 
-from .simulation import Call, Clock, Coverage, World, require
+from .simulation import Call, Clock, Coverage, UsersCall, World, require
 
 PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
 # Longest recovery: two leases that run out (10 s each), an engine that registers again (1 s), a request that times out.
@@ -157,15 +156,9 @@ def another_user(world: World, dice: random.Random) -> Fault:
 
     def call(rank: int, name: str) -> None:
         process = world.engines[rank]
-        if not (process.alive and process.joined) or process.asleep or "calls" in process.stuck:
-            return
-        with contextlib.suppress(RuntimeError):
-            if name == "reload_weights":
-                process.engine.vllm.collective_rpc(name)
-            else:
-                getattr(process.engine.vllm, name)()
-        world.check(rank)
-        process.flush()
+        if process.alive and not process.asleep:
+            process.engine.calls.append(UsersCall(name))
+            process.flush()
 
     return Fault(
         lambda: each(functools.partial(call, rank, name) for name in calls for rank in ranks),

@@ -7,6 +7,7 @@ links are joined, memory is free, calls return. Within bounds all engines must s
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import random
@@ -131,6 +132,7 @@ def damaged_weights(world: World, dice: random.Random) -> Fault:
                 participant.weights_mismatch(
                     WeightsMismatch(update=participant.last_update, rank=0, reason="a digest differs")
                 )
+                process.engine.carry_out([])
                 process.flush()
 
     return Fault(strike)
@@ -146,6 +148,17 @@ def given_up(world: World, dice: random.Random) -> Fault:
         user.after(LOST_AFTER_SECONDS + 1.0, lambda: user.forget(info.replica, info.dp_rank))
 
     return Fault(strike, lambda: world.restart_engine(rank))
+
+
+def replays(world: World, dice: random.Random) -> Fault:
+    """Let copies of earlier requests come, long after they were answered."""
+    count = dice.choice([1, 5, 20])
+
+    def strike() -> None:
+        for _ in range(count):
+            world.replay(dice.expovariate(1.0))
+
+    return Fault(strike)
 
 
 def a_look(world: World, dice: random.Random) -> Fault:
@@ -182,6 +195,7 @@ FAULTS: dict[str, Strike] = {
     "directory asleep": directory_asleep,
     "damaged weights": damaged_weights,
     "engine given up": given_up,
+    "replays": replays,
     "a look": a_look,
     "a long pause": a_long_pause,
     "one-way cut": one_way,
@@ -218,6 +232,8 @@ class SwarmRound(Round):
         self.rates = {
             name: Rate(dice.choice(INTERVALS), dice.choice(DURATIONS)) for name in FAULTS if dice.random() < 0.25
         }
+        if "replays" in self.rates:
+            self.world.sent = collections.deque(maxlen=500)
         # How often an update begins, and how often a fault strikes in a phase of an update instead of at some time.
         self._pace, self._aim = dice.choice([0.2, 1.0, 5.0]), dice.choice([0.0, 0.05, 0.3])
         # How long an update's bytes take, and how often an update goes on without lost engines.
@@ -239,7 +255,7 @@ class SwarmRound(Round):
                 process.clock = Clock(process.clock.offset, dice.uniform(0.8, 1.25))
         world.run(until=6.0)  # all have joined
         world.log("seed", self.rates)
-        self._heals = world.now + dice.uniform(3.0, 40.0)
+        self._heals = world.now + dice.choice([dice.uniform(2.0, 10.0), dice.uniform(5.0, 40.0)])
         for _ in range(dice.choice([1, 1, 2])):
             self.keep_updating()
         for name in self.rates:
@@ -267,8 +283,9 @@ class SwarmRound(Round):
             if world.now >= self._heals:
                 return
             if call and call[0].outcome is None and trainer.alive:
-                world.at(world.now + 0.2, WORLDS_HAND, go_on)
+                world.at(world.now + 0.4, WORLDS_HAND, go_on)
             else:
+                self._phase = "none"
                 world.at(world.now + dice.expovariate(1 / self._pace), WORLDS_HAND, lambda: self.keep_updating(trainer))
 
         if world.now < self._heals and not trainer.asleep:

@@ -230,6 +230,8 @@ class Participant:
             return self._refuse(caller, "busy", "the engine is committing an update")
         if self.update and self.update.begin.update == message.update:
             return self.update.wait(caller, "begin", [])
+        if message.update == self.last_update:  # a copy that came late
+            return self._refuse(caller, "state", f"update {message.update} is committed here")
         if self._in_doubt:
             return self._refuse(caller, "state", "an update is in doubt on this engine: commit or abort it first")
         if self.asleep:

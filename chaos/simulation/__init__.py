@@ -10,7 +10,7 @@ A trainer is the real ``AsyncEngineGroup`` on an event loop whose time is simula
 
 from __future__ import annotations
 
-from .base import FIRST_VERSION, Violation, brief, require
+from .base import FIRST_VERSION, UsersCall, Violation, brief, require
 from .client import Call, Trainer, simulated_time
 from .coverage import Coverage
 from .engine import Engine, engine_info
@@ -24,6 +24,7 @@ __all__ = [
     "Coverage",
     "Engine",
     "Trainer",
+    "UsersCall",
     "Violation",
     "World",
     "brief",

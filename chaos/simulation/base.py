@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Literal
 
@@ -10,16 +11,27 @@ from areal_vllm_ext.protocol import Message, Register, Status
 
 FIRST_VERSION = "v0"
 DIRECTORY = "tcp://directory:29700"
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.2
 STEP_SECONDS = 0.003
 WATCH_SECONDS = 0.2
+# While nothing needs recovery, the directory only has to read its clock.
+IDLE_WATCH_SECONDS = 0.9
 RECOVERY_SECONDS = 10.0
 GONE_SECONDS = 5.0
 REPEAT_SECONDS = 1.0
 BUCKETS = 2
 
 Kind = Literal["mixed versions", "hang", "wrong tokens", "leftover", "overrun", "rule", "untrue outcome", "history"]
-EngineCall = CallPause | CallResume | CallCancelPause | CallCommit | Guard
+
+
+@dataclasses.dataclass(frozen=True)
+class UsersCall:
+    """A call of vLLM's own that another user makes; it waits for the engine's loop like ours."""
+
+    name: str
+
+
+EngineCall = CallPause | CallResume | CallCancelPause | CallCommit | Guard | UsersCall
 IDS = itertools.count()
 
 

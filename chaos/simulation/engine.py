@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ from areal_vllm_ext.protocol import (
 )
 from areal_vllm_ext.protocol.server import ReplyTo
 
-from .base import FIRST_VERSION, EngineCall, Violation, nothing, require
+from .base import FIRST_VERSION, EngineCall, UsersCall, Violation, nothing, require
 
 
 class SchedulerStandIn:
@@ -190,6 +191,8 @@ class Engine:
                     self.run()
                 error = "stuck" if fails else ""
                 self.outcomes.append(lambda: participant.pauses.resume_done(call.call, error, paused=stays))
+            case UsersCall():
+                self._users_call(call.name)
             case Guard():
                 self.foreign.guard(call)
             case CallCancelPause():
@@ -209,6 +212,20 @@ class Engine:
                 if not fails:
                     self.version, self.reloaded = call.version, False
                 self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
+
+    def start(self) -> None:
+        """Start the loop: it takes every call that waits before its first step."""
+        while self.calls:
+            self.step()
+        if self.pausing is not None:
+            self.become_idle()
+
+    def _users_call(self, name: str) -> None:
+        with contextlib.suppress(RuntimeError):  # it may be refused
+            if name == "reload_weights":
+                self.vllm.collective_rpc(name)
+            else:
+                getattr(self.vllm, name)()
 
     def run(self) -> None:
         """Generate again."""

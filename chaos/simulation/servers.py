@@ -12,10 +12,18 @@ from areal_vllm_ext.control.command import Commander
 from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.engine_core.participant import CallCommit
 from areal_vllm_ext.errors import ArealError
-from areal_vllm_ext.protocol import Answer, Begin, DirectoryRequest, EngineInfo, Registered, timing
+from areal_vllm_ext.protocol import Answer, Begin, DirectoryRequest, EngineInfo, Register, Registered, timing
 from areal_vllm_ext.protocol.server import ReplyTo
 
-from .base import DIRECTORY, RECOVERY_SECONDS, STEP_SECONDS, TICK_SECONDS, WATCH_SECONDS, Violation
+from .base import (
+    DIRECTORY,
+    IDLE_WATCH_SECONDS,
+    RECOVERY_SECONDS,
+    STEP_SECONDS,
+    TICK_SECONDS,
+    WATCH_SECONDS,
+    Violation,
+)
 from .client import Asking
 from .engine import Engine
 from .process import Process, new_caller
@@ -34,7 +42,8 @@ class DirectoryProcess(Asking):
         self.answers: dict[ReplyTo, Answer] = {}
         self.recovery: asyncio.Task[None] | None = None
         world.join(self, DIRECTORY)
-        self.after(WATCH_SECONDS, self.watch)
+        self._watches = 0  # only the last watch that was planned counts
+        self.watch()
 
     @property
     def newest(self) -> int:
@@ -43,10 +52,18 @@ class DirectoryProcess(Asking):
 
     def watch(self) -> None:
         """Recover what a client has left, as ``DirectoryServer`` does."""
-        if (self.recovery is None or self.recovery.done()) and self.directory.recovery_due(self.awake_time()):
+        now = self.awake_time()
+        if (self.recovery is None or self.recovery.done()) and self.directory.recovery_due(now):
             self.world.log(self.name, "recovers")
             self.recovery = self.create_task(self.recover())
-        self.after(WATCH_SECONDS, self.watch)
+        needed = any(beat.needs_recovery for beat in self.directory._heartbeats.values())
+        self._watches += 1
+        self._idle = not needed
+        self.after(WATCH_SECONDS if needed else IDLE_WATCH_SECONDS, functools.partial(self._watch_again, self._watches))
+
+    def _watch_again(self, number: int) -> None:
+        if number == self._watches:
+            self.watch()
 
     async def recover(self) -> None:
         try:
@@ -62,6 +79,8 @@ class DirectoryProcess(Asking):
             return
         if caller not in self.answers:
             self.answers[caller] = self.directory.handle(message, self.awake_time())
+            if self._idle and isinstance(message, Register) and message.needs_recovery:
+                self.watch()
         self.world.send(self, caller.peer, caller, self.answers[caller])
 
 
@@ -85,8 +104,7 @@ class EngineProcess(Process):
         self.engine = Engine(
             info=info, log=functools.partial(world.log, self.name), resume_orphans=world.resume_orphans, joined=False
         )
-        self.engine.running = False
-        self._stepping = self._ticking = False
+        self._stepping = self._ticking = self._started = False
         self._answered = b""
         world.join(self, info.address)
         self.after(world.dice.uniform(0, timing.HEARTBEAT_SECONDS), self.beat)
@@ -99,7 +117,7 @@ class EngineProcess(Process):
     @property
     def serves(self) -> bool:
         """Whether clients get answers. The steps of a loop that is stuck come later."""
-        return self.alive and not self.asleep and self.engine.running and "calls" not in self.stuck
+        return self._started and self.alive and not self.asleep and self.engine.running and "calls" not in self.stuck
 
     def hear(self, caller: ReplyTo, message: Any) -> None:
         if caller.peer == self.name.encode():
@@ -131,13 +149,19 @@ class EngineProcess(Process):
 
     def registered(self, message: Registered) -> None:
         """Handle the directory's answer to a heartbeat."""
-        engine, joined = self.engine, self.joined
+        engine, joined, stale = self.engine, self.joined, self.engine.participant.stale
         engine.carry_out(engine.participant.on_group_epoch(message.version, message.committed_epoch))
-        if not joined:
+        if not joined or (stale and not engine.participant.stale):
             self.world.joins(message.committed_epoch)
-            engine.running = engine.participant.generation == "running"
-            self.world.check(self.rank)
+        if not joined:
+            self._start_loop()
         self.flush()
+
+    def _start_loop(self) -> None:
+        if self.joined and not self._started and "calls" not in self.stuck:
+            self._started = True
+            self.engine.start()
+            self.world.check(self.rank)
 
     def beat(self) -> None:
         beat = self.engine.participant.beat(self.engine.info)
@@ -166,6 +190,7 @@ class EngineProcess(Process):
     def unstick(self) -> None:
         """End ``stuck``, ``full`` and ``slowness``."""
         self.stuck, self.full, self.slowness = frozenset(), False, STEP_SECONDS
+        self._start_loop()
         self.world.check(self.rank)
         self.flush()
 
@@ -177,7 +202,7 @@ class EngineProcess(Process):
     def _parts(self) -> list[Callable[[], None]]:
         """Return what can happen next, without what is stuck."""
         engine, parts = self.engine, self.engine.parts()
-        if "calls" in self.stuck or not self.joined:
+        if "calls" in self.stuck or not self._started:
             parts = [part for part in parts if part != engine.step]
         if "pause" in self.stuck:
             parts = [part for part in parts if part != engine.become_idle]
@@ -186,10 +211,17 @@ class EngineProcess(Process):
         return parts
 
     def step(self) -> None:
+        """Do one or some of the things that can happen next."""
         self._stepping = False
+        parts = self._parts()
+        while parts:
+            self._do(parts)
+            if self.world.dice.random() >= 0.5 or not (parts := self._parts()):
+                self.flush()
+                break
+
+    def _do(self, parts: list[Callable[[], None]]) -> None:
         engine = self.engine
-        if not (parts := self._parts()):
-            return
         part = self.world.dice.choice(parts)
         if part == engine.step:
             call = engine.calls[0]
@@ -204,7 +236,6 @@ class EngineProcess(Process):
             part()
             if part in (engine.become_idle, engine.report):
                 self.world.check(self.rank)
-        self.flush()
 
     def _fails(self) -> bool:
         self.failing -= 1

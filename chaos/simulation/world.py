@@ -12,11 +12,19 @@ from collections.abc import Callable
 from typing import Any
 
 from areal_vllm_ext.engine_core.participant import CallCommit
-from areal_vllm_ext.protocol import Abort, Commit, Message, Resume, Version
+from areal_vllm_ext.protocol import (
+    Abort,
+    Commit,
+    DirectoryRequest,
+    EngineRequest,
+    Message,
+    Resume,
+    Version,
+)
 from areal_vllm_ext.protocol.server import ReplyTo
 
 from .account import Account, Served
-from .base import brief, nothing, require
+from .base import IDS, brief, nothing, require
 from .client import Trainer
 from .coverage import Coverage
 from .engine import engine_info
@@ -37,6 +45,7 @@ class World:
         resume_orphans: whether recovery resumes engines that a client has left paused.
         not_promised: what happened that is not promised to work, one of ``NOT_PROMISED``; empty if nothing did.
         on_send: called with every message that is sent, and whether it will arrive.
+        sent: the latest requests with their senders, for ``replay``; None where nothing is replayed.
     """
 
     def __init__(
@@ -55,6 +64,7 @@ class World:
         self.events = 0
         self.lines: list[str] | None = [] if trace else None
         self.on_send: OnSend = nothing
+        self.sent: collections.deque[tuple[Process, bytes, Message]] | None = None
         self._heap: list[tuple[float, int, Process, Any]] = []
         self._order = itertools.count()
         self._listening: dict[str, Process] = {}
@@ -123,7 +133,7 @@ class World:
     def run(self, until: float, done: Callable[[], bool] | None = None) -> None:
         """Play events up to the time ``until``, or until ``done``."""
         heap, heappop, set_loop = self._heap, heapq.heappop, asyncio._set_running_loop
-        timer_class = asyncio.TimerHandle
+        timer_class, current = asyncio.TimerHandle, None
         try:
             while heap and heap[0][0] <= until and not (done and done()):
                 when, order, process, callback = heappop(heap)
@@ -139,7 +149,9 @@ class World:
                     callback = callback._run
                 self.events += 1
                 # ``process.run(callback)``, without leaving the loop after each event
-                set_loop(process)
+                if process is not current:
+                    set_loop(process)
+                    current = process
                 callback()
                 ready = process.ready
                 while ready:
@@ -171,10 +183,24 @@ class World:
             if self.dice.random() < 0.5:
                 self.network.held.append((receiver, arrive))
             return
+        if self.sent is not None and isinstance(message, EngineRequest | DirectoryRequest):
+            self.sent.append((receiver, caller.peer, message))
         delays = self.network.delays(self.now)
         self.on_send(source, receiver, caller, message, bool(delays) and receiver.alive)
         for delay in delays:
             self.at(self.now + delay, receiver, arrive)
+
+    def replay(self, seconds: float) -> None:
+        """Deliver a copy of some earlier request after ``seconds``, when the receiver has forgotten that it answered it."""
+        if self.sent:
+            receiver, peer, message = self.dice.choice(self.sent)
+            caller = ReplyTo(peer, next(IDS).to_bytes(16, "big"))
+            self.at(self.now + seconds, receiver, functools.partial(self._replayed, receiver, caller, message))
+
+    def _replayed(self, receiver: Process, caller: ReplyTo, message: Message) -> None:
+        if self.lines is not None:
+            self.log(receiver.name, f"<- again: {brief(message)}")
+        receiver.hear(caller, message)
 
     def _arrive(self, source: Process, receiver: Process, caller: ReplyTo, message: Message) -> None:
         self.log(receiver.name, f"<- {source.name} {brief(message)}")
@@ -274,7 +300,7 @@ class World:
             self.not_promised = self.not_promised or "drop_lost, and the lost engine was alive"
 
     def joins(self, epoch: int) -> None:
-        """Note that an engine joins at the group's committed epoch, as far as the directory knows it.
+        """Note that an engine joins, or is no longer stale, at the group's committed epoch as far as the directory knows it.
 
         A directory that has restarted knows what it hears. The documentation does not promise one version if every engine
         that knows a newer epoch is out of its reach.

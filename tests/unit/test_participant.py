@@ -777,6 +777,15 @@ def test_a_pause_for_an_update_remembers_it_and_a_users_own_outlasts_it() -> Non
     assert rig.participant.pauses.paused_for == ""
 
 
+def test_a_copy_of_begin_that_comes_after_the_commit_begins_nothing() -> None:
+    rig = in_state("committing", "paused")
+    rig.committed()
+    refusal = rig.answers[rig.begin()]
+    assert isinstance(refusal, Error)
+    assert "is committed here" in refusal.message
+    assert rig.participant.update_phase == "idle", "its commit would be answered as a repeated one, and never happen"
+
+
 # Weights that must not serve
 
 
