@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import threading
 from typing import TYPE_CHECKING, Any
@@ -40,11 +41,13 @@ def run_later(seconds: float, function: Callable[..., object], *arguments: Any) 
 
 
 @atexit.register
-def _join_threads() -> None:
-    """Join these threads: one inside torch at the interpreter's exit aborts the process (``terminate called ...``)."""
+def _end_threads() -> None:
+    """End these threads: one inside torch at the interpreter's exit aborts the process (``terminate called ...``)."""
     threads = [thread for thread in threading.enumerate() if thread.name == _THREAD_NAME]
     for thread in threads:
         if isinstance(thread, threading.Timer):
             thread.cancel()
+        # Reading many tensors may take longer than the wait below. The thread leaves before its next operator.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
     for thread in threads:
         thread.join(_AT_EXIT_SECONDS)
