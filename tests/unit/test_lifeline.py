@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -25,6 +27,7 @@ asyncio.run(main())
 
 OWNER = """
 import asyncio
+import contextlib
 from areal_vllm_ext.process import lifeline
 async def main():
     address = await lifeline.Lifelines(lambda _: None).listen("127.0.0.1")
@@ -39,6 +42,15 @@ def peer(address: lifeline.LifelineAddress, name: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@contextlib.asynccontextmanager
+async def listening(lost: Callable[[str], None]) -> AsyncIterator[lifeline.LifelineAddress]:
+    """Listen until the end of the block; the owner itself listens until its process ends."""
+    lifelines = lifeline.Lifelines(lost)
+    yield await lifelines.listen("127.0.0.1")
+    assert lifelines._server
+    lifelines._server.close()
+
+
 async def until(condition: object) -> None:
     for _ in range(200):
         if condition():  # type: ignore[operator]
@@ -50,14 +62,14 @@ async def until(condition: object) -> None:
 def test_killed_peer_is_named() -> None:
     async def run() -> None:
         lost: list[str] = []
-        address = await lifeline.Lifelines(lost.append).listen("127.0.0.1")
-        process = peer(address, "node 1")
-        assert process.stdout
-        assert await asyncio.to_thread(process.stdout.readline) == "connected\n"
-        assert not lost
-        os.kill(process.pid, signal.SIGKILL)
-        await until(lambda: lost == ["node 1"])
-        process.communicate()
+        async with listening(lost.append) as address:
+            process = peer(address, "node 1")
+            assert process.stdout
+            assert await asyncio.to_thread(process.stdout.readline) == "connected\n"
+            assert not lost
+            os.kill(process.pid, signal.SIGKILL)
+            await until(lambda: lost == ["node 1"])
+            process.communicate()
 
     asyncio.run(run())
 
@@ -82,12 +94,12 @@ def test_peer_hears_of_the_owners_end() -> None:
 def test_stranger_cannot_report_a_loss() -> None:
     async def run() -> None:
         lost: list[str] = []
-        address = await lifeline.Lifelines(lost.append).listen("127.0.0.1")
-        for greeting in (b"guess node 1\n", b"\xff\xfe\n", b"x" * 100_000 + b"\n", b""):
-            _, writer = await asyncio.open_connection(address.host, address.port)
-            writer.write(greeting)
-            writer.close()
-        await asyncio.sleep(0.3)
+        async with listening(lost.append) as address:
+            for greeting in (b"guess node 1\n", b"\xff\xfe\n", b"x" * 100_000 + b"\n", b""):
+                _, writer = await asyncio.open_connection(address.host, address.port)
+                writer.write(greeting)
+                writer.close()
+            await asyncio.sleep(0.3)
         assert not lost
 
     asyncio.run(run())
@@ -95,9 +107,8 @@ def test_stranger_cannot_report_a_loss() -> None:
 
 def test_owner_that_cannot_be_reached() -> None:
     async def run() -> None:
-        address = await lifeline.Lifelines(lambda _: None).listen("127.0.0.1")
-        nobody = lifeline.LifelineAddress("127.0.0.1", 1, address.token)
+        unused = lifeline.LifelineAddress("127.0.0.1", 1, "token")
         with pytest.raises(OSError, match="Connect call failed"):
-            await lifeline.connect(nobody, "node 1", lambda: None)
+            await lifeline.connect(unused, "node 1", lambda: None)
 
     asyncio.run(run())
