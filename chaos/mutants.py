@@ -129,6 +129,9 @@ MUTANTS = {
     "a group does not go on without an engine that was back": [
         (COMMAND, "self._dropped.pop((target.engine.replica, target.engine.dp_rank), None)", "pass")
     ],
+    "time stands still for a directory that is stopped": [
+        ("control/awake_clock.py", "min(read - self._read, LONGEST_STEP_SECONDS)", "read - self._read")
+    ],
     "an update that is committed does not begin again": [
         (PARTICIPANT, "if message.update == self.last_update:  # a copy that came late", "if False:")
     ],
@@ -176,6 +179,16 @@ MUTANTS = {
 
 # Faults for mutants that few rounds reveal; every other mutant meets all faults.
 ONLY = {"an engine pauses only for a prepared update": "clock drift"}
+# Mutants that take many updates, or faults of the swarm.
+SWARM = {
+    "recovery waits for engines that are joining",
+    "a pause that is over its time stands where weights are unfit",
+    "a group goes on without a dropped engine only until that is heard again",
+    "a group does not go on without an engine that was back",
+    "an engine that has not joined takes part in no update",
+    "an update that is committed does not begin again",
+    "time stands still for a directory that is stopped",
+}
 
 
 def pattern(guard: str) -> re.Pattern[str]:
@@ -203,7 +216,8 @@ def play(name: str, edits: list[tuple[str, str, str]], options: argparse.Namespa
             return False, problem
         if options.check:
             return True, "is there"
-        command = [sys.executable, "-m", "chaos", "--simulated", "--first", "--rounds", options.rounds]
+        which = "--swarm" if name in SWARM else "--simulated"
+        command = [sys.executable, "-m", "chaos", which, "--first", "--rounds", options.rounds]
         command += ["--only", ONLY.get(name, "")]
         for kind in options.ignore:
             command += ["--ignore", kind]

@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import gc
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -62,6 +63,9 @@ def play(one: Round) -> Violation | None:
         one.run()
     except Violation as violation:
         return violation
+    except Exception as error:  # the other rounds of a long run still count
+        traceback.print_exc()
+        return Violation("rule", f"the round raised {type(error).__name__}: {error}")
     finally:
         for process in (*one.world.trainers, *one.world.engines, one.world.directory):
             process.kill()
@@ -125,7 +129,7 @@ def simulate(options: argparse.Namespace) -> dict[str, object]:
         total.add(tally)
         for seed, (kind, what) in tally.found.items():
             print(f"{kind}, seed {seed}: {what}\n  again: {replay(options, seed)}", flush=True)
-        if options.first and tally.found:
+        if (options.first and tally.found) or time.perf_counter() - started > options.seconds:
             break
     seconds = time.perf_counter() - started
     print(f"\n{'fault':18s} {'rounds':>7s} {'violations':>11s} {'slowest recovery (simulated s)':>31s}")

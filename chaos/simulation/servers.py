@@ -106,6 +106,7 @@ class EngineProcess(Process):
         )
         self._stepping = self._ticking = self._started = False
         self._answered = b""
+        self._noted = -1  # the committed epoch that the world has noted
         world.join(self, info.address)
         self.after(world.dice.uniform(0, timing.HEARTBEAT_SECONDS), self.beat)
 
@@ -171,7 +172,9 @@ class EngineProcess(Process):
     def flush(self) -> None:
         """Send the answers, and let the next step come a moment later."""
         engine, participant = self.engine, self.engine.participant
-        self.world.committed(self.rank)
+        if self._noted != participant.committed_epoch:
+            self._noted = participant.committed_epoch
+            self.world.committed(self.rank)
         if engine.replies:
             for caller, answer in engine.replies:
                 self.world.send(self, caller.peer, caller, answer)
@@ -202,6 +205,8 @@ class EngineProcess(Process):
     def _parts(self) -> list[Callable[[], None]]:
         """Return what can happen next, without what is stuck."""
         engine, parts = self.engine, self.engine.parts()
+        if self._started and not self.stuck:
+            return parts
         if "calls" in self.stuck or not self._started:
             parts = [part for part in parts if part != engine.step]
         if "pause" in self.stuck:

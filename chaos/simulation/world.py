@@ -188,7 +188,7 @@ class World:
         delays = self.network.delays(self.now)
         self.on_send(source, receiver, caller, message, bool(delays) and receiver.alive)
         for delay in delays:
-            self.at(self.now + delay, receiver, arrive)
+            heapq.heappush(self._heap, (self.now + delay, next(self._order), receiver, arrive))
 
     def replay(self, seconds: float) -> None:
         """Deliver a copy of some earlier request after ``seconds``, when the receiver has forgotten that it answered it."""
@@ -241,12 +241,9 @@ class World:
         self.account.serves(rank, served, self.now)
 
     def committed(self, rank: int) -> None:
-        """Note the version that engine ``rank`` has, and its epoch."""
+        """Note the version that engine ``rank`` has committed, and its epoch."""
         participant = self.engines[rank].engine.participant
-        if self._epochs.get(participant.version) != participant.committed_epoch:
-            self._epochs[participant.version] = participant.committed_epoch
-        elif rank in self.switched[participant.version]:
-            return
+        self._epochs[participant.version] = participant.committed_epoch
         self.switched[participant.version].add(rank)
 
     def returned(self, version: Version) -> None:

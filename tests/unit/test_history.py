@@ -9,6 +9,7 @@ import random
 import pytest
 
 from chaos.history import Read, Write, problems
+from chaos.simulation.account import Account, Served
 
 START = Write("v0", -math.inf, -math.inf, "committed")
 
@@ -33,6 +34,10 @@ RIGHT = {
         [read("v0", 5), read("v1", 7), read("v1", 9)],
     ),
     "two updates at once, in either order": ([write("v1", 1, 5), write("v2", 1, 5)], [read("v2", 2), read("v1", 6)]),
+    "a request in flight over the commit, by its spans": (
+        [write("v1", 1, 5)],
+        [read("v0", 0, 3), read("v1", 3, 9), read("v0", 2, 3.5, "e1"), read("v1", 3.5, 4, "e1")],
+    ),
     "an update that no request saw": ([write("v1", 1, 2), write("v2", 3, 4)], [read("v0", 0), read("v2", 5)]),
 }
 
@@ -47,6 +52,16 @@ WRONG = {
     "two versions at once for a while": (
         [write("v1", 1, 2)],
         [read("v0", 3, engine="e1"), read("v1", 2.5, engine="e0"), read("v0", 8, engine="e1"), read("v1", 9)],
+        "was current",
+    ),
+    "a request in flight goes back to the old version": (
+        [write("v1", 1, 9)],
+        [read("v0", 0, 2), read("v1", 2, 3), read("v0", 3.1, 4)],
+        "was current",
+    ),
+    "a request in flight on another engine ends late with the old version": (
+        [write("v1", 1, 2)],
+        [read("v0", 0, 3, "e1"), read("v0", 2.5, 3, "e1")],
         "was current",
     ),
     "an aborted update is served": ([write("v1", 1, 2, "aborted")], [read("v1", 3)], "that update was aborted"),
@@ -128,3 +143,37 @@ def test_the_verdict_is_that_of_trying_every_order() -> None:
         assert (problems([START, *writes], reads) == []) == verdicts[-1], (writes, reads)
     assert 300 < sum(verdicts) < 2700
     assert len(list(itertools.groupby(verdicts))) > 100
+
+
+def test_what_engines_serve_is_judged_more_strictly_than_any_requests_in_flight() -> None:
+    """The simulation reads at the first and last moment of each stretch. Requests, with a span in each, prove no more."""
+    dice = random.Random(11)
+    strict = found_by_requests = 0
+    for _ in range(1500):
+        account, reads = Account(), []
+        writes = [
+            write(f"v{n}", *sorted(dice.sample(range(20), 2)), dice.choice(["committed", "unknown"])) for n in (1, 2)
+        ]
+        for rank in range(2):
+            moments = sorted(dice.sample(range(1, 40), 6))
+            versions = (
+                sorted(dice.choices(["v0", "v1", "v2"], k=3))
+                if dice.random() < 0.8
+                else dice.choices(["v0", "v1"], k=3)
+            )
+            stretches = list(zip(moments[::2], moments[1::2], versions, strict=True))
+            for started, ended, version in stretches:
+                account.serves(rank, Served(f"e{rank}", version, version), started)
+                account.serves(rank, None, ended)
+            for _ in range(3):  # each request is in flight from one moment to another, and has a span in each stretch
+                begun, answered = sorted(dice.uniform(0, 40) for _ in range(2))
+                reads += [
+                    read(version, max(started, begun), min(ended, answered), f"e{rank}")
+                    for started, ended, version in stretches
+                    if started < answered and begun < ended
+                ]
+        by_stretches, by_requests = account.problems(writes, 40.0), problems([START, *writes], reads)
+        strict += bool(by_stretches)
+        found_by_requests += bool(by_requests)
+        assert by_stretches or not by_requests, (writes, reads)
+    assert strict > found_by_requests > 100
