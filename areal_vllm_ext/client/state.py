@@ -26,6 +26,7 @@ class EngineState:
         waiting_for_engine: seconds since the engine's loop last ran a call; a large number means that the loop is stuck.
         error: why the engine did not answer, or what went wrong there.
         weights: digest of the weights of the last update, equal on engines that serve the same; empty before the first.
+        loaded: how they were loaded: ``plan`` or ``shadow`` (both a copy in the pause), or ``reload`` with the reason (longer).
         unproven: why those weights could not be compared with a fresh load; empty if they were.
     """
 
@@ -41,6 +42,7 @@ class EngineState:
     waiting_for_engine: float
     error: str
     weights: str = ""
+    loaded: str = ""
     unproven: str = ""
 
     @classmethod
@@ -58,6 +60,7 @@ class EngineState:
             waiting_for_engine=status.waiting_for_engine if status else 0.0,
             error=status.error if status else error,
             weights=status.weights if status else "",
+            loaded=status.loaded if status else "",
             unproven=status.unproven if status else "",
         )
 

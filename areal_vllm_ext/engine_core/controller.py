@@ -217,19 +217,20 @@ class Controller:
     def commit(self, update: str, version: Version) -> None:
         started = time.perf_counter()
 
-        def report(error: str, unproven: str = "") -> None:
+        def report(error: str, loaded: str = "", unproven: str = "") -> None:
             seconds = time.perf_counter() - started
-            self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds, unproven))
+            self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds, loaded, unproven))
 
         def on_loop() -> None:
             if not self.is_paused():
                 raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
-            reasons = [reason for reason in self._engine.collective_rpc("areal_commit", args=(update,)) if reason]
+            answers = self._engine.collective_rpc("areal_commit", args=(update,))
+            loaded, unproven = ("; ".join(filter(None, dict.fromkeys(each))) for each in zip(*answers, strict=True))
             # Outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call.
             if set_version := getattr(self._engine, "set_weight_version", None):
                 with self._foreign.ours():
                     set_version(str(version))
-            report("", "; ".join(dict.fromkeys(reasons)))
+            report("", loaded, unproven)
 
         self._call("commit", on_loop, failed=report)
 

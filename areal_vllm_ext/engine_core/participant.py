@@ -94,7 +94,7 @@ class Participant:
         self.update: UpdateInFlight | None = None
         self.last_update = ""
         self.weights = ""
-        self.unproven = ""
+        self.loaded = self.unproven = ""
         self.error = ""
         self.tainted = ""
         self.stale = ""
@@ -324,12 +324,13 @@ class Participant:
 
     # Completed calls
 
-    def commit_done(self, error: str, seconds: float, unproven: str = "") -> list[Effect]:
+    def commit_done(self, error: str, seconds: float, loaded: str = "", unproven: str = "") -> list[Effect]:
         """Every worker committed, or one failed and left a partially loaded set of weights.
 
         Args:
             error: why a worker failed; empty if none did.
             seconds: how long the commit took.
+            loaded: how the workers loaded the weights.
             unproven: why a worker could not compare its weights with a fresh load; empty if it could.
         """
         assert self.update is not None
@@ -339,7 +340,7 @@ class Participant:
             self.tainted = f"commit of update {update.begin.update} failed: {error}"
             answer = Error(kind="failed", message=self.tainted)
         else:
-            self.weights, self.unproven = update.manifest, unproven
+            self.weights, self.loaded, self.unproven = update.manifest, loaded, unproven
             self.tainted, self.stale, self.foreign, self.error = "", "", "", ""
             self.committed_epoch, self.version = update.begin.epoch, update.begin.version
             self.last_update = update.begin.update

@@ -53,6 +53,7 @@ def status_of(
         or participant.asleep
         or participant.error,
         weights="" if participant.foreign else participant.weights,
+        loaded=participant.loaded,
         unproven=participant.unproven,
         asleep=bool(participant.asleep),
     )

@@ -37,7 +37,8 @@ class Status(Message):
     """What an engine says about itself. It answers even while its loop is busy, paused or stuck.
 
     ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
-    ``unproven`` says why they could not be compared with a fresh load. ``asleep``: they are not in the device's memory.
+    ``loaded`` says how the workers loaded them: ``plan``, ``shadow``, or ``reload`` with the reason. ``unproven`` says why they
+    could not be compared with a fresh load. ``asleep``: they are not in the device's memory.
     """
 
     engine: EngineInfo
@@ -56,6 +57,7 @@ class Status(Message):
     orphaned: bool = False
     error: str = ""
     weights: str = ""
+    loaded: str = ""
     unproven: str = ""
     asleep: bool = False
 

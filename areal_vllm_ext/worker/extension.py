@@ -27,11 +27,12 @@ class WorkerExtension:
 
         return self._areal_receiver.context.rank, *user_methods.call(self, method, arguments, longest_answer)
 
-    def areal_commit(self: Any, update: str) -> str:
+    def areal_commit(self: Any, update: str) -> tuple[str, str]:
         """Make the staged weights of ``update`` live. Runs on the worker's own thread while the engine is paused.
 
         Returns:
-            why the live weights could not be compared with a fresh load, if they should have been; else empty.
+            how they were loaded (``plan``, ``shadow``, or ``reload`` with the reason); and why the live weights could not be
+            compared with a fresh load, if they should have been, else empty.
 
         Raises:
             RuntimeError: the staged weights are not those of ``update``, loading them failed, or the live weights are not
@@ -52,11 +53,10 @@ class WorkerExtension:
                 raise NotResident(f"worker {context.rank} applied nothing: {reason}")
             with context.live_weights.committing(staged.manifest, update):
                 if shadow is not None and not planned:
-                    with spans.span(track, "load shadow"):
+                    with spans.span(track, "load"):
                         context.live_weights.set_written(context.loader.load_shadow(shadow, weights))
                         context.live_weights.set_proven((name for name, _ in weights), shadow.digests)
-                    staged.confirm_shared()
-                    return ""
+                    return "shadow", ""
                 with spans.span(track, "load"):
                     digests = {name: value for name, (_, value) in staged.manifest.items()}
                     written = context.loader.load(weights, run, digests, planned=planned)
@@ -65,6 +65,7 @@ class WorkerExtension:
                     partial = run is not None and run.partial
                     unproven: str = context.live_weights.prove(weights, partial=partial)
                 staged.confirm_shared()
-            return unproven
+            why = staged.no_shadow or "the live weights have moved since the vote"
+            return "plan" if planned else f"reload: {why}", unproven
         finally:
             receiver.discard(update)

@@ -20,6 +20,7 @@ from ..transport.base import Cancelled
 from ..transport.buckets import UnpackedBucket, first_non_finite
 from . import staging
 from .load.shadow import BuildOptions, Refused
+from .pace import Pace
 from .residency import NotResident
 
 if TYPE_CHECKING:
@@ -245,7 +246,10 @@ class StagedUpdate:
         """
         context = self.context
         options = BuildOptions(
-            self._check_time, max(self.seconds_left, 0.0), context.residency.access, context.memory.shadows.allocating
+            step=Pace(context.loader.serves, self._check_time),
+            timeout=max(self.seconds_left, 0.0),
+            access=context.residency.access,
+            memory=context.memory.shadows.allocating,
         )
         try:
             with self.spans.span(f"worker {context.rank}", "build shadow"):
@@ -253,6 +257,8 @@ class StagedUpdate:
         except Refused as refusal:
             raise ValueError(f"nothing was applied: {refusal}") from None
         self.shadow = shadow
+        if shadow is not None:
+            self.confirm_shared()
 
     def _check_time(self) -> None:
         """Raise if the update is given up or its time is over."""
@@ -305,10 +311,10 @@ class StagedUpdate:
     # After the commit
 
     def confirm_shared(self) -> None:
-        """Check, after a load, that the trainer's memory was still shared until now.
+        """Check, after the staged tensors were read for the last time, that the trainer's memory was shared until now.
 
         Raises:
-            RuntimeError: the trainer revoked it, so it may have changed before it was loaded.
+            RuntimeError: the trainer revoked it, so it may have changed before it was read.
         """
         if any(int(shown) != stamp for stamp, shown in self.stamps.items()):
             raise RuntimeError("the trainer revoked its memory before it was loaded: update this engine again")

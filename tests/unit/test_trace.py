@@ -71,7 +71,7 @@ def attach(engine: SimulatedEngine, workers: list[Worker]) -> None:
 
     def commit(update: str) -> None:
         with ThreadPoolExecutor(WORKERS) as pool:
-            assert list(pool.map(lambda one: one.areal_commit(update), workers)) == [""] * WORKERS
+            assert all(unproven == "" for _, unproven in pool.map(lambda one: one.areal_commit(update), workers))
 
     engine.staged = commit
 
@@ -172,7 +172,8 @@ def test_every_engine_and_every_worker_is_in_the_trace(
             assert lies_in(intake["digest"], intake["bucket 2"]), "the last one of this name"
             assert lies_in(intake["bucket 1"], phases["send"])
             commit = found.spans(engine, f"worker {rank}")
-            assert set(commit) == {"load", "prove"}
+            assert set(commit) == {"build shadow", "load", "prove"}
+            assert lies_in(commit["build shadow"], requests["prepare"])
             assert lies_in(commit["load"], requests["commit"])
 
 

@@ -45,6 +45,10 @@ class Loader:
         # The same of tensors for which a shadow cannot stand for the live model, and why.
         self._unshadowed: tuple[dict[str, tuple[torch.dtype, torch.Size]], str] = ({}, "")
 
+    def serves(self) -> bool:
+        """Return whether the engine has requests, which work on another thread slows down."""
+        return bool(getattr(self._worker.model_runner, "requests", None))
+
     def begin_run(self) -> PlanRun | None:
         """Return a run of the load plan for an update that begins; None without a plan that fits the live model."""
         plan = self._plan
