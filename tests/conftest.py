@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Fail a test that is skipped in CI, unless it needs a GPU."""
     report = yield
+    # pytest-xdist ends the whole run when it cannot encode what a test has logged.
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
     if CI and report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("gpu"):
         _fail(report)
     return report

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .parser import build
 
         options = build().parse_args(arguments)
+        _import_messages()
         code: int = options.run(options)
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
     except KeyboardInterrupt as interrupt:
@@ -47,6 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ArealError, OSError, ValueError) as error:
         code = _say(" ".join(str(error).split()))
     return code
+
+
+def _import_messages() -> None:
+    """Import what nearly all commands need, and let a signal wait until then.
+
+    A signal that comes while msgspec makes a decoder may end the process (SIGSEGV).
+    """
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        from .. import protocol  # noqa: F401
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _say(message: str) -> int:
