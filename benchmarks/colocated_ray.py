@@ -87,13 +87,14 @@ def measure(options: argparse.Namespace, folder: str) -> dict[str, Any]:
     trainers_on = ray.get([trainer.place.remote() for trainer in trainers])
     for rank, place in enumerate(trainers_on):
         print(f"trainer {rank} is on {place}", flush=True)
-    settings: dict[str, Any] = {"vllm_args": ("--enforce-eager", "--max-model-len", "512", "--dtype", "float32")}
+    arguments = ("--enforce-eager", "--max-model-len", "512", "--dtype", "float32")
+    settings: dict[str, Any] = {"vllm_args": (*arguments, "--kv-cache-memory-bytes", str(1 << 28))}
     # Triton's kernels multiply float32 in TF32 by default, which changes tokens where two are nearly tied.
     settings["env"] = {"TRITON_F32_DEFAULT": "ieee"}
     if options.cpu:
         settings["env"] |= CPU_ENV
     else:
-        settings["vllm_args"] += ("--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(1 << 28))
+        settings["vllm_args"] += ("--gpu-memory-utilization", "0.3")
     started = time.monotonic()
     with launch(
         folder, placement.within(group), tensor_parallel_size=options.devices, timeout=400, **settings

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 PROMPTS = [[10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7]]
 TOKENS = 16
 # All engines share the machine's cores, so no engine binds its threads to some of them.
-CPU_ARGS = ("--enforce-eager", "--max-model-len", "512", "--dtype", "float32")
+CPU_ARGS = ("--enforce-eager", "--max-model-len=512", "--dtype=float32", f"--kv-cache-memory-bytes={1 << 27}")
 CPU_ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",

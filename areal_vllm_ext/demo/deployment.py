@@ -262,16 +262,16 @@ class Deployment:
             arguments += ["--api-server-count", "1"]  # vLLM would start one for each engine, which costs memory here
         if self._worker_extension:
             arguments += ["--worker-extension-cls", self._worker_extension]
+        # A fixed size skips memory profiling, in which engines that start on one GPU disturb each other.
+        arguments += ["--kv-cache-memory-bytes", str(1 << 28)]
         if gpu_count():
-            # A fixed size skips memory profiling, in which engines that start on one GPU disturb each other.
-            arguments += ["--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(1 << 28)]
+            arguments += ["--gpu-memory-utilization", "0.3"]
         return [*arguments, *self._vllm_args, *node.vllm_args]
 
     def _environment(self, index: int) -> dict[str, str]:
         node = self.nodes[index]
         environment = {
             # Defaults; variables of this process take precedence.
-            "VLLM_CPU_KVCACHE_SPACE": "1",
             # Without this, each engine would bind itself to cores, and all of them would choose the same cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",

@@ -21,13 +21,14 @@ def vllm_server(model: Path, port: int, directory: str, *arguments: str) -> Iter
     """Serve ``model`` as ``m`` while the body runs; yield the path of the log. The body waits until it serves."""
     environment = {
         "AREAL_VLLM_DIRECTORY": directory,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
         "VLLM_SERVER_DEV_MODE": "1",
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "m"]
     command += ["--enforce-eager", "--max-model-len", "512", "--dtype", "float32", "--enable-prefix-caching"]
+    command += ["--kv-cache-memory-bytes", str(1 << 27)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-extension-cls", "areal_vllm_ext.worker.WorkerExtension", *arguments]
     path = model.parent / f"log-{port}"
