@@ -10,6 +10,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
+from warm_python import START, run
 
 from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import make_model
@@ -18,17 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
-
-START = """
-import json, os, sys, threading
-import torch
-from vllm import LLM, SamplingParams
-from vllm.inputs import TokensPrompt
-
-folder = sys.argv[1]
-llm = LLM(folder, enforce_eager=True, max_model_len=512, dtype="float32",
-          worker_extension_cls="areal_vllm_ext.worker.WorkerExtension")
-"""
 
 UPDATE = (
     START
@@ -95,26 +85,6 @@ print(json.dumps(facts))
 )
 
 
-def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "AREAL_VLLM_DIRECTORY": f"tcp://127.0.0.1:{free_ports(1)[0]}",
-    }
-    # vLLM leaves the sockets of a process that ends, and their paths have 107 characters at most.
-    with tempfile.TemporaryDirectory() as sockets:
-        return subprocess.run(
-            [sys.executable, "-c", script, str(folder)],
-            env={**os.environ, **settings, "VLLM_RPC_BASE_PATH": sockets, **environment},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-
-
 def test_engine_in_the_users_process_is_updated_between_its_steps(tmp_path: Path) -> None:
     make_model(tmp_path)
     done = run(UPDATE, tmp_path)
@@ -140,6 +110,7 @@ from areal_vllm_ext import EngineGroup
 folder = sys.argv[1]
 rank = int(os.environ["RANK"])
 llm = LLM(folder, enforce_eager=True, max_model_len=512, dtype="float32", tensor_parallel_size=2, seed=0,
+          kv_cache_memory_bytes=1 << 26,
           distributed_executor_backend="external_launcher", worker_extension_cls="areal_vllm_ext.worker.WorkerExtension")
 prompt = [10, 20, 30]
 
@@ -184,20 +155,21 @@ def test_engines_of_an_external_launcher_are_one_replica(tmp_path: Path) -> None
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", port, str(script)]
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "AREAL_VLLM_DIRECTORY": f"tcp://127.0.0.1:{free_ports(1)[0]}",
     }
-    done = subprocess.run(
-        [*command, str(tmp_path)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    # vLLM leaves the sockets of a process that ends, and their paths have 107 characters at most.
+    with tempfile.TemporaryDirectory() as sockets:
+        done = subprocess.run(
+            [*command, str(tmp_path)],
+            env={**os.environ, **settings, "VLLM_RPC_BASE_PATH": sockets},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts == {"loaded": True, "engines": [[0, "one"], [1, "one"]], "equal": True, "updated": True}

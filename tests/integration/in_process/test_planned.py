@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from safetensors.torch import load_file
-from test_in_process import START, run
+from warm_python import START, run
 
 from areal_vllm_ext.demo.model import make_model
 
