@@ -3,7 +3,7 @@
     python stubborn_server.py MODEL [--headless] --host HOST --port PORT ...
 
 It takes vLLM's arguments, ignores SIGTERM, and holds shared memory. So does its grandchild, which has a session of its own
-and listens on a port.
+and listens on a port. With AREAL_TEST_POLITE in its environment, it ends on SIGTERM; its grandchild does not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from multiprocessing import shared_memory
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if "AREAL_TEST_POLITE" not in os.environ or sys.argv[1] == "grandchild":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     memory = shared_memory.SharedMemory(create=True, size=1 << 20)
     memory.buf[0] = 1
     if sys.argv[1] == "grandchild":

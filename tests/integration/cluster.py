@@ -21,7 +21,7 @@ from harness.network import Namespaces, missing
 Pending = Future[dict[str, Any]]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel
 
@@ -122,7 +122,9 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def start_cluster(folder: Path, *, moe: bool, worker_extension: str = WORKER_EXTENSION) -> Iterator[Cluster]:
+def start_cluster(
+    folder: Path, *, moe: bool, worker_extension: str = WORKER_EXTENSION, env: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
     """Two nodes as namespaces where that is possible, else two on loopback. The caller lives on the head's node meanwhile."""
     model = make_model(folder / "model", moe=moe)
     with contextlib.ExitStack() as stack:
@@ -145,7 +147,7 @@ def start_cluster(folder: Path, *, moe: bool, worker_extension: str = WORKER_EXT
             ]
             stack.enter_context(namespaces.inside("a"))
         deployment = stack.enter_context(
-            Deployment(folder / "model", nodes, log_dir=folder / "logs", worker_extension=worker_extension)
+            Deployment(folder / "model", nodes, log_dir=folder / "logs", worker_extension=worker_extension, env=env)
         )
         deployment.wait(timeout=240)
         yield Cluster(deployment, model, key_file, two_nodes=not missing())

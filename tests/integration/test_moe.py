@@ -7,16 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+from cluster import Cluster, start_cluster
 
 from areal_vllm_ext import EngineGroup, PauseFailed
 
 if TYPE_CHECKING:
-    from cluster import Cluster
+    from collections.abc import Iterator
 
-MOE = True
 PROMPT = [10, 20, 30, 40]
 
 pytestmark = [pytest.mark.vllm, pytest.mark.netns, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with start_cluster(tmp_path_factory.mktemp("moe"), moe=True) as running:
+        yield running
 
 
 def test_three_updates_are_token_exact(cluster: Cluster, group: EngineGroup) -> None:

@@ -1,4 +1,4 @@
-"""A worker whose memory can be damaged on purpose: the extension of ``test_verify.py``'s engines."""
+"""A worker whose memory can be damaged on purpose: the extension of the engines of this folder."""
 
 from __future__ import annotations
 

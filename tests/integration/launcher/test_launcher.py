@@ -18,12 +18,12 @@ import ray
 from areal_vllm_ext import LaunchError
 from areal_vllm_ext.errors import SettingsError
 from areal_vllm_ext.launcher import HTTPServerLauncher, Placement, Replica, launch, launch_async
+from areal_vllm_ext.process import supervisor
 from harness.leftovers import Footprint, processes
 from harness.network import missing
-from harness.ray_cluster import RayCluster, ray_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from harness.ray_cluster import RayCluster
 
 pytestmark = [
     pytest.mark.ray,
@@ -32,19 +32,15 @@ pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
 
-STUBBORN = (sys.executable, str(Path(__file__).parents[2] / "chaos" / "stubborn_server.py"))
+STUBBORN = (sys.executable, str(Path(__file__).parents[3] / "chaos" / "stubborn_server.py"))
+# For tests that are not about the end: it ends on SIGTERM, instead of 5 s later on SIGKILL.
+POLITE = {"AREAL_TEST_POLITE": "1"}
 TWO_NODES = Placement.deferred(nodes=2, devices_per_node=1, resource="CPU")
 
 
 class Trainer:
     def node(self) -> str:
         return str(ray.util.get_node_ip_address())
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    with ray_cluster(devices=1, resource="CPU") as running:
-        yield running
 
 
 def stubborn(placement: Placement = TWO_NODES, **settings: Any) -> Replica:
@@ -87,6 +83,7 @@ def test_async_form(cluster: RayCluster) -> None:
             "worker_extension": None,
             "command": STUBBORN,
             "timeout": 90,
+            "env": POLITE,
             "data_parallel_size": 2,
         }
         async with await launch_async("none", TWO_NODES, **settings) as replica:
@@ -97,7 +94,7 @@ def test_async_form(cluster: RayCluster) -> None:
 
 def test_existing_group_is_used_and_kept(cluster: RayCluster) -> None:
     group = TWO_NODES.reserve()
-    with stubborn(TWO_NODES.within(group, [1, 0])) as replica:
+    with stubborn(TWO_NODES.within(group, [1, 0]), env=POLITE) as replica:
         table = ray.util.placement_group_table(group)["bundles_to_node_id"]
         by_id = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         assert [node.address for node in replica.nodes] == [by_id[table[1]], by_id[table[0]]]
@@ -106,15 +103,19 @@ def test_existing_group_is_used_and_kept(cluster: RayCluster) -> None:
 
 
 def test_killed_server_starts_again_at_the_same_url(cluster: RayCluster) -> None:
-    with stubborn(restart="replica") as replica:
+    with stubborn(restart="replica", env=POLITE) as replica:
         url, (_, headless) = replica.url, replica.nodes
-        for pid in processes(replica.name):  # of the headless node: server, grandchild and supervisor
-            if Path(f"/proc/{pid}/ns/net").readlink() == Path(f"/proc/{headless.pid}/ns/net").readlink():
-                os.kill(pid, signal.SIGKILL)
+        node = Path(f"/proc/{headless.pid}/ns/net").readlink()
+        # Server, grandchild and supervisor.
+        killed = [pid for pid in processes(replica.name) if Path(f"/proc/{pid}/ns/net").readlink() == node]
+        memory = supervisor.shared_memory(killed)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
         wait_for(lambda: replica.status().restarts == 1 and replica.status().phase == "serving", 60)
         assert replica.url == url
         assert "headless-1" in replica.status().error
     assert not processes(replica.name)
+    supervisor.remove(memory)  # of the killed supervisor
 
 
 def test_killed_node_is_named_and_the_others_end(cluster: RayCluster) -> None:
@@ -159,6 +160,7 @@ def test_colocated_shares_bundles_with_trainers(cluster: RayCluster) -> None:
         tensor_parallel_size=2,
         worker_extension=None,
         command=STUBBORN,
+        env=POLITE,
         timeout=90,
     ) as replica:
         assert [node for node, _ in replica.status().devices] == ray.get([one.node.remote() for one in trainers])
@@ -172,7 +174,8 @@ def test_colocated_shares_bundles_with_trainers(cluster: RayCluster) -> None:
 
 
 def test_scale_adds_a_replica_to_the_same_directory(cluster: RayCluster) -> None:
-    with stubborn(Placement.separate(1, resource="CPU")) as first, first.scale(nodes=1) as second:
+    place = Placement.separate(1, resource="CPU")
+    with stubborn(place, env=POLITE) as first, first.scale(nodes=1) as second:
         assert first.directory == second.directory
         assert first.url != second.url
     assert_free(cluster)
@@ -183,7 +186,7 @@ def test_dropped_handle(cluster: RayCluster) -> None:
     footprint = Footprint.of(replica.name)
     del replica
     gc.collect()
-    wait_for(lambda: not footprint.left(cluster.namespaces), 15)
+    wait_for(lambda: not footprint.left(cluster.namespaces))
     assert_free(cluster)
 
 
@@ -212,7 +215,7 @@ def test_http_server(cluster: RayCluster) -> None:
     socket.create_connection((host, int(port)), 5).close()
     footprint = Footprint.of("a-proxy")
     ray.kill(proxy)
-    wait_for(lambda: not footprint.left(cluster.namespaces), 15)
+    wait_for(lambda: not footprint.left(cluster.namespaces))
 
 
 def test_http_server_that_ends_says_why(cluster: RayCluster) -> None:

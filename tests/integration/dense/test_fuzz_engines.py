@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.vllm, pytest.mark.netns, pytest.mark.timeout(400)]
 
-FRAMES = Path(__file__).parents[2] / "harness" / "bad_frames.py"
+FRAMES = Path(__file__).parents[3] / "harness" / "bad_frames.py"
 PROMPT = [10, 20, 30, 40]
 TOKENS = 200
 # Two noisy cores are shared by two engines, their front end, the sender of the bad frames and whoever else is there.

@@ -1,4 +1,4 @@
-"""A dense model on two nodes: discovery, updates, pause and resume, and what happens when somebody is killed."""
+"""A dense model on two nodes: updates, pause and resume, the command line, and a trainer that is killed."""
 
 from __future__ import annotations
 
@@ -13,48 +13,27 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from cluster import Cluster, process_of
 
 from areal_vllm_ext import (
     AsyncEngineGroup,
     EngineGroup,
-    EnginesMissing,
-    EngineUnreachable,
     InvalidWeights,
     PauseFailed,
     UpdateAborted,
 )
 from areal_vllm_ext.client.weights import named_weights
-from harness.network import missing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from cluster import Cluster
+
 pytestmark = [pytest.mark.vllm, pytest.mark.netns, pytest.mark.timeout(400)]
 
 PROMPT = [10, 20, 30, 40]
 # As many tokens as take any machine far longer than a pause.
-LONG = 1000
-
-
-def test_two_nodes_are_two_namespaces(cluster: Cluster) -> None:
-    if missing():
-        pytest.skip(f"{missing()}; the other tests run on loopback")
-    assert cluster.two_nodes
-
-
-def test_finds_every_engine_by_itself(cluster: Cluster, group: EngineGroup) -> None:
-    engines = group.engines()
-    assert [engine.dp_rank for engine in engines] == [0, 1]
-    assert [engine.headless for engine in engines] == [False, True]
-    assert all(len(engine.workers) == 1 for engine in engines)
-    if cluster.two_nodes:
-        assert [engine.node.rpartition("/")[2] for engine in engines] == ["10.77.0.1", "10.77.0.2"]
-
-
-def test_engines_agree_with_the_oracle_before_any_update(cluster: Cluster) -> None:
-    cluster.assert_serves_trainers_weights()
+LONG = 500
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "shared_memory"])
@@ -171,8 +150,9 @@ def test_keep_freezes_requests(cluster: Cluster, group: EngineGroup) -> None:
     assert frozen == [1, 1]
     assert not any(request.done() for request in (*requests, late))
     group.resume()
+    (expected,) = cluster.oracle([PROMPT], tokens=LONG)
     for request in requests:
-        assert request.result(timeout=60)["token_ids"] == cluster.oracle([PROMPT], tokens=LONG)[0]
+        assert request.result(timeout=60)["token_ids"] == expected
     assert late.result(timeout=60)["token_ids"] == cluster.oracle([PROMPT], tokens=4)[0]
 
 
@@ -324,31 +304,3 @@ def test_trainer_killed_while_it_sends(cluster: Cluster, group: EngineGroup, rec
     cluster.assert_serves_trainers_weights()
     if successor is not group:
         successor.close()
-
-
-# The last two: they leave no deployment for others.
-
-
-def test_killed_headless_engine_is_named(cluster: Cluster, group: EngineGroup) -> None:
-    engine = group.engines()[1]
-    os.kill(engine.pid, signal.SIGKILL)
-    started = time.monotonic()
-    while group.engines()[-1].dp_rank == 1 and time.monotonic() - started < 10:
-        time.sleep(0.2)
-    with pytest.raises(EnginesMissing, match=r"DP rank 1 .*is lost"), group.update("never", timeout=10) as update:
-        update.send(cluster.model)
-    assert time.monotonic() - started < 11
-    states = group.status()
-    assert [state.generation for state in states] == ["running", "unreachable"]
-    assert process_of(engine.workers[0].pid) in ("", "Z") or time.monotonic() - started < 15
-
-
-def test_killed_head_engine_is_named(cluster: Cluster) -> None:
-    with cluster.connect() as group:
-        (engine,) = group.engines()
-        os.kill(engine.pid, signal.SIGKILL)
-        time.sleep(1)
-        started = time.monotonic()
-        with pytest.raises(EngineUnreachable, match="directory"):
-            group.pause("keep", timeout=3)
-        assert time.monotonic() - started < 4

@@ -19,11 +19,11 @@ from areal_vllm_ext.process.serving import responds_ok
 from harness.cpu_vllm import CPU_ARGS, CPU_ENV, token_exact, train
 from harness.leftovers import Footprint
 from harness.network import missing
-from harness.ray_cluster import RayCluster, ray_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+    from harness.ray_cluster import RayCluster
 
 pytestmark = [
     pytest.mark.vllm,
@@ -33,12 +33,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    with ray_cluster(devices=1, resource="CPU") as running:
-        yield running
 
 
 def test_moe_replica_over_two_nodes(cluster: RayCluster, tmp_path: Path) -> None:
