@@ -30,19 +30,22 @@ _SCOPES = {
     "forked": ("broadcast", "interrupt", "joint", "senders", "shared_memory"),
 }
 SCOPE_OF = {f"tests/unit/test_{name}.py": scope for scope, names in _SCOPES.items() for name in names}
+# The tests with real engines, the longest scopes first. Those of a folder share what they start.
+_ENGINES = "tests/integration/"
+_LONGEST = ("dense", "launcher", "test_load_balancing.py", "in_process", "test_moe.py")
 
 _deselected: collections.Counter[str] = collections.Counter()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker one file at a time; all tests with real engines go to one worker, after the others."""
+    """Give each worker one file at a time, or one folder of tests with real engines."""
     from xdist.scheduler import LoadScopeScheduling
 
     class FileScheduling(LoadScopeScheduling):  # type: ignore[misc, no-any-unimported]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "real engines" if file.startswith("tests/integration/") else SCOPE_OF.get(file, file)
+            return _engines_of(file) or SCOPE_OF.get(file, file)
 
     config.option.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
     return FileScheduling(config, log)
@@ -50,13 +53,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest scopes, and end with the tests that start real engines: they need both cores."""
+    """Begin with the longest scopes; the tests that start real engines come last, because they need both cores."""
 
-    def order(item: pytest.Item) -> int:
+    def order(item: pytest.Item) -> tuple[int, int]:
         file = item.nodeid.partition("::")[0]
-        return 2 if file.startswith("tests/integration/") else file not in SCOPE_OF
+        if engines := _engines_of(file):
+            return 2, _LONGEST.index(engines) if engines in _LONGEST else len(_LONGEST)
+        return int(file not in SCOPE_OF), 0
 
     items.sort(key=order)
+
+
+def _engines_of(file: str) -> str:
+    """Return the folder below that of the tests with real engines, or the file there; empty for other tests."""
+    return file.removeprefix(_ENGINES).partition("/")[0] if file.startswith(_ENGINES) else ""
 
 
 # What a run leaves out
