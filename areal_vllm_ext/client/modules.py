@@ -5,25 +5,20 @@ A wrapper (``torch.compile``, DDP, FSDP, activation checkpointing, a value head)
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
+from ..errors import InvalidWeights
 from ..integrity.hugging_face import checkpoint_format
-
-logger = logging.getLogger("areal_vllm_ext")
+from . import adapters
+from .names import VALUE_HEAD, say_left_out, without_wrappers
 
 Named = tuple[str, torch.Tensor]
 
-# Parts of names that wrappers add wherever they are in a model. No model has modules of these names.
-_INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # What modules keep beside their tensors (``torch.nn.Module.get_extra_state``); no part of a checkpoint.
 _EXTRA_STATE = "_extra_state"
-# The head that PPO trainers put beside the model (trl's AutoModelForCausalLMWithValueHead).
-VALUE_HEAD = "v_head"
 
 
 def is_sharded(part: Any) -> bool:
@@ -39,18 +34,27 @@ def gathered(parts: Iterable[Named]) -> Iterator[Named]:
         yield name, full.detach() if full.requires_grad else full
 
 
-def without_wrappers(name: str) -> str:
-    """Return ``name`` without the parts that wrappers inside of a model add."""
-    return _INNER_WRAPPERS.sub("", name)
-
-
 def parts_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a module as this rank holds them, under the names with which its model is saved."""
     outer, model = _unwrapped(module)
-    state = {
-        without_wrappers(name): tensor for name, tensor in outer.state_dict().items() if not name.endswith(_EXTRA_STATE)
-    }
-    return checkpoint_format(model, state)
+    inner = adapters.without_peft(model)
+    if not adapters.has_adapters(inner):
+        return checkpoint_format(inner, _state(outer))
+    if outer is not model:
+        raise InvalidWeights(
+            "adapters inside of FSDP1 cannot be merged one layer at a time: "
+            "call send(fsdp.module) inside `with FullyShardedDataParallel.summon_full_params(fsdp)`, or use FSDP2"
+        )
+    merged = {name: part for name, part in adapters.merged_state(inner).items() if not name.endswith(_EXTRA_STATE)}
+    try:
+        return checkpoint_format(inner, merged)
+    except (AttributeError, TypeError):  # a tensor with an adapter is split or joined, so it is merged now
+        return checkpoint_format(inner, {name: part.detach() for name, part in gathered(merged.items())})
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    tensors = module.state_dict().items()
+    return {without_wrappers(name): tensor for name, tensor in tensors if not name.endswith(_EXTRA_STATE)}
 
 
 def _unwrapped(module: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -80,13 +84,3 @@ def _wrapped(module: torch.nn.Module) -> torch.nn.Module | None:
 
 def _is_fsdp1(module: torch.nn.Module) -> bool:
     return "_fsdp_wrapped_module" in module._modules  # noqa: SLF001 - named_children skips what is there twice
-
-
-def say_left_out(name: str) -> None:
-    """Log once that tensors of this name are no part of what engines serve."""
-    if name not in _left_out:
-        _left_out.add(name)
-        logger.warning("%s of the trainer is not sent: the engines' model has no such tensors", name)
-
-
-_left_out: set[str] = set()

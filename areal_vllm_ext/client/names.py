@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidWeights
 from ..integrity import checkpoint
-from .modules import VALUE_HEAD, say_left_out, without_wrappers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..protocol import TensorMeta, Weights
 
+logger = logging.getLogger("areal_vllm_ext")
+
+# The head that PPO trainers put beside the model (trl's AutoModelForCausalLMWithValueHead).
+VALUE_HEAD = "v_head"
+
+# Parts of names that wrappers add wherever they are in a model. No model has modules of these names.
+_INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Parts that wrappers add: in front of a name, and (peft) where a layer has an adapter.
 _OUTER_WRAPPERS = ("module.", "pretrained_model.", "base_model.model.")
 _ADAPTED = re.compile(r"\.base_layer(?=\.)")
@@ -84,3 +91,18 @@ def _candidates(name: str) -> Iterator[str]:
                 yield bare
                 yield _ADAPTED.sub("", bare)
     yield _ADAPTED.sub("", bare)
+
+
+def without_wrappers(name: str) -> str:
+    """Return ``name`` without the parts that wrappers inside of a model add."""
+    return _INNER_WRAPPERS.sub("", name)
+
+
+def say_left_out(name: str) -> None:
+    """Log once that tensors of this name are no part of what engines serve."""
+    if name not in _left_out:
+        _left_out.add(name)
+        logger.warning("%s of the trainer is not sent: the engines' model has no such tensors", name)
+
+
+_left_out: set[str] = set()

@@ -13,6 +13,7 @@ from ..errors import InvalidWeights
 from ..integrity import checkpoint
 from ..integrity.hugging_face import identity
 from ..protocol import TensorMeta, Weights
+from .adapters import Merged
 from .modules import Named, gathered, is_sharded, parts_of
 from .names import NameFinder
 from .ties import SecondNames
@@ -65,6 +66,8 @@ def _unsendable_reason(value: object) -> str | None:
     """Return why ``value`` cannot be sent; None if it can."""
     if isinstance(value, Mapping):
         return "is a mapping, not a tensor: give the state dict inside it"
+    if isinstance(value, Merged):
+        return None
     if not isinstance(value, torch.Tensor):
         return f"is {_kind(value)}, not a tensor: leave it out, or give torch.as_tensor(...) of it"
     if value.is_meta:

@@ -185,11 +185,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     for name, value in {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1"}.items():
         patch.setenv(name, value)
+    there = torch.distributed.is_initialized()  # by another file of tests of this process
     with vllm_config.set_current_vllm_config(vllm_config.VllmConfig()):
-        vllm_state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-    yield
-    vllm_state.destroy_model_parallel()
-    vllm_state.destroy_distributed_environment()
+        if not there:
+            vllm_state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        yield
+        vllm_state.destroy_model_parallel()
+        if there:
+            vllm_state.initialize_model_parallel(1, 1)
+        else:
+            vllm_state.destroy_distributed_environment()
     patch.undo()
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from test_weights import dense, metas, mixture, saved, sent, takes
 
 from areal_vllm_ext import InvalidWeights
-from areal_vllm_ext.client import modules
+from areal_vllm_ext.client import names
 from areal_vllm_ext.client.walk import walk
 from areal_vllm_ext.client.weights import Checker, named_weights
 
@@ -120,7 +120,7 @@ class WithValueHead(torch.nn.Module):
 def test_a_value_head_beside_the_model_is_left_out_and_this_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modules, "_left_out", set())
+    monkeypatch.setattr(names, "_left_out", set())
     files = saved(dense(), tmp_path)
     trainer = WithValueHead(dense())
     of_trl = dense().state_dict() | {"v_head.summary.weight": torch.zeros(1, 32)}
