@@ -39,6 +39,32 @@ def repack_cpu_experts_on_reload() -> None:
     vllm_patching.patch_once(UnquantizedFusedMoEMethod, "_setup_kernel", make)
 
 
+def keep_scales_of_int8_weights_on_cpu() -> None:
+    """Make a reload of 8-bit weights right on CPU.
+
+    Bug: oneDNN's handler of an 8-bit layer keeps a bare pointer to the layer's scales, and reads them in each product. A
+    reload makes the handler with temporary scales, and frees these: silently other tokens. Trigger: any reload on CPU,
+    ``reload_weights`` included. Cure: the handler keeps the tensor that it points to.
+    Checked on: 0.32.0.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm import _custom_ops
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def create_onednn_scaled_mm(weight: Any, weight_scales: Any, *args: Any, **kwargs: Any) -> Any:
+            handler = original(weight, weight_scales, *args, **kwargs)
+            handler.areal_scales = weight_scales
+            return handler
+
+        return create_onednn_scaled_mm
+
+    vllm_patching.patch_once(_custom_ops, "create_onednn_scaled_mm", make)
+
+
 def gather_variable_sizes_on_cpu() -> None:
     """Let MoE models run on several DP ranks on CPU.
 
@@ -79,6 +105,7 @@ def gather_variable_sizes_on_cpu() -> None:
 
 WORKER_PATCHES: tuple[Callable[[], None], ...] = (
     repack_cpu_experts_on_reload,
+    keep_scales_of_int8_weights_on_cpu,
     gather_variable_sizes_on_cpu,
 )
 

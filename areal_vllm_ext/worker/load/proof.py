@@ -172,19 +172,30 @@ def packed_digests(model: torch.nn.Module) -> dict[str, int]:
     answers: dict[str, int] = {}
     for name, layer in model.named_modules():
         linear = getattr(layer, ATTRIBUTE, None)
-        if linear is None or linear is torch.nn.functional.linear:
+        packed = linear is not None and linear is not torch.nn.functional.linear
+        if not packed and not _is_handed_over(layer):
             continue
         weight = layer.weight
-        columns = weight.shape[1] if weight.numel() else getattr(layer, "input_size_per_partition", layer.input_size)
+        if weight is not None and weight.numel():
+            columns, dtype = weight.shape[1], weight.dtype
+        else:
+            columns = getattr(layer, "input_size_per_partition", layer.input_size)
+            dtype = layer.params_dtype if weight is None else weight.dtype
         parts = []
         for start in range(0, columns, _PROBES):
             count = min(_PROBES, columns - start)
-            inputs = torch.zeros(count, columns, dtype=weight.dtype)
+            inputs = torch.zeros(count, columns, dtype=dtype)
             inputs[range(count), range(start, start + count)] = 1
             parts.append(layer.quant_method.apply(layer, inputs))
         key = f"{name} (packed)".replace(".base_layer ", " ")
         answers[key] = digest.digests_of([torch.cat(parts)])[0]
     return answers
+
+
+def _is_handed_over(layer: Any) -> bool:
+    """Return whether a kernel took the weight of this linear layer, and left none (8-bit weights on a CPU)."""
+    no_weight = layer._parameters.get("weight", layer) is None  # noqa: SLF001
+    return no_weight and hasattr(layer, "quant_method") and hasattr(layer, "params_dtype")
 
 
 def packed_functions(model: torch.nn.Module) -> dict[str, object]:
