@@ -412,6 +412,8 @@ class Participant:
         unfit = bool(self.tainted or self.stale)
         if unfit and self.generation == "running":
             effects.append(self.pauses.pause_for_weights())
+        if unfit and self.update is None and self.pauses.paused_for:
+            self.pauses.paused_for = STALE  # no resume will come that other users' calls could wait for
         effects += self.pauses.tick(now, stands=unfit)
         if self.pauses.orphaned and unfit:
             self.pauses.end_hold()

@@ -777,6 +777,16 @@ def test_a_pause_for_an_update_remembers_it_and_a_users_own_outlasts_it() -> Non
     assert rig.participant.pauses.paused_for == ""
 
 
+def test_other_users_do_not_wait_for_the_resume_of_tainted_weights() -> None:
+    rig = in_state("prepared", "running")
+    rig.pause(update="u")
+    rig.paused()
+    rig.commit()
+    rig.committed("a weight did not fit")
+    rig.pass_time(0.0)
+    assert rig.participant.pauses.paused_for == "stale", "until an update commits, their calls are answered"
+
+
 def test_a_copy_of_begin_that_comes_after_the_commit_begins_nothing() -> None:
     rig = in_state("committing", "paused")
     rig.committed()
