@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import secrets
-import select
 import shutil
 import signal
 import subprocess
@@ -69,6 +68,7 @@ class Supervised:
         self._grace = grace
         self._scratch = scratch
         self._code: int | None = None
+        self._said = b""
         self._mark = f"{_MARK}={secrets.token_hex(8)}"
         try:
             self._start(command, os.environ if env is None else env)
@@ -98,16 +98,23 @@ class Supervised:
             self._answers.close()
             raise OSError(self.last_lines() or f"could not start {command[0]}")
         self.supervisor_pid, self.pid = (int(pid) for pid in pids)
+        os.set_blocking(self._answers.fileno(), False)
 
     def poll(self) -> int | None:
         """Return the exit code, as a shell gives it, once no process of the tree is left; None before."""
-        if self._code is None and select.select([self._answers], [], [], 0)[0]:
-            answer = self._answers.read()
-            if not answer:  # the supervisor was killed before it had finished
-                self._kill_all()
-            self._code = int(answer or 128 + signal.SIGKILL)
+        if self._code is None and self._has_ended():
+            *noted, last = self._said.decode().split() or [""]
+            if not last.isdigit():  # the supervisor was killed before it had finished
+                self._kill_all({*noted, last} - {""})
+            self._code = int(last) if last.isdigit() else 128 + signal.SIGKILL
             self._answers.close()
         return self._code
+
+    def _has_ended(self) -> bool:
+        """Read what the supervisor has said; return whether it has ended."""
+        while said := self._answers.read():
+            self._said += said
+        return said is not None
 
     def close(self) -> None:
         """Ask the supervisor to end the tree; returns at once. Idempotent."""
@@ -125,10 +132,13 @@ class Supervised:
             time.sleep(0.02)
         return code
 
-    def _kill_all(self) -> None:
-        """Do the supervisor's work; every process of the tree has the mark in its environment."""
+    def _kill_all(self, shared: set[str]) -> None:
+        """Do the supervisor's work; every process of the tree has the mark in its environment.
+
+        Args:
+            shared: the shared memory that the supervisor has noted.
+        """
         ends = time.monotonic() + 5
-        shared: set[str] = set()
         while time.monotonic() < ends and (alive := _processes_with(self._mark)):
             shared |= supervisor.shared_memory(alive)
             for pid in alive:

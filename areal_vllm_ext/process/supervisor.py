@@ -9,11 +9,12 @@ subreaper this process inherits every orphan of its tree.
 
 Then the folder SCRATCH is removed (unless the argument is empty). So is the shared memory that Python, vLLM, torch or NCCL made
 in the tree, as soon as no process has it open. Processes that are killed leave such memory; Python's resource tracker, which
-would remove some of it, may be killed as well. The supervisor notes every 5 s what the tree has open, because a process that
-is killed cannot be asked afterwards.
+would remove some of it, may be killed as well. The supervisor notes what the tree has open whenever a file appears in /dev/shm,
+and every 5 s, because a process that is killed cannot be asked afterwards.
 
-The process ids of the supervisor and of the command are written to stdout, and at the end the command's exit code. The
-command's output goes to stderr.
+The process ids of the supervisor and of the command are written to stdout, then each shared memory that is noted, and at the
+end the command's exit code. If the supervisor itself is killed, its owner knows what to remove. The command's output goes to
+stderr.
 
 The supervisor leaves its owner's process tree at once, because a Ray worker that exits first kills its children. It is a
 script of its own that runs with ``python -I -S`` and the standard library only, so it starts in milliseconds.
@@ -40,6 +41,10 @@ NOTE_SECONDS = 5.0
 # By name, because users keep files in /dev/shm too, and a server may have opened those.
 SHARED_MEMORY = re.compile(r"/dev/shm/((psm_|sem\.|torch_|nccl-|vllm)[^/ ]*|[^/ ]*-cpushm[^/ ]*)$")  # noqa: S108 - Linux's place
 SHARED_MEMORY_GRACE = 4.0
+SHARED_MEMORY_FOLDER = "/dev/shm"  # noqa: S108
+IN_CREATE = 0x100
+# The owner reads what is told to it rarely, and a pipe that is full would stop this process.
+MOST_TOLD_BYTES = 32 << 10
 
 
 def prctl(option: int, value: int) -> None:
@@ -90,6 +95,58 @@ def remove(shared: set[str]) -> None:
         time.sleep(0.05)
 
 
+def tell(*what: object) -> None:
+    """Write a line to the owner, which may be gone."""
+    with contextlib.suppress(OSError):
+        os.write(1, f"{' '.join(map(str, what))}\n".encode())
+
+
+class Notes:
+    """The shared memory that the tree has had open. The owner is told each path, for the case that this process is killed.
+
+    Attributes:
+        paths: what was noted so far.
+        due: when to note again.
+        files: becomes readable when a file appears in /dev/shm; empty if the kernel cannot say so.
+    """
+
+    def __init__(self) -> None:
+        self.paths: set[str] = set()
+        self.due = 0.0
+        self.files = self._watched()
+        self._taken = 0.0
+        self._told = 0
+        self._again = False
+
+    @staticmethod
+    def _watched() -> list[int]:
+        libc = ctypes.CDLL(None)
+        changes = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if changes < 0:
+            return []
+        return [changes] if libc.inotify_add_watch(changes, SHARED_MEMORY_FOLDER.encode(), IN_CREATE) >= 0 else []
+
+    def note_soon(self) -> None:
+        """Note soon, because a file has appeared; it may be mapped a little later."""
+        with contextlib.suppress(OSError):
+            while os.read(self.files[0], 4096):
+                pass
+        self._again = True
+        self.due = min(self.due, max(time.monotonic() + 0.05, self._taken + 0.25))
+
+    def take(self) -> None:
+        """Note what the tree has open now."""
+        new = shared_memory(descendants()) - self.paths
+        self.paths |= new
+        for path in new:
+            if self._told + len(path) < MOST_TOLD_BYTES:
+                self._told += len(path)
+                tell(path)
+        self._taken = time.monotonic()
+        self.due = self._taken + (0.5 if self._again else NOTE_SECONDS)
+        self._again = False
+
+
 def reap() -> dict[int, int]:
     """Return the exit statuses of children and inherited orphans that have ended since the last call."""
     ended: dict[int, int] = {}
@@ -105,20 +162,18 @@ def send(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def wait(pid: int, owner: int, wake: int, shared: set[str]) -> int | None:
-    """Wait until the command has ended and return its status, or None when it should be ended.
-
-    Meanwhile ``shared`` grows by the shared memory that the tree has open.
-    """
-    next_note = 0.0
+def wait(pid: int, owner: int, wake: int, notes: Notes) -> int | None:
+    """Wait until the command has ended and return its status, or None when it should be ended. Take notes meanwhile."""
     while True:
-        if time.monotonic() >= next_note:
-            shared |= shared_memory(descendants())
-            next_note = time.monotonic() + NOTE_SECONDS
+        if time.monotonic() >= notes.due:
+            notes.take()
         if (status := reap().get(pid)) is not None:
             return status
         # Watch the owner too, because a process forked from the owner may hold the pipe open after the owner's end.
-        ready, _, _ = select.select([0, owner, wake], [], [], NOTE_SECONDS)
+        seconds = max(notes.due - time.monotonic(), 0.0)
+        ready, _, _ = select.select([0, owner, wake, *notes.files], [], [], seconds)
+        if any(file in ready for file in notes.files):
+            notes.note_soon()
         if owner in ready or (0 in ready and not os.read(0, 1)):
             return None
         if wake in ready and any(number != signal.SIGCHLD for number in os.read(wake, 1024)):
@@ -151,11 +206,11 @@ def main() -> int:
         )
     except OSError as error:
         sys.exit(f"{command[0]}: {error.strerror}")
-    print(os.getpid(), child.pid, flush=True)
+    tell(os.getpid(), child.pid)
 
-    shared: set[str] = set()
-    status = wait(child.pid, owner, wake, shared)
-    shared |= shared_memory(descendants())
+    notes = Notes()
+    status = wait(child.pid, owner, wake, notes)
+    notes.take()
     if status is None:
         send(child.pid, signal.SIGTERM)
         ends = time.monotonic() + grace
@@ -171,9 +226,9 @@ def main() -> int:
         status = reap().get(child.pid, status)
     if scratch:
         shutil.rmtree(scratch, ignore_errors=True)
-    remove(shared)
+    remove(notes.paths)
     child.returncode = -signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status)
-    print(child.returncode if child.returncode >= 0 else 128 - child.returncode, flush=True)
+    tell(child.returncode if child.returncode >= 0 else 128 - child.returncode)
     return 0
 
 

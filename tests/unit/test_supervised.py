@@ -94,7 +94,38 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("way", ["end", "the supervisor is killed", "the command is killed"])
+def test_shared_memory_is_removed_where_the_owner_no_longer_listens(tmp_path: Path) -> None:
+    """The owner's end of the pipe closes some time before the supervisor notices that the owner has ended."""
+    code = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(1)
+from multiprocessing import resource_tracker, shared_memory
+own = shared_memory.SharedMemory(create=True, size=100)
+resource_tracker.unregister(own._name, "shared_memory")
+print("own", own.name, file=open(sys.argv[1], "w"), flush=True)
+time.sleep(600)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "name")]
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", supervisor.__file__, "0.5", "", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    pid = int(process.stdout.readline().split()[0])
+    process.stdout.close()
+    wait_for(lambda: (tmp_path / "name").exists() and "own" in (tmp_path / "name").read_text())
+    own = Path("/dev/shm", (tmp_path / "name").read_text().split()[-1])
+    time.sleep(0.5)
+    process.stdin.close()
+    process.wait()
+    wait_for(lambda: not alive(pid))
+    assert not own.exists()
+
+
+@pytest.mark.parametrize("way", ["end", "the supervisor is killed", "the command is killed", "both are killed"])
 def test_shared_memory_that_no_process_has_open_is_removed(tmp_path: Path, way: str) -> None:
     others = shared_memory.SharedMemory(create=True, size=100)
     name = uuid.uuid4().hex
@@ -107,10 +138,11 @@ def test_shared_memory_that_no_process_has_open_is_removed(tmp_path: Path, way: 
         own = Path("/dev/shm", process.last_lines().split()[-1])
         assert own.exists()
         assert offload.exists()
-        if way == "the supervisor is killed":
+        if way != "end":
+            time.sleep(1.0)  # well below the interval of notes
+        if way in ("the supervisor is killed", "both are killed"):
             os.kill(process.supervisor_pid, signal.SIGKILL)
-        elif way == "the command is killed":
-            time.sleep(supervisor.NOTE_SECONDS + 0.5)
+        if way in ("the command is killed", "both are killed"):
             os.kill(process.pid, signal.SIGKILL)
         process.end()
         assert not own.exists()
