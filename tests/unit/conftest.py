@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 from raw_client import RawClient
 
+from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.protocol import security, timing
 from harness.simulated_engine import HOST, Deployment, deployed
 
@@ -86,6 +87,14 @@ def deployment(key: security.ClusterKey) -> Iterator[Deployment]:
     with deployed(key) as two:
         two.wait_attached()
         yield two
+
+
+@pytest.fixture
+def group(deployment: Deployment, key_file: Path) -> Iterator[EngineGroup]:
+    """A client of two engines that are ready."""
+    with EngineGroup.connect(deployment.directory, key_file=key_file) as client:
+        client.wait_ready(2, timeout=10)
+        yield client
 
 
 @pytest.fixture

@@ -27,14 +27,16 @@ HOST = "127.0.0.1"
 CPU = torch.device("cpu")
 
 _context = multiprocessing.get_context("forkserver")
-# The last one is what torch imports when a tensor is first distributed.
 _context.set_forkserver_preload(
     [
         "areal_vllm_ext.transport.broadcast",
         "areal_vllm_ext.client.group",
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
-        "torch._dynamo",
+        "torch._dynamo",  # imported when a tensor is first distributed
+        "transformers.core_model_loading",  # imported when names are first compared with a checkpoint
+        "ranks",
+        "real_receivers",
     ]
 )
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
-from areal_vllm_ext.protocol import security
+from areal_vllm_ext.protocol import security, timing
 from areal_vllm_ext.worker.receiver import Receiver
 from harness.simulated_engine import Deployment, Shape, SimulatedEngine, deployed
 
@@ -122,7 +122,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shared_engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Served]:
     """Two engines of two workers: receivers live as long as their process, so few are made."""
-    with awaiting_workers(key, checkpoint) as deployment:
+    with pytest.MonkeyPatch.context() as patch, awaiting_workers(key, checkpoint) as deployment:
+        patch.setattr(timing, "HEARTBEAT_SECONDS", 0.2)
         yield Served(deployment, checkpoint, key_file)
 
 

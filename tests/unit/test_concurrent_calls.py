@@ -13,43 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from groups import OVERRUN, seconds, states, take_lease, versions
 from waiting import in_thread
 
 from areal_vllm_ext import ArealError, AsyncEngineGroup, EngineGroup, EngineUnreachable, RequestError, UpdateAborted
-from areal_vllm_ext.protocol import AcquireLease, Answer, Lease, Message
+from areal_vllm_ext.control import command, connection
+from areal_vllm_ext.protocol import Answer, Message
 from harness.simulated_engine import Deployment
 
 if TYPE_CHECKING:
     from raw_client import RawClient
-
-OVERRUN = 1.0
-
-
-@pytest.fixture
-def group(deployment: Deployment, key_file: Path) -> Iterator[EngineGroup]:
-    """A client of two engines that are ready."""
-    with EngineGroup.connect(deployment.directory, key_file=key_file) as client:
-        client.wait_ready(2, timeout=10)
-        yield client
-
-
-def states(group: EngineGroup) -> list[str]:
-    return [state.generation for state in group.status()]
-
-
-def versions(deployment: Deployment) -> list[object]:
-    return [engine.version for engine in deployment.engines.values()]
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
-
-
-def take_lease(client: RawClient, holder: str, seconds: float) -> None:
-    assert isinstance(client.ask(AcquireLease(holder=holder, seconds=seconds)), Lease)
-
 
 # Several clients
 
@@ -75,14 +48,16 @@ def test_clients_that_compete_for_the_lease_are_served_in_order(deployment: Depl
 
 
 def test_a_client_waits_for_its_place_over_a_restart_of_the_directory(
-    deployment: Deployment, group: EngineGroup, raw: Callable[..., RawClient]
+    deployment: Deployment, group: EngineGroup, raw: Callable[..., RawClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(command, "DISCOVER_SECONDS", 0.5)
+    monkeypatch.setattr(connection, "_GONE_SECONDS", 0.5)
     take_lease(raw(deployment.directory), "dead", 60.0)
     waiting, outcome = in_thread(lambda: group.resume(timeout=20))
-    time.sleep(0.5)
+    time.sleep(0.3)
     port = int(deployment.directory.rpartition(":")[2])
     deployment.stop_directory()
-    time.sleep(6.0)  # longer than a client waits for a directory that never answered
+    time.sleep(1.2)  # longer than a client waits for a directory that never answered
     assert not outcome, "it waits for the lease, and gives the directory time to come back"
     deployment.start_directory(port)
     waiting.join(20)

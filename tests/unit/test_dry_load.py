@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from real_commits import Engines
 from real_receivers import SHAPES, connected, send
 from real_receivers import weights as served_weights
-from test_unchanged import Engines
 
 from areal_vllm_ext import UpdateAborted
 from areal_vllm_ext.protocol import security

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from groups import OVERRUN, seconds, states, take_lease, update, versions
 from waiting import eventually, in_thread
 
 from areal_vllm_ext import (
@@ -30,12 +31,10 @@ from areal_vllm_ext import (
 from areal_vllm_ext.errors import RequestError
 from areal_vllm_ext.protocol import (
     Ack,
-    AcquireLease,
     Begin,
     Commit,
     Disk,
     Fence,
-    Lease,
     Pause,
     Prepare,
     Sender,
@@ -48,37 +47,6 @@ from harness.simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 if TYPE_CHECKING:
     import zmq
     from raw_client import RawClient
-
-OVERRUN = 1.0
-
-
-@pytest.fixture
-def group(deployment: Deployment, key_file: Path) -> Iterator[EngineGroup]:
-    """A client of two engines that are ready."""
-    with EngineGroup.connect(deployment.directory, key_file=key_file) as client:
-        client.wait_ready(2, timeout=10)
-        yield client
-
-
-def states(group: EngineGroup) -> list[str]:
-    return [state.generation for state in group.status()]
-
-
-def versions(deployment: Deployment) -> list[object]:
-    return [engine.version for engine in deployment.engines.values()]
-
-
-def update(group: EngineGroup, version: int | str, **options: object) -> None:
-    """An update whose bytes nobody looks at."""
-    with group.update(version, **options) as opened:
-        opened.send("/nowhere")
-
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
-
 
 # Discovery
 
@@ -312,12 +280,6 @@ def test_calls_of_one_group_from_several_threads_run_one_after_the_other(
     for thread, outcome in threads:
         thread.join(10)
         assert outcome == [None]
-
-
-def take_lease(client: RawClient, holder: str, seconds: float) -> int:
-    lease = client.ask(AcquireLease(holder=holder, seconds=seconds))
-    assert isinstance(lease, Lease)
-    return lease.epoch
 
 
 def test_a_client_that_died_with_the_lease_holds_the_next_up_until_it_expires(

@@ -14,7 +14,7 @@ import pytest
 from ranks import Ranks
 from real_receivers import Served, assert_untouched, checkpoint, served, shared_engines, weights
 
-from areal_vllm_ext.protocol.timing import HEARTBEAT_SECONDS
+from areal_vllm_ext.protocol import timing
 
 if TYPE_CHECKING:
     from harness.simulated_engine import Deployment
@@ -54,7 +54,7 @@ def end_lease(served: Served) -> None:
     """
     for _ in range(3):
         served.deployment.clock_skew += 3.5
-        time.sleep(HEARTBEAT_SECONDS + 0.1)
+        time.sleep(timing.HEARTBEAT_SECONDS + 0.1)
 
 
 def assert_works(ranks: Ranks, served: Served, seed: int, work: str = "rows", bucket: int = 300) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from groups import update
 from raw_client import RawClient
 from waiting import eventually
 
@@ -149,11 +150,6 @@ def test_a_pause_without_a_lease_stays(ready: Deployment, key_file: Path, raw: R
     assert not any(engine.running for engine in ready.engines.values())
     refusal = raw(ready.engines[0].endpoint.address).ask(KeepPaused(holder="somebody", lease=1))
     assert "not paused for somebody" in str(refusal)
-
-
-def update(group: EngineGroup, version: int, **options: object) -> None:
-    with group.update(version, **options) as opened:
-        opened.send("/nowhere")
 
 
 def test_an_engine_that_restarts_serves_nothing_old(ready: Deployment, key_file: Path) -> None:

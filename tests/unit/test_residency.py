@@ -8,37 +8,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from real_receivers import checkpoint, connected, send, weights  # noqa: F401 - a fixture
-from test_unchanged import Engines, Worker, trained, update
+from real_commits import Engines, Worker, engines, group, trained, update
+from real_receivers import checkpoint, weights
 from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.errors import RequestError
-from areal_vllm_ext.protocol import security
 from areal_vllm_ext.worker.load import proof
 from areal_vllm_ext.worker.residency import NotResident, Residency
 
+__all__ = ["checkpoint", "engines", "group"]  # the fixtures
+
 ASLEEP = "the engine sleeps, so its weights have no memory: wake it up"
-
-
-@pytest.fixture(scope="module")
-def engines(key: security.ClusterKey, key_file: Path, checkpoint: Path) -> Iterator[Engines]:  # noqa: F811
-    with Engines.started(key, checkpoint, key_file) as started:
-        yield started
-
-
-@pytest.fixture
-def group(engines: Engines, key_file: Path) -> Iterator[EngineGroup]:
-    with connected(engines.deployment, key_file) as client:
-        send(client, weights(1))
-        engines.wait_known()
-        yield client
 
 
 @pytest.fixture

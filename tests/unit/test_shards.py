@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from real_commits import Engines, Worker
 from real_receivers import SHAPES, WORKERS, checkpoint, connected, send, set_bucket_bytes, weights  # noqa: F401 - a fixture
-from test_unchanged import Engines, Worker
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.protocol import Staging, security

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from groups import update
 
 from areal_vllm_ext import EngineGroup, UpdateAborted, UpdateInDoubt, WeightsTainted
 from harness.simulated_engine import NEVER, Deployment
-
-
-@pytest.fixture
-def group(deployment: Deployment, key_file: Path) -> Iterator[EngineGroup]:
-    with EngineGroup.connect(deployment.directory, key_file=key_file) as client:
-        client.wait_ready(2, timeout=10)
-        yield client
-
-
-def update(group: EngineGroup, version: int, timeout: float = 10.0) -> None:
-    with group.update(version, timeout=timeout) as opened:
-        opened.send("/nowhere")
 
 
 def served(group: EngineGroup) -> list[tuple[str, str, object]]:
@@ -34,36 +22,36 @@ def test_a_commit_that_fails_on_every_engine_says_that_all_are_tainted(
     for engine in deployment.engines.values():
         engine.errors["commit"] = "out of memory"
     with pytest.raises(WeightsTainted, match=r"out of memory.*partially loaded.*send another update") as raised:
-        update(group, 1)
+        update(group, 1, timeout=10)
     assert all(engine.name in str(raised.value) for engine in deployment.engines.values())
     assert [(phase, generation) for phase, generation, _ in served(group)] == [("tainted", "paused")] * 2
     for engine in deployment.engines.values():
         engine.errors.clear()
-    update(group, 2)
+    update(group, 2, timeout=10)
     assert served(group) == [("idle", "running", 2)] * 2
 
 
 def test_a_commit_that_every_engine_refuses_untouched_is_aborted(
     deployment: Deployment, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update(group, 1)
+    update(group, 1, timeout=10)
     with refusing_commits(deployment, monkeypatch, (0, 1)), pytest.raises(UpdateAborted, match="resumed by others"):
-        update(group, 2)
+        update(group, 2, timeout=10)
     assert served(group) == [("idle", "running", 1)] * 2
-    update(group, 3)
+    update(group, 3, timeout=10)
     assert served(group) == [("idle", "running", 3)] * 2
 
 
 def test_a_commit_that_one_engine_refuses_and_another_fails_names_the_tainted_one(
     deployment: Deployment, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update(group, 1)
+    update(group, 1, timeout=10)
     deployment.engines[1].errors["commit"] = "out of memory"
     with (
         refusing_commits(deployment, monkeypatch, (0,)),
         pytest.raises(WeightsTainted, match="all other engines serve their old weights") as raised,
     ):
-        update(group, 2)
+        update(group, 2, timeout=10)
     assert f"{deployment.engines[1].name} holds a partially loaded" in str(raised.value)
     first, second = served(group)
     assert first == ("idle", "running", 1)
