@@ -22,7 +22,8 @@ class Recovery:
     Attributes:
         resolve: commit or abort.
         adopt: make the new epoch the committed one.
-        resume: let the engine generate again.
+        resume: let the engine generate again; empty while something is to be resolved, because only then an engine tells
+            whether it is tainted or stale.
         wait: an engine is committing, so ask again soon.
     """
 
@@ -54,14 +55,9 @@ def plan(statuses: Mapping[str, Status], epoch: int, *, all_here: bool = True) -
     adopt: dict[str, EngineRequest] = {}
     if not all_here and not wait and any(isinstance(request, Abort) for request in resolve.values()):
         adopt = {name: AdoptEpoch(epoch=epoch) for name in current}
-    orphaned = {status.engine.replica for status in statuses.values() if status.orphaned}
-    resume: dict[str, EngineRequest] = {
-        name: Resume(epoch=epoch, update="" if status.engine.replica in orphaned else status.paused_for)
-        for name, status in statuses.items()
-        if name in current
-        and status.generation != "running"
-        and (status.paused_for or status.engine.replica in orphaned)
-    }
+    resume: dict[str, EngineRequest] = {}
+    if not resolve and not wait:
+        resume = _resume(statuses, current, epoch)
     return Recovery(resolve, adopt, resume, wait)
 
 
@@ -73,4 +69,16 @@ def _current(statuses: Mapping[str, Status], resolve: Mapping[str, EngineRequest
         for name, status in statuses.items()
         if status.update_phase not in ("tainted", "stale")
         and (isinstance(resolve.get(name), Commit) or status.committed_epoch >= newest)
+    }
+
+
+def _resume(statuses: Mapping[str, Status], current: set[str], epoch: int) -> dict[str, EngineRequest]:
+    """Return what lets the engines run that were left paused, and those of a replica whose user's pause is orphaned."""
+    orphaned = {status.engine.replica for status in statuses.values() if status.orphaned}
+    return {
+        name: Resume(epoch=epoch, update="" if status.engine.replica in orphaned else status.paused_for)
+        for name, status in statuses.items()
+        if name in current
+        and status.generation != "running"
+        and (status.paused_for or status.engine.replica in orphaned)
     }
