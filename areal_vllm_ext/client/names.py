@@ -7,10 +7,12 @@ import re
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidWeights
-from ..integrity import checkpoint
+from ..integrity import checkpoint, hugging_face
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+    import torch
 
     from ..protocol import TensorMeta, Weights
 
@@ -37,7 +39,10 @@ class NameFinder:
             taken: what the engines take; without tensors if it is not known.
         """
         self._known = {tensor.name: tensor for tensor in taken.tensors}
-        self._ties, self._prefixes = taken.ties, taken.prefixes
+        self._ties, self._prefixes, self._config = taken.ties, taken.prefixes, taken.config
+
+    def _is_known(self, name: str) -> bool:
+        return name in self._known or name in self._ties
 
     def find(self, name: str) -> str | None:
         """Return the engines' name for ``name``; None if the tensor is no part of what engines serve.
@@ -47,11 +52,11 @@ class NameFinder:
         Raises:
             InvalidWeights: it is a part of an adapter.
         """
-        if name in self._known or name in self._ties:
+        if self._is_known(name):
             return name
         for candidate in _candidates(name):
             found = checkpoint.known_name(candidate, self._known, self._prefixes)
-            if found in self._known or found in self._ties:
+            if self._is_known(found):
                 return found
         if _ADAPTER.search(name):
             raise InvalidWeights(
@@ -64,6 +69,19 @@ class NameFinder:
             say_left_out(VALUE_HEAD)
             return None
         return name if self._known else bare
+
+    def all_known(self, parts: Iterable[tuple[str, object]]) -> bool:
+        """Return whether the engines know all names, or the names of no tensor."""
+        return not self._known or all((known := self.find(name)) is None or self._is_known(known) for name, _ in parts)
+
+    def as_saved(self, parts: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """Return ``parts``, which have the names of transformers' module of the engines' model, as this model saves them."""
+        model = hugging_face.model_of(self._config) if self._config else None
+        if model is None:
+            return list(parts)
+        own = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+        state = {next((one for one in _candidates(name) if one in own), name): tensor for name, tensor in parts}
+        return list(hugging_face.checkpoint_format(model, state).items())
 
     def hint(self, meta: TensorMeta) -> str:
         """Return what to do about a tensor that the engines' model lacks; empty if its name is known."""

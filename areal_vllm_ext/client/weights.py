@@ -136,6 +136,16 @@ class Checker:
         for meta, tensor in self._checked(self.renamed(self.second_names.compared(weights)), partial=partial):
             yield meta, _cast(meta, tensor)
 
+    def as_saved(self, parts: list[Named]) -> list[Named]:
+        """Return ``parts`` as the engines' model saves them, if they have the names that it has in transformers' modules.
+
+        Sharded tensors stay as they are: only the model itself tells every rank how to gather them.
+        """
+        if self._names.all_known(parts) or any(is_sharded(tensor) for _, tensor in parts):
+            return parts
+        saved = self._names.as_saved(parts)
+        return saved if self._names.all_known(saved) else parts
+
     def renamed(self, weights: Iterable[Named]) -> Iterator[Named]:
         """Yield ``weights`` under the engines' names, without what is no part of what engines serve."""
         for name, tensor in weights:
@@ -193,11 +203,12 @@ class Checker:
         parts = named_parts(source)
         if isinstance(source, (torch.nn.Module, Mapping, ItemsView, list, tuple)):
             parts = list(parts)
-            self.second_names.compare(parts)
+            saved = self.as_saved(parts)
+            self.second_names.compare(saved)
             # It lacks the second names of tied weights.
-            checked = {meta.name: meta for meta in self.check_ahead(list(self.renamed(parts)))}
+            checked = {meta.name: meta for meta in self.check_ahead(list(self.renamed(saved)))}
             # Every rank of a trainer gathers the same parts, under the names that it holds them by.
-            full = self.renamed(gather(parts))
+            full = self.renamed(gather(parts) if saved is parts else _instead(gather(parts), saved))
             return ((checked[name], _cast(checked[name], tensor)) for name, tensor in full if name in checked)
         return self.check(gather(parts))
 
@@ -226,6 +237,13 @@ class Checker:
                 if identity(tensor) in identities or any(_is_copy(tensor, one) for one in comparable)
             }
         return tuple(meta for meta, _ in self._checked(weights, partial=partial))
+
+
+def _instead(gathered_parts: Iterator[Named], saved: list[Named]) -> Iterator[Named]:
+    """Yield ``saved``, after the other ranks were met in the gathering of what it was made of."""
+    for _ in gathered_parts:
+        pass
+    yield from saved
 
 
 def _cast(meta: TensorMeta, tensor: torch.Tensor) -> torch.Tensor:

@@ -103,4 +103,5 @@ def together(parts: Iterable[Weights]) -> Weights:
         optional=tuple(name for name in tensors if name in optional),
         ties={second: first for second, first in ties.items() if second in optional or second not in tensors},
         prefixes=tuple(prefix for prefix in parts[0].prefixes if all(prefix in part.prefixes for part in parts)),
+        config=parts[0].config,
     )

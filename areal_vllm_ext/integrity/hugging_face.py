@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +41,27 @@ def identity(tensor: Any) -> tuple[object, ...]:
     if tensor.is_meta:
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def described(config: Any) -> str:
+    """Return a Hugging Face configuration as text from which ``model_of`` makes its model; empty if it cannot be written."""
+    try:
+        text: str = config.to_json_string()
+    except Exception:
+        return ""
+    return text
+
+
+@functools.lru_cache(maxsize=2)
+def model_of(description: str) -> torch.nn.Module | None:
+    """Return the model of ``described``, on the meta device; None if this process' transformers does not have it."""
+    try:
+        import transformers
+
+        options = json.loads(description)
+        return without_memory(transformers.AutoConfig.for_model(options.pop("model_type"), **options))
+    except Exception:
+        return None
 
 
 def without_memory(config: Any) -> torch.nn.Module | None:

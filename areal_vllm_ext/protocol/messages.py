@@ -260,6 +260,7 @@ class Weights(Message):
     ``optional`` names those that the model ignores or has under another name too, so that they need not be sent.
     ``ties`` has the first name of a tensor by each second one, also by second names that are not among ``tensors``.
     ``prefixes``: with and without one of these, a name means the same tensor.
+    ``config`` is the model's Hugging Face configuration, in JSON; empty if it has none.
     """
 
     tensors: tuple[TensorMeta, ...]
@@ -267,6 +268,7 @@ class Weights(Message):
     optional: tuple[str, ...] = ()
     ties: dict[str, str] = msgspec.field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
+    config: str = ""
 
     @property
     def required(self) -> tuple[TensorMeta, ...]:

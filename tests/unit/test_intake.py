@@ -220,7 +220,8 @@ def test_a_trainers_model_is_all_that_the_engines_model_takes(kind: Kind) -> Non
     assert all(kind.optional in name for name in optional)
     assert len(intake.required) == len(kind.as_saved)
     wanted = kind.loaded(kind.files)
-    for source in (kind.trainer, iter(kind.as_saved.items()), kind.files):
+    state = kind.trainer.state_dict()
+    for source in (kind.trainer, state, state.items(), iter(kind.as_saved.items()), kind.files):
         given = sent_to(kind, source, intake)
         assert set(given) == set(intake.required)
         found = kind.loaded(given)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_weights import dense, metas, mixture, saved, sent, takes
+import transformers
+from test_weights import SMALL, dense, metas, mixture, saved, sent, takes
 
 from areal_vllm_ext import InvalidWeights
 from areal_vllm_ext.client import names
 from areal_vllm_ext.client.walk import walk
 from areal_vllm_ext.client.weights import Checker, named_weights
+from areal_vllm_ext.integrity import hugging_face
 
 
 @pytest.fixture
@@ -166,3 +168,66 @@ def test_a_tensor_of_an_adapter_is_refused_with_the_call_that_works() -> None:
 
 def test_a_wrapped_model_is_named_as_it_is_saved(tmp_path: Path) -> None:
     assert set(dict(named_weights(torch.nn.DataParallel(mixture())))) == set(saved(mixture(), tmp_path))
+
+
+def mixtral() -> Any:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=4))
+
+
+def qwen2_moe() -> Any:
+    options = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SMALL, **options))
+
+
+def neox() -> Any:
+    options = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=64, **options))
+
+
+def vision() -> Any:
+    tower = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "patch_size": 4, "mlp_ratio": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = SMALL | {"rope_parameters": rope, "head_dim": 8}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=tower, image_token_id=3, video_token_id=4)
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [mixture, mixtral, qwen2_moe, neox, vision])
+def test_a_state_dict_with_the_names_of_transformers_modules_is_sent_as_the_model_is(make: Any, tmp_path: Path) -> None:
+    model = make()
+    files = saved(model, tmp_path)
+    state = model.state_dict()
+    taken = takes(metas(files), config=hugging_face.described(model.config))
+    # Without the engines' configuration, nothing tells what these names mean.
+    if set(state) - set(files) - {"lm_head.weight"}:
+        with pytest.raises(InvalidWeights, match="is not a weight"):
+            sent(state, metas(files))
+    for source in (state, state.items(), {f"_orig_mod.{name}": one.clone() for name, one in state.items()}):
+        out = {meta.name: tensor for meta, tensor in Checker(taken, "float32", None).check_source(source)}
+        assert set(out) == set(files)
+        assert all(torch.equal(out[name], files[name]) for name in files)
+    fewer = {name: one for name, one in state.items() if "layers.1" not in name}
+    with pytest.raises(InvalidWeights):
+        Checker(taken, "float32", None).check_source(fewer)
+
+
+def test_every_rank_is_met_though_the_first_one_renames_what_it_holds(tmp_path: Path) -> None:
+    model = mixture()
+    files = saved(model, tmp_path)
+    met: list[list[str]] = []
+
+    def gather(parts: Any) -> Iterator[Any]:
+        met.append([name for name, _ in parts])
+        yield from parts
+
+    taken = takes(metas(files), config=hugging_face.described(model.config))
+    assert len(dict(Checker(taken, "float32", None).check_source(model.state_dict(), gather))) == len(files)
+    assert met == [list(model.state_dict())], "under the names that all ranks have"
+
+
+def test_a_configuration_that_is_no_model_of_transformers_is_no_error() -> None:
+    for text in ("", "{", "{}", '{"model_type": "none"}', '{"model_type": "qwen3", "architectures": ["Other"]}'):
+        assert hugging_face.model_of(text) is None
+    taken = takes(metas({"a": torch.zeros(1)}), config='{"model_type": "none"}')
+    with pytest.raises(InvalidWeights, match="b is not a weight"):
+        Checker(taken, "float32", None).check_source({"b": torch.zeros(2)})

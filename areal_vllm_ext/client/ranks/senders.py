@@ -86,6 +86,7 @@ class RankSends:
         device = parts[0][1].device if parts else torch.device("cpu")
         known = self._begin_context(device)
         checker = Checker(known.weights, known.dtype, dtype)
+        parts = checker.as_saved(parts)
         checker.second_names.compare(parts)
         parts = list(checker.renamed(parts))
         inventories = self._exchange_inventories(checker, parts, device)

@@ -15,6 +15,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ...errors import NotACheckpoint
 from ...integrity import checkpoint, hugging_face
 from ...protocol import TensorMeta, Weights
@@ -65,6 +67,8 @@ class Intake:
             intake = _learned(modules, named, complete=True)
         if intake is None:
             return cls(Weights(tensors=(), error=problem))
+        description = hugging_face.described(getattr(config, "hf_config", None))
+        intake.weights = msgspec.structs.replace(intake.weights, config=description)
         logger.info(
             "areal_vllm_ext: the model takes %d tensors and ignores %d of its checkpoint; learned in %.0f ms",
             len(intake.required),
