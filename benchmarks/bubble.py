@@ -3,9 +3,10 @@
     python -m benchmarks.bubble --device cpu --size tiny [--engines 2] [--seconds 15]
 
 All engines are under a steady load: first without updates, then with an update every second by each way. A bubble is the
-longest gap between two tokens of one request during an update, less the median gap without updates. Every way freezes
-requests and lets them go on (vLLM's pause mode ``keep``). Ours lets them recompute their keys and values under the new
-weights; the other ways, and ours with ``--kv keep``, keep those of the old weights. The options are those of
+longest gap between two tokens of one request during an update, less the median gap without updates. ``beside`` is the mean
+gap during updates, without the longest of each request (the pause), as a multiple of the mean gap without updates. Every way
+freezes requests and lets them go on (vLLM's pause mode ``keep``). Ours lets them recompute their keys and values under the
+new weights; the other ways, and ours with ``--kv keep``, keep those of the old weights. The options are those of
 ``benchmarks.update``. The last line is JSON.
 """
 
@@ -39,8 +40,8 @@ class Window:
         self.updates: list[tuple[float, float]] = []
         self.problem = ""
 
-    def row(self, load: Load, quiet: Window) -> dict[str, Any]:
-        """Return the row of the table: how the updates delayed tokens."""
+    def row(self, load: Load, quiet: Window, requests: int) -> dict[str, Any]:
+        """Return the row of the table: how the updates delayed the tokens of this many requests at a time."""
         gap = statistics.median(load.gaps(quiet.start, quiet.end))
         speed = load.tokens(self.start, self.end) / (self.end - self.start)
         before = load.tokens(quiet.start, quiet.end) / (quiet.end - quiet.start)
@@ -56,6 +57,11 @@ class Window:
         if bubbles:
             row["bubble_ms"] = round(statistics.median(bubbles), 2)
             row["longest_bubble_ms"] = round(max(bubbles), 2)
+            unpaused = [gap for update in self.updates for gap in sorted(load.gaps(*update))[:-requests]]
+            if unpaused:
+                without = statistics.fmean(load.gaps(quiet.start, quiet.end))
+                row["beside"] = round(statistics.fmean(unpaused) / without, 2)
+            row["update_ms"] = round(statistics.median(end - start for start, end in self.updates) * 1e3, 1)
         else:
             gaps = load.gaps(self.start, self.end)
             row["p99_gap_ms"] = round(percentile(gaps, 0.99) * 1e3, 2)
@@ -88,8 +94,14 @@ def updates(server: Server, trainer: TrainerModel, way: Way, sets: list[Weights]
             window.updates.append(update())
         time.sleep(max(window.start + seconds - time.monotonic(), 0.0))
         window.end = time.monotonic()
-        trainer.set(turn % len(sets) + 1)
-        if wrong := server.wrong(trainer):
+        if server.place.fresh:
+            trainer.set(0)
+            way.update(turn + 1, trainer.weights())
+            wrong = server.unlike_start(trainer)
+        else:
+            trainer.set(turn % len(sets) + 1)
+            wrong = server.wrong(trainer)
+        if wrong:
             window.problem = f"wrong: {wrong}"
     except Exception as error:
         window.problem = f"failed: {type(error).__name__}: {str(error)[:500]}"
@@ -122,8 +134,9 @@ def main() -> int:
                 windows.append(updates(server, trainer, way, sets, options.seconds))
                 if isinstance(way, Native):
                     way.close()
-    rows = [window.row(felt, quiet) for window in (quiet, *windows)]
+    rows = [window.row(felt, quiet, options.load * options.engines) for window in (quiet, *windows)]
     columns = ["way", "right", "updates", "tokens_per_s", "of_quiet", "bubble_ms", "longest_bubble_ms", "median_gap_ms"]
+    columns += ["beside", "update_ms"]
     print(table(rows, columns))
     finish({"bytes": trainer.nbytes, "load": options.load, "engines": options.engines, "rows": rows}, options.out)
     return 0 if rows[1]["right"] else 1

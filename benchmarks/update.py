@@ -40,6 +40,8 @@ class Contest:
         self._version = 0
         self.timings: dict[str, list[Timing]] = {}
         self.first: dict[str, Timing] = {}
+        # By way of ours: how its first and its last update were loaded.
+        self.loaded: dict[str, tuple[str, str]] = {}
         self.problems: dict[str, str] = {}
         # By way, a worker's peak memory above its memory before, in MiB: in all updates, and in the first ones with the proof.
         self.memory: dict[str, float] = {}
@@ -56,6 +58,9 @@ class Contest:
             before = self._server.rpc("baseline_memory")
             timing = way.update(self._version, weights)
             self.first.setdefault(way.name, timing)
+            if check and isinstance(way, Ours):
+                now = way.loaded()
+                self.loaded[way.name] = (self.loaded.get(way.name, (now, now))[0], now)
             if before and before[0]:
                 extra = max(int(after[1]) - int(then[0]) for then, after in zip(before, self._memory(), strict=True))
                 peaks = self.memory if counts else self.first_memory
@@ -95,6 +100,8 @@ class Contest:
                 row["pause_ms"] = round(statistics.median(timing.pause_ms for timing in timings), 2)
                 row["all_pause_ms"] = [round(timing.pause_ms, 2) for timing in timings]
                 commits = [timing.commit_ms for timing in timings if timing.commit_ms is not None]
+                if name in self.loaded:
+                    row["first_loaded"], row["loaded"] = self.loaded[name]
                 row["first_total_ms"] = round(self.first[name].total_ms, 2)
                 row["first_pause_ms"] = round(self.first[name].pause_ms, 2)
                 row["commit_ms"] = round(statistics.median(commits), 2) if commits else None
@@ -302,6 +309,7 @@ def main() -> int:
         "right",
         "total_ms",
         "pause_ms",
+        "loaded",
         "first_pause_ms",
         "commit_ms",
         "gb_per_s",

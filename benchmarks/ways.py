@@ -67,6 +67,10 @@ class Ours:
         total = (moments[-1][1] - moments[0][1]) * 1e3
         return Timing(total, update.result.pause_ms, update.result.commit_ms, phases)
 
+    def loaded(self) -> str:
+        """Return how the workers loaded the last update: by a plan, a shadow, or a reload and why."""
+        return ", ".join(sorted({state.loaded for state in self._group.status()}))
+
 
 class _InThePause:
     """A way that does all work while the engines are paused."""

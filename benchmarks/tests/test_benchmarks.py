@@ -81,7 +81,7 @@ def test_a_bubble_is_the_longest_gap_of_an_update_less_the_median_gap_without() 
     quiet, ours = bubble.Window("without updates"), bubble.Window("ours")
     quiet.start, quiet.end = 0.0, 1.95
     ours.start, ours.end, ours.updates = 1.95, 4.05, [(2.2, 2.6), (3.3, 3.5)]
-    row = ours.row(felt, quiet)
+    row = ours.row(felt, quiet, 1)
     assert row["longest_bubble_ms"] == pytest.approx(800.0)
     assert row["bubble_ms"] == pytest.approx(600.0)  # of 800 and 400
     assert row["of_quiet"] == pytest.approx((9 / 2.1) / (20 / 1.95), abs=1e-3)
