@@ -76,5 +76,9 @@ class PauseFailed(ArealError):
     """An engine did not pause (or resume) in time; the message names it."""
 
 
+class SleepFailed(ArealError):
+    """An engine did not fall asleep or wake up; the message names it, and what the engines do now."""
+
+
 class LaunchError(ArealError):
     """What was launched did not come up, or has ended. The first line is the cause; lines of logs may follow."""

@@ -29,7 +29,7 @@ from areal_vllm_ext import protocol
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.control.directory import new_incarnation
 from areal_vllm_ext.control.directory_server import DirectoryServer
-from areal_vllm_ext.engine_core.effects import CallMethod, CallPause, CallResume, Guard
+from areal_vllm_ext.engine_core.effects import CallMethod, CallPause, CallResume, CallSleep, CallWakeUp, Guard
 from areal_vllm_ext.engine_core.endpoint import Endpoint
 from areal_vllm_ext.errors import NotACheckpoint
 from areal_vllm_ext.integrity import checkpoint, digest
@@ -104,6 +104,7 @@ class SimulatedEngine:
         orders: the orders to the first worker, in order.
         worker_ranks: of the workers that answer a call of a user's method.
         method: what a worker answers to such a call, in msgpack, or an exception's type and message; its arguments.
+        asleep: what is not on the device; discarded: the weights are gone.
         commits: every committed version, with whether the engine was paused.
         manifest: the digest that the workers vote with; if empty, the digest of what was announced to them.
         live: digests of the weights that the workers serve.
@@ -121,6 +122,8 @@ class SimulatedEngine:
         self.live: dict[str, int] = {}
         self.busy = 0
         self.running = True
+        self.asleep: set[str] = set()
+        self.discarded = False
         self.version, self.model = shape.version, shape.model
         self.requests = 0
         self.staged: Callable[[str], None] = lambda _update: None
@@ -160,6 +163,7 @@ class SimulatedEngine:
         def done() -> None:
             error = self.errors.get("resume", "")
             if not error:
+                assert not self.asleep
                 self._pausing, self.running = None, True
             self.endpoint.post(functools.partial(self.endpoint.participant.pauses.resume_done, call, error))
 
@@ -182,14 +186,33 @@ class SimulatedEngine:
             error = self.errors.get("commit", "")
             if not error:
                 try:
+                    assert "weights" not in self.asleep, "an illegal memory access"
                     self.staged(update)
-                    self.version = version
+                    self.version, self.discarded = version, False
                     self.commits.append((version, not self.running))
                 except Exception as problem:
                     error = f"{type(problem).__name__}: {problem}"
             self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, self.seconds["commit"]))
 
         self._later.call(self.seconds["commit"], done)
+
+    def change_sleep(self, effect: CallSleep | CallWakeUp) -> None:
+        tags = effect.tags if isinstance(effect, CallWakeUp) else ("weights", "kv_cache")
+        kind = f"sleep {effect.level}" if isinstance(effect, CallSleep) else f"wake up {' '.join(tags)}"
+        self.calls.append(kind)
+
+        def done() -> None:
+            error = self.errors.get(kind.split(maxsplit=1)[0], "")
+            if isinstance(effect, CallSleep):
+                assert not self.running
+                self.asleep |= set(tags)
+                self.discarded = effect.level > 1
+            elif not error:
+                self.asleep -= set(tags)
+            free = 100 - 50 * ("weights" not in self.asleep) - 30 * ("kv_cache" not in self.asleep)
+            self.endpoint.post(lambda: self.endpoint.participant.sleep_done(effect.call, error, free))
+
+        self._later.call(self.seconds[kind.split(maxsplit=1)[0]], done)
 
     def call_method(self, effect: CallMethod) -> None:
         self.calls.append(f"call {effect.method}")
@@ -364,6 +387,7 @@ class Shape:
     version: Version = 0
     model: str = ""
     dtype: str = "float32"
+    sleep_mode: bool = True
     settings: Settings = dataclasses.field(default_factory=Settings)
 
 
@@ -428,6 +452,7 @@ class Deployment:
             incarnation=new_incarnation(time.time()),
             address="",
             dtype=self.shape.dtype,
+            sleep_mode=self.shape.sleep_mode,
         )
         engine.endpoint = Endpoint(
             info=info,

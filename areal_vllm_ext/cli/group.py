@@ -1,4 +1,4 @@
-"""Commands for the engines of a group: status, pause, resume, update, verify, call, forget."""
+"""Commands for the engines of a group: status, pause, resume, wake-up, update, verify, call, forget."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def add_to(commands: Commands) -> None:
     _add_connection(parser, "%(default)g", 60.0)
 
     parser = commands.add("resume", _resume, "Let every engine generate again")
+    _add_connection(parser, "%(default)g", 60.0)
+
+    parser = commands.add(
+        "wake-up",
+        _wake_up,
+        "Bring weights and KV cache of every engine back to its device",
+        "For engines that sleep and whose trainer is gone. Engines that ran before their sleep run again.",
+    )
     _add_connection(parser, "%(default)g", 60.0)
 
     parser = commands.add(
@@ -169,8 +177,14 @@ def _print_states(states: Sequence[EngineState]) -> None:
         "update phase": [state.update_phase for state in states],
         "requests": [str(state.requests) for state in states],
     }
+    asleep: dict[str, Sequence[str]] = {}
+    if any(state.sleep not in ("awake", "") for state in states):
+        asleep["sleep"] = [state.sleep.replace("_", " ") for state in states]
+    if any(state.free_memory is not None for state in states):
+        free = [state.free_memory for state in states]
+        asleep["free memory"] = ["" if nbytes is None else f"{nbytes / 2**30:.1f} GiB" for nbytes in free]
     notes = [state.error for state in states]
-    print_table({**always, **({"note": notes} if any(notes) else {})})
+    print_table({**always, **asleep, **({"note": notes} if any(notes) else {})})
 
 
 def _pause(options: argparse.Namespace) -> int:
@@ -187,6 +201,14 @@ def _resume(options: argparse.Namespace) -> int:
         engines = group.engines(options.timeout)
         group.resume(timeout=_left(ends))
     return print_report(options.json, {"resumed": len(engines)}, "{resumed} engines generate")
+
+
+def _wake_up(options: argparse.Namespace) -> int:
+    ends = time.monotonic() + options.timeout
+    with _connect(options) as group:
+        engines = group.engines(options.timeout)
+        group.wake_up(timeout=_left(ends))
+    return print_report(options.json, {"awake": len(engines)}, "{awake} engines are awake")
 
 
 def _update(options: argparse.Namespace) -> int:

@@ -21,13 +21,14 @@ from .walk import drained_on_error, walk
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     import torch
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from ..integrity.verify import Verification
-    from ..protocol import EngineInfo, KVPolicy, PauseMode, Version
+    from ..protocol import EngineInfo, KVPolicy, PauseMode, SleepLevel, SleepTag, Version
     from ..protocol.security import ClusterKey
     from .blocking_update import Update
     from .calls import CallResult
@@ -84,6 +85,14 @@ class EngineGroup:
     def resume(self, *, timeout: float = PAUSE_SECONDS) -> None:
         """Let every engine generate again. See ``AsyncEngineGroup.resume``."""
         self._thread.run(self._group.resume(timeout=timeout))
+
+    def sleep(self, level: SleepLevel = 1, *, mode: PauseMode = "keep", timeout: float = PAUSE_SECONDS) -> None:
+        """Give the device memory of every engine back. See ``AsyncEngineGroup.sleep``."""
+        self._thread.run(self._group.sleep(level, mode=mode, timeout=timeout))
+
+    def wake_up(self, tags: Sequence[SleepTag] | None = None, *, timeout: float = PAUSE_SECONDS) -> None:
+        """Bring weights and KV cache of every engine back. See ``AsyncEngineGroup.wake_up``."""
+        self._thread.run(self._group.wake_up(tags, timeout=timeout))
 
     def verify(
         self, checkpoint: str | os.PathLike[str] | None = None, *, timeout: float = VERIFY_SECONDS

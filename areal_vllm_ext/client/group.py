@@ -18,7 +18,7 @@ from ..control.link import Link
 from ..control.membership import describe_missing
 from ..errors import EnginesMissing, EngineUnreachable, PauseFailed, RequestError, join
 from ..protocol import KVPolicy, PauseMode, security
-from . import calls
+from . import calls, sleeping
 from .options import (
     CALL_SECONDS,
     MAX_LEASE_SECONDS,
@@ -38,14 +38,14 @@ from .state import EngineState
 from .walk import Walk, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
     from typing_extensions import Unpack
 
     from ..control.command import Target
     from ..integrity.verify import Verification
-    from ..protocol import EngineInfo, Version
+    from ..protocol import EngineInfo, SleepLevel, SleepTag, Version
     from .calls import CallResult
     from .options import UpdateOptions
     from .state import UpdateResult
@@ -242,6 +242,44 @@ class AsyncEngineGroup:
             failed |= {name: BEHIND for name, target in targets.items() if target.behind and name not in failed}
             if failed:
                 raise PauseFailed(f"not every engine resumed: {join(failed)}")
+
+    # Sleep
+
+    async def sleep(self, level: SleepLevel = 1, *, mode: PauseMode = "keep", timeout: float = PAUSE_SECONDS) -> None:
+        """Give the device memory of every engine back, by vLLM's sleep mode; returns when it is free.
+
+        Engines that run are paused first. An engine sleeps until ``wake_up``, also when this group is closed. It takes no
+        update while its weights sleep.
+
+        Args:
+            level: 1 keeps the weights aside in host memory. 2 discards them, so the engine serves nothing until an update.
+            mode: what becomes of running requests, see ``pause``. With ``keep`` they go on after the engine is awake, and
+                compute their keys and values again.
+            timeout: seconds. After them, sleep of level 1 is taken back on every engine.
+
+        Raises:
+            SleepFailed: naming the engines that did not fall asleep, or that were started without ``--enable-sleep-mode``.
+        """
+        check_choice("level", level, protocol.SleepLevel)
+        check_choice("mode", mode, PauseMode)
+        await sleeping.sleep(self._commander, level, mode, checked_seconds(timeout))
+
+    async def wake_up(self, tags: Sequence[SleepTag] | None = None, *, timeout: float = PAUSE_SECONDS) -> None:
+        """Bring weights and KV cache of every engine back to its device.
+
+        An engine that ran before ``sleep`` runs again once it is wholly awake; one that was paused before stays paused. An
+        engine whose weights were discarded (level 2) stays paused until an update brings new ones.
+
+        Args:
+            tags: ``["weights"]`` (then an update may come), ``["kv_cache"]``, or None for all.
+            timeout: seconds.
+
+        Raises:
+            SleepFailed: naming the engines that did not wake up or did not resume. Calling again does no harm.
+        """
+        for tag in tags or ():
+            check_choice("tags", tag, protocol.SleepTag)
+        await sleeping.wake_up(self._commander, tuple(tags or ()), checked_seconds(timeout))
 
     # Update
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from ..protocol import Version
 
 if TYPE_CHECKING:
-    from ..protocol import EngineInfo, Generation, Status, UpdatePhase
+    from ..protocol import EngineInfo, Generation, SleepState, Status, UpdatePhase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,9 @@ class EngineState:
         error: why the engine did not answer, or what went wrong there.
         weights: digest of the weights of the last update, equal on engines that serve the same; empty before the first.
         loaded: how they were loaded: ``plan`` or ``shadow`` (both a copy in the pause), or ``reload`` with the reason (longer).
+        sleep: what vLLM's sleep mode has left on the device: ``awake``, ``weights_only``, ``asleep_1`` (weights kept aside),
+            ``asleep_2`` (weights discarded). Empty if the engine did not answer.
+        free_memory: bytes that were free on its device after it fell asleep or woke up last; None before that, or on a CPU.
         unproven: why those weights could not be compared with a fresh load; empty if they were.
     """
 
@@ -44,6 +47,8 @@ class EngineState:
     weights: str = ""
     loaded: str = ""
     unproven: str = ""
+    sleep: SleepState | Literal[""] = ""
+    free_memory: int | None = None
 
     @classmethod
     def of(cls, engine: EngineInfo, status: Status | None, error: str = "") -> EngineState:
@@ -62,6 +67,8 @@ class EngineState:
             weights=status.weights if status else "",
             loaded=status.loaded if status else "",
             unproven=status.unproven if status else "",
+            sleep=status.sleep if status else "",
+            free_memory=status.free_memory if status else None,
         )
 
 

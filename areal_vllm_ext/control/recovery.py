@@ -75,6 +75,8 @@ def _current(statuses: Mapping[str, Status], resolve: Mapping[str, EngineRequest
 def _resume(statuses: Mapping[str, Status], current: set[str], epoch: int) -> dict[str, EngineRequest]:
     """Return what lets the engines run that were left paused, and those of a replica whose user's pause is orphaned."""
     orphaned = {status.engine.replica for status in statuses.values() if status.orphaned}
+    # The ranks of an MoE group resume together, so a replica in which one sleeps waits for the client that wakes it up.
+    orphaned -= {status.engine.replica for status in statuses.values() if status.sleep != "awake"}
     return {
         name: Resume(epoch=epoch, update="" if status.engine.replica in orphaned else status.paused_for)
         for name, status in statuses.items()

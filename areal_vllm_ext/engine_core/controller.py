@@ -22,7 +22,8 @@ from ..config import Settings, split_address
 from ..control.directory_server import DirectoryServer
 from ..errors import SettingsError
 from ..process.host_slot import HostSlot
-from ..protocol import CallAnswer, Version, security, timing
+from ..protocol import NO_SLEEP_MODE, CallAnswer, Version, security, timing
+from .effects import CallSleep
 from .endpoint import Endpoint
 from .foreign_calls import ForeignCalls
 from .identity import describe_engine, directory_address, engine_count, worker_ranks
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.core import EngineCore
 
-    from .effects import CallMethod, CallPause, CallResume, Guard
+    from .effects import CallMethod, CallPause, CallResume, CallWakeUp, Guard
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -233,6 +234,39 @@ class Controller:
             report("", loaded, unproven)
 
         self._call("commit", on_loop, failed=report)
+
+    def change_sleep(self, effect: CallSleep | CallWakeUp) -> None:
+        def on_loop() -> None:
+            if time.monotonic() >= effect.ends:
+                raise RuntimeError("its time was over when the engine's loop came to it; nothing was done")
+            if not self._engine.vllm_config.model_config.enable_sleep_mode:
+                raise RuntimeError(NO_SLEEP_MODE)
+            if not self.is_paused():
+                raise RuntimeError("the engine runs: another user has resumed it")
+            error, free = "", list[int | None]()
+            try:
+                self._change_sleep(effect)
+                free = self._engine.collective_rpc("areal_free_memory")
+            except Exception as problem:
+                logger.exception("areal_vllm_ext: a worker did not fall asleep or wake up")
+                error = error_of(problem)
+            self._report_sleep(effect.call, error, min((one for one in free if one is not None), default=None))
+
+        self._call("sleep", on_loop, failed=lambda error: self._report_sleep(effect.call, error, touched=False))
+
+    def _change_sleep(self, effect: CallSleep | CallWakeUp) -> None:
+        # The executor's own methods: the engine's also pause and resume, each rank for itself.
+        executor = self._engine.model_executor
+        if isinstance(effect, CallSleep):
+            executor.sleep(effect.level)
+        else:
+            # vLLM calls no worker for tags that it has not noted, as after a sleep that failed on one worker.
+            executor.sleeping_tags |= set(effect.tags)
+            executor.wake_up(list(effect.tags))
+
+    def _report_sleep(self, call: int, error: str, free: int | None = None, *, touched: bool = True) -> None:
+        sleep_done = self.endpoint.participant.sleep_done
+        self.endpoint.post(lambda: sleep_done(call, error, free, touched=touched))
 
     def call_method(self, effect: CallMethod) -> None:
         """Run a user's method on every worker, as vLLM runs its own: on the worker's thread, between two steps."""

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..protocol import Answer, PauseMode, Version, WorkerOrder
+    from ..protocol import Answer, PauseMode, SleepLevel, SleepTag, Version, WorkerOrder
     from ..protocol.server import ReplyTo
 
 
@@ -65,6 +65,24 @@ class CallCommit:
 
 
 @dataclasses.dataclass(frozen=True)
+class CallSleep:
+    """Put a paused engine to sleep, unless it is later than ``ends``; report to ``sleep_done`` with ``call``."""
+
+    call: int
+    level: SleepLevel
+    ends: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CallWakeUp:
+    """Bring back what ``tags`` name, unless it is later than ``ends``; report to ``sleep_done`` with ``call``."""
+
+    call: int
+    tags: tuple[SleepTag, ...]
+    ends: float
+
+
+@dataclasses.dataclass(frozen=True)
 class CallMethod:
     """Call a user's method on every worker, unless it is later than ``ends``; report to ``UserCalls.done`` with ``call``.
 
@@ -90,4 +108,4 @@ class Guard:
     weights: str = ""
 
 
-Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit | CallMethod
+Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit | CallSleep | CallWakeUp | CallMethod

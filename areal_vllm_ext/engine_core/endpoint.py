@@ -43,10 +43,22 @@ from ..protocol import (
     timing,
 )
 from ..protocol.server import ReplyTo, Server, connect
-from .effects import CallCancelPause, CallCommit, CallMethod, CallPause, CallResume, Effect, Guard, Order, Reply
+from .effects import (
+    CallCancelPause,
+    CallCommit,
+    CallMethod,
+    CallPause,
+    CallResume,
+    CallSleep,
+    CallWakeUp,
+    Effect,
+    Guard,
+    Order,
+    Reply,
+)
 from .participant import Participant
 from .queries import WeightQueries
-from .status import status_of
+from .status import beat_of, guard_of, status_of
 from .tracing import Tracing
 from .user_calls import UserCalls
 
@@ -69,6 +81,7 @@ class Engine(Protocol):
     def resume(self, effect: CallResume) -> None: ...
     def cancel_pause(self, call: int) -> None: ...
     def commit(self, update: str, version: Version) -> None: ...
+    def change_sleep(self, effect: CallSleep | CallWakeUp) -> None: ...
     def call_method(self, effect: CallMethod) -> None: ...
     def oldest_call_seconds(self) -> float: ...
     def request_counts(self) -> tuple[int, int]: ...
@@ -206,7 +219,7 @@ class Endpoint:
                 self._adapt_switch_interval()
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + timing.HEARTBEAT_SECONDS
-                    self._tell(directory, self._participant.beat(self.info))
+                    self._tell(directory, beat_of(self._participant, self.info))
             if self._farewell:
                 directory.linger = _UNREGISTER_MILLISECONDS
                 self._tell(directory, protocol.Unregister(engine=self.info))
@@ -298,8 +311,8 @@ class Endpoint:
     def _digest(self, caller: ReplyTo, message: DigestWeights) -> None:
         if self._participant.update_phase == "committing":
             self._server.answer(caller, protocol.Error(kind="busy", message="the engine is committing an update"))
-        elif self._participant.asleep:
-            self._server.answer(caller, protocol.Error(kind="state", message=self._participant.asleep))
+        elif self._participant.sleep.reason:
+            self._server.answer(caller, protocol.Error(kind="state", message=self._participant.sleep.reason))
         else:
             self._carry_out(self._queries.digest(caller, message, monotonic()))
 
@@ -341,7 +354,7 @@ class Endpoint:
 
     def _carry_out(self, effects: list[Effect]) -> None:
         self.tracing.states(self._participant)
-        if self._guard != (guard := self._participant.guard):
+        if self._guard != (guard := guard_of(self._participant)):
             self._guard = guard
             self._engine.guard(guard)
         for effect in effects:
@@ -360,6 +373,8 @@ class Endpoint:
                     self._engine.cancel_pause(effect.call)
                 case CallCommit():
                     self._engine.commit(effect.update, effect.version)
+                case CallSleep() | CallWakeUp():
+                    self._engine.change_sleep(effect)
                 case CallMethod():
                     self._engine.call_method(effect)
                 case _:

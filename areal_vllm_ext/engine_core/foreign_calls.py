@@ -19,6 +19,7 @@ from .effects import Guard
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ..protocol import SleepTag
     from .effects import Effect
     from .participant import Participant
 
@@ -103,9 +104,9 @@ class ForeignCalls:
                 _pass_on(result, future)
 
     @property
-    def weights_asleep(self) -> bool:
-        """True if sleep mode took the weights from the device."""
-        return "weights" in getattr(self._engine.model_executor, "sleeping_tags", ())
+    def asleep(self) -> frozenset[SleepTag]:
+        """What sleep mode took from the device."""
+        return frozenset(getattr(self._engine.model_executor, "sleeping_tags", ()))
 
     def _after_update(self, call: Callable[[], Any]) -> Any:
         """Run ``call`` now, or when the update that needs the engine has ended."""
@@ -137,6 +138,8 @@ class ForeignCalls:
             if self._guard.weights:
                 self._report(lambda participant: participant.pauses.resume_refused_elsewhere())
                 raise RuntimeError(f"not resumed: {self._guard.weights}; send an update through areal_vllm_ext")
+            if self.asleep:
+                raise RuntimeError("not resumed: this engine sleeps (vLLM's sleep mode); wake it up")
             if self._engine.is_scheduler_paused():
                 original()
                 self._resumed()
@@ -148,11 +151,13 @@ class ForeignCalls:
         self._report(lambda participant: participant.resumed_elsewhere())
 
     def _sleep(self, original: Callable[..., Any], level: int = 1, mode: str = "abort") -> Any:
-        def asleep(_: object = None) -> None:
-            if self.weights_asleep:
-                self._report(lambda participant: participant.fell_asleep(discarded=level > 1))
-
         def call() -> Any:
+            ran = not self._engine.is_scheduler_paused()
+
+            def asleep(_: object = None) -> None:
+                if tags := self.asleep:
+                    self._report(lambda participant: participant.slept_elsewhere(tags, level, ran=ran))
+
             with self.ours():
                 result = original(level, mode)
             self.paused = True
@@ -172,8 +177,8 @@ class ForeignCalls:
                 awake = original(*args, **kwargs)
             finally:
                 self._waking = False
-                if not self.weights_asleep:
-                    self._report(lambda participant: participant.woke_up())
+                asleep = self.asleep
+                self._report(lambda participant: participant.woke_elsewhere(asleep))
             if awake is not False:  # vLLM 0.28 to 0.31 return nothing
                 self._resumed()
             return awake

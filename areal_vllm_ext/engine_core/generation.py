@@ -29,6 +29,7 @@ class GenerationMachine:
         mode: of the pause; None while the engine runs.
         paused_for: the update that needs the pause, ``STALE``, or empty: running, or a user's own pause. A user pauses
             through this package, or by one of vLLM's own calls.
+        runs_when_awake: the engine ran before it was paused to sleep, so the client that wakes it up resumes it.
         orphaned: the engine is in a user's own pause, and its holder was silent for longer than the lease.
     """
 
@@ -36,6 +37,7 @@ class GenerationMachine:
         self.state: Generation = "running"
         self.mode: PauseMode | None = None
         self.paused_for = ""
+        self.runs_when_awake = False
         self.orphaned = False
         self._cache_cleared = False
         self._paused_before = False
@@ -57,6 +59,7 @@ class GenerationMachine:
         if self.state == "running" or not message.update:
             self.paused_for, self._hold_ended = message.update, False
             self._hold(message.holder, message.lease, now)
+            self.runs_when_awake = message.to_sleep
         # An update needs a call of its own, because only the engine's loop knows that no other user has resumed meanwhile.
         same = self.state != "running" and self._called_for == message.update
         same = same and self.mode == message.mode and (self._cache_cleared or not clear)
@@ -167,7 +170,7 @@ class GenerationMachine:
         self._paused_before = self._paused_before or self.state == "pausing"
         if self.state == "running":
             self.state, self.mode, self._called_for = "paused", None, ""
-        self.paused_for, self._hold_ended = "", False
+        self.paused_for, self._hold_ended, self.runs_when_awake = "", False, False
         self._hold("", 0, 0)
         return []
 
@@ -215,6 +218,7 @@ class GenerationMachine:
 
     def _runs(self) -> None:
         self.state, self.mode, self.paused_for, self._hold_ended = "running", None, "", False
+        self.runs_when_awake = False
         self._hold("", 0, 0)
 
     def _answer_pauses(self, answer: Answer) -> list[Effect]:

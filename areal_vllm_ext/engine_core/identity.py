@@ -64,5 +64,6 @@ def describe_engine(config: VllmConfig, settings: Settings, host: str) -> Engine
         pid=os.getpid(),
         incarnation=new_incarnation(time.time()),
         address="",
+        sleep_mode=bool(getattr(config.model_config, "enable_sleep_mode", False)),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
     )

@@ -31,29 +31,35 @@ from ..protocol import (
     Begin,
     Bucket,
     Commit,
-    EngineInfo,
     Error,
     ErrorKind,
     Generation,
     KeepPaused,
     Pause,
     Prepare,
-    Register,
     Resume,
+    Sleep,
     Version,
+    WakeUp,
     WeightsMismatch,
     WorkerDone,
 )
-from .effects import CallCommit, Effect, Guard, Order, Reply
+from .effects import CallCommit, Effect, Order, Reply
 from .generation import STALE, GenerationMachine
 from .in_flight import UpdateInFlight, wrong_senders
+from .sleep import SleepMachine
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ..protocol import SleepTag
     from ..protocol.server import ReplyTo
 
 Phase = Literal["idle", "receiving", "prepared", "committing"]
 
-ParticipantRequest = Pause | KeepPaused | Resume | Begin | Bucket | Prepare | Commit | Abort | AdoptEpoch
+ParticipantRequest = (
+    Pause | KeepPaused | Resume | Sleep | WakeUp | Begin | Bucket | Prepare | Commit | Abort | AdoptEpoch
+)
 
 
 class Participant:
@@ -65,7 +71,7 @@ class Participant:
         tainted: why its set of weights is partially loaded or damaged; empty if it is not.
         stale: why its weights are older than the group's; empty if they are not.
         foreign: which call of another user has changed its weights or their version; empty if none has.
-        asleep: why its weights are not in the device's memory; empty if they are.
+        sleep: what of it is on the device.
         joined: whether it has heard the group's committed epoch. Before that it serves nothing.
     """
 
@@ -99,7 +105,7 @@ class Participant:
         self.tainted = ""
         self.stale = ""
         self.foreign = ""
-        self.asleep = ""
+        self.sleep = SleepMachine()
         self.joined = joined
         self.committed_epoch = 0
         self.pauses = GenerationMachine()
@@ -130,16 +136,16 @@ class Participant:
                 return self._resume(caller, message)
             case Begin():
                 return self._begin(caller, message, now)
-            case Bucket():
-                return self._bucket(caller, message)
-            case Prepare():
-                return self._step(caller, message, "prepare")
+            case Bucket() | Prepare():
+                return self._step(caller, message)
             case Commit():
                 return self._commit(caller, message)
             case Abort():
                 return self._abort(caller, message)
             case AdoptEpoch():
                 return self._adopt_epoch(caller, message)
+            case Sleep() | WakeUp():
+                return self._change_sleep(caller, message, now)
 
     @property
     def needs_recovery(self) -> bool:
@@ -149,28 +155,12 @@ class Participant:
         pauses = self.pauses
         # Also after an update that healed a stale engine, whose trainer never sent the Resume.
         left_paused = pauses.state != "running" and bool(pauses.paused_for) and not (self.tainted or self.stale)
-        return self._resume_orphans and (pauses.orphaned or left_paused)
+        return self._resume_orphans and (self.orphaned or left_paused)
 
     @property
-    def guard(self) -> Guard:
-        """What other users of this engine must not do now, because it is paused for an update or must not be served."""
-        update = ""
-        if self.update_phase == "committing" or self._in_doubt or self.pauses.paused_for not in ("", STALE):
-            update = "an update is being committed on this engine"
-        elif self.pauses.state == "pausing":
-            update = "this engine is being paused"
-        unfit = f"tainted ({self.tainted})" if self.tainted else f"stale ({self.stale})" if self.stale else ""
-        return Guard(update, f"its weights are {unfit}" if unfit else "")
-
-    def beat(self, engine: EngineInfo) -> Register:
-        """Return what the engine tells the directory every second."""
-        return Register(
-            engine=engine,
-            epoch=self.epoch,
-            version=self.version,
-            committed_epoch=self.committed_epoch,
-            needs_recovery=self.needs_recovery,
-        )
+    def orphaned(self) -> bool:
+        """True if the client is silent that paused this engine. Who sleeps is not: an engine sleeps until it is woken up."""
+        return self.pauses.orphaned and self.sleep.is_awake
 
     def fence(self, epoch: int) -> Error | None:
         """Obey ``epoch`` and higher ones from now on; return the refusal of a lower one."""
@@ -217,6 +207,10 @@ class Participant:
     def _resume(self, caller: ReplyTo, message: Resume) -> list[Effect]:
         if self.update_phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
+        if not message.update and not self.sleep.is_awake:
+            return self._refuse(
+                caller, "state", f"this engine is not awake ({self.sleep.state}): call group.wake_up() first"
+            )
         if (self.tainted or self.stale) and not message.update:
             self.pauses.end_hold()
         if self.tainted:
@@ -225,6 +219,17 @@ class Participant:
             return self._refuse(caller, "state", f"the weights are stale ({self.stale}): send an update")
         return self.pauses.resume(caller, lifts=not message.update)
 
+    def _change_sleep(self, caller: ReplyTo, message: Sleep | WakeUp, now: float) -> list[Effect]:
+        if isinstance(message, WakeUp):
+            return self.sleep.wake_up(caller, message, now)
+        if self.update_phase != "idle":
+            return self._refuse(
+                caller, "busy", "an update is in flight on this engine: end it before the engine sleeps"
+            )
+        if self.pauses.state != "paused":
+            return self._refuse(caller, "state", f"generation is {self.generation}: pause this engine before it sleeps")
+        return self.sleep.sleep(caller, message, now)
+
     def _begin(self, caller: ReplyTo, message: Begin, now: float) -> list[Effect]:
         if self.update_phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
@@ -232,10 +237,10 @@ class Participant:
             return self.update.wait(caller, "begin", [])
         if message.update == self.last_update:  # a copy that came late
             return self._refuse(caller, "state", f"update {message.update} is committed here")
-        if self._in_doubt:
+        if self.in_doubt:
             return self._refuse(caller, "state", "an update is in doubt on this engine: commit or abort it first")
-        if self.asleep:
-            return self._refuse(caller, "state", self.asleep)
+        if self.sleep.reason:
+            return self._refuse(caller, "state", self.sleep.reason)
         if problem := wrong_senders(message, self.workers):
             return self._refuse(caller, "state", problem)
         effects = self._give_up("a newer update began") if self.update else []
@@ -243,17 +248,15 @@ class Participant:
         self.update_phase = "receiving"
         return [*effects, *self.update.wait(caller, "begin", [Order(message)])]
 
-    def _bucket(self, caller: ReplyTo, message: Bucket) -> list[Effect]:
-        update = self.update
-        if update is not None and update.begin.update == message.update and (problem := update.expect(message)):
-            return self._refuse(caller, "state", problem)
-        return self._step(caller, message, message.step)
-
-    def _step(self, caller: ReplyTo, message: Bucket | Prepare, step: str) -> list[Effect]:
+    def _step(self, caller: ReplyTo, message: Bucket | Prepare) -> list[Effect]:
         update = self.update
         if update is None or update.begin.update != message.update:
             return self._refuse(caller, "state", self.error or f"update {message.update} is not in flight here")
-        return update.wait(caller, step, [Order(message)])
+        if isinstance(message, Prepare):
+            return update.wait(caller, "prepare", [Order(message)])
+        if problem := update.expect(message):
+            return self._refuse(caller, "state", problem)
+        return update.wait(caller, message.step, [Order(message)])
 
     def _commit(self, caller: ReplyTo, message: Commit) -> list[Effect]:
         if message.update == self.last_update:
@@ -280,7 +283,7 @@ class Participant:
         return [*self._give_up(message.reason), Reply(caller, Ack())]
 
     @property
-    def _in_doubt(self) -> bool:
+    def in_doubt(self) -> bool:
         """True if another engine may have committed the update in flight."""
         return self.update_phase == "prepared" and self.generation != "running"
 
@@ -348,6 +351,20 @@ class Participant:
         callers, self._commit_waiting = self._commit_waiting, []
         return [Reply(caller, answer) for caller in callers]
 
+    def sleep_done(
+        self, call: int, error: str, free_memory: int | None = None, *, touched: bool = True
+    ) -> list[Effect]:
+        """The engine fell asleep, or woke up, or failed to. Arguments as in ``SleepMachine.done``."""
+        level, effects = self.sleep.done(call, error, free_memory, touched=touched)
+        self._discarded(level)
+        if self.sleep.is_awake and self.pauses.runs_when_awake and (self.tainted or self.stale):
+            self.pauses.end_hold()  # an update resumes it
+        return effects
+
+    def _discarded(self, level: int | None) -> None:
+        if level == 2:
+            self.tainted = "vLLM's sleep level 2 discarded them"
+
     # Calls of other users, through vLLM's own interfaces: the engine's loop has carried them out
 
     def resumed_elsewhere(self) -> list[Effect]:
@@ -364,19 +381,16 @@ class Participant:
         )
         return self._fail_before_commit(f"{what} was called through vLLM during the update; send it again")
 
-    def fell_asleep(self, *, discarded: bool) -> list[Effect]:
-        """vLLM's sleep mode took the weights from the device; ``discarded``: they are lost, not kept aside."""
-        self.asleep = (
-            "this engine sleeps (vLLM's sleep mode), so its weights are not in memory: wake it up (POST /wake_up, or "
-            'llm.wake_up(), also with tags=["weights"]) and send the update again'
-        )
-        if discarded:
-            self.tainted = "vLLM's sleep level 2 discarded them"
-        return self._fail_before_commit(self.asleep)
+    def slept_elsewhere(self, asleep: Iterable[SleepTag], level: int, *, ran: bool) -> list[Effect]:
+        """Another user has put the engine to sleep; ``ran``: it generated before."""
+        self.sleep.moved_elsewhere(asleep, level)
+        self.pauses.runs_when_awake = self.pauses.runs_when_awake or ran
+        self._discarded(level)
+        return self._fail_before_commit(self.sleep.reason) if self.sleep.reason else []
 
-    def woke_up(self) -> list[Effect]:
-        """The weights are in the device's memory again."""
-        self.asleep = ""
+    def woke_elsewhere(self, asleep: Iterable[SleepTag]) -> list[Effect]:
+        """Another user has woken the engine up; ``asleep``: what is not on the device yet."""
+        self.sleep.moved_elsewhere(asleep)
         return []
 
     def _fail_before_commit(self, problem: str) -> list[Effect]:
@@ -389,7 +403,7 @@ class Participant:
     def on_group_epoch(self, version: Version, committed_epoch: int) -> list[Effect]:
         """Take the newest committed update of the group: serve nothing older."""
         pauses, self.joined = self.pauses, True
-        if self.update_phase == "committing" or self._in_doubt:
+        if self.update_phase == "committing" or self.in_doubt:
             return []
         if committed_epoch > self.committed_epoch:
             self.stale = f"the group is at version {version}, this engine at {self.version}"
@@ -415,9 +429,10 @@ class Participant:
         if unfit and self.update is None and self.pauses.paused_for:
             self.pauses.paused_for = STALE  # no resume will come that other users' calls could wait for
         effects += self.pauses.tick(now, stands=unfit)
-        if self.pauses.orphaned and unfit:
+        effects += self.sleep.tick(now)
+        if self.orphaned and unfit:
             self.pauses.end_hold()
-        in_doubt = self.update_phase == "committing" or self._in_doubt
-        if self.update and not in_doubt and now >= self.update.ends:
+        undecided = self.update_phase == "committing" or self.in_doubt
+        if self.update and not undecided and now >= self.update.ends:
             effects += self._give_up("its time was over before it was committed")
         return effects

@@ -1,10 +1,12 @@
-"""What an engine says about itself, out of its state machine. No I/O."""
+"""What an engine tells others, out of its state machine: its status, its heartbeat and its guard. No I/O."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..protocol import Status
+from ..protocol import Register, Status
+from .effects import Guard
+from .generation import STALE
 
 if TYPE_CHECKING:
     from ..protocol import EngineInfo, UpdatePhase
@@ -43,17 +45,46 @@ def status_of(
         update=participant.update.begin.update if participant.update else "",
         last_update=participant.last_update,
         committed_epoch=participant.committed_epoch,
-        orphaned=participant.pauses.orphaned,
+        orphaned=participant.orphaned,
         requests_running=running,
         requests_waiting=waiting,
         waiting_for_engine=waiting_for_engine,
         error=participant.tainted
         or participant.stale
         or participant.foreign
-        or participant.asleep
+        or participant.sleep.reason
         or participant.error,
         weights="" if participant.foreign else participant.weights,
         loaded=participant.loaded,
         unproven=participant.unproven,
-        asleep=bool(participant.asleep),
+        sleep=participant.sleep.state,
+        free_memory=participant.sleep.free_memory,
+        runs_when_awake=participant.pauses.runs_when_awake,
+    )
+
+
+def guard_of(participant: Participant) -> Guard:
+    """Return what other users of an engine must not do now, because it is paused for an update or must not be served."""
+    update = ""
+    if (
+        participant.update_phase == "committing"
+        or participant.in_doubt
+        or participant.pauses.paused_for not in ("", STALE)
+    ):
+        update = "an update is being committed on this engine"
+    elif participant.pauses.state == "pausing":
+        update = "this engine is being paused"
+    tainted, stale = participant.tainted, participant.stale
+    unfit = f"tainted ({tainted})" if tainted else f"stale ({stale})" if stale else ""
+    return Guard(update, f"its weights are {unfit}" if unfit else "")
+
+
+def beat_of(participant: Participant, engine: EngineInfo) -> Register:
+    """Return what an engine tells the directory every second."""
+    return Register(
+        engine=engine,
+        epoch=participant.epoch,
+        version=participant.version,
+        committed_epoch=participant.committed_epoch,
+        needs_recovery=participant.needs_recovery,
     )

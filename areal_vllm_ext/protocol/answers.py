@@ -19,6 +19,7 @@ from .types import (
     Generation,
     Message,
     PauseMode,
+    SleepState,
     Span,
     UpdatePhase,
     Version,
@@ -38,7 +39,11 @@ class Status(Message):
 
     ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
     ``loaded`` says how the workers loaded them: ``plan``, ``shadow``, or ``reload`` with the reason. ``unproven`` says why they
-    could not be compared with a fresh load. ``asleep``: they are not in the device's memory.
+    could not be compared with a fresh load.
+
+    ``sleep``: what vLLM's sleep mode has left on the device. ``free_memory``: bytes that were free on the device after the last
+    step of it, the least of all workers; None where none was taken. ``runs_when_awake``: the engine ran when it was put to
+    sleep.
     """
 
     engine: EngineInfo
@@ -59,7 +64,9 @@ class Status(Message):
     weights: str = ""
     loaded: str = ""
     unproven: str = ""
-    asleep: bool = False
+    sleep: SleepState = "awake"
+    free_memory: int | None = None
+    runs_when_awake: bool = False
 
 
 class WeightDigests(Message):

@@ -23,6 +23,8 @@ from .types import (
     Seconds,
     Segment,
     Sender,
+    SleepLevel,
+    SleepTag,
     Span,
     Staging,
     TensorMeta,
@@ -50,7 +52,7 @@ class Pause(Message):
     """Pause generation. ``update`` names the update that needs the pause; empty for a user's own pause.
 
     A user's own pause outlasts its request. It ends ``lease`` seconds after ``holder``'s last ``KeepPaused``; a lease of 0
-    lasts until a resume.
+    lasts until a resume. ``to_sleep``: the engine runs, and is paused to sleep, so the client that wakes it up resumes it.
     """
 
     epoch: Epoch
@@ -60,6 +62,7 @@ class Pause(Message):
     update: str = ""
     holder: str = ""
     lease: LeaseSeconds = 0
+    to_sleep: bool = False
 
 
 class KeepPaused(Message):
@@ -74,6 +77,25 @@ class Resume(Message):
 
     epoch: Epoch
     update: str = ""
+
+
+class Sleep(Message):
+    """Take the weights and the KV cache of a paused engine from the device, by vLLM's sleep mode.
+
+    ``level`` 1 keeps the weights aside in host memory, 2 discards them.
+    """
+
+    epoch: Epoch
+    level: SleepLevel
+    timeout: Seconds
+
+
+class WakeUp(Message):
+    """Bring back what ``tags`` name to the device; empty: all. Generation stays paused."""
+
+    epoch: Epoch
+    timeout: Seconds
+    tags: tuple[SleepTag, ...] = ()
 
 
 class Begin(Message):
@@ -200,6 +222,8 @@ EngineRequest = (
     | KeepPaused
     | DigestWeights
     | Resume
+    | Sleep
+    | WakeUp
     | Begin
     | Bucket
     | Prepare

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 REQUEST_ID_BYTES = 16
+NO_SLEEP_MODE = "this engine was started without vLLM's sleep mode: start it with --enable-sleep-mode, on a GPU"
 
 # Bounds of what comes from the wire: room above every epoch, finite leases and waits, names of bounded length.
 Epoch = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -25,6 +26,9 @@ LeaseSeconds = Annotated[float, msgspec.Meta(ge=0, le=300)]
 PauseMode = Literal["abort", "wait", "keep"]
 UpdatePhase = Literal["idle", "receiving", "prepared", "committing", "tainted", "stale", "foreign"]
 Generation = Literal["running", "pausing", "paused", "resuming"]
+SleepState = Literal["awake", "weights_only", "asleep_1", "asleep_2"]
+SleepLevel = Literal[1, 2]
+SleepTag = Literal["weights", "kv_cache"]
 KVPolicy = Literal["keep", "recompute"]
 StagingKind = Literal["auto", "device", "host"]
 ErrorKind = Literal[
@@ -65,7 +69,10 @@ class WorkerInfo(Payload):
 
 
 class EngineInfo(Payload):
-    """One EngineCore: a DP rank of a replica. ``incarnation`` is new each time that the process starts."""
+    """One EngineCore: a DP rank of a replica.
+
+    ``incarnation`` is new each time that the process starts. ``sleep_mode``: started with vLLM's ``--enable-sleep-mode``.
+    """
 
     replica: Name
     dp_rank: Rank
@@ -77,6 +84,7 @@ class EngineInfo(Payload):
     address: Name
     dtype: Name
     workers: tuple[WorkerInfo, ...] = ()
+    sleep_mode: bool = False
 
     @property
     def name(self) -> str:

@@ -54,11 +54,16 @@ class WorkerContext:
         self.residency = Residency(worker)
         self.live_weights = LiveWeights(worker, self.residency, (model_config.model, model_config.revision))
         self.memory = StagingMemory(self.device)
+        self.residency.on_sleep = self._before_sleep
         self.sources = Sources(WorkerSite(self.rank, self.device))
         self.report = report
         self.dry_model = DryModel.of(worker)
         self.learned: Future[Intake] = Future()
         background.run(self._learn, (model_config.model, model_config.revision), model_config)
+
+    def _before_sleep(self, level: int) -> None:
+        self.live_weights.forget_base(lost=level > 1)
+        self.memory.give_back_now()
 
     @functools.cached_property
     def intake(self) -> Intake:

@@ -17,6 +17,12 @@ class WorkerExtension:
 
         self._areal_receiver = Receiver(self, endpoint, token)
 
+    def areal_free_memory(self: Any) -> int | None:
+        """Return the free bytes of this worker's device, or None if it is a CPU."""
+        import torch
+
+        return torch.cuda.mem_get_info(self.device)[0] if torch.device(self.device).type == "cuda" else None
+
     def areal_call(self: Any, method: str, arguments: bytes, longest_answer: int) -> tuple[int, bytes, str, str]:
         """Call a method of the user's extension, see ``user_methods.call``. Runs on the worker's own thread.
 

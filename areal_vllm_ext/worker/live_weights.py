@@ -63,7 +63,6 @@ class LiveWeights:
             model: path or hub name of the checkpoint that it was started from, and the revision.
         """
         self._worker, self._residency = worker, residency
-        residency.on_sleep = self.forget_base
         self._startup = StartupCheckpoint(*model)
         self._contents: Contents | None = None
         self._after_commit: dict[str, int] = {}
@@ -120,10 +119,16 @@ class LiveWeights:
         before = self._written
         self._written = {} if written is None else {name: before[name] for name in kept if name in before} | written
 
-    def forget_base(self) -> None:
-        """Build no update on the live weights until a commit, because they may lose what is in them."""
+    def forget_base(self, *, lost: bool) -> None:
+        """Build no update on the live weights until a commit.
+
+        Args:
+            lost: what is in them is discarded, also what no update brings. So the next commit is compared with a fresh load.
+        """
         with self._state:
             self._slept, self._manifest = True, ""
+        if lost:
+            self._proven = frozenset()
 
     def can_be_proven(self) -> bool:
         """Return whether the loader is not proven yet and there is room for the proof. Safe on any thread."""

@@ -29,12 +29,12 @@ class Residency:
     """Tells whether the live weights of one worker are in memory.
 
     Attributes:
-        on_sleep: called before vLLM's sleep mode takes the weights' memory.
+        on_sleep: called with the level before vLLM's sleep mode takes the weights' memory.
     """
 
     def __init__(self, worker: Any) -> None:
         """Watch vLLM's ``sleep`` and ``wake_up`` of ``worker``, whose model is loaded."""
-        self.on_sleep: Callable[[], None] = lambda: None
+        self.on_sleep: Callable[[int], None] = lambda _level: None
         self._worker = worker
         self._asleep = False
         self._access = threading.RLock()
@@ -80,11 +80,11 @@ class Residency:
         if (original := getattr(self._worker, name, None)) is not None:
             setattr(self._worker, name, functools.wraps(original)(functools.partial(replacement, original)))
 
-    def _sleep(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _sleep(self, original: Callable[..., Any], level: int = 1) -> Any:
         with self._access:
             self._asleep = True  # also if it fails midway
-            self.on_sleep()
-            return original(*args, **options)
+            self.on_sleep(level)
+            return original(level)
 
     def _wake_up(self, original: Callable[..., Any], tags: list[str] | None = None) -> Any:
         with self._access:

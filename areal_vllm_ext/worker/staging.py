@@ -136,6 +136,13 @@ class StagingMemory:
         if free or self.pool.used or self.shadows.used:
             background.run_later(_GIVE_BACK_SECONDS, self._give_back, free)
 
+    def give_back_now(self) -> None:
+        """Give all memory back to the device, also what was kept for the next update, because the engine falls asleep."""
+        if not self.in_use():
+            self.kept, self.keeps = {}, False
+            self.shadows.give_back()
+            self.pool.give_back()
+
     def _give_back(self, free: Callable[[], None] | None) -> None:
         if free:
             free()

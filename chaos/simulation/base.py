@@ -6,7 +6,15 @@ import dataclasses
 import itertools
 from typing import Literal
 
-from areal_vllm_ext.engine_core.effects import CallCancelPause, CallCommit, CallPause, CallResume, Guard
+from areal_vllm_ext.engine_core.effects import (
+    CallCancelPause,
+    CallCommit,
+    CallPause,
+    CallResume,
+    CallSleep,
+    CallWakeUp,
+    Guard,
+)
 from areal_vllm_ext.protocol import Message, Register, Status
 
 FIRST_VERSION = "v0"
@@ -31,7 +39,7 @@ class UsersCall:
     name: str
 
 
-EngineCall = CallPause | CallResume | CallCancelPause | CallCommit | Guard | UsersCall
+EngineCall = CallPause | CallResume | CallCancelPause | CallCommit | CallSleep | CallWakeUp | Guard | UsersCall
 IDS = itertools.count()
 
 

@@ -12,6 +12,8 @@ from areal_vllm_ext.engine_core.effects import (
     CallCommit,
     CallPause,
     CallResume,
+    CallSleep,
+    CallWakeUp,
     Effect,
     Guard,
     Order,
@@ -19,7 +21,7 @@ from areal_vllm_ext.engine_core.effects import (
 )
 from areal_vllm_ext.engine_core.foreign_calls import ForeignCalls
 from areal_vllm_ext.engine_core.participant import Participant
-from areal_vllm_ext.engine_core.status import status_of
+from areal_vllm_ext.engine_core.status import guard_of, status_of
 from areal_vllm_ext.protocol import (
     Abort,
     Answer,
@@ -68,6 +70,7 @@ class Engine:
         begun: the ids of all updates whose Begin has come.
         voted: the workers' votes, as pairs of rank and update.
         vllm: vLLM's own calls, as other users of the engine make them; ``foreign`` lets them pass or not.
+        asleep: what sleep mode has taken from the device.
         reloaded: another user has changed the weights.
         served_since_pause: the engine has generated since its last pause was complete.
         replies: answers that are not on the wire yet.
@@ -99,6 +102,7 @@ class Engine:
         self.answers: dict[ReplyTo, Answer | None] = {}
         self.tainted = False
         self.reloaded = False
+        self.asleep: set[str] = set()
         self.served_since_pause = False
         self.vllm = SchedulerStandIn(self)
         self.foreign = ForeignCalls(self.vllm, self.report_foreign, can_wait=True)
@@ -155,7 +159,7 @@ class Engine:
         self.outcomes.append(lambda: event(participant))
 
     def carry_out(self, effects: list[Effect]) -> None:
-        if self._guard != (guard := self.participant.guard):
+        if self._guard != (guard := guard_of(self.participant)):
             self._guard = guard
             self.calls.append(guard)
         for effect in effects:
@@ -170,6 +174,27 @@ class Engine:
                 case _:
                     self.calls.append(effect)
 
+    def _change_sleep(self, call: CallSleep | CallWakeUp, fails: bool) -> None:
+        """Take the weights from the device, or bring back what was kept aside."""
+        if isinstance(call, CallSleep):
+            require(not self.running, "wrong tokens", "an engine fell asleep while it generated")
+            self.asleep, self.tainted = {"weights", "kv_cache"}, self.tainted or call.level > 1
+        elif not fails:
+            self.asleep -= set(call.tags)
+        participant, error = self.participant, "out of memory" if fails else ""
+        self.outcomes.append(lambda: participant.sleep_done(call.call, error, 1))
+
+    def _resume(self, call: CallResume, fails: bool) -> None:
+        participant = self.participant
+        if not fails and call.lifts:
+            self.foreign.paused = False
+        stays = self.foreign.paused and not fails
+        if not fails and not stays:
+            self.pausing = None
+            self.run()
+        error = "stuck" if fails else ""
+        self.outcomes.append(lambda: participant.pauses.resume_done(call.call, error, paused=stays))
+
     # The engine's loop
 
     def step(self, fails: bool = False) -> None:
@@ -183,14 +208,7 @@ class Engine:
                 else:
                     self.pausing, self._users_pause = call.call, call.users
             case CallResume():
-                if not fails and call.lifts:
-                    self.foreign.paused = False
-                stays = self.foreign.paused and not fails
-                if not fails and not stays:
-                    self.pausing = None
-                    self.run()
-                error = "stuck" if fails else ""
-                self.outcomes.append(lambda: participant.pauses.resume_done(call.call, error, paused=stays))
+                self._resume(call, fails)
             case UsersCall():
                 self._users_call(call.name)
             case Guard():
@@ -200,7 +218,10 @@ class Engine:
                 if pending:
                     self.pausing, self.running = None, True
                 self.outcomes.append(lambda: participant.pauses.cancel_done(call.call, pending))
+            case CallSleep() | CallWakeUp():
+                self._change_sleep(call, fails)
             case CallCommit():
+                require("weights" not in self.asleep, "wrong tokens", "a commit was applied to weights that sleep")
                 require(not self.running, "wrong tokens", "a commit was applied on an engine that runs")
                 require(not self.served_since_pause, "wrong tokens", "an engine ran between its pause and its commit")
                 require(
@@ -230,6 +251,7 @@ class Engine:
     def run(self) -> None:
         """Generate again."""
         require(not self.tainted, "wrong tokens", "a tainted engine was resumed")
+        require(not self.asleep, "wrong tokens", "an engine was resumed that sleeps")
         self.running = self.served_since_pause = True
 
     def holds(self, update: str) -> bool:

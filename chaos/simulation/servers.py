@@ -11,6 +11,7 @@ from areal_vllm_ext.control.awake_clock import AwakeClock
 from areal_vllm_ext.control.command import Commander
 from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.engine_core.participant import CallCommit
+from areal_vllm_ext.engine_core.status import beat_of
 from areal_vllm_ext.errors import ArealError
 from areal_vllm_ext.protocol import Answer, Begin, DirectoryRequest, EngineInfo, Register, Registered, timing
 from areal_vllm_ext.protocol.server import ReplyTo
@@ -165,7 +166,7 @@ class EngineProcess(Process):
             self.world.check(self.rank)
 
     def beat(self) -> None:
-        beat = self.engine.participant.beat(self.engine.info)
+        beat = beat_of(self.engine.participant, self.engine.info)
         self.world.send(self, DIRECTORY, new_caller(self), beat)
         self.after(timing.HEARTBEAT_SECONDS, self.beat)
 

@@ -16,7 +16,7 @@ from engine_infos import engine_info
 from areal_vllm_ext.engine_core.effects import CallCommit, CallPause, CallResume, Effect, Order, Reply
 from areal_vllm_ext.engine_core.foreign_calls import ForeignCalls
 from areal_vllm_ext.engine_core.participant import Participant, ParticipantRequest
-from areal_vllm_ext.engine_core.status import status_of
+from areal_vllm_ext.engine_core.status import guard_of, status_of
 from areal_vllm_ext.protocol import (
     Ack,
     Answer,
@@ -92,7 +92,7 @@ class Rig:
         return self.answers.get(caller)
 
     def take(self, effects: list[Effect]) -> None:
-        self.foreign.guard(self.participant.guard)
+        self.foreign.guard(guard_of(self.participant))
         for effect in effects:
             if isinstance(effect, Reply):
                 self.answers[effect.caller] = effect.answer
@@ -331,13 +331,13 @@ def test_a_reload_during_an_update_is_a_no_until_the_updates_pause() -> None:
 def test_an_update_to_an_engine_that_sleeps_is_refused_before_anything_is_touched() -> None:
     rig = Rig()
     rig.vllm.sleep(1)
-    assert rig.status().asleep
+    assert rig.status().sleep == "asleep_1"
     answer = rig.begin()
     assert isinstance(answer, Error)
     assert (answer.kind, rig.participant.update) == ("state", None)
-    assert "wake it up" in answer.message
+    assert "wake_up" in answer.message
     rig.vllm.wake_up(["weights"])
-    assert not rig.status().asleep, "the weights are there, and cached keys and values are not needed"
+    assert rig.status().sleep == "weights_only", "the weights are there, and cached keys and values are not needed"
     rig.update()
     assert rig.vllm.paused
     rig.vllm.wake_up(["kv_cache"])
@@ -356,7 +356,7 @@ def test_weights_that_sleep_discarded_are_not_served_before_an_update() -> None:
     rig.vllm.sleep(2)
     rig.vllm.wake_up()
     assert rig.vllm.paused
-    assert (rig.status().update_phase, rig.status().asleep) == ("tainted", False)
+    assert (rig.status().update_phase, rig.status().sleep) == ("tainted", "awake")
     rig.update()
     assert (rig.vllm.paused, rig.status().update_phase) == (False, "idle")
 

@@ -76,10 +76,12 @@ METHODS = {
     "forget",
     "pause",
     "resume",
+    "sleep",
     "status",
     "update",
     "update_weights",
     "verify",
+    "wake_up",
     "wait_ready",
 }
 # Collectives block the calling thread, so a trainer of several ranks needs the blocking client.
