@@ -21,6 +21,8 @@ demo: set-up ## Train a model while a head and a headless engine generate (ARGS=
 test: set-up ## Run all tests, some on real vLLM engines (ARGS="-k pause": some of them)
 	@exec $(BIN)/pytest -q -n $(JOBS) $(ARGS)
 
+# They wait more than they compute.
+test-unit: JOBS := 4
 test-unit: set-up ## Run the tests that start no vLLM: a first answer within 2 minutes
 	@exec $(BIN)/pytest -q -n $(JOBS) tests/unit $(ARGS)
 

@@ -277,10 +277,5 @@ def leaves_the_collective(opened: Any, seed: int, connection: Connection) -> Non
     opened.send(held)
 
 
-def imports(*_: object) -> None:
-    """What a module's names need takes seconds to import."""
-    from transformers.core_model_loading import revert_weight_conversion  # noqa: F401 - imported is all it must be
-
-
 def sends_nothing(opened: Any, seed: int, _: Connection) -> None:
     pass

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import Segment, TensorMeta
 from areal_vllm_ext.transport import host_memory
 from areal_vllm_ext.transport.buckets import Bucket, default_bucket_bytes, filled_buckets, unpack
+from examples import examples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +75,7 @@ def through(weights: list[Named], bucket_bytes: int) -> dict[str, torch.Tensor]:
     return received
 
 
-@settings(max_examples=100)
+@examples(50)
 @given(tensors=tensors, bucket_bytes=st.sampled_from([1, 256, 300, 1024, 1 << 20]))
 def test_what_goes_in_comes_out_bit_for_bit(tensors: list[torch.Tensor], bucket_bytes: int) -> None:
     weights = [(meta(f"t{place}", tensor), tensor) for place, tensor in enumerate(tensors)]
@@ -84,14 +85,14 @@ def test_what_goes_in_comes_out_bit_for_bit(tensors: list[torch.Tensor], bucket_
         assert bits(received[known.name]) == bits(tensor)
 
 
-@settings(max_examples=50)
+@examples(30)
 @given(tensors=tensors, bucket_bytes=st.sampled_from([256, 512, 1024]))
 def test_a_bucket_is_as_large_as_asked_but_for_one_large_tensor(tensors: list[torch.Tensor], bucket_bytes: int) -> None:
     for bucket in filled_buckets(((meta("t", t), t) for t in tensors), bucket_bytes, memory):
         assert bucket.nbytes <= bucket_bytes or sum(0 not in one.tensor.shape for one in bucket.segments()) == 1
 
 
-@settings(max_examples=50)
+@examples(30)
 @given(tensors=tensors, bucket_bytes=st.sampled_from([256, 1024, 1 << 20]))
 def test_what_lasts_is_copied_together_and_comes_out_bit_for_bit(
     tensors: list[torch.Tensor], bucket_bytes: int
@@ -105,7 +106,7 @@ def test_what_lasts_is_copied_together_and_comes_out_bit_for_bit(
     assert [bits(received[known.name]) for known, _ in weights] == [bits(tensor) for tensor in tensors]
 
 
-@settings(max_examples=100)
+@examples(50)
 @given(data=st.data(), first=tensors, bucket_bytes=st.sampled_from([256, 1024, 1 << 20]))
 def test_buckets_are_filled_again_with_the_same_tensors_or_with_others(
     data: st.DataObject, first: list[torch.Tensor], bucket_bytes: int

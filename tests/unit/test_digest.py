@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_vllm_ext.integrity import digest, digest_torch
 from areal_vllm_ext.protocol import TensorMeta
 from areal_vllm_ext.transport.buckets import filled_buckets, first_corrupt
+from examples import examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
 
@@ -36,14 +37,14 @@ def random_bytes(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-@settings(max_examples=300)
+@examples(100)
 @given(first=st.binary(max_size=1100), second=st.binary(max_size=1100))
 def test_equal_exactly_where_the_bytes_are(first: bytes, second: bytes) -> None:
     values = [one(torch.frombuffer(bytearray(data), dtype=torch.uint8)) if data else 0 for data in (first, second)]
     assert (values[0] == values[1]) == (first == second)
 
 
-@settings(max_examples=300)
+@examples(100)
 @given(count=st.integers(1, 3000), data=st.data())
 def test_a_flipped_bit_is_seen(count: int, data: st.DataObject) -> None:
     before = random_bytes(count)
@@ -83,7 +84,7 @@ def test_zeros_of_different_lengths_differ() -> None:
     assert len({one(torch.zeros(length, dtype=torch.uint8)) for length in lengths}) == len(lengths)
 
 
-@settings(max_examples=100)
+@examples(40)
 @given(
     shapes=st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 40), st.integers(0, 9)), max_size=12),
     bucket_bytes=st.sampled_from([1, 300, 1024, 1 << 20]),

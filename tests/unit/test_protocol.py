@@ -8,12 +8,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from areal_vllm_ext import protocol
 from areal_vllm_ext.control.directory import Directory
 from areal_vllm_ext.protocol import Error, Hello, Message, Welcome
+from examples import examples
 
 if typing.TYPE_CHECKING:
     from raw_client import RawClient
@@ -97,7 +98,7 @@ def decoders_of(message: Message) -> dict[str, msgspec.msgpack.Decoder[Any]]:
 
 
 @pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind.__name__)
-@settings(max_examples=20)
+@examples(20)
 @given(data=st.data())
 def test_every_message_comes_out_of_the_wire_as_it_went_in(kind: type[Message], data: st.DataObject) -> None:
     message = data.draw(values(kind))

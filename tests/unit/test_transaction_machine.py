@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import random
 from collections.abc import Generator
 
@@ -37,6 +36,7 @@ from areal_vllm_ext.protocol import (
 )
 from areal_vllm_ext.protocol.server import ReplyTo
 from chaos.simulation import Engine, brief
+from examples import NIGHTLY
 
 NAMES = ("a", "b", "c")
 DEADLINE = 60.0
@@ -496,7 +496,6 @@ class Transaction(RuleBasedStateMachine):
 
 
 TestTransaction = Transaction.TestCase
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 TestTransaction.settings = settings(
     settings(),
     stateful_step_count=40 if NIGHTLY else 8,

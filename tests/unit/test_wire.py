@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import zmq
 from engine_infos import engine_info
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from raw_client import RawClient
 from waiting import eventually
@@ -22,6 +22,7 @@ from areal_vllm_ext.control.directory_server import DirectoryServer
 from areal_vllm_ext.errors import SettingsError
 from areal_vllm_ext.protocol import Ack, Error, GetStatus, Pause, Status, security
 from areal_vllm_ext.protocol import server as wire
+from examples import examples
 from harness.simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 
 Raw = Callable[..., RawClient]
@@ -173,7 +174,7 @@ def test_text_that_is_no_utf8_is_malformed(
     assert answer.kind == "malformed"
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(payload=mutations())
 def test_whatever_bytes_come_the_server_answers_or_understands_them(
     bare_server: tuple[wire.Server[protocol.DirectoryRequest], RawClient], payload: bytes
