@@ -354,7 +354,7 @@ class Commander:
             if ends - time.monotonic() <= POLL_SECONDS:
                 waited = time.monotonic() - started
                 raise RequestError(
-                    "held", f"the lease was not free within {waited:.1f} s: {held}; wait for that client, or stop it"
+                    "held", f"the lease was not free within {waited:.1f} s: {held}; wait for it, or raise the timeout"
                 )
             await asyncio.sleep(_ASK_SECONDS)
 

@@ -62,6 +62,8 @@ class Directory:
         self._newest: Register | None = None
         # Engines that have heard the committed epoch. Only these serve, and only these are commanded.
         self._joined: set[_Key] = set()
+        # Since when the others have been waiting to join.
+        self._joining_since: dict[_Key, float] = {}
         # Processes that were replaced under their name and still send heartbeats: two replicas share one name.
         self._displaced: dict[str, tuple[EngineInfo, float]] = {}
         # Engines that were lost and that a user gave up. A dictionary, because it keeps the order.
@@ -83,7 +85,7 @@ class Directory:
             case Forget():
                 return self._forget(message, now)
             case AcquireLease():
-                answer = self._leases.acquire(message, now)
+                answer = self._leases.acquire(message, now, self._joins_before(now - message.waited, now))
                 if isinstance(answer, Lease):
                     return msgspec.structs.replace(answer, engines=self._discover(now))
                 return answer
@@ -115,6 +117,7 @@ class Directory:
         self._forgotten.pop(key, None)
         if known is None or known[0].incarnation != message.engine.incarnation:
             self._joined.discard(key)
+            self._joining_since[key] = now
         self._heartbeats[key] = message
         if self._newest is None or message.committed_epoch >= self._newest.committed_epoch:
             self._newest = message
@@ -124,6 +127,7 @@ class Directory:
             if not self._knows_committed_epoch(now):
                 return Ack()
             self._joined.add(key)
+            self._joining_since.pop(key, None)
         assert self._newest is not None
         return Registered(version=self._newest.version, committed_epoch=self._newest.committed_epoch)
 
@@ -158,6 +162,18 @@ class Directory:
             )
         )
 
+    def _joins_before(self, since: float, now: float) -> str:
+        """Say which engine joins before a client that came at ``since`` gets the lease; empty if none does.
+
+        An engine joins while the lease is free, so clients that command without a break would keep it out for ever. It joins
+        within 6 s: by then every engine was heard again or is lost.
+        """
+        for key, waits_since in self._joining_since.items():
+            engine, heard = self._engines[key]
+            if waits_since < since and not _is_lost(heard, now):
+                return f"{engine.name} has just started, and joins first"
+        return ""
+
     def _unregister(self, message: Unregister) -> Answer:
         key = (message.engine.replica, message.engine.dp_rank)
         known = self._engines.get(key)
@@ -189,6 +205,7 @@ class Directory:
     def _remove(self, key: _Key) -> None:
         del self._engines[key], self._heartbeats[key]
         self._joined.discard(key)
+        self._joining_since.pop(key, None)
 
     def recovery_due(self, now: float) -> bool:
         """Whether a client that is gone has left engines in an update, or paused."""

@@ -53,8 +53,8 @@ class Leases:
         )
         self._waiting: dict[str, _Place] = {}
 
-    def acquire(self, message: AcquireLease, now: float) -> Lease | Error:
-        """Grant the lease, or say who is ahead."""
+    def acquire(self, message: AcquireLease, now: float, joining: str = "") -> Lease | Error:
+        """Grant the lease, or say who is ahead; ``joining`` names an engine that is."""
         holder = message.holder
         if holder == self._holder and now < self.ends:
             self.ends = now  # it asks for its next command, so its last one is over
@@ -64,7 +64,7 @@ class Leases:
             place = self._waiting[holder] = _Place(now - message.waited, now)
         if place:
             place.asked = now
-        if ahead := self._ahead_of(holder, now):
+        if ahead := self._ahead_of(holder, now) or joining:
             return Error(kind="held", holder=self._holder if now < self.ends else "", epoch=self.epoch, message=ahead)
         self._waiting.pop(holder, None)
         self.epoch += 1

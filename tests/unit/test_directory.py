@@ -491,3 +491,55 @@ def test_a_directory_that_was_stopped_settles_before_an_engine_joins() -> None:
         reading[0] += 0.5
         clock()
     assert told(directory, 0, clock()) == Registered(version="v1", committed_epoch=1)
+
+
+def test_an_engine_joins_though_clients_command_without_a_break() -> None:
+    """Each client comes later than the engine, so the engine is first; the client gets the lease after it."""
+    directory = Directory()
+    beat(directory, engine(0), 0.0)
+    lease = granted(directory, "client", 0.5)
+    waits_since, granted_at, joined_at = 0.0, 0.0, 0.0
+    for tick in range(20, 400):
+        now = tick / 20
+        if tick % 20 == 0:
+            beat(directory, engine(0), now)
+            joined_at = joined_at or (isinstance(beat(directory, engine(1), now), Registered) and now) or 0.0
+        if lease:
+            directory.handle(ReleaseLease(epoch=lease), now)
+            lease, waits_since = 0, now
+        message = AcquireLease(holder="client", seconds=10.0, waited=now - waits_since)
+        answer = directory.handle(message, now)
+        if isinstance(answer, Lease):
+            lease, granted_at = answer.epoch, granted_at or (joined_at and now)
+        elif not joined_at:
+            assert isinstance(answer, Error)
+            assert (answer.kind, answer.message) == ("held", f"{engine(1).name} has just started, and joins first")
+    assert 1.0 <= joined_at <= 4.0
+    assert joined_at <= granted_at < joined_at + 0.2
+
+
+def test_a_client_that_came_before_an_engine_is_not_held_up_by_it() -> None:
+    directory = Directory()
+    beat(directory, engine(0), 0.0)
+    first = granted(directory, "first", 0.5)
+    assert isinstance(acquire(directory, "second", 1.0), Error)
+    assert isinstance(beat(directory, engine(1), 1.5), protocol.Ack)
+    directory.handle(ReleaseLease(epoch=first), 2.0)
+    assert isinstance(directory.handle(AcquireLease(holder="second", seconds=10.0, waited=1.0), 2.0), Lease)
+
+
+@pytest.mark.parametrize("ends", ["lost", "unregistered"])
+def test_an_engine_that_ends_before_it_joins_holds_no_client_up(ends: str) -> None:
+    directory = Directory()
+    beat(directory, engine(0), 0.0)
+    granted(directory, "first", 0.5)
+    assert isinstance(beat(directory, engine(1), 1.0), protocol.Ack)
+    directory.handle(protocol.LeaveQueue(holder="first"), 1.5)
+    refusal = acquire(directory, "second", 2.0)
+    assert isinstance(refusal, Error)
+    assert "joins first" in refusal.message
+    if ends == "lost":
+        granted(directory, "second", 1.1 + LOST_AFTER_SECONDS)
+    else:
+        directory.handle(protocol.Unregister(engine=engine(1)), 2.1)
+        granted(directory, "second", 2.2)
