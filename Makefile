@@ -5,7 +5,7 @@ JOBS := 2
 BIN := .venv/bin
 # Many images set it; each engine would then compile all of vLLM's modules again at its start, 25 seconds.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help set-up demo test test-unit test-deep lint bench clean
+.PHONY: help set-up demo test test-unit test-deep test-models lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -28,6 +28,9 @@ test-unit: set-up ## Run the tests that start no vLLM: a first answer within 2 m
 
 test-deep: set-up ## Run the tests with many more hypothesis examples
 	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q -n $(JOBS) --timeout 7200 $(ARGS)
+
+test-models: set-up ## Try updates on every family of models that vLLM serves, half an hour (ARGS: names of some)
+	@exec $(BIN)/python -m benchmarks.models $(ARGS)
 
 lint: set-up ## Check style (ruff), types (mypy), the layers of imports, file lengths, commit subjects
 	$(BIN)/ruff check
