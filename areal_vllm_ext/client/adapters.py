@@ -6,6 +6,7 @@ each layer that has an adapter is copied when its tensors are sent, one layer at
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import InvalidWeights
+from . import zero3
 from .names import without_wrappers
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Merged:
 
     @property
     def shape(self) -> torch.Size:
-        return self.base.shape
+        return getattr(self.base, "ds_shape", self.base.shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +67,13 @@ class _Merger:
     def tensors_of(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
         if self._layer is not layer:
             self._layer, self._tensors = layer, {}
-            self._tensors = _taken_off(copy.deepcopy(layer), merge=True).state_dict()
+            with (
+                zero3.gathered_parameters(layer.parameters())
+                if zero3.is_partitioned(layer)
+                else contextlib.nullcontext()
+            ):
+                copied = copy.deepcopy(layer)
+            self._tensors = _taken_off(copied, merge=True).state_dict()
         return self._tensors
 
 
@@ -103,9 +111,12 @@ def merged_state(model: torch.nn.Module) -> dict[str, Any]:
         InvalidWeights: two layers with adapters share a tensor, to which each would add its own.
     """
     adapted = {without_wrappers(path): layer for path, layer in _adapted(model)}
-    plain = {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
+    gathering = zero3.Gathering()
+    named = [(without_wrappers(name), tensor) for name, tensor in model.state_dict(keep_vars=True).items()]
     state: dict[str, Any] = {
-        name: tensor for name, tensor in plain.items() if not any(name.startswith(f"{path}.") for path in adapted)
+        name: gathering.part(tensor)
+        for name, tensor in named
+        if not any(name.startswith(f"{path}.") for path in adapted)
     }
     merger, owners = _Merger(), dict[int, str]()
     for path, layer in adapted.items():

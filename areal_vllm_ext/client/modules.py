@@ -12,7 +12,7 @@ import torch
 
 from ..errors import InvalidWeights
 from ..integrity.hugging_face import checkpoint_format
-from . import adapters
+from . import adapters, zero3
 from .names import VALUE_HEAD, say_left_out, without_wrappers
 
 Named = tuple[str, torch.Tensor]
@@ -39,21 +39,33 @@ def parts_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     outer, model = _unwrapped(module)
     inner = adapters.without_peft(model)
     if not adapters.has_adapters(inner):
-        return checkpoint_format(inner, _state(outer))
+        return _saved(inner, _state(outer))
     if outer is not model:
         raise InvalidWeights(
             "adapters inside of FSDP1 cannot be merged one layer at a time: "
             "call send(fsdp.module) inside `with FullyShardedDataParallel.summon_full_params(fsdp)`, or use FSDP2"
         )
-    merged = {name: part for name, part in adapters.merged_state(inner).items() if not name.endswith(_EXTRA_STATE)}
+    merged = adapters.merged_state(inner)
+    return _saved(inner, {name: part for name, part in merged.items() if not name.endswith(_EXTRA_STATE)})
+
+
+def _saved(model: torch.nn.Module, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return ``state`` under the names with which ``model`` is saved."""
     try:
-        return checkpoint_format(inner, merged)
-    except (AttributeError, TypeError):  # a tensor with an adapter is split or joined, so it is merged now
-        return checkpoint_format(inner, {name: part.detach() for name, part in gathered(merged.items())})
+        return checkpoint_format(model, state)
+    except (AttributeError, TypeError):
+        # Tensors that are made later are to be split (fused experts), so all of them are made now, in memory for the model.
+        deferred = (adapters.Merged, zero3.Partitioned)
+        made = {name: one.full_tensor().detach() if isinstance(one, deferred) else one for name, one in state.items()}
+        return checkpoint_format(model, made)
 
 
 def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    tensors = module.state_dict().items()
+    if zero3.is_partitioned(module):
+        gathering = zero3.Gathering()
+        tensors = [(name, gathering.part(tensor)) for name, tensor in module.state_dict(keep_vars=True).items()]
+    else:
+        tensors = list(module.state_dict().items())
     return {without_wrappers(name): tensor for name, tensor in tensors if not name.endswith(_EXTRA_STATE)}
 
 
@@ -71,8 +83,9 @@ def _unwrapped(module: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Modul
 def _wrapped(module: torch.nn.Module) -> torch.nn.Module | None:
     """Return the module inside of a wrapper; None if ``module`` is no wrapper."""
     inside: dict[str, Any] = dict(module.named_children())
-    if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-        return module.module  # type: ignore[no-any-return]
+    parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    if isinstance(module, parallel) or any(kind.__name__ == "DeepSpeedEngine" for kind in type(module).__mro__):
+        return inside["module"]  # type: ignore[no-any-return]
     for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
         if name in inside:
             return inside[name]  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from .adapters import Merged
 from .modules import Named, gathered, is_sharded, parts_of
 from .names import NameFinder
 from .ties import SecondNames
+from .zero3 import Partitioned
 
 WeightSource = torch.nn.Module | Mapping[str, torch.Tensor] | Iterable[Named]
 # The dtype to send in: one for all floating-point tensors, or "auto" for that of each tensor in the engines' checkpoint.
@@ -66,7 +67,7 @@ def _unsendable_reason(value: object) -> str | None:
     """Return why ``value`` cannot be sent; None if it can."""
     if isinstance(value, Mapping):
         return "is a mapping, not a tensor: give the state dict inside it"
-    if isinstance(value, Merged):
+    if isinstance(value, (Merged, Partitioned)):
         return None
     if not isinstance(value, torch.Tensor):
         return f"is {_kind(value)}, not a tensor: leave it out, or give torch.as_tensor(...) of it"

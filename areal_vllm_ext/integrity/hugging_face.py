@@ -36,6 +36,8 @@ def without_ties(module: torch.nn.Module, state: dict[str, torch.Tensor]) -> dic
 def identity(tensor: Any) -> tuple[object, ...]:
     """Return what two names of one tensor have in common. A tensor that is merged later is known by its ``base``."""
     tensor = getattr(tensor, "base", tensor)
+    if (number := getattr(tensor, "ds_id", None)) is not None:  # partitioned by ZeRO, so it has no memory to compare
+        return (number,)
     if hasattr(tensor, "to_local"):  # a DTensor: compare this rank's shards, because gathering would be a collective
         tensor = tensor.to_local()
     if tensor.is_meta:
