@@ -25,6 +25,7 @@ from areal_vllm_ext.protocol import EngineInfo, Status, security
 
 from .bad_wire import BadNamespaces
 from .fault_trainer import Weights
+from .real_history import Observer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
@@ -84,7 +85,10 @@ class RealDeployment:
 
     Attributes:
         trainers: the trainer whose update meets the fault, and the trainer that updates afterwards.
+        observer: asks the engines all the time, and knows every update.
     """
+
+    observer: Observer
 
     def __init__(self, folder: Path, namespaces: BadNamespaces, key_file: str, moe: bool) -> None:
         self.model_dir = folder / "model"
@@ -103,7 +107,7 @@ class RealDeployment:
             )
             for node in ("a", "b")
         ]
-        self.deployment = Deployment(self.model_dir, nodes, log_dir=folder / "logs")
+        self.deployment = Deployment(self.model_dir, nodes, log_dir=folder / "logs", vllm_args=["--enable-scale-out"])
 
     @contextlib.contextmanager
     def up(self) -> Iterator[None]:
@@ -112,6 +116,8 @@ class RealDeployment:
             self.deployment.wait(timeout=400, report=lambda _: None)
             try:
                 self.engines = asyncio.run(self._discover())
+                ranks = [engine.dp_rank for engine in self.engines]
+                self.observer = Observer(self.deployment.url, ranks, self.weights)
                 while len(self.trainers) < 2:
                     self.trainers.append(self._start_trainer())
                 for _ in range(2):
@@ -119,7 +125,8 @@ class RealDeployment:
                     assert end["outcome"] == "committed", end
                 self.descriptors = {pid: descriptors(pid) for pid in self.pids()}
                 self.processes = self.namespaces_pids()
-                yield
+                with self.observer:
+                    yield
             finally:
                 for trainer in self.trainers:
                     trainer.close()
@@ -207,9 +214,11 @@ class RealDeployment:
     def fresh_update(self) -> dict[str, Any]:
         """Update with the second trainer, without faults; returns the end of the update."""
         self.version += 1
-        trainer = self.trainers[1]
-        trainer.send(version=self.version, timeout=60.0, stop_at="")
-        return trainer.await_end(70.0) or {"outcome": "hangs", "seconds": 70.0}
+        version, trainer, started = self.version, self.trainers[1], time.monotonic()
+        trainer.send(version=version, timeout=60.0, stop_at="")
+        end = trainer.await_end(70.0) or {"outcome": "hangs", "seconds": 70.0}
+        self.observer.wrote(version, started, time.monotonic(), end.get("outcome", ""))
+        return end
 
 
 def problem_of(statuses: dict[int, Status | None]) -> str:

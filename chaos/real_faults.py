@@ -2,7 +2,8 @@
 
 A round starts an update, lets a fault strike before or during one phase of the update, ends the fault, and checks: All
 engines that are left answer, serve one version, and generate that version's tokens as Hugging Face does. A fresh update by
-another trainer works. Nothing is left behind. Rounds share a deployment until a fault kills an engine.
+another trainer works. Nothing is left behind. Meanwhile every engine is asked without a break, and the history of all updates
+and answers of a deployment must be that of one register. Rounds share a deployment until a fault kills an engine.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ KINDS = (
     "kill worker",
 )
 QUALITY = {"loss 10 %": {"loss": 0.1}, "delay 200 ms": {"delay": 0.2}, "rate 5 Mbit/s": {"rate": 5e6 / 8}}
-VIOLATIONS = ("mixed_versions", "hangs", "wrong_tokens", "leftovers", "overruns", "untrue_outcomes")
+VIOLATIONS = ("mixed_versions", "hangs", "wrong_tokens", "leftovers", "overruns", "untrue_outcomes", "wrong_histories")
 
 
 @dataclasses.dataclass
@@ -122,12 +123,13 @@ class Round:
             self.deployment.namespaces.set_quality()
 
     def run(self) -> Outcome:
-        outcome = self.outcome
+        outcome, started = self.outcome, time.monotonic()
         end = self.update_under_fault()
         healed = time.monotonic()
         if end is None:
             end = self.trainer.await_end(TIMEOUT + 45.0)
         outcome.outcome = end["outcome"] if end else "hangs"
+        self.deployment.observer.wrote(self.version, started, time.monotonic(), outcome.outcome)
         if end is None:
             outcome.violated("hangs", f"the trainer's update does not end in {TIMEOUT + 45:.0f} s")
         elif "trainer" not in self.kind:  # a stopped process cannot keep a deadline
@@ -135,6 +137,8 @@ class Round:
             if outcome.overrun_s > OVERRUN_SECONDS:
                 outcome.violated("overruns", f"took {end['seconds']:.1f} s of {TIMEOUT:.0f} s")
         self.check_engines(healed)
+        for what in self.deployment.observer.problems():
+            outcome.violated("wrong_histories", what)
         if self.kind == "kill trainer":
             self.deployment.replace_trainer()
         return outcome
@@ -233,6 +237,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
     done: list[Outcome] = []
     started = time.monotonic()
     deployments = 0
+    answers: dict[int, int] = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves the contexts below, so every process ends
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-faults-")))
@@ -251,6 +256,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
                     one = Round(deployment, kind, phase, dice).run()
                     done.append(one)
                     report(one)
+                    answers[deployments] = deployment.observer.count
                     if kills_engine(kind) or any(
                         what.startswith(("hangs: a fresh", "hangs: after")) for what in one.violations
                     ):
@@ -260,6 +266,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
         totals[kind] = sum(what.startswith(kind) for one in done for what in one.violations)
     totals["max_overrun_s"] = max(one.overrun_s for one in done)
     totals["deployments"] = deployments
+    totals["answers_checked"] = sum(answers.values())
     totals["seconds"] = round(time.monotonic() - started)
     table = described({"totals": totals, "rounds": [dataclasses.asdict(one) for one in done]})
     (options.out or RESULTS).write_text(json.dumps(table, indent=1) + "\n")

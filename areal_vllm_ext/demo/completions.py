@@ -28,6 +28,14 @@ class Answer:
     logprobs: list[float]
 
 
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of an answer that one version of the weights made."""
+
+    version: str
+    tokens: list[int]
+
+
 class Completions:
     """A client of the server at ``url``; ``engine`` is the DP rank that must answer (None: vLLM chooses one)."""
 
@@ -49,11 +57,13 @@ class Completions:
         choices = self._complete(prompts, tokens, engine, temperature=0.0)
         return [choice["token_ids"] for choice in choices]
 
-    def weight_versions(self, prompt: Sequence[int], *, tokens: int, engine: int | None = None) -> list[str]:
-        """Return the weight versions of an answer, as vLLM reports them (needs ``--enable-scale-out``)."""
-        body = {"token_ids": list(prompt), "sampling_params": {"max_tokens": tokens, "ignore_eos": True}}
-        spans = self._post("/inference/v1/generate", body, engine)["choices"][0]["weight_versions"] or []
-        return [span["version"] for span in spans]
+    def spans(self, prompt: Sequence[int], *, tokens: int, engine: int | None = None) -> list[Span]:
+        """Return the greedy answer by the weights that made it, as vLLM reports them (needs ``--enable-scale-out``)."""
+        sampling = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
+        body = {"token_ids": list(prompt), "sampling_params": sampling}
+        choice = self._post("/inference/v1/generate", body, engine)["choices"][0]
+        spans = choice["weight_versions"] or []
+        return [Span(span["version"], choice["token_ids"][span["start"] : span["end"]]) for span in spans]
 
     def _complete(
         self, prompts: Sequence[Sequence[int]], tokens: int, engine: int | None, **sampling: Any

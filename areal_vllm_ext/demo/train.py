@@ -118,8 +118,9 @@ def _train(home: Path, moe: bool, steps: int, seed: int) -> dict[str, object]:
             pause_ms.append(update.result.pause_ms)
 
             versions = [state.version for state in group.status()]
-            stamps = [completions.weight_versions(checks[0], tokens=2, engine=rank) for rank in ENGINES]
-            mixed += versions != [step] * len(ENGINES) or stamps != [[str(step)]] * len(ENGINES)
+            spans = [completions.spans(checks[0], tokens=2, engine=rank) for rank in ENGINES]
+            stamps = [span.version for answer in spans for span in answer]
+            mixed += versions != [step] * len(ENGINES) or stamps != [str(step)] * len(ENGINES)
             same = _greedy_matches(model, completions, checks, pool)
             exact &= same
             times = (f"{update_ms[-1]:.1f}", f"{pause_ms[-1]:.1f}")
