@@ -282,11 +282,11 @@ class Round:
         if world.resume_orphans:
             world.run(until=world.now + PAUSE_SECONDS / min(slowest, 1.0), done=self.serve)
         if not self.serve():
-            world.trainer().command("resume", timeout=20.0, resumes=5)
+            world.trainer().command("wake up", "resume", timeout=20.0, resumes=5)
             world.run(until=world.now + RECOVERY_SECONDS, done=self.serve)
         world.run(until=world.now + 3.0)
 
-    def update_until_it_succeeds(self, healed: float) -> None:
+    def update_until_it_succeeds(self, healed: float, name: str = "v2") -> None:
         world = self.world
         next_trainer = world.trainer()
         if self.dice.random() < 0.3:  # a user resumes the engines first
@@ -294,7 +294,9 @@ class Round:
         attempt = 0
         while True:
             attempt += 1
-            call = next_trainer.update(f"v2.{attempt}", timeout=self.dice.uniform(5.0, 20.0))
+            if any(process.engine.asleep for process in world.engines):  # somebody who puts engines to sleep is gone
+                next_trainer.command("wake up", timeout=5.0)
+            call = next_trainer.update(f"{name}.{attempt}", timeout=self.dice.uniform(5.0, 20.0))
             self.run_until_ended(call, healed + 2 * RECOVERY_SECONDS)
             require(call.outcome is not None, "hang", f"the update to {call.version} does not end")
             # A forgotten engine that is just starting again is not in the update, and it is not lost either.
@@ -315,6 +317,9 @@ class Round:
     def check_end(self) -> None:
         world = self.world
         self.resume_what_users_paused()
+        if any("sleep level 2" in process.engine.participant.tainted for process in world.engines):
+            self.update_until_it_succeeds(world.now, "v3")  # a user's sleep came after the last update
+            self.resume_what_users_paused()
         calls = [(trainer, call) for trainer in world.trainers for call in trainer.calls]
         world.run(until=world.now + 60.0, done=lambda: all(c.outcome is not None or not t.alive for t, c in calls))
         for trainer, call in calls:

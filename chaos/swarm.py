@@ -184,6 +184,17 @@ def a_long_pause(world: World, dice: random.Random) -> Fault:
     return Fault(lambda: user.command("pause", timeout=10.0, mode=mode, lease=lease), heal)
 
 
+def a_sleep(world: World, dice: random.Random) -> Fault:
+    """Let a user put all engines to sleep, and wake them up when the fault ends, sometimes the weights before."""
+    user, mode = world.trainer(), dice.choice(["keep", "wait", "abort"])
+    steps = (dice.choice(["sleep", "sleep", "sleep 2"]), *(("wake weights",) if dice.random() < 0.5 else ()))
+
+    def heal() -> None:
+        (user if user.alive else world.trainer()).command("wake up", timeout=10.0, resumes=10)
+
+    return Fault(lambda: user.command(*steps, timeout=10.0, mode=mode), heal)
+
+
 FAULTS: dict[str, Strike] = {
     **{name: KINDS[name] for name in ("message lost", "message doubled", "reordered bursts")},
     **{name: KINDS[name] for name in ("engine crash", "engine asleep", "engine fails")},
@@ -198,6 +209,7 @@ FAULTS: dict[str, Strike] = {
     "replays": replays,
     "a look": a_look,
     "a long pause": a_long_pause,
+    "a sleep": a_sleep,
     "one-way cut": one_way,
     "stuck calls": stuck,
     "full memory": full_memory,
@@ -270,8 +282,8 @@ class SwarmRound(Round):
 
     @property
     def _pauses_for_ever(self) -> bool:
-        """Whether a user may have paused engines without a lease."""
-        return "another user" in self.rates or "a long pause" in self.rates
+        """Whether a user may have paused engines without a lease, or put them to sleep."""
+        return any(name in self.rates for name in ("another user", "a long pause", "a sleep"))
 
     def keep_updating(self, trainer: Trainer | None = None) -> None:
         """Let a trainer update again and again; a dead trainer has a successor."""

@@ -135,11 +135,11 @@ class ForeignCalls:
             return None
 
         def call() -> None:
+            if self.asleep:
+                raise RuntimeError("not resumed: this engine sleeps (vLLM's sleep mode); wake it up")
             if self._guard.weights:
                 self._report(lambda participant: participant.pauses.resume_refused_elsewhere())
                 raise RuntimeError(f"not resumed: {self._guard.weights}; send an update through areal_vllm_ext")
-            if self.asleep:
-                raise RuntimeError("not resumed: this engine sleeps (vLLM's sleep mode); wake it up")
             if self._engine.is_scheduler_paused():
                 original()
                 self._resumed()

@@ -14,6 +14,7 @@ from unittest import mock
 from areal_vllm_ext.client import context as client_context
 from areal_vllm_ext.client import driver as client_driver
 from areal_vllm_ext.client import group as client_group
+from areal_vllm_ext.client import sleeping as client_sleeping
 from areal_vllm_ext.client import transaction as client_transaction
 from areal_vllm_ext.client.group import AsyncEngineGroup
 from areal_vllm_ext.client.sending import Sending, SendReport
@@ -230,19 +231,25 @@ class Trainer(Asking):
         mode: PauseMode = "keep",
         lease: float | None = 30.0,
     ) -> None:
-        """Start pauses and resumes of a user, in turn; ``done`` is called after each, with None or its error.
+        """Start the commands of a user, in turn; ``done`` is called after each, with None or its error.
 
-        A resume that fails is tried again, ``resumes`` times in all.
+        A resume or a waking that fails is tried again, ``resumes`` times in all.
         """
 
         async def run() -> None:
             for step in steps:
-                for _ in range(resumes if step == "resume" else 1):
+                for _ in range(resumes if step in ("resume", "wake up") else 1):
                     try:
                         if step == "pause":
                             await self.engines.pause(mode, timeout=timeout, lease=lease)
-                        else:
+                        elif step == "resume":
                             await self.engines.resume(timeout=timeout)
+                        elif step == "wake up":
+                            await self.engines.wake_up(timeout=timeout)
+                        elif step == "wake weights":
+                            await self.engines.wake_up(["weights"], timeout=timeout)
+                        else:
+                            await self.engines.sleep(2 if step == "sleep 2" else 1, mode=mode, timeout=timeout)
                     except ArealError as error:
                         done(error)
                         await asyncio.sleep(2.0)
@@ -306,6 +313,7 @@ def simulated_time() -> Iterator[None]:
         mock.patch.object(client_context, "time", SimulatedTime),
         mock.patch.object(client_driver, "time", SimulatedTime),
         mock.patch.object(client_transaction, "time", SimulatedTime),
+        mock.patch.object(client_sleeping, "time", SimulatedTime),
         # Fewer events: how often a client asks for a lease that is held changes nothing else.
         mock.patch.object(control_command, "_ASK_SECONDS", ASK_SECONDS),
     ):

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 from areal_vllm_ext.engine_core.effects import (
     CallCancelPause,
@@ -46,7 +47,7 @@ class SchedulerStandIn:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.model_executor = None
+        self.model_executor = SimpleNamespace(sleeping_tags=engine.asleep)
 
     def pause_scheduler(self) -> None:
         self._engine.running = False
@@ -178,7 +179,8 @@ class Engine:
         """Take the weights from the device, or bring back what was kept aside."""
         if isinstance(call, CallSleep):
             require(not self.running, "wrong tokens", "an engine fell asleep while it generated")
-            self.asleep, self.tainted = {"weights", "kv_cache"}, self.tainted or call.level > 1
+            self.asleep |= {"weights", "kv_cache"}
+            self.tainted = self.tainted or call.level > 1
         elif not fails:
             self.asleep -= set(call.tags)
         participant, error = self.participant, "out of memory" if fails else ""
@@ -186,9 +188,10 @@ class Engine:
 
     def _resume(self, call: CallResume, fails: bool) -> None:
         participant = self.participant
+        fails = fails or (bool(self.asleep) and call.lifts)
         if not fails and call.lifts:
             self.foreign.paused = False
-        stays = self.foreign.paused and not fails
+        stays = (self.foreign.paused or bool(self.asleep)) and not fails
         if not fails and not stays:
             self.pausing = None
             self.run()
@@ -335,4 +338,5 @@ def engine_info(rank: int, engines: int, incarnation: int, replicas: int = 1) ->
         incarnation=f"{incarnation:020d}",
         address=f"tcp://engine-{rank}:{incarnation + 1}",
         dtype="float32",
+        sleep_mode=True,
     )

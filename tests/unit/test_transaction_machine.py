@@ -31,8 +31,12 @@ from areal_vllm_ext.protocol import (
     Prepare,
     Resume,
     Sender,
+    Sleep,
+    SleepLevel,
+    SleepTag,
     Status,
     Version,
+    WakeUp,
 )
 from areal_vllm_ext.protocol.server import ReplyTo
 from chaos.simulation import Engine, brief
@@ -44,7 +48,7 @@ IDS = itertools.count()
 RARE = st.sampled_from(
     [False, False, False, True]
 )  # a step of what would end most runs too early; others go on instead
-PURPOSES = ["update", "update", "update", "pause", "resume"]
+PURPOSES = ["update", "update", "update", "pause", "resume", "sleep", "wake weights", "wake"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +107,26 @@ class Client:
                         return None
 
     def command(self) -> Script:
-        """A user's own pause or resume."""
+        """A user's own pause or resume, or steps of sleep."""
         if (yield from self.take_over()) is None:
             return None
         resume: dict[str, EngineRequest] = {name: Resume(epoch=self.epoch) for name in NAMES}
         if self.purpose == "resume":
             yield resume
             return None
-        answers = yield {name: Pause(epoch=self.epoch, mode="abort", kv="keep", timeout=DEADLINE) for name in NAMES}
+        if self.purpose in ("wake weights", "wake"):
+            tags: tuple[SleepTag, ...] = ("weights",) if self.purpose == "wake weights" else ()
+            answers = yield {name: WakeUp(epoch=self.epoch, tags=tags, timeout=DEADLINE) for name in NAMES}
+            if not tags and all(isinstance(answer, Ack) for answer in answers.values()):
+                yield resume
+            return None
+        pause = Pause(epoch=self.epoch, mode="abort", kv="keep", timeout=DEADLINE, to_sleep=self.purpose == "sleep")
+        answers = yield dict.fromkeys(NAMES, pause)
         if not all(isinstance(answer, Ack) for answer in answers.values()):
             yield resume
+        elif self.purpose == "sleep":
+            level: SleepLevel = 2 if self.epoch % 3 == 0 else 1
+            yield {name: Sleep(epoch=self.epoch, level=level, timeout=DEADLINE) for name in NAMES}
         return None
 
     def start(self) -> dict[str, EngineRequest]:
@@ -473,8 +487,9 @@ class Transaction(RuleBasedStateMachine):
             return
         self.settle()
         # Whatever was left behind, the next client's take-over ends it.
-        self.next_client("resume", dead=True)
-        self.settle()
+        for purpose in ("wake", "resume"):
+            self.next_client(purpose, dead=True)
+            self.settle()
         for name, engine in self.engines.items():
             assert engine.participant.update is None, f"{name} still has an update that is over"
             assert engine.running or engine.tainted, (
