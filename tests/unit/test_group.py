@@ -526,22 +526,22 @@ def calls(group: EngineGroup, deadline: float) -> dict[str, Callable[[], object]
 def test_no_call_outlasts_its_deadline_where_everything_is_stopped_or_killed(key_file: Path) -> None:
     with another_process(key_file) as (engines, group):
         engines.send_signal(signal.SIGSTOP)
-        for name, call in calls(group, 0.4).items():
+        for name, call in calls(group, 0.2).items():
             started = time.monotonic()
             with pytest.raises(ArealError):
                 call()
-            assert time.monotonic() - started < 0.4 + OVERRUN, name
+            assert time.monotonic() - started < 0.2 + OVERRUN, name
         engines.send_signal(signal.SIGCONT)
         group.wait_ready(2, timeout=10)
         group.pause(timeout=5)
         group.resume(timeout=5)
         engines.kill()
         engines.wait()
-        for name, call in calls(group, 0.3).items():
+        for name, call in calls(group, 0.2).items():
             started = time.monotonic()
             with pytest.raises(ArealError):
                 call()
-            assert time.monotonic() - started < 0.3 + OVERRUN, name
+            assert time.monotonic() - started < 0.2 + OVERRUN, name
 
 
 def test_a_frozen_process_is_not_reported_as_a_wrong_key(key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
