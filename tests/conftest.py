@@ -25,10 +25,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Files whose tests run one after another in one worker of pytest-xdist.
 _SCOPES = {
     # They import vLLM, which takes 5 s of CPU.
-    "vllm": ("dry_load", "packing", "plan", "residency", "shards", "unchanged"),
+    "vllm": ("dry_load", "int8_on_cpu", "packing", "plan", "residency", "shadow", "shards", "unchanged"),
     # They fork processes from a server, which imports torch's distributed tensors.
     "forked": ("broadcast", "interrupt", "joint", "senders", "shared_memory"),
 }
+# The other files that take longest: one of them that began last would run alone in the end.
+_LONG = (
+    "group",
+    "cli",
+    "strange_connections",
+    "lost_trainer",
+    "supervised",
+    "fuzz",
+    "forgotten_groups",
+    "digest_kernel",
+)
 SCOPE_OF = {f"tests/unit/test_{name}.py": scope for scope, names in _SCOPES.items() for name in names}
 # The tests with real engines, the longest scopes first. Those of a folder share what they start.
 _ENGINES = "tests/integration/"
@@ -59,7 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         file = item.nodeid.partition("::")[0]
         if engines := _engines_of(file):
             return 2, _LONGEST.index(engines) if engines in _LONGEST else len(_LONGEST)
-        return int(file not in SCOPE_OF), 0
+        if file in SCOPE_OF:
+            return 0, 0
+        name = file.removeprefix("tests/unit/test_").removesuffix(".py")
+        return 1, _LONG.index(name) if name in _LONG else len(_LONG)
 
     items.sort(key=order)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lazily import imported
 from safetensors.torch import load_file, save_file
 
 _COMMON = {
@@ -88,7 +90,9 @@ def trained(weights: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.T
 
 @functools.cache
 def _initialise() -> None:
-    """Set up vLLM's groups of one rank, once in a process."""
+    """Import vLLM and set up its groups of one rank, once in a process."""
+    for name in ("engine.arg_utils", "model_executor.model_loader", "model_executor.models.registry"):
+        imported(f"vllm.{name}")
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
@@ -98,19 +102,20 @@ def _initialise() -> None:
         rendezvous = (_folder() / "rendezvous").as_uri()
         init_distributed_environment(1, 0, rendezvous, 0, "gloo")
         initialize_model_parallel(1, 1)
+    gc.freeze()  # vLLM collects garbage with each load, and would look through all of its own modules
 
 
 class LoadedWorker:
     """What is asked of vLLM's worker, with a real model."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
+        _initialise()
         from vllm.config import set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
         from vllm.model_executor.model_loader import get_model
 
         arguments = {"enforce_eager": True, "max_model_len": 128, "skip_tokenizer_init": True, "dtype": "float32"}
         self.vllm_config = EngineArgs(os.fspath(folder), **(arguments | options)).create_engine_config()
-        _initialise()
         self.rank, self.device = 0, torch.device("cpu")
         with set_current_vllm_config(self.vllm_config):
             self._model = get_model(vllm_config=self.vllm_config)
