@@ -212,3 +212,68 @@ def test_other_threads_keep_their_default_dtype_and_see_no_device(worker: Loaded
         stop.set()
         thread.join()
     assert seen == {(torch.float32, torch.float32, None)}
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs: linear layers compute with their parameters."""
+    from vllm.model_executor.layers import utils
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", dispatch)
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize("family", ["moe", "mla"])
+def test_a_load_that_computes_is_replayed_once_two_updates_have_proven_it(family: str) -> None:
+    base, worker = weights_of(checkpoint(family)), LoadedWorker(checkpoint(family))
+    loader = Loader(worker)
+    for seed in (1, 2):
+        shadow = updated(worker, loader, trained(base, seed))
+        assert shadow.plan is None
+        assert shadow.taped is not None
+        assert shadow.taped.proven == (seed == 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apart, "new_model", None)  # no model is built any more
+        for seed in (3, 4):
+            updated(worker, loader, trained(base, seed))
+    assert_serves(worker, trained(base, 4), family)
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_the_same_weights_twice_prove_a_tape_once() -> None:
+    base, worker = weights_of(checkpoint("moe")), LoadedWorker(checkpoint("moe"))
+    loader = Loader(worker)
+    for _ in range(2):
+        shadow = updated(worker, loader, trained(base, 1))
+        assert shadow.taped is not None
+        assert not shadow.taped.proven
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize("how", ["looks at a value", "unseen by torch", "unseen value"])
+def test_a_load_that_depends_on_more_than_its_operators_is_not_replayed(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    process = UnquantizedFusedMoEMethod.process_weights_after_loading
+
+    def processed(self: Any, layer: Any) -> None:
+        weight = layer.w13_weight.data
+        if how == "looks at a value":
+            weight.mul_(2 if weight.sum() > 0 else 3)
+        elif how == "unseen by torch":
+            weight.numpy()[0] *= 2
+        else:
+            weight.mul_(float(weight.numpy().max()))
+        process(self, layer)
+
+    monkeypatch.setattr(UnquantizedFusedMoEMethod, "process_weights_after_loading", processed)
+    base, worker = weights_of(checkpoint("moe")), LoadedWorker(checkpoint("moe"))
+    loader = Loader(worker)
+    tapes = [updated(worker, loader, trained(base, seed)).taped for seed in (1, 2, 3)]
+    # Only a second set of weights shows that a number came from the first.
+    assert [one is not None for one in tapes] == ([True, False, False] if how == "unseen value" else [False] * 3)

@@ -22,7 +22,7 @@ from .cpu_packing import ATTRIBUTE
 from .plan import LoadPlan, PlanRun
 from .proof import readable
 from .recorder import Recorder, observe_packing
-from .shadow import BuildOptions, NoShadow, Refused, Shadow, build
+from .shadow import BuildOptions, NoShadow, Refused, Shadow, TapedShadow, build, obstacle
 from .targets import NotPlanned
 from .written import Written
 
@@ -42,6 +42,8 @@ class Loader:
         self._plan: LoadPlan | None = None
         # Names, dtypes and shapes of the last attempt at a plan. The same ones would give the same plan, or none again.
         self._tried: dict[str, tuple[torch.dtype, torch.Size]] = {}
+        # How the last tensors' shadows are made without a model, if they can be.
+        self._taped: TapedShadow | None = None
         # The same of tensors for which a shadow cannot stand for the live model, and why.
         self._unshadowed: tuple[dict[str, tuple[torch.dtype, torch.Size]], str] = ({}, "")
 
@@ -89,8 +91,20 @@ class Loader:
         kinds = _kinds(weights)
         if self._unshadowed[0] == kinds:
             return None, self._unshadowed[1]
+        taped = (
+            self._taped if kinds == self._tried and self._taped and self._taped.fits(self._worker.get_model()) else None
+        )
+        if taped is not None and taped.proven and not obstacle(self._worker, weights):
+            try:
+                return taped.shadow(dict(weights), options), ""
+            except (Cancelled, TimeoutError):
+                raise
+            except Exception:
+                logger.warning("areal_vllm_ext: the tape of a load cannot be replayed", exc_info=True)
+                self._taped = taped = None
+        options = options._replace(recorded=kinds != self._tried, taped=taped)
         try:
-            return build(self._worker, weights, contents, options._replace(recorded=kinds != self._tried)), ""
+            return build(self._worker, weights, contents, options), ""
         except NoShadow as reason:
             logger.warning("areal_vllm_ext: weights are loaded in the pause: %s", reason)
             if reason.lasts:
@@ -115,7 +129,7 @@ class Loader:
         """
         shadow.copy()
         self._reset_caches()
-        self._plan, self._tried = shadow.plan, _kinds(weights)
+        self._plan, self._taped, self._tried = shadow.plan, shadow.taped, _kinds(weights)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         return shadow.written

@@ -59,6 +59,7 @@ class Pairs:
 
     Attributes:
         copies: live tensors, each with the one whose bytes it gets.
+        places: the place in ``copies`` of each parameter and buffer that is copied.
         assigned: objects of the second model that take the place of the live model's.
         digests: of the live parameters and buffers after the commit.
         aside: paths of attributes, besides parameters and buffers, that the load made of weights.
@@ -75,6 +76,7 @@ class Pairs:
             NotTwins: copies and assignments would not make ``live`` what ``model`` is.
         """
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.places: dict[str, int] = {}
         self.assigned: list[Leaf] = []
         self.digests: dict[str, int] = {}
         self.aside: list[str] = []
@@ -105,13 +107,14 @@ class Pairs:
             if live[name] != self.digests[name]:
                 raise NotTwins(f"{name} is in no checkpoint, and another value than a fresh load gives it is live")
         self.digests |= live
-        targets: set[tuple[Any, ...]] = set()
+        targets: dict[tuple[Any, ...], int] = {}
         for name in full.keys() - set(unmade):
             target = old[name]
             place = (storage_key(target), int(target.storage_offset()), tuple(target.shape), target.stride())
             if place not in targets:
-                targets.add(place)
+                targets[place] = len(self.copies)
                 self.copies.append((target, full[name]))
+            self.places[name] = targets[place]
 
     def _pair_attribute(self, leaf: Leaf) -> None:
         if twins.is_assigned(leaf):

@@ -9,15 +9,18 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ...transport.buckets import aligned, tensor_at, view_as
 from .cpu_packing import ATTRIBUTE, IncomingWeight, Packing, pack
-from .strides import Copy, StridedSlice
+from .strides import Copy, StridedSlice, storage_key
 from .targets import LiveTarget
 from .written import Written, written_by
+
+if TYPE_CHECKING:
+    from torch.multiprocessing.reductions import StorageWeakRef
 
 # A rank that needs less than this fraction of the incoming bytes stages only its own slices.
 _SHARD_FRACTION = 0.9
@@ -50,6 +53,10 @@ class ModelFingerprint:
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._held))
             and all(map(operator.eq, map(torch.Tensor.data_ptr, self._tensors), self._addresses))
         )
+
+    def storages(self) -> set[StorageWeakRef]:
+        """Return the identities of the memory that these tensors lie in."""
+        return {storage_key(tensor) for tensor in self._tensors}
 
 
 def _has_address(one: object) -> bool:

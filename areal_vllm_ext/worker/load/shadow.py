@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...integrity import digest
 from ...observability import fault_points
 from ...transport.base import Cancelled
 from ..memory import free_bytes
@@ -25,12 +26,13 @@ from .proof import readable, tie_as
 from .recorder import observe_packing
 from .shadow_recorder import ShadowRecorder
 from .strides import storage_key
+from .tape import NotTaped, Tape, TapeRecorder
 from .targets import NotPlanned
 from .twins import Leaf, NotTwins, tensors_in
 from .unloaded import described
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -76,7 +78,8 @@ class BuildOptions(NamedTuple):
         timeout: seconds to wait for another build in this process.
         access: a context that keeps the live weights in memory while they are read.
         memory: a context whose device memory is apart from the engine's.
-        recorded: whether to make a load plan of it.
+        recorded: whether to make a load plan of it, or a tape.
+        taped: the tape of an earlier load, to be proven.
     """
 
     step: Callable[[], None] = lambda: None
@@ -84,6 +87,7 @@ class BuildOptions(NamedTuple):
     access: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     memory: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     recorded: bool = True
+    taped: TapedShadow | None = None
 
 
 class Shadow:
@@ -93,30 +97,42 @@ class Shadow:
         digests: of the live model's parameters and buffers after the commit.
         plan: how a later update of the same names, dtypes and shapes is loaded without a shadow; None if it cannot be.
         written: the live memory that the commit writes, by incoming tensor, if the plan knows it.
+        taped: how a later update makes its shadow without a model; None if it cannot.
     """
 
-    def __init__(self, model: torch.nn.Module, live: torch.nn.Module) -> None:
+    def __init__(self, fingerprint: ModelFingerprint, model: torch.nn.Module | None = None) -> None:
         """
         Args:
-            model: the second model.
-            live: the model that it shadows.
+            fingerprint: of the live model.
+            model: the second model, if these weights lie in one.
         """
-        self._model, self._live = model, live
-        self._fingerprint = ModelFingerprint(live)
+        self._fingerprint, self._model = fingerprint, model
         self._batches: dict[tuple[torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._assigned: list[Leaf] = []
         self._replaced: list[Any] = []
         self.digests: dict[str, int] = {}
         self.plan: LoadPlan | None = None
         self.written: Written | None = None
+        self.taped: TapedShadow | None = None
 
-    def set_pairs(self, pairs: Pairs) -> None:
-        """Say what the commit must do."""
-        self.digests, self._assigned = pairs.digests, pairs.assigned
-        for target, source in pairs.copies:
+    def set_work(
+        self,
+        copies: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        digests: dict[str, int],
+        assigned: Sequence[Leaf] = (),
+    ) -> None:
+        """Say what the commit must do.
+
+        Args:
+            copies: live tensors, each with the one whose bytes it gets.
+            digests: of the live parameters and buffers after the commit.
+            assigned: objects that take the place of the live model's.
+        """
+        self.digests, self._assigned = digests, list(assigned)
+        for target, source in copies:
             targets, sources = self._batches.setdefault((target.dtype, target.is_contiguous()), ([], []))
-            targets.append(_plain(target))
-            sources.append(_plain(source))
+            targets.append(plain(target))
+            sources.append(plain(source))
 
     def fits(self, live: torch.nn.Module) -> bool:
         """Return whether ``live`` still has the tensors that the shadow was built for, at the same addresses."""
@@ -132,14 +148,66 @@ class Shadow:
 
     def free(self) -> None:
         """Free the memory. Modules hold each other in circles, so it would otherwise wait for the garbage collector."""
-        live = {storage_key(tensor) for tensor in readable(self._live).values()}
-        live |= {storage_key(tensor) for leaf in self._assigned for tensor in tensors_in(leaf.value)}
-        sources = [source for _, batch in self._batches.values() for source in batch]
-        for tensor in (*readable(self._model).values(), *sources):
-            if storage_key(tensor) not in live:
-                with contextlib.suppress(RuntimeError):  # memory that is not torch's own
-                    tensor.untyped_storage().resize_(0)
+        used = {storage_key(tensor) for leaf in self._assigned for tensor in tensors_in(leaf.value)}
+        if self._model is not None:
+            used |= self._fingerprint.storages()
+            for tensor in (*readable(self._model).values(), *self._sources()):
+                if storage_key(tensor) not in used:
+                    with contextlib.suppress(RuntimeError):  # memory that is not torch's own
+                        tensor.untyped_storage().resize_(0)
         self._batches, self._assigned, self._replaced = {}, [], []
+
+    def _sources(self) -> list[torch.Tensor]:
+        return [source for _, sources in self._batches.values() for source in sources]
+
+
+class TapedShadow:
+    """Makes the shadows of one worker without a model, by the tape of a load.
+
+    Attributes:
+        proven: whether it gave the bytes of a load by vLLM twice, of different weights.
+    """
+
+    def __init__(self, tape: Tape, pairs: Pairs, fingerprint: ModelFingerprint) -> None:
+        """
+        Args:
+            tape: it makes the sources of the copies of ``pairs``.
+            pairs: of the recorded load.
+            fingerprint: of the live model.
+        """
+        self._tape, self._fingerprint = tape, fingerprint
+        self._targets = [plain(target) for target, _ in pairs.copies]
+        self._digests, self._places = pairs.digests, pairs.places
+        self._proofs: set[tuple[int, ...]] = set()
+
+    @property
+    def proven(self) -> bool:
+        return len(self._proofs) > 1
+
+    def fits(self, live: torch.nn.Module) -> bool:
+        """Return whether ``live`` still has the tensors that the tape was recorded for, at the same addresses."""
+        return self._fingerprint.matches(live)
+
+    def prove(self, weights: Mapping[str, torch.Tensor], pairs: Pairs, step: Callable[[], None]) -> bool:
+        """Compare a replay with a load of the same weights by vLLM. Returns whether it gave the same bytes."""
+        made = tuple(digest.digests_of(self._tape.replay(weights, step)))
+        if made != tuple(digest.digests_of(source for _, source in pairs.copies)):
+            return False
+        self._proofs.add(made)
+        return True
+
+    def shadow(self, weights: Mapping[str, torch.Tensor], options: BuildOptions) -> Shadow:
+        """Make a shadow."""
+        shadow = Shadow(self._fingerprint)
+        with torch.no_grad(), options.memory():
+            sources = self._tape.replay(weights, options.step)
+            values = digest.digests_of(sources)
+            digests = self._digests | {name: values[place] for name, place in self._places.items()}
+            shadow.set_work(zip(self._targets, sources, strict=True), digests)
+            if sources and sources[0].device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+        shadow.taped = self
+        return shadow
 
 
 def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
@@ -182,22 +250,31 @@ def build(
     """
     if reason := obstacle(worker, weights):
         raise NoShadow(reason)
-    live = worker.get_model()
+    live, staged = worker.get_model(), dict(weights)
+    fingerprint = ModelFingerprint(live)
     with contextlib.ExitStack() as unfinished:
         try:
             with apart.apart(worker.vllm_config, options.step, options.timeout) as config, options.memory():
                 model = _new_model(config, worker.device)
                 tie_as(model, live)
-                shadow = Shadow(model, live)
+                shadow = Shadow(fingerprint, model)
                 unfinished.callback(shadow.free)
                 before = BeforeLoad(model)
-                recorder = ShadowRecorder(model, dict(weights)) if options.recorded else None
-                _load(model, config, worker.device, weights, before, recorder)
+                recorders = (
+                    (ShadowRecorder(model, staged), TapeRecorder(readable(model).values(), staged))
+                    if options.recorded
+                    else None
+                )
+                _load(model, config, worker.device, weights, before, recorders)
                 with options.access():
-                    shadow.set_pairs(pairs := Pairs(model, live, before))
-                    if recorder is not None:
-                        shadow.plan = _plan(recorder, live, pairs.aside)
-            if shadow.plan is not None and (copies := shadow.plan.copies_of(dict(weights))):
+                    pairs = Pairs(model, live, before)
+                    shadow.set_work(pairs.copies, pairs.digests, pairs.assigned)
+                    if recorders is not None:
+                        shadow.plan = _plan(recorders[0], live, pairs.aside)
+                if shadow.plan is None:
+                    taped = _tape(recorders[1], pairs, fingerprint) if recorders is not None else options.taped
+                    shadow.taped = _proven(taped, staged, pairs, worker, options)
+            if shadow.plan is not None and (copies := shadow.plan.copies_of(staged)):
                 shadow.written = copies.written({name: value for name, (_, value) in contents.items()})
             if worker.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
@@ -228,7 +305,7 @@ def _load(
     device: torch.device,
     weights: Sequence[tuple[str, torch.Tensor]],
     before: BeforeLoad,
-    recorder: ShadowRecorder | None,
+    recorders: tuple[ShadowRecorder, TapeRecorder] | None,
 ) -> None:
     """Load the weights, and refuse those that the model does not take, or that leave parameters without weights."""
     unloaded: list[str] = []
@@ -237,9 +314,14 @@ def _load(
         one.load_weights(_fed(weights))
         unloaded.extend(before.writes.unloaded())
 
-    packing = observe_packing(recorder) if recorder and device.type == "cpu" else contextlib.nullcontext()
     try:
-        with _NoCollectives(), before.writes, recorder or contextlib.nullcontext(), packing:
+        with contextlib.ExitStack() as watching:
+            watching.enter_context(_NoCollectives())
+            watching.enter_context(before.writes)
+            for recorder in recorders or ():
+                watching.enter_context(recorder)
+            if recorders and device.type == "cpu":
+                watching.enter_context(observe_packing(recorders[0]))
             apart.load_into(model, config, device, load)
     except Exception as error:
         _raise_again(error)
@@ -262,6 +344,38 @@ def _plan(recorder: ShadowRecorder, live: torch.nn.Module, aside: Sequence[str])
         return None
     logger.info("areal_vllm_ext: further updates are copied as planned, %d MiB", plan.nbytes >> 20)
     return plan
+
+
+def _tape(recorder: TapeRecorder, pairs: Pairs, fingerprint: ModelFingerprint) -> TapedShadow | None:
+    if pairs.assigned:
+        return None  # packed functions are no tensors
+    try:
+        return TapedShadow(recorder.tape(source for _, source in pairs.copies), pairs, fingerprint)
+    except NotTaped as reason:
+        logger.info("areal_vllm_ext: each update is loaded by vLLM's loader: %s", reason)
+    except Exception as error:
+        _raise_again(error)
+        logger.warning("areal_vllm_ext: the load could not be taped", exc_info=True)
+    return None
+
+
+def _proven(
+    taped: TapedShadow | None, staged: Mapping[str, torch.Tensor], pairs: Pairs, worker: Any, options: BuildOptions
+) -> TapedShadow | None:
+    """Return the tape after a proof; None if it is wrong, or there is no room for the proof."""
+    if taped is None or obstacle(worker, list(staged.items())):
+        return None
+    try:
+        if taped.prove(staged, pairs, options.step):
+            if taped.proven:
+                logger.info("areal_vllm_ext: further updates are made by the tape of a load")
+            return taped
+        logger.info("areal_vllm_ext: each update is loaded by vLLM's loader: a tape of it gives other bytes")
+    except (Cancelled, TimeoutError):
+        raise
+    except Exception:
+        logger.warning("areal_vllm_ext: the tape of a load cannot be replayed", exc_info=True)
+    return None
 
 
 class _NoCollectives(TorchDispatchMode):
@@ -307,7 +421,7 @@ def _by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[StorageWeakRef, tor
     return {storage_key(tensor): tensor for tensor in tensors.values()}
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Return the same memory as a tensor without class and history."""
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return plain.set_(tensor.untyped_storage(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
