@@ -122,7 +122,8 @@ class StagedUpdate:
                 self._slices_only = self.run.plan.of_a_shard and not context.live_weights.can_be_proven()
             nbytes, of_shard = self._needed()
             device = context.device
-            self._place = staging.choose(self.begin.staging, nbytes, of_shard, device)
+            beside = context.loader.shadow_room() if self.run is None and device.type != "cpu" else 0
+            self._place = staging.choose(self.begin.staging, nbytes, of_shard, device, beside)
             # Staging in host memory for a GPU keeps whole tensors.
             self._slices_only = self._slices_only and (self._place == "device" or device.type == "cpu")
             return True

@@ -30,7 +30,7 @@ _DEVICE_RESERVE = 512 << 20
 _GIVE_BACK_SECONDS = 0.3
 
 
-def choose(staging: Staging, nbytes: int, of_shard: int, device: torch.device) -> Place:
+def choose(staging: Staging, nbytes: int, of_shard: int, device: torch.device, beside: int = 0) -> Place:
     """Return where a worker stages an update.
 
     Args:
@@ -38,6 +38,7 @@ def choose(staging: Staging, nbytes: int, of_shard: int, device: torch.device) -
         nbytes: bytes of all that arrives.
         of_shard: bytes of what stays of it on the worker's own device.
         device: the worker's device.
+        beside: bytes of the device that the update would use besides, if they are free. Staging keeps off them if it can.
 
     Raises:
         RuntimeError: there is no room; the message has the bytes needed and free, and the alternatives.
@@ -47,7 +48,8 @@ def choose(staging: Staging, nbytes: int, of_shard: int, device: torch.device) -
     if device.type != "cpu" and staging.kind in ("auto", "device"):
         free = max(free_bytes(device) - _DEVICE_RESERVE, 0) if nbytes else 0
         if on_device <= free:
-            return "device"
+            fits_beside = on_device + beside > free >= beside and on_host <= free_bytes(torch.device("cpu"))
+            return "host" if staging.kind == "auto" and on_device and fits_beside else "device"
         lacks.append(f"{_gib(on_device)} on {device} for {staging.on_device} workers, where {_gib(free)} are free")
     if device.type == "cpu" or staging.kind in ("auto", "host"):
         free = free_bytes(torch.device("cpu")) if nbytes else 0

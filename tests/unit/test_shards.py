@@ -198,3 +198,19 @@ def test_what_stays_must_have_room(
     else:
         with pytest.raises(RuntimeError, match="are free"):
             staging.choose(Staging(), nbytes * MIB, of_shard * MIB, where)
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside", "place"),
+    [
+        ("auto", 30, "device"),
+        ("auto", 60, "host"),  # 88 are free, the reserve not counted
+        ("auto", 100, "device"),  # no room for it anyway
+        ("device", 60, "device"),
+    ],
+)
+def test_staging_leaves_room_for_a_shadow_if_it_can(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, beside: int, place: str
+) -> None:
+    monkeypatch.setattr(staging, "free_bytes", lambda _: 600 * MIB)
+    assert staging.choose(Staging(kind=kind), 50 * MIB, 50 * MIB, torch.device("cuda"), beside * MIB) == place

@@ -22,7 +22,7 @@ from .cpu_packing import ATTRIBUTE
 from .plan import LoadPlan, PlanRun
 from .proof import readable
 from .recorder import Recorder, observe_packing
-from .shadow import BuildOptions, NoShadow, Refused, Shadow, TapedShadow, build, obstacle
+from .shadow import BuildOptions, NoShadow, Refused, Shadow, TapedShadow, build, obstacle, room
 from .targets import NotPlanned
 from .written import Written
 
@@ -50,6 +50,10 @@ class Loader:
     def serves(self) -> bool:
         """Return whether the engine has requests, which work on another thread slows down."""
         return bool(getattr(self._worker.model_runner, "requests", None))
+
+    def shadow_room(self) -> int:
+        """Return the bytes of the worker's device that a shadow needs beside what is staged there."""
+        return room(self._worker)
 
     def begin_run(self) -> PlanRun | None:
         """Return a run of the load plan for an update that begins; None without a plan that fits the live model."""

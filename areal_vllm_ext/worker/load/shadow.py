@@ -210,6 +210,14 @@ class TapedShadow:
         return shadow
 
 
+def room(worker: Any, weights: Sequence[tuple[str, torch.Tensor]] = ()) -> int:
+    """Return the bytes that must be free on the worker's device to build a shadow."""
+    size = sum(tensor.nbytes for tensor in _by_storage(readable(worker.get_model())).values())
+    if worker.device.type == "cpu":  # packed weights are in no tensor
+        size = max(size, sum(tensor.nbytes for _, tensor in weights))
+    return int(_ROOM_FACTOR * size) + (_DEVICE_RESERVE if worker.device.type == "cuda" else 0)
+
+
 def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
     """Return why no shadow of ``weights`` can be built for ``worker`` now; empty if one can."""
     config = worker.vllm_config
@@ -222,11 +230,7 @@ def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
         return f"vLLM loads {config.model_config.quantization} by another loader"
     if reason := _offloads(config):
         return reason
-    size = sum(tensor.nbytes for tensor in _by_storage(readable(worker.get_model())).values())
-    if worker.device.type == "cpu":  # packed weights are in no tensor
-        size = max(size, sum(tensor.nbytes for _, tensor in weights))
-    needed = fault_points.reach("shadow", int(_ROOM_FACTOR * size))
-    needed += _DEVICE_RESERVE if worker.device.type == "cuda" else 0
+    needed = fault_points.reach("shadow", room(worker, weights))
     free = free_bytes(worker.device)
     if needed > free:
         return f"no room on {worker.device} beside the old weights: {needed >> 20} MiB needed, {free >> 20} MiB free"
