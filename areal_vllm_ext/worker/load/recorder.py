@@ -287,7 +287,7 @@ def observe_packing(recorder: Recorder) -> Iterator[None]:
         before, weight = getattr(layer, ATTRIBUTE, None), layer.weight
         with recorder.paused():
             original(layer, remove_weight)
-        if getattr(layer, ATTRIBUTE, None) is not before:
+        if getattr(layer, ATTRIBUTE, None) not in (before, torch.nn.functional.linear):
             recorder.add_packing(layer, weight.detach())
 
     utils.dispatch_cpu_unquantized_gemm = observed

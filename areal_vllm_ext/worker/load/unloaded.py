@@ -74,7 +74,7 @@ class Writes(TorchDispatchMode):
         unloaded = []
         for name, parameter in self._model.named_parameters():
             key = storage_key(parameter)
-            if parameter.numel() <= 1 or key != self._before.get(name):
+            if parameter.numel() <= 1 or name not in self._before or key != self._before[name]:
                 continue  # a default, or the loader gave it other memory
             if (written := self.elements.get(key, 0)) == 0:
                 unloaded.append(name)

@@ -81,7 +81,7 @@ print(json.dumps(facts | {"reloads": len(reloads), "shadows": len(shadows)}))
         (False, False, UNPACKED, 1),
         (True, False, "", 1),
         (False, False, "", 1),
-        (True, True, UNPACKED, 5),
+        (True, True, UNPACKED, 2),  # they prove the tape of the load
     ],
     ids=["tied", "untied", "tied, packed linears", "packed linears", "packed experts"],
 )
@@ -96,5 +96,5 @@ def test_updates_are_copied_where_weights_lie_as_they_were_loaded(
     assert facts["verified"]
     tensors = len(load_file(tmp_path / "model.safetensors"))
     # Of what is packed nobody can see later whether it still is what it was.
-    assert facts["kept"] == (tensors - 1 if shadows == 1 and prepare else 0)
+    assert facts["kept"] == (tensors - 1 if prepare and not moe else 0)
     assert (facts["shadows"], facts["reloads"]) == (shadows, 0), done.stderr[-3000:]
