@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from test_in_process import START, run
+from warm_python import START, run
 
 from areal_vllm_ext.demo.model import make_model
 
