@@ -49,11 +49,11 @@ MUTANTS = {
     "an engine in doubt waits": [
         (
             PARTICIPANT,
-            'in_doubt = self.update_phase == "committing" or self._in_doubt',
-            'in_doubt = self.update_phase == "committing"',
+            'undecided = self.update_phase == "committing" or self.in_doubt',
+            'undecided = self.update_phase == "committing"',
         )
     ],
-    "an update ends at its deadline": [(PARTICIPANT, "and not in_doubt and now >= self.update.ends", "and False")],
+    "an update ends at its deadline": [(PARTICIPANT, "and not undecided and now >= self.update.ends", "and False")],
     "tainted weights are not resumed": [
         (PARTICIPANT, "if self.tainted: return self._refuse(", "if False:\n            return self._refuse(")
     ],
@@ -103,7 +103,7 @@ MUTANTS = {
     "an engine that is behind pauses within an update, too": [
         (
             PARTICIPANT,
-            'if self.update_phase == "committing" or self._in_doubt: return []\n        if committed_epoch',
+            'if self.update_phase == "committing" or self.in_doubt: return []\n        if committed_epoch',
             'if self.update_phase != "idle":\n            return []\n        if committed_epoch',
         )
     ],
@@ -166,9 +166,9 @@ MUTANTS = {
         (DRIVER, "return await self._holds_lease(min(max(self._context.left, 0.05), 1.0))", "return True")
     ],
     "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
-    "other users wait for an update": [(PARTICIPANT, "return Guard(update, ", 'return Guard("", ')],
+    "other users wait for an update": [("engine_core/status.py", "return Guard(update, ", 'return Guard("", ')],
     "other users resume no stale weights": [
-        (FOREIGN, "if self._guard.weights: self._report", "if False: self._report"),
+        (FOREIGN, "if self._unfit: self._report", "if False: self._report"),
         (PARTICIPANT, "unfit = (self.tainted or self.stale) and", "unfit = False and"),
     ],
     "a new lease has a new epoch": [(LEASE, "self.epoch += 1", "self.epoch += 0")],

@@ -152,7 +152,8 @@ def a_pause(world: World, dice: random.Random) -> Fault:
 def another_user(world: World, dice: random.Random) -> Fault:
     """Let somebody pause, resume or reload some engines by vLLM's own calls, past this package."""
     ranks = some(world, dice) if dice.random() < 0.5 else list(range(len(world.engines)))
-    calls = dice.choices(["pause_scheduler", "resume_scheduler", "reload_weights"], k=dice.choice([1, 1, 2]))
+    kinds = ["pause_scheduler", "resume_scheduler", "reload_weights", "sleep", "sleep level 2", "wake_up"]
+    calls = dice.choices(kinds, [3, 3, 3, 1, 1, 2], k=dice.choice([1, 1, 2]))
 
     def call(rank: int, name: str) -> None:
         process = world.engines[rank]
@@ -162,7 +163,7 @@ def another_user(world: World, dice: random.Random) -> Fault:
 
     return Fault(
         lambda: each(functools.partial(call, rank, name) for name in calls for rank in ranks),
-        lambda: each(functools.partial(call, rank, "resume_scheduler") for rank in ranks),
+        lambda: each(functools.partial(call, rank, name) for rank in ranks for name in ("wake_up", "resume_scheduler")),
     )
 
 

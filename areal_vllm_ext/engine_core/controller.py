@@ -226,6 +226,7 @@ class Controller:
             if not self.is_paused():
                 raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
             answers = self._engine.collective_rpc("areal_commit", args=(update,))
+            self._foreign.discarded = ""
             loaded, unproven = ("; ".join(filter(None, dict.fromkeys(each))) for each in zip(*answers, strict=True))
             # Outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call.
             if set_version := getattr(self._engine, "set_weight_version", None):
@@ -258,6 +259,7 @@ class Controller:
         # The executor's own methods: the engine's also pause and resume, each rank for itself.
         executor = self._engine.model_executor
         if isinstance(effect, CallSleep):
+            self._foreign.slept(effect.level)
             executor.sleep(effect.level)
         else:
             # vLLM calls no worker for tags that it has not noted, as after a sleep that failed on one worker.

@@ -44,6 +44,7 @@ class ForeignCalls:
 
     Attributes:
         paused: a user's own pause stands, whether through this package or through vLLM.
+        discarded: why there are no weights since a sleep of level 2, which the guard tells only a moment later; else empty.
     """
 
     def __init__(self, engine: Any, report: Report, *, can_wait: bool) -> None:
@@ -55,6 +56,7 @@ class ForeignCalls:
             can_wait: a call may return a Future; otherwise one that would have to wait is refused.
         """
         self.paused = False
+        self.discarded = ""
         self._engine = engine
         self._report = report
         self._can_wait = can_wait
@@ -130,21 +132,30 @@ class ForeignCalls:
     def _resume(self, original: Callable[..., Any]) -> Any:
         # On an engine that runs there is nothing to do, and vLLM's barrier over the DP ranks would wait for the others.
         if self._waking:
-            if not self._guard.weights and self._engine.is_scheduler_paused():
+            if not self._unfit and self._engine.is_scheduler_paused():
                 original()
             return None
 
         def call() -> None:
             if self.asleep:
                 raise RuntimeError("not resumed: this engine sleeps (vLLM's sleep mode); wake it up")
-            if self._guard.weights:
+            if self._unfit:
                 self._report(lambda participant: participant.pauses.resume_refused_elsewhere())
-                raise RuntimeError(f"not resumed: {self._guard.weights}; send an update through areal_vllm_ext")
+                raise RuntimeError(f"not resumed: {self._unfit}; send an update through areal_vllm_ext")
             if self._engine.is_scheduler_paused():
                 original()
                 self._resumed()
 
         return self._after_update(call)
+
+    @property
+    def _unfit(self) -> str:
+        return self._guard.weights or self.discarded
+
+    def slept(self, level: int) -> None:
+        """Note a sleep: at level 2 vLLM discards the weights."""
+        if level > 1:
+            self.discarded = "vLLM's sleep level 2 discarded its weights"
 
     def _resumed(self) -> None:
         self.paused = False
@@ -161,6 +172,7 @@ class ForeignCalls:
             with self.ours():
                 result = original(level, mode)
             self.paused = True
+            self.slept(level)
             self._report(lambda participant: participant.pauses.paused_elsewhere())
             if isinstance(result, Future):
                 result.add_done_callback(asleep)

@@ -26,6 +26,8 @@ MESSAGES = (
     "Pause",
     "Prepare",
     "Resume",
+    "Sleep",
+    "WakeUp",
 )
 
 

@@ -49,6 +49,15 @@ class SchedulerStandIn:
         self._engine = engine
         self.model_executor = SimpleNamespace(sleeping_tags=engine.asleep)
 
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        self._engine.running = False
+        self._engine.asleep |= {"weights", "kv_cache"}
+        self._engine.tainted = self._engine.tainted or level > 1
+
+    def wake_up(self) -> None:
+        self._engine.asleep.clear()
+        self.resume_scheduler()
+
     def pause_scheduler(self) -> None:
         self._engine.running = False
 
@@ -152,6 +161,7 @@ class Engine:
             p.epoch,
             p.update and p.update.begin.update,
             p.last_update,
+            p.sleep.state,
             len(self.calls),
         )
 
@@ -179,6 +189,7 @@ class Engine:
         """Take the weights from the device, or bring back what was kept aside."""
         if isinstance(call, CallSleep):
             require(not self.running, "wrong tokens", "an engine fell asleep while it generated")
+            self.foreign.slept(call.level)
             self.asleep |= {"weights", "kv_cache"}
             self.tainted = self.tainted or call.level > 1
         elif not fails:
@@ -234,7 +245,7 @@ class Engine:
                 )
                 self.tainted = fails
                 if not fails:
-                    self.version, self.reloaded = call.version, False
+                    self.version, self.reloaded, self.foreign.discarded = call.version, False, ""
                 self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
 
     def start(self) -> None:
@@ -248,6 +259,8 @@ class Engine:
         with contextlib.suppress(RuntimeError):  # it may be refused
             if name == "reload_weights":
                 self.vllm.collective_rpc(name)
+            elif name == "sleep level 2":
+                self.vllm.sleep(2)
             else:
                 getattr(self.vllm, name)()
 

@@ -351,6 +351,20 @@ def test_an_engine_that_falls_asleep_during_an_update_votes_no() -> None:
     assert isinstance(rig.pause_for_update(), Error)
 
 
+def test_weights_that_sleep_discarded_are_not_served_before_the_participant_has_heard() -> None:
+    """The next call can come before the guard does, which passes the endpoint's thread."""
+    vllm, reports = Scheduler(), list[object]()
+    foreign = ForeignCalls(vllm, reports.append, can_wait=True)
+    vllm.sleep(2)
+    vllm.wake_up()
+    assert vllm.paused
+    with pytest.raises(RuntimeError, match="sleep level 2 discarded its weights"):
+        vllm.resume_scheduler()
+    foreign.discarded = ""  # an update has committed
+    vllm.resume_scheduler()
+    assert not vllm.paused
+
+
 def test_weights_that_sleep_discarded_are_not_served_before_an_update() -> None:
     rig = Rig()
     rig.vllm.sleep(2)

@@ -29,7 +29,9 @@ from areal_vllm_ext.protocol import (
     Prepare,
     Resume,
     Sender,
+    Sleep,
     Status,
+    WakeUp,
     WeightsMismatch,
 )
 from areal_vllm_ext.protocol.server import ReplyTo
@@ -147,6 +149,8 @@ REQUESTS: dict[str, Callable[[str, int], EngineRequest]] = {
     "Pause": pause,
     "Prepare": lambda update, epoch: Prepare(epoch=epoch, update=update, buckets={0: 1}),
     "Resume": lambda update, epoch: Resume(epoch=epoch, update=update),
+    "Sleep": lambda _, epoch: Sleep(epoch=epoch, level=1, timeout=60.0),
+    "WakeUp": lambda _, epoch: WakeUp(epoch=epoch, timeout=60.0),
 }
 
 
@@ -174,6 +178,8 @@ def test_an_engine_recovers_from_every_request_in_every_state(state: tuple[str, 
         rig.drain()
         assert rig.coverage.messages[(*state, message)] >= 1
         assert rig.engine.answers[caller] is not None, "every request is answered"
+        if message == "Sleep":
+            assert isinstance(rig.done(WakeUp(epoch=EPOCH + 2, timeout=60.0)), Ack)
         recover(rig, EPOCH + 2)
         versions = {"first", "u"} if state[0] == "committing" or message == "Commit" else {"first"}
         assert rig.engine.version in versions
