@@ -133,19 +133,21 @@ class Coordinator:
             for name, member in self.members.items()
         }
 
-    def sent(self, buckets: Mapping[int, int], manifest: str = "", base: str = "") -> dict[str, EngineRequest]:
+    def sent(
+        self, buckets: Mapping[int, int], manifest: str = "", base: str = "", kept: tuple[str, ...] = ()
+    ) -> dict[str, EngineRequest]:
         """Ask for the votes, because all bytes were sent.
 
         Args:
             buckets: by sender, how many buckets it sent.
             manifest: of all weights; empty if the trainer does not know it.
-            base: see ``protocol.Prepare``.
+            base, kept: see ``protocol.Prepare``.
         """
         assert self.phase == "send", self.phase
         self._manifest = manifest or None
         self.phase, self._awaited = "prepare", set(self.members)
         return {
-            name: Prepare(epoch=member.epoch, update=self.update, buckets=dict(buckets), base=base)
+            name: Prepare(epoch=member.epoch, update=self.update, buckets=dict(buckets), base=base, kept=kept)
             for name, member in self.members.items()
         }
 

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import functools
 import itertools
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import protocol
-from ..errors import UpdateAborted
+from ..errors import ArealError, InvalidWeights, UpdateAborted
 from ..integrity import digest
 from ..protocol import EngineInfo, Sender, Staging, TensorMeta, Transfer, Weights
 from ..transport.buckets import tensor_bytes, total_bytes
@@ -84,6 +85,7 @@ class Delivery:
         unchanged: how many tensors were not sent, because every engine has them.
         entries: each tensor with its digest.
         buckets: by sender, how many it has sent.
+        kept: the tensors of a partial update that were not sent.
         complete: whether everything was sent.
     """
 
@@ -93,6 +95,7 @@ class Delivery:
         self.unchanged = 0
         self.entries: list[tuple[TensorMeta, int]] = []
         self.buckets: dict[int, int] = {}
+        self.kept: tuple[str, ...] = ()
         self.complete = False
         self._context = context
         self._targets = targets
@@ -190,7 +193,8 @@ class Delivery:
             expected: the tensors that the engines take.
         """
         context = self._context
-        first = next(pairs)
+        if (first := next(pairs, None)) is None:
+            raise InvalidWeights("there was no tensor to send: send(...) got an empty source")
         sending = Sending(context, self.engines)
         remaining: Tensors = itertools.chain([first], pairs)
 
@@ -206,6 +210,54 @@ class Delivery:
         keep = context.options.keep_buffers
         sending.send(coordinator.update, sink, bucket_bytes, base=self._base(coordinator.base), keep_buffers=keep)
         self.record(0, sending.report)
+
+    def keep_rest(self, taken: Weights) -> None:
+        """Have every engine keep what was not sent. The manifest is of all that it has afterwards, so that its vote proves it.
+
+        Raises:
+            UpdateAborted: the engines do not say what they have.
+        """
+        coordinator = self._driver.coordinator
+        assert coordinator is not None
+        base = self._base(coordinator.base) or self._serving()
+        if coordinator.base and digest.manifest(base.values()) != coordinator.base:
+            raise UpdateAborted(
+                self._context.given_up("the engines' weights changed while they were asked for: send again")
+            )
+        sent = {meta.name for meta, _ in self.entries}
+        # With a base, an engine keeps all that it has; without one, what it is asked to.
+        needed = base if coordinator.base else [meta.name for meta in taken.required]
+        rest = [name for name in needed if name not in sent]
+        if absent := [name for name in rest if name not in base]:
+            raise UpdateAborted(
+                self._context.given_up(f"no engine says what it has of {absent[0]}: send all weights once")
+            )
+        self.kept = tuple(rest)
+        self.entries += [base[name] for name in rest]
+        self.unchanged += len(rest)
+
+    def _serving(self) -> Contents:
+        """Return which tensors the engines serve, with their digests, as the first worker of the first engine says."""
+        asked = self._ask_contents()
+        worker = asyncio.run_coroutine_threadsafe(asked, self._context.loop).result().workers[0]
+        if not worker.contents:
+            reason = next(iter(worker.uncompared.values()), "no update was committed yet")
+            raise UpdateAborted(
+                self._context.given_up(
+                    f"a partial update needs to know what the engines have: {reason}; send all weights once"
+                )
+            )
+        return {meta.name: (meta, value) for meta, value in worker.contents}
+
+    async def _ask_contents(self) -> protocol.WeightDigests:
+        engine, left = next(iter(self._targets.values())).engine, max(self._context.left, 0.1)
+        ask = protocol.DigestWeights(request=uuid.uuid4().hex, timeout=left, contents=True)
+        try:
+            answer = await self._context.link.request(engine.address, ask, left)
+        except ArealError as error:
+            raise UpdateAborted(self._context.given_up(f"{engine.name}: {error}")) from None
+        assert isinstance(answer, protocol.WeightDigests), (engine.name, answer)
+        return answer
 
     def _base(self, manifest: str) -> Contents:
         """Return what this group sent last, if it is what every engine says that it has; else nothing."""

@@ -45,6 +45,9 @@ class UpdateOptions(TypedDict, total=False):
             device if there is room and in host memory otherwise (``auto``, the default). Staging costs a copy of what a
             worker receives. If there is no room, the update is refused, and the message has the numbers.
         keep_buffers: keep staging memory and send buffers for the next update, which is faster then. Default: False.
+        partial: send what was trained only. Every other tensor stays what it is: every engine must have it with the same
+            digest, or the update is refused. An engine keeps tensors where a load plan fits, or takes them from the files
+            that it was started with. Default: False, so a tensor that is missing is an error.
         drop_lost: go on without engines that are lost already, instead of raising EnginesMissing. A dropped engine that
             comes back is stale: it serves nothing until an update reaches it. Default: False.
         on_phase: called with the name of each phase (``begin``, ``prepare``, ``pause``, ``commit``, ``resume``, ``abort``)
@@ -59,6 +62,7 @@ class UpdateOptions(TypedDict, total=False):
     bucket_mib: int | None
     staging: StagingKind
     keep_buffers: bool
+    partial: bool
     drop_lost: bool
     on_phase: Callable[[str], None] | None
     trace: str | os.PathLike[str] | None
@@ -75,6 +79,7 @@ class Options:
     bucket_bytes: int | None = None
     staging: StagingKind = "auto"
     keep_buffers: bool = False
+    partial: bool = False
     drop_lost: bool = False
     on_phase: Callable[[str], None] | None = None
     trace: str | os.PathLike[str] | None = None
@@ -94,7 +99,7 @@ class Options:
         for name, kind in (("transport", Transport), ("mode", PauseMode), ("kv", KVPolicy), ("staging", StagingKind)):
             if name in options:
                 check_choice(name, options[name], kind)
-        for name in ("keep_buffers", "drop_lost"):
+        for name in ("keep_buffers", "partial", "drop_lost"):
             if not isinstance(options.get(name, False), bool):
                 raise TypeError(f"{name} must be True or False, not {options[name]!r}")
         if (hook := options.get("on_phase")) is not None and not callable(hook):

@@ -143,13 +143,18 @@ class Transaction:
             raise ArealError("update.send(...) was called twice: an update sends once; begin another update")
         delivery, cast = self.delivery, checked_cast(dtype)
         if isinstance(weights, (str, os.PathLike)):
+            if self.options.partial:
+                raise InvalidWeights("partial=True needs tensors, not a path: give what was trained as a state dict")
             delivery.send_path(checkpoint_path(weights))
             return
         taken = delivery.taken()
-        pairs = Checker(taken, delivery.dtype, cast).check_source(weights, gather)
+        partial = self.options.partial
+        pairs = Checker(taken, delivery.dtype, cast).check_source(weights, gather, partial=partial)
         self.sharing.allow(weights, self.options.staging)
         with self.errors_of_sending():
             delivery.send(pairs, taken.required)
+            if partial:
+                delivery.keep_rest(taken)
 
     def check_open(self) -> None:
         """Raise ArealError outside of the update's block."""
@@ -216,7 +221,7 @@ class Transaction:
         elif coordinator.phase == "send":
             # From disk there is no manifest: then the engines' votes are only compared with each other.
             base = coordinator.base if delivery.unchanged else ""
-            await run(coordinator.sent(delivery.buckets, delivery.manifest, base))
+            await run(coordinator.sent(delivery.buckets, delivery.manifest, base, () if base else delivery.kept))
 
     async def _conclude(self, coordinator: Coordinator) -> UpdateResult:
         """Find out what became of the update at every engine."""

@@ -129,7 +129,7 @@ class Checker:
 
         Args:
             weights: the tensors.
-            partial: whether other ranks send the rest.
+            partial: whether tensors may be missing: other ranks send the rest, or the engines keep it.
 
         Raises:
             InvalidWeights: the engines could not load a tensor; or, at the end, one is missing.
@@ -192,14 +192,19 @@ class Checker:
         if not names:
             raise InvalidWeights("there was no tensor to send: send(...) got an empty source")
         if self._expected and (problem := checkpoint.missing_reason(names, self._expected)):
-            raise InvalidWeights(problem)
+            raise InvalidWeights(f"{problem}; where engines are to keep what they have of them: partial=True")
 
     def check_source(
-        self, source: WeightSource, gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered
+        self,
+        source: WeightSource,
+        gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered,
+        *,
+        partial: bool = False,
     ) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """Check all of ``source``, and yield the tensors that ``gather`` makes full.
 
         A module, a mapping, its items or a list is checked before this returns; an iterator while it is walked.
+        ``partial``: tensors may be missing.
         """
         parts = named_parts(source)
         if isinstance(source, (torch.nn.Module, Mapping, ItemsView, list, tuple)):
@@ -207,11 +212,11 @@ class Checker:
             saved = self.as_saved(parts)
             self.second_names.compare(saved)
             # It lacks the second names of tied weights.
-            checked = {meta.name: meta for meta in self.check_ahead(list(self.renamed(saved)))}
+            checked = {meta.name: meta for meta in self.check_ahead(list(self.renamed(saved)), partial=partial)}
             # Every rank of a trainer gathers the same parts, under the names that it holds them by.
             full = self.renamed(gather(parts) if saved is parts else _instead(gather(parts), saved))
             return ((checked[name], _cast(checked[name], tensor)) for name, tensor in full if name in checked)
-        return self.check(gather(parts))
+        return self.check(gather(parts), partial=partial)
 
     def check_ahead(self, weights: Sequence[Named], *, partial: bool = False) -> tuple[TensorMeta, ...]:
         """Check names, shapes and dtypes of all of ``weights`` before any engine is asked to begin.
@@ -222,7 +227,7 @@ class Checker:
 
         Args:
             weights: the tensors, under the engines' names (``renamed``).
-            partial: whether other ranks send the rest.
+            partial: whether tensors may be missing: other ranks send the rest, or the engines keep it.
 
         Returns:
             the tensors to send.

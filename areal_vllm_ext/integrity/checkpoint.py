@@ -14,7 +14,7 @@ from .safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Container, Iterable, Iterator, Mapping
 
     import torch
     from typing_extensions import Self
@@ -118,15 +118,16 @@ class Checkpoint:
         for file in self._files:
             file.close()
 
-    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield all tensors, each in memory of its own.
+    def read(self, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield all tensors, or those of ``names``, each in memory of its own.
 
         Raises:
             NotACheckpoint: the directory changed meanwhile. It is known only at the end: use nothing before.
         """
         for file in self._files:
             for name in file.tensors:
-                yield name, file.read(name)
+                if names is None or name in names:
+                    yield name, file.read(name)
         if changed := self.changed():
             raise NotACheckpoint(
                 f"{changed}: save each checkpoint to a directory of its own, and send it when it is complete"

@@ -144,13 +144,15 @@ class Prepare(Message):
     """Ask for the vote. ``buckets``: how many buckets each sender has sent.
 
     ``base``: the manifest of the live weights on which this update builds: every tensor that was not sent stays as it is.
-    Empty: all tensors were sent.
+    ``kept``, without a base: tensors that were not sent, and that are still as the engine was started with.
+    Both empty: all tensors were sent.
     """
 
     epoch: Epoch
     update: str
     buckets: dict[Rank, int]
     base: str = ""
+    kept: tuple[str, ...] = ()
 
 
 class Commit(Message):

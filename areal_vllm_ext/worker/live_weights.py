@@ -23,7 +23,7 @@ from .residency import NotResident
 from .startup import StartupCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
     from .load.written import Written
     from .residency import Residency
@@ -183,6 +183,20 @@ class LiveWeights:
         """Return manifest and contents of the last commit; both empty if the live weights are not known to be these."""
         with self._state:
             return (self._manifest, dict(self._contents or {})) if self._manifest else ("", {})
+
+    def started_with(self, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors of the checkpoint that the worker was started from.
+
+        Raises:
+            NotACheckpoint: its files are not, or no longer, those that the worker loaded.
+        """
+        return self._startup.read(names)
+
+    def as_committed(self, contents: Contents) -> list[str]:
+        """Return those of ``contents``, read by ``started_with``, that commits have changed since."""
+        with self._state:
+            committed = self._contents
+        return [] if committed is None else [name for name, one in contents.items() if committed.get(name) != one]
 
     def holds(self, contents: Contents) -> bool:
         """Return whether these checkpoint tensors of the last commit are still live."""

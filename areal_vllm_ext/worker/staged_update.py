@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import errors
+from ..errors import NotACheckpoint
 from ..integrity import checkpoint, digest
 from ..observability.spans import SpanRecorder
 from ..protocol import TensorMeta, WorkerDone
@@ -225,8 +226,10 @@ class StagedUpdate:
                 raise RuntimeError(f"{sent} buckets were sent, {self.received[number]} arrived: {errors.SEND_AGAIN}")
         if order.base:
             self._keep_unchanged(order.base)
-        elif self.run and self.run.partial:
+        elif self.run and self.run.partial and not order.kept:
             self._check_run(self.run)
+        if order.kept and not order.base:
+            self._keep_from_files(order.kept)
         intake = self.context.intake
         if problem := checkpoint.missing_reason(self.manifest, intake.required):
             raise ValueError(problem)
@@ -300,6 +303,30 @@ class StagedUpdate:
                 "delta update refused: tensors that were not sent have changed on this worker: " + errors.SEND_AGAIN
             )
         self.manifest |= kept
+
+    def _keep_from_files(self, names: tuple[str, ...]) -> None:
+        """Stage tensors that were not sent, and that are still as this worker was started with, from its files.
+
+        Raises:
+            RuntimeError: a commit has changed them, or the files are gone.
+        """
+        advice = "send all weights once; later updates keep what is not sent where a load plan fits"
+        try:
+            for tensors in batches(self.context.live_weights.started_with(frozenset(names))):
+                self._check_time()
+                self._add_loaded(tensors, unchecked=False)
+        except NotACheckpoint as error:
+            raise RuntimeError(
+                f"this engine cannot keep the {len(names)} tensors that were not sent: {error}; {advice}"
+            ) from None
+        if absent := [name for name in names if name not in self.manifest]:
+            raise RuntimeError(f"this engine cannot keep {absent[0]}: its checkpoint does not hold it; {advice}")
+        if changed := self.context.live_weights.as_committed({name: self.manifest[name] for name in names}):
+            raise RuntimeError(
+                f"this engine cannot keep {changed[0]}: an update has changed it since the engine was started; {advice}"
+            )
+        if self.run and self.run.partial:
+            self._check_run(self.run)
 
     def _check_run(self, run: PlanRun) -> None:
         """Check that the plan can be carried out, where a layerwise load cannot."""

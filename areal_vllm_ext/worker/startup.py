@@ -10,6 +10,10 @@ from ..errors import NotACheckpoint
 from ..integrity import checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Iterator
+
+    import torch
+
     from ..integrity.digest import Contents
 
 # vLLM imports the worker extension, and with it this module, before it loads the model.
@@ -53,6 +57,19 @@ class StartupCheckpoint:
         except (NotACheckpoint, OSError) as error:
             return {}, str(error)
         return ({}, reason) if (reason := self._changed()) else (contents, "")
+
+    def read(self, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of ``names``.
+
+        Raises:
+            NotACheckpoint: the files are not, or no longer, those that the engine loaded.
+        """
+        if reason := self._problem or self._changed():
+            raise NotACheckpoint(reason)
+        with checkpoint.Checkpoint(self._folder, check_ambiguity=False) as files:
+            yield from files.read(names)
+        if reason := self._changed():
+            raise NotACheckpoint(reason)
 
     def _loaded(self) -> list[Path]:
         return [self._folder / name for name in checkpoint.names_of_files(self._folder)]

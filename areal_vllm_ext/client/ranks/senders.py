@@ -78,6 +78,8 @@ class RankSends:
     def send(self, weights: WeightSource, dtype: str | torch.dtype | None) -> None:
         """Send this rank's share of ``weights``; returns when all ranks have sent theirs."""
         agreement, transaction = self._agreement, self._transaction
+        if self._context.options.partial:
+            raise InvalidWeights(f"partial=True and senders={self._senders!r} do not go together: use senders='rank0'")
         if isinstance(weights, Iterator):
             raise InvalidWeights(
                 f"senders={self._senders!r} needs all tensor names in advance: pass a module, a dict or a list"
