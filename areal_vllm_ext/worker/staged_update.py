@@ -249,6 +249,7 @@ class StagedUpdate:
             ValueError: the model does not take them.
         """
         context = self.context
+        context.memory.free_now()
         options = BuildOptions(
             step=Pace(context.loader.serves, self._check_time),
             timeout=max(self.seconds_left, 0.0),

@@ -123,6 +123,7 @@ class StagingMemory:
         self.kept: Buckets = {}
         self.keeps = False
         self.in_use: Callable[[], bool] = lambda: False
+        self._to_free: list[Callable[[], None]] = []
 
     def take_kept(self) -> Buckets:
         """Return the kept buckets, which are the caller's from now on."""
@@ -135,19 +136,27 @@ class StagingMemory:
         Args:
             free: called before, to free what is still used of it.
         """
+        if free:
+            self._to_free.append(free)
         if free or self.pool.used or self.shadows.used:
-            background.run_later(_GIVE_BACK_SECONDS, self._give_back, free)
+            background.run_later(_GIVE_BACK_SECONDS, self._give_back)
+
+    def free_now(self) -> None:
+        """Free what earlier updates have left to be freed."""
+        while self._to_free:
+            with contextlib.suppress(IndexError):  # another thread was first
+                self._to_free.pop()()
 
     def give_back_now(self) -> None:
         """Give all memory back to the device, also what was kept for the next update, because the engine falls asleep."""
         if not self.in_use():
             self.kept, self.keeps = {}, False
+            self.free_now()
             self.shadows.give_back()
             self.pool.give_back()
 
-    def _give_back(self, free: Callable[[], None] | None) -> None:
-        if free:
-            free()
+    def _give_back(self) -> None:
+        self.free_now()
         if not self.in_use():
             self.shadows.give_back()
             if not self.keeps:

@@ -180,12 +180,13 @@ def load_into(model: Any, config: Any, device: torch.device, load: Callable[[Any
         device: the worker's.
         load: gives the model its weights.
     """
-    from vllm.model_executor.model_loader.base_loader import _has_online_quant
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_processing
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     load(model)
-    if _has_online_quant(model):
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    if any(getattr(method, "uses_meta_device", False) for method in methods):  # quantised as it is loaded
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_processing
+
         finalize_layerwise_processing(model, config.model_config)
     process_weights_after_loading(model, config.model_config, device)
     model.eval()

@@ -366,9 +366,9 @@ def _tape(recorder: TapeRecorder, pairs: Pairs, fingerprint: ModelFingerprint) -
 def _proven(
     taped: TapedShadow | None, staged: Mapping[str, torch.Tensor], pairs: Pairs, worker: Any, options: BuildOptions
 ) -> TapedShadow | None:
-    """Return the tape after a proof; None if it is wrong, or there is no room for the proof."""
+    """Return the tape after a proof, or without one if there is no room for it; None if the tape is wrong."""
     if taped is None or obstacle(worker, list(staged.items())):
-        return None
+        return taped
     try:
         if taped.prove(staged, pairs, options.step):
             if taped.proven:
