@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from lazily import Lazily
 from test_trainer_models import checkpointed, fsdp2, one_rank_group  # noqa: F401 - a fixture
 from test_weights import dense, metas, mixture, saved, sent, takes
@@ -18,6 +17,7 @@ from areal_vllm_ext import InvalidWeights
 from areal_vllm_ext.client.weights import Checker, named_weights
 
 peft = Lazily("peft")
+transformers = Lazily("transformers")
 
 Make = Callable[[], Any]
 

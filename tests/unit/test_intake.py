@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from lazily import Lazily
 from real_receivers import Served, checkpoint, group, send, served, shared_engines, weights  # noqa: F401 - fixtures
 from safetensors.torch import load_file, save_file
@@ -29,6 +28,8 @@ from areal_vllm_ext.worker.load.dry_load import DryModel
 from areal_vllm_ext.worker.load.intake import Intake
 from areal_vllm_ext.worker.load.proof import separate_layer_registers, tie_as
 from areal_vllm_ext.worker.load.provenance import places_of
+
+transformers = Lazily("transformers")
 
 vllm_state = Lazily("vllm.distributed.parallel_state")
 vllm_config = Lazily("vllm.config")

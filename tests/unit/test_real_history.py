@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-
-from areal_vllm_ext.demo.completions import Span
-from areal_vllm_ext.demo.model import make_model
-from chaos.fault_trainer import Weights
-from chaos.real_history import Observer, Part, Prover, parts_of
+from lazily import Lazily
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from areal_vllm_ext.demo.completions import Span
+    from chaos.fault_trainer import Weights
+
+demo_model = Lazily("areal_vllm_ext.demo.model")
+completions = Lazily("areal_vllm_ext.demo.completions")
+fault_trainer = Lazily("chaos.fault_trainer")
+real_history = Lazily("chaos.real_history")
 
 PROMPT = [10, 20, 30]
 
@@ -21,8 +25,9 @@ PROMPT = [10, 20, 30]
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
     folder: Path = tmp_path_factory.mktemp("model")
-    make_model(folder)
-    return Weights(str(folder))
+    demo_model.make_model(folder)
+    loaded: Weights = fault_trainer.Weights(str(folder))
+    return loaded
 
 
 def continued(weights: Weights, version: int, before: list[int], tokens: int) -> list[int]:
@@ -35,13 +40,13 @@ def continued(weights: Weights, version: int, before: list[int], tokens: int) ->
 def answer(weights: Weights) -> list[Span]:
     """An answer that the start weights began and version 1 went on with."""
     first = continued(weights, 0, PROMPT, 4)
-    return [Span("default", first), Span("1", continued(weights, 1, [*PROMPT, *first], 6))]
+    return [completions.Span("default", first), completions.Span("1", continued(weights, 1, [*PROMPT, *first], 6))]
 
 
 def test_an_answer_over_an_update_is_a_read_of_each_version(weights: Weights) -> None:
-    parts = parts_of("engine 0", PROMPT, answer(weights), 1.0, 2.0)
+    parts = real_history.parts_of("engine 0", PROMPT, answer(weights), 1.0, 2.0)
     assert [(part.version, len(part.before), len(part.tokens)) for part in parts] == [(0, 3, 4), (1, 7, 6)]
-    reads = Prover(weights).reads(parts, [0, 1])
+    reads = real_history.Prover(weights).reads(parts, [0, 1])
     assert [(read.version, read.proven, read.started, read.ended) for read in reads] == [
         (0, 0, 1.0, 2.0),
         (1, 1, 1.0, 2.0),
@@ -51,9 +56,9 @@ def test_an_answer_over_an_update_is_a_read_of_each_version(weights: Weights) ->
 def test_tokens_of_another_version_are_told_from_those_of_none(weights: Weights) -> None:
     _, second = answer(weights)
     before = (*PROMPT, *answer(weights)[0].tokens)
-    claimed = Part("engine 0", 2, before, tuple(second.tokens), 1.0, 2.0)
-    none = Part("engine 0", 1, before, (*second.tokens[:-1], second.tokens[-1] ^ 1), 1.0, 2.0)
-    reads = Prover(weights).reads([claimed, none], [0, 1, 2])
+    claimed = real_history.Part("engine 0", 2, before, tuple(second.tokens), 1.0, 2.0)
+    none = real_history.Part("engine 0", 1, before, (*second.tokens[:-1], second.tokens[-1] ^ 1), 1.0, 2.0)
+    reads = real_history.Prover(weights).reads([claimed, none], [0, 1, 2])
     assert [(read.version, read.proven) for read in reads] == [(2, 1), (1, None)]
 
 
@@ -68,10 +73,10 @@ def test_tokens_of_another_version_are_told_from_those_of_none(weights: Weights)
     ],
 )
 def test_the_history_of_a_deployment_is_judged(weights: Weights, said: str, claimed: str, problem: str) -> None:
-    observer = Observer("http://127.0.0.1:9", [0], weights)
+    observer = real_history.Observer("http://127.0.0.1:9", [0], weights)
     tokens = continued(weights, 1, PROMPT, 6)
     observer.wrote(1, 1.0, 2.0, said)
-    observer._unproven += parts_of("engine 0", PROMPT, [Span(claimed, tokens)], 3.0, 4.0)
+    observer._unproven += real_history.parts_of("engine 0", PROMPT, [completions.Span(claimed, tokens)], 3.0, 4.0)
     found = "; ".join(observer.problems())
     assert (problem in found) if problem else not found
     assert observer.count == 1

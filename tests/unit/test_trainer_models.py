@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
+from lazily import Lazily
 from test_weights import SMALL, dense, metas, mixture, saved, sent, takes
 
 from areal_vllm_ext import InvalidWeights
@@ -18,6 +18,8 @@ from areal_vllm_ext.client import names
 from areal_vllm_ext.client.walk import walk
 from areal_vllm_ext.client.weights import Checker, named_weights
 from areal_vllm_ext.integrity import hugging_face
+
+transformers = Lazily("transformers")
 
 
 @pytest.fixture
