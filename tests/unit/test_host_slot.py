@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import subprocess
 import sys
 import uuid
+import warnings
+from collections.abc import Iterator
 
 import pytest
 
+from areal_vllm_ext.process import host_slot
 from areal_vllm_ext.process.host_slot import HostSlot
 
 HOLD = """
@@ -22,6 +27,16 @@ sys.stdin.read()
 @pytest.fixture
 def purpose() -> str:
     return uuid.uuid4().hex
+
+
+@contextlib.contextmanager
+def nothing_left_open() -> Iterator[None]:
+    """No socket is left to the garbage collector."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        yield
+        gc.collect()
+    assert not warned
 
 
 def hold(purpose: str) -> tuple[subprocess.Popen[str], int]:
@@ -64,5 +79,14 @@ def test_a_child_does_not_hold_it(purpose: str) -> None:
 
 
 def test_without_abstract_sockets_it_says_so(purpose: str) -> None:
-    with pytest.raises(OSError, match="too long"):
+    with nothing_left_open(), pytest.raises(OSError, match="too long"):
         HostSlot(purpose + "x" * 200)
+
+
+def test_where_all_numbers_are_taken_it_says_so(purpose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_slot, "_MAX_SLOTS", 2)
+    slots = [HostSlot(purpose), HostSlot(purpose)]
+    with nothing_left_open(), pytest.raises(OSError, match="all 2 slots of this host are taken"):
+        HostSlot(purpose)
+    for slot in slots:
+        slot.close()

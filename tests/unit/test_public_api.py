@@ -155,11 +155,20 @@ def test_other_versions_are_refused(given: object) -> None:
         ({"staging": "disk"}, "staging must be one of .*, not 'disk'"),
         ({"bucket_mib": 1.5}, "bucket_mib must be an integer, not 1.5"),
         ({"bucket_mib": 0}, "bucket_mib must be above 0, not 0"),
+        ({"keep_buffers": 1}, "keep_buffers must be True or False, not 1"),
+        ({"drop_lost": "yes"}, "drop_lost must be True or False, not 'yes'"),
+        ({"on_phase": "print"}, "on_phase must be a function of the phase's name, not 'print'"),
+        ({"trace": True}, "trace must be a path, not True"),
         ({"dedline": 5}, "an update has no option 'dedline'; its options are transport, "),
     ],
 )
 def test_wrong_options_are_named_before_anything_is_sent(options: dict[str, object], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
+        EngineGroup.connect().update(1, **options)  # type: ignore[arg-type]
+
+
+def test_options_that_are_none_are_left_out(tmp_path: Path) -> None:
+    for options in ({"on_phase": None, "trace": None}, {"trace": tmp_path / "update.json"}, {"trace": "update.json"}):
         EngineGroup.connect().update(1, **options)  # type: ignore[arg-type]
 
 
