@@ -71,11 +71,19 @@ class Loop:
 
     def update(self) -> None:
         """Change the model and update the engines."""
+        self._train()
+        self._group.update_weights(self._model, version=self._version, timeout=120)
+
+    def wake_up_with(self) -> None:
+        """Change the model and wake the engines up with it."""
+        self._train()
+        self._group.wake_up_with(self._model, version=self._version, timeout=120)
+
+    def _train(self) -> None:
         self._version += 1
         with torch.no_grad():
             for parameter in self._model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
-        self._group.update_weights(self._model, version=self._version, timeout=120)
 
     def exact(self) -> None:
         """Compare the tokens of every engine with those of the model."""
@@ -135,6 +143,10 @@ def trial(model: PreTrainedModel, group: EngineGroup, url: str, engines: int) ->
     loop.step("level 2: resume is refused", lambda: loop.refused("a resume", group.resume, PauseFailed))
     loop.step("level 2: update", loop.update)
     loop.step("level 2: tokens", loop.exact)
+    for level in (1, 2):
+        loop.step(f"one call: sleep at level {level}", lambda level=level: group.sleep(level, timeout=60))  # type: ignore[misc]
+        loop.step("one call: wake up with new weights", loop.wake_up_with)
+        loop.step("one call: tokens", loop.exact)
     loop.step("paused before: pause", lambda: group.pause(lease=None))
     loop.step("paused before: sleep", lambda: group.sleep(1, timeout=60))
     loop.step("paused before: wake up", lambda: group.wake_up(timeout=60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..control.command import DISCOVER_SECONDS
@@ -16,6 +17,7 @@ from .options import (
     VERIFY_SECONDS,
     Senders,
     check_choice,
+    checked_seconds,
 )
 from .walk import drained_on_error, walk
 
@@ -93,6 +95,26 @@ class EngineGroup:
     def wake_up(self, tags: Sequence[SleepTag] | None = None, *, timeout: float = PAUSE_SECONDS) -> None:
         """Bring weights and KV cache of every engine back. See ``AsyncEngineGroup.wake_up``."""
         self._thread.run(self._group.wake_up(tags, timeout=timeout))
+
+    def wake_up_with(
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        *,
+        version: Version,
+        timeout: float = UPDATE_SECONDS,
+        dtype: str | torch.dtype | None = None,
+        **options: Unpack[UpdateOptions],
+    ) -> UpdateResult:
+        """Wake every engine up with new weights. See ``AsyncEngineGroup.wake_up_with``.
+
+        A trainer of several ranks makes the three calls itself; only rank 0 wakes engines up.
+        """
+        ends = time.monotonic() + checked_seconds(timeout)
+        self.wake_up(["weights"], timeout=timeout)
+        left = max(ends - time.monotonic(), 0.05)
+        result = self.update_weights(weights, version=version, timeout=left, dtype=dtype, **options)
+        self.wake_up(timeout=max(ends - time.monotonic(), 0.05))
+        return result
 
     def verify(
         self, checkpoint: str | os.PathLike[str] | None = None, *, timeout: float = VERIFY_SECONDS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-import uuid
 import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -281,6 +280,27 @@ class AsyncEngineGroup:
             check_choice("tags", tag, protocol.SleepTag)
         await sleeping.wake_up(self._commander, tuple(tags or ()), checked_seconds(timeout))
 
+    async def wake_up_with(
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        *,
+        version: Version,
+        timeout: float = UPDATE_SECONDS,
+        dtype: str | torch.dtype | None = None,
+        **options: Unpack[UpdateOptions],
+    ) -> UpdateResult:
+        """Wake every engine up with new weights: wake the weights' memory, update, then wake the KV cache.
+
+        This is the order for engines that sleep at either level. Where a step fails, those after it are not taken; the error
+        is that step's, and calling again goes on from there. Arguments and results are those of ``update_weights``.
+        """
+        ends = time.monotonic() + checked_seconds(timeout)
+        await self.wake_up(["weights"], timeout=timeout)
+        left = max(ends - time.monotonic(), 0.05)
+        result = await self.update_weights(weights, version=version, timeout=left, dtype=dtype, **options)
+        await self.wake_up(timeout=max(ends - time.monotonic(), 0.05))
+        return result
+
     # Update
 
     async def update_weights(
@@ -355,33 +375,9 @@ class AsyncEngineGroup:
             EngineUnreachable: an engine did not answer in time.
             RequestError: an engine refused.
         """
-        from ..integrity.checkpoint import contents
-        from ..integrity.verify import compare
+        from .verifying import verify
 
-        ends = time.monotonic() + checked_seconds(timeout)
-        expected = await asyncio.to_thread(contents, checkpoint) if checkpoint is not None else None
-        async with self._commander.command("verify", max(ends - time.monotonic(), 0.1)) as targets:
-            answers = await asyncio.gather(
-                *(self._digests(name, target, expected is not None, ends) for name, target in targets.items())
-            )
-            statuses = {name: target.status for name, target in targets.items()}
-            return await asyncio.to_thread(compare, dict(zip(targets, answers, strict=True)), statuses, expected)
-
-    async def _digests(self, name: str, target: Target, with_contents: bool, ends: float) -> protocol.WeightDigests:
-        while True:
-            left = max(ends - time.monotonic(), 0.1)
-            ask = protocol.DigestWeights(request=uuid.uuid4().hex, timeout=left, contents=with_contents)
-            try:
-                answer = await self._link.request(target.engine.address, ask, left + 0.2)
-            except EngineUnreachable as error:
-                raise EngineUnreachable(f"{name}: {error}") from None
-            except RequestError as error:
-                if error.kind != "busy" or left <= POLL_SECONDS:
-                    raise RequestError(error.kind, f"{name}: {error}") from None
-            else:
-                assert isinstance(answer, protocol.WeightDigests)
-                return answer
-            await asyncio.sleep(POLL_SECONDS)
+        return await verify(self._commander, checkpoint, checked_seconds(timeout))
 
     async def call(self, method: str, *arguments: Any, timeout: float = CALL_SECONDS, lease: bool = True) -> CallResult:
         """Call a method of your own worker extension on every worker of every engine, headless ones too.

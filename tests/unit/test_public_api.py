@@ -82,6 +82,7 @@ METHODS = {
     "update_weights",
     "verify",
     "wake_up",
+    "wake_up_with",
     "wait_ready",
 }
 # Collectives block the calling thread, so a trainer of several ranks needs the blocking client.

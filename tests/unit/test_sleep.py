@@ -146,6 +146,30 @@ def test_level_2_in_its_right_order(deployment: Deployment, group: EngineGroup) 
     assert not any(engine.discarded for engine in deployment.engines.values())
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_one_call_wakes_up_with_new_weights(deployment: Deployment, group: EngineGroup, level: Any) -> None:
+    """Also engines that do not sleep."""
+    if level:
+        group.sleep(level)
+    assert group.wake_up_with("/nowhere", version=7, timeout=10).version == 7
+    assert seen(group) == {("awake", "running", "idle")}
+    assert {state.version for state in group.status()} == {7}
+    if level:
+        made = calls(deployment)[0]
+        assert made.index("wake up weights") < made.index("commit 7") < made.index("wake up kv_cache")
+
+
+def test_one_call_that_fails_goes_on_when_it_is_made_again(deployment: Deployment, group: EngineGroup) -> None:
+    group.sleep(2)
+    deployment.engines[1].errors["prepare"] = "no"
+    with pytest.raises(UpdateAborted):
+        group.wake_up_with("/nowhere", version=7, timeout=10)
+    assert seen(group) == {("weights_only", "paused", "tainted")}
+    deployment.engines[1].errors.clear()
+    group.wake_up_with("/nowhere", version=8, timeout=10)
+    assert seen(group) == {("awake", "running", "idle")}
+
+
 def test_another_level_needs_to_wake_up_first(deployment: Deployment, group: EngineGroup) -> None:
     group.sleep(1)
     with pytest.raises(SleepFailed, match=r"nothing was done: .*sleeps at level 1: call group.wake_up\(\) first"):
