@@ -36,6 +36,7 @@ SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Threads of OpenMP do not survive a fork.
     "OMP_NUM_THREADS": "1",
+    "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
 

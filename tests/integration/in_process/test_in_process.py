@@ -157,6 +157,7 @@ def test_engines_of_an_external_launcher_are_one_replica(tmp_path: Path) -> None
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "AREAL_VLLM_DIRECTORY": f"tcp://127.0.0.1:{free_ports(1)[0]}",
     }
