@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 import urllib.request
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from vllm_server import vllm_server
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import make_model
+from areal_vllm_ext.process.serving import responds_ok
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +41,10 @@ def test_ranks_of_several_servers_are_one_replica(tmp_path: Path, rank_arguments
             stack.enter_context(vllm_server(tmp_path / "model", port, directory, *common, *own))
         group = stack.enter_context(EngineGroup.connect(directory))
         group.wait_ready(engines=2, timeout=200)
+        ends = time.monotonic() + 60
+        while not all(responds_ok("127.0.0.1", port, "/health") for port in ports):  # the engines are ready before them
+            assert time.monotonic() < ends, "a server does not answer"
+            time.sleep(0.2)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
