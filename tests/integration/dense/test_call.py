@@ -24,7 +24,6 @@ def test_a_users_method_runs_on_every_worker(cluster: Cluster, group: EngineGrou
     assert {answer.value["rank"] for answer in answers} == {0}
     assert [answer.value["arguments"] for answer in answers] == [[2, ["x"]]] * 2
     assert len({answer.value["pid"] for answer in answers}) == 2
-    assert {engine.pid for engine in group.engines()} >= {answer.value["pid"] for answer in answers}
 
 
 def test_an_exception_is_an_answer_and_the_engines_go_on(cluster: Cluster, group: EngineGroup) -> None:
