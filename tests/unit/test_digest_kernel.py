@@ -58,10 +58,8 @@ for dtype in looked_at:
 """
 
 
-@pytest.mark.parametrize("script", [SCRIPT, VALUES], ids=["digests", "values that are no numbers"])
-def test_kernel_and_operators_agree(script: str) -> None:
+def test_kernel_and_operators_agree() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    command = [sys.executable, "-c", SCRIPT + VALUES]  # in one process, because each imports torch and Triton
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
