@@ -253,7 +253,7 @@ class Transaction:
         causes = join(coordinator.lost)
         tainted = sorted(name for name, fate in fates.items() if fate == "tainted")
         if set(fates) < set(self._targets):
-            failed = f"; {', '.join(tainted)} is tainted and stays paused" if tainted else ""
+            failed = f"; tainted and paused: {', '.join(tainted)}" if tainted else ""
             return UpdateInDoubt(
                 f"every engine was told to commit version {self.version}, and it is unknown whether one has: {causes}{failed}; "
                 "all other engines commit, or none: the directory resolves this, and status() shows it"
@@ -262,7 +262,7 @@ class Transaction:
             others = "" if len(tainted) == len(fates) else "; all other engines serve their old weights"
             return WeightsTainted(
                 f"version {self.version} failed while it was committed: {causes}; "
-                f"{', '.join(tainted)} holds a partially loaded set of weights and stays paused{others}: send another update"
+                f"paused with a partially loaded set of weights: {', '.join(tainted)}{others}; send another update"
             )
         return UpdateAborted(self.context.given_up(causes))
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -144,11 +145,15 @@ def test_a_call_beside_another_threads_update_waits_until_its_own_deadline(
 
     updating, updated = in_thread(slow_update)
     assert inside.wait(10)
+    began = time.monotonic()
     for call in (group.pause, group.resume, group.verify):
         started = time.monotonic()
         with pytest.raises(RequestError, match="this group's update to version 1 is running") as refused:
             call(timeout=0.8)
         assert refused.value.kind == "busy"
+        running = re.search(r"\(for ([\d.]+) s so far\)", str(refused.value))
+        assert running
+        assert 0.7 < float(running[1]) < time.monotonic() - began + 0.1
         assert 0.7 < time.monotonic() - started < 0.8 + OVERRUN
     pausing, paused = in_thread(lambda: group.pause(timeout=20))
     leave.set()

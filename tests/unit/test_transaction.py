@@ -52,7 +52,7 @@ def test_a_commit_that_one_engine_refuses_and_another_fails_names_the_tainted_on
         pytest.raises(WeightsTainted, match="all other engines serve their old weights") as raised,
     ):
         update(group, 2, timeout=10)
-    assert f"{deployment.engines[1].name} holds a partially loaded" in str(raised.value)
+    assert f"paused with a partially loaded set of weights: {deployment.engines[1].name};" in str(raised.value)
     first, second = served(group)
     assert first == ("idle", "running", 1)
     assert second[:2] == ("tainted", "paused")
@@ -63,7 +63,7 @@ def test_a_commit_that_no_engine_answers_is_in_doubt(deployment: Deployment, gro
     deployment.engines[1].seconds["commit"] = NEVER
     with pytest.raises(UpdateInDoubt) as raised:
         update(group, 1, timeout=1.0)
-    assert f"{deployment.engines[0].name} is tainted and stays paused" in str(raised.value)
+    assert f"; tainted and paused: {deployment.engines[0].name};" in str(raised.value)
 
 
 @contextlib.contextmanager
