@@ -44,7 +44,7 @@ _LONG = (
 SCOPE_OF = {f"tests/unit/test_{name}.py": scope for scope, names in _SCOPES.items() for name in names}
 # The tests with real engines, the longest scopes first. Those of a folder share what they start.
 _ENGINES = "tests/integration/"
-_LONGEST = ("dense", "launcher", "test_load_balancing.py", "in_process", "test_moe.py")
+_LONGEST = ("launcher", "dense", "in_process", "test_moe.py", "test_load_balancing.py")
 
 _deselected: collections.Counter[str] = collections.Counter()
 

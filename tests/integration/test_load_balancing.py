@@ -20,7 +20,7 @@ from areal_vllm_ext.process.serving import responds_ok
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 
 EXTERNAL = ["--data-parallel-rank"]
@@ -40,7 +40,7 @@ def test_ranks_of_several_servers_are_one_replica(tmp_path: Path, rank_arguments
             own = [*rank_arguments, str(rank)]
             stack.enter_context(vllm_server(tmp_path / "model", port, directory, *common, *own))
         group = stack.enter_context(EngineGroup.connect(directory))
-        group.wait_ready(engines=2, timeout=200)
+        group.wait_ready(engines=2, timeout=240)
         ends = time.monotonic() + 60
         while not all(responds_ok("127.0.0.1", port, "/health") for port in ports):  # the engines are ready before them
             assert time.monotonic() < ends, "a server does not answer"

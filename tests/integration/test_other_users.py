@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 
 class Server:
@@ -75,7 +75,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         vllm_server(folder / "model", port, directory, "--api-server-count", "2") as log,
         EngineGroup.connect(directory) as group,
     ):
-        group.wait_ready(engines=1, timeout=200)
+        group.wait_ready(engines=1, timeout=300)
         running = Server(f"http://127.0.0.1:{port}", group, model)
         ends = time.monotonic() + 60
         while True:
