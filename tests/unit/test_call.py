@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import pytest
 from waiting import eventually
 
 from areal_vllm_ext import AsyncEngineGroup, CallFailed, EngineGroup, EnginesMissing, RequestError
+from areal_vllm_ext.cli import main
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.engine_core.effects import CallMethod, Effect, Reply
 from areal_vllm_ext.engine_core.user_calls import UserCalls
@@ -198,6 +201,22 @@ def test_a_call_needs_every_engine(key: security.ClusterKey, key_file: Path) -> 
             with pytest.raises(EnginesMissing, match="DP rank 1"):
                 client.call("where", timeout=2, lease=lease)
         assert engines.engines[0].calls == []
+
+
+def test_the_command_line_calls_and_says_who_failed(
+    deployment: Deployment, group: EngineGroup, key_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--connect", deployment.directory, "--key-file", os.fspath(key_file)]
+    assert main(["call", "where", "1", '["a"]', "text", *where, "--json"]) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert [answer["value"]["worker"] for answer in answers] == ["0.0", "0.1", "1.0", "1.1"]
+    assert answers[0]["value"]["arguments"] == [1, ["a"], "text"]
+    assert main(["call", "fails", '"0.1"', *where]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * WORKERS
+    assert "worker 1: ValueError: not on 0.1" in lines[1]
+    assert main(["call", "reload_weights", *where]) == 1
+    assert "use group.update_weights(...)" in capsys.readouterr().err
 
 
 # The machine without I/O
