@@ -177,6 +177,8 @@ class Controller:
         def on_loop() -> None:
             if effect.lifts:
                 self._foreign.paused = False
+            if self._foreign.discarded:  # since this resume was decided
+                raise RuntimeError(f"not resumed: {self._foreign.discarded}; send an update")
             asleep = bool(getattr(self._engine.model_executor, "sleeping_tags", ()))
             if asleep and effect.lifts:
                 raise RuntimeError("this engine sleeps (vLLM's sleep mode): wake it up instead")
