@@ -30,7 +30,15 @@ async def verify(commander: Commander, checkpoint: str | os.PathLike[str] | None
             *(_digests(commander.link, name, target, expected is not None, ends) for name, target in targets.items())
         )
         statuses = {name: target.status for name, target in targets.items()}
-        return await asyncio.to_thread(compare, dict(zip(targets, answers, strict=True)), statuses, expected)
+        taken = await _taken(commander.link, next(iter(targets.values())), ends) if expected is not None else None
+        return await asyncio.to_thread(compare, dict(zip(targets, answers, strict=True)), statuses, expected, taken)
+
+
+async def _taken(link: Link, target: Target, ends: float) -> protocol.Weights | None:
+    """Return what the engines' model takes of a checkpoint; None if it is not known."""
+    answer = await link.request(target.engine.address, protocol.DescribeWeights(), max(ends - time.monotonic(), 0.1))
+    assert isinstance(answer, protocol.Weights)
+    return answer if answer.tensors else None
 
 
 async def _digests(link: Link, name: str, target: Target, with_contents: bool, ends: float) -> protocol.WeightDigests:

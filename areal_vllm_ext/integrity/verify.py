@@ -6,12 +6,13 @@ import collections
 import dataclasses
 from typing import TYPE_CHECKING
 
+from . import checkpoint as files
 from . import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ..protocol import Status, TensorMeta, WeightDigests, WorkerWeights
+    from ..protocol import Status, TensorMeta, WeightDigests, Weights, WorkerWeights
     from .digest import Contents
 
 
@@ -51,7 +52,10 @@ class Verification:
 
 
 def compare(
-    answers: Mapping[str, WeightDigests], statuses: Mapping[str, Status], checkpoint: Contents | None
+    answers: Mapping[str, WeightDigests],
+    statuses: Mapping[str, Status],
+    checkpoint: Contents | None,
+    taken: Weights | None = None,
 ) -> Verification:
     """Compare the workers of all engines.
 
@@ -59,6 +63,7 @@ def compare(
         answers: each engine's digests, by its name.
         statuses: each engine's status, by its name.
         checkpoint: the tensors that all engines should serve, with their digests; None to skip this comparison.
+        taken: what the engines' model takes of a checkpoint, and under which names; None if that is not known.
     """
     differences: list[Difference] = []
     workers = [(name, worker) for name, answer in answers.items() for worker in answer.workers]
@@ -80,8 +85,9 @@ def compare(
         found = _live(alike)
         differences += [one for one in found if (one.engine, one.worker, one.tensor) not in known]
     if checkpoint is not None:
+        checkpoint, ignored = _as_taken(checkpoint, taken)
         for name, worker in workers:
-            differences += _against(name, worker, checkpoint)
+            differences += _against(name, worker, checkpoint, ignored)
     return Verification(
         differences=tuple(differences),
         engines=len(answers),
@@ -113,7 +119,25 @@ def _usual(values: list[tuple[object, str]]) -> tuple[object, str]:
     return usual, next(holder for value, holder in values if value == usual)
 
 
-def _against(name: str, worker: WorkerWeights, checkpoint: Contents) -> Iterator[Difference]:
+def _as_taken(checkpoint: Contents, taken: Weights | None) -> tuple[Contents, frozenset[str]]:
+    """Return a checkpoint under the engines' names, and the names in it that their model ignores.
+
+    The second name of a tensor is ignored if its value is that of the first; else the engines cannot serve both.
+    """
+    if taken is None:
+        return checkpoint, frozenset()
+    known = {tensor.name: tensor for tensor in taken.tensors}
+    named = {files.known_name(name, known, taken.prefixes): one for name, one in checkpoint.items()}
+    untied = {
+        second
+        for second, first in taken.ties.items()
+        if second in named and first in named and named[second][1] != named[first][1]
+    }
+    computed = {name for name in named if name.endswith(files.COMPUTED)}
+    return named, (frozenset(taken.optional) | frozenset(taken.ties) | computed) - untied
+
+
+def _against(name: str, worker: WorkerWeights, checkpoint: Contents, ignored: frozenset[str]) -> Iterator[Difference]:
     """Compare what ``worker`` serves with ``checkpoint``. What cannot be compared is a difference, and says so."""
     for tensor, reason in worker.uncompared.items():
         yield Difference(name, worker.rank, tensor, f"cannot be compared with the checkpoint: {reason}")
@@ -123,6 +147,8 @@ def _against(name: str, worker: WorkerWeights, checkpoint: Contents) -> Iterator
     if served and digest.manifest(served.values()) == digest.manifest(checkpoint.values()):
         return
     for tensor in sorted(served.keys() | checkpoint.keys()):
+        if tensor in ignored and not (tensor in served and tensor in checkpoint):
+            continue
         if tensor not in served:
             yield Difference(name, worker.rank, tensor, "is in the checkpoint but was never applied")
         elif tensor not in checkpoint:

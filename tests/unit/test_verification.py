@@ -20,7 +20,7 @@ from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.errors import NotACheckpoint, RequestError
 from areal_vllm_ext.integrity import checkpoint, digest
 from areal_vllm_ext.integrity.verify import Verification, compare
-from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, WorkerWeights
+from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, Weights, WorkerWeights
 from areal_vllm_ext.worker import live_weights, startup
 from areal_vllm_ext.worker.live_weights import LiveWeights, WeightsChanged
 from areal_vllm_ext.worker.load import proof
@@ -43,7 +43,7 @@ def worker(rank: int = 0, **changes: Any) -> WorkerWeights:
 
 
 def verified(
-    *engines: WorkerWeights | tuple[WorkerWeights, ...], checkpoint: Any = None, **status: Any
+    *engines: WorkerWeights | tuple[WorkerWeights, ...], checkpoint: Any = None, taken: Any = None, **status: Any
 ) -> Verification:
     answers = {
         f"engine {place}": WeightDigests(workers=one if isinstance(one, tuple) else (one,))
@@ -52,7 +52,7 @@ def verified(
     statuses: Any = {
         name: SimpleNamespace(**{"update_phase": "idle", "unproven": "", "error": ""} | status) for name in answers
     }
-    return compare(answers, statuses, checkpoint)
+    return compare(answers, statuses, checkpoint, taken)
 
 
 def found(verification: Verification) -> list[str]:
@@ -116,6 +116,28 @@ def test_what_differs_from_the_checkpoint_is_named(contents: Any, message: str) 
     (one,) = found(verified(worker(), worker(contents=contents), checkpoint=CHECKPOINT))
     assert one.startswith("engine 1, worker 0: ")
     assert message in one
+
+
+def test_what_the_model_ignores_of_a_checkpoint_is_no_difference() -> None:
+    (meta, value), norm = CHECKPOINT["embed"], CHECKPOINT["norm"]
+    known = (meta, norm[0], TensorMeta("draft", "float32", (2,)))
+    taken = Weights(tensors=known, optional=("draft",), ties={"head": "embed"}, prefixes=("model.",))
+    saved = {"model.embed": (meta, value), "model.norm": norm, "head": (meta, value), "draft": (known[2], 7)}
+    saved["model.layers.0.rotary_emb.inv_freq"] = (TensorMeta("f", "float32", (2,)), 3)
+
+    def against(checkpoint: Any, *contents: Any) -> list[str]:
+        served = contents or tuple(CHECKPOINT.values())
+        return found(verified(worker(contents=served), checkpoint=checkpoint, taken=taken))
+
+    assert against(saved) == []
+    assert against(CHECKPOINT) == []
+    assert against(CHECKPOINT, *CHECKPOINT.values(), (known[2], 7)) == [], "as the engine was started with it"
+    (wrong,) = against(saved | {"head": (meta, value + 1)})
+    assert "head is in the checkpoint but was never applied" in wrong
+    (wrong,) = against(saved, *CHECKPOINT.values(), (known[2], 8))
+    assert "draft differs from the one in the checkpoint" in wrong
+    (wrong,) = against(saved | {"other": norm})
+    assert "other is in the checkpoint but was never applied" in wrong
 
 
 def test_what_cannot_be_compared_with_the_checkpoint_is_not_equal() -> None:
