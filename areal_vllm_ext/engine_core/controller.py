@@ -27,6 +27,7 @@ from .effects import CallSleep
 from .endpoint import Endpoint
 from .foreign_calls import ForeignCalls
 from .identity import describe_engine, directory_address, engine_count, worker_ranks
+from .sleep import ALL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -262,10 +263,12 @@ class Controller:
         executor = self._engine.model_executor
         if isinstance(effect, CallSleep):
             self._foreign.slept(effect.level)
-            executor.sleep(effect.level)
+            try:
+                executor.sleep(effect.level)
+            finally:
+                # vLLM does not note a sleep that failed on one worker. Then it would wake no worker up, and resume the engine.
+                executor.sleeping_tags |= ALL
         else:
-            # vLLM calls no worker for tags that it has not noted, as after a sleep that failed on one worker.
-            executor.sleeping_tags |= set(effect.tags)
             executor.wake_up(list(effect.tags))
 
     def _report_sleep(self, call: int, error: str, free: int | None = None, *, touched: bool = True) -> None:
