@@ -120,6 +120,7 @@ def _next_job() -> dict[str, Any]:
         # Nothing is written while a job runs, so standard input is ready only at its end.
         if ended not in select.select([ended, 0], [], [])[0]:
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
             break
         os.close(ended)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
