@@ -18,6 +18,7 @@ from areal_vllm_ext.client import names
 from areal_vllm_ext.client.walk import walk
 from areal_vllm_ext.client.weights import Checker, named_weights
 from areal_vllm_ext.integrity import hugging_face
+from areal_vllm_ext.protocol import TensorMeta, Weights
 
 transformers = Lazily("transformers")
 
@@ -233,3 +234,15 @@ def test_a_configuration_that_is_no_model_of_transformers_is_no_error() -> None:
     taken = takes(metas({"a": torch.zeros(1)}), config='{"model_type": "none"}')
     with pytest.raises(InvalidWeights, match="b is not a weight"):
         Checker(taken, "float32", None).check_source({"b": torch.zeros(2)})
+
+
+def test_a_name_that_the_engines_know_is_never_taken_for_another() -> None:
+    """Also where it looks as if a wrapper had renamed it."""
+    finder = names.NameFinder(Weights(tensors=tuple(TensorMeta(name, "float32", (2,)) for name in ("w", "module.w"))))
+    assert [finder.find(name) for name in ("w", "module.w", "module.module.w")] == ["w", "module.w", "module.w"]
+
+
+def test_the_second_name_of_a_tied_weight_is_known() -> None:
+    taken = Weights(tensors=(TensorMeta("embed", "float32", (2,)),), ties={"head": "embed"})
+    assert names.NameFinder(taken).all_known([("embed", None), ("head", None), ("module.head", None)])
+    assert not names.NameFinder(taken).all_known([("embed", None), ("tail", None)])
