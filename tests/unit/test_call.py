@@ -190,6 +190,22 @@ def test_a_call_without_the_lease_runs_beside_other_commands(deployment: Deploym
     deployment.engines[0].seconds.clear()
 
 
+def test_a_call_under_a_lost_lease_is_refused(deployment: Deployment, group: EngineGroup, key_file: Path) -> None:
+    group.call("where")  # raises the epoch
+    engine = deployment.engines[0]
+    before = list(engine.calls)
+
+    async def late() -> None:
+        async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as client:
+            message = Call(call="late", method="where", arguments=b"\x90", timeout=1.0, epoch=0)
+            await client._link.request(engine.endpoint.address, message, 5.0)
+
+    with pytest.raises(RequestError, match="a newer client") as refused:
+        asyncio.run(late())
+    assert refused.value.kind == "fenced"
+    assert engine.calls == before
+
+
 def test_a_call_needs_every_engine(key: security.ClusterKey, key_file: Path) -> None:
     with (
         deployed(key, 1, shape=Shape(dp_size=2)) as engines,
