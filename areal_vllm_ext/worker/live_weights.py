@@ -291,7 +291,9 @@ class LiveWeights:
         with self._state:
             if changes != self._changes or not reading.committed:
                 return
-            differ = (name for name, value in reading.live.items() if reading.after_commit.get(name) != value)
+            # Only parameters: generation may change buffers, such as the scales of a KV cache.
+            weights = proof.parameter_names(self._worker.get_model())
+            differ = (name for name in weights if reading.live.get(name) != reading.after_commit.get(name))
             self._wrong = tuple(dict.fromkeys((*reading.wrong, *differ)))
             self._manifest = "" if self._wrong or self._slept else digest.manifest(reading.committed.values())
         if self._wrong:

@@ -16,11 +16,13 @@ from areal_vllm_ext.integrity.digest import Contents
 from areal_vllm_ext.observability import fault_points
 from areal_vllm_ext.transport.base import Cancelled
 from areal_vllm_ext.worker import hooks
+from areal_vllm_ext.worker.live_weights import LiveWeights
 from areal_vllm_ext.worker.load import apart, proof
 from areal_vllm_ext.worker.load.loader import Loader
 from areal_vllm_ext.worker.load.plan import PlanRun
 from areal_vllm_ext.worker.load.shadow import BuildOptions, Refused, Shadow
 from areal_vllm_ext.worker.load.written import wrong_in
+from areal_vllm_ext.worker.residency import Residency
 from areal_vllm_ext.worker.staged_update import meta_of
 
 Weights = dict[str, torch.Tensor]
@@ -277,3 +279,27 @@ def test_a_load_that_depends_on_more_than_its_operators_is_not_replayed(
     tapes = [updated(worker, loader, trained(base, seed)).taped for seed in (1, 2, 3)]
     # Only a second set of weights shows that a number came from the first.
     assert [one is not None for one in tapes] == ([True, False, False] if how == "unseen value" else [False] * 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "damaged"),
+    [("model.norm.weight", True), ("model.layers.0.self_attn.attn._k_scale", False), ("", False)],
+)
+def test_live_weights_that_are_not_the_shadow_s_are_damage(worker: LoadedWorker, changed: str, damaged: bool) -> None:
+    loader, weights = Loader(worker), trained(weights_of(checkpoint("dense")), 7)
+    live = LiveWeights(worker, Residency(worker), ("none", None))
+    reasons: list[str] = []
+    live.on_damage = lambda _, reason: reasons.append(reason)
+    shadow, _ = build(loader, weights)
+    assert shadow is not None
+    with live.committing(contents_of(weights), "update"):
+        loader.load_shadow(shadow, list(weights.items()))
+        live.set_written(None)  # as of a load without a plan
+        live.set_proven(weights, shadow.digests)
+    if changed:
+        tensor = proof.readable(worker.get_model())[changed]
+        tensor.data.add_(1)
+    live._read_after_commit(live._changes)
+    assert [changed in reason for reason in reasons] == [True] * damaged
+    if changed:
+        tensor.data.sub_(1)

@@ -157,6 +157,11 @@ def readable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def parameter_names(model: torch.nn.Module) -> list[str]:
+    """Return the names that ``readable`` gives to parameters."""
+    return [name.replace(".base_layer.", ".") for name, _ in model.named_parameters(remove_duplicate=False)]
+
+
 def digests_of_model(model: torch.nn.Module) -> dict[str, int]:
     """Return the digest of each ``readable`` tensor."""
     tensors = readable(model)
