@@ -6,6 +6,7 @@ files hold beside it.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +25,11 @@ from areal_vllm_ext.client.weights import Checker
 from areal_vllm_ext.engine_core.queries import together
 from areal_vllm_ext.integrity.checkpoint import missing_reason
 from areal_vllm_ext.protocol import TensorMeta, Weights
+from areal_vllm_ext.worker.hooks import repack_cpu_experts_on_reload
 from areal_vllm_ext.worker.load.dry_load import DryModel
 from areal_vllm_ext.worker.load.intake import Intake
-from areal_vllm_ext.worker.load.proof import separate_layer_registers, tie_as
+from areal_vllm_ext.worker.load.loader import Loader
+from areal_vllm_ext.worker.load.proof import digests_of_model, packed_digests, separate_layer_registers, tie_as
 from areal_vllm_ext.worker.load.provenance import places_of
 
 transformers = Lazily("transformers")
@@ -36,6 +39,8 @@ vllm_config = Lazily("vllm.config")
 vllm_utils = Lazily("vllm.model_executor.model_loader.utils")
 vllm_dtype = Lazily("vllm.utils.torch_utils")
 vllm_ties = Lazily("vllm.model_executor.model_loader.weight_tying")
+vllm_loader = Lazily("vllm.model_executor.model_loader")
+vllm_reload = Lazily("vllm.model_executor.model_loader.reload.inplace")
 vllm_args = Lazily("vllm.engine.arg_utils")
 
 Tensors = dict[str, torch.Tensor]
@@ -381,3 +386,46 @@ def test_a_checkpoint_directory_is_taken_under_the_engines_names(
         with pytest.raises(UpdateAborted, match=reason):
             send(group, folder, version=9)
         assert served.weights == {}
+
+
+class RealWorker:
+    """What a loader asks of vLLM's worker, with a model that vLLM has loaded and packed."""
+
+    def __init__(self, kind: Kind, folder: Path) -> None:
+        arguments = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32", "max_model_len": 32}
+        self.vllm_config = vllm_args.EngineArgs(model=str(folder), **arguments).create_engine_config()
+        self.rank, self.device, self.model_runner = 0, torch.device("cpu"), SimpleNamespace()
+        with vllm_config.set_current_vllm_config(self.vllm_config):
+            self.model = vllm_loader.get_model(vllm_config=self.vllm_config)
+        assert kind
+
+    def get_model(self) -> Any:
+        return self.model
+
+    def reload_weights(self, weights_iterator: Any) -> None:
+        with vllm_config.set_current_vllm_config(self.vllm_config):
+            vllm_reload.reload_weights(self.vllm_config, self.model, weights_iterator, None, True)
+
+    def digests(self) -> dict[str, int]:
+        return digests_of_model(self.model) | packed_digests(self.model)
+
+
+@every_kind
+def test_an_update_of_what_is_taken_gives_what_a_fresh_engine_of_the_trainers_checkpoint_has(
+    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)  # as vLLM's worker for CPUs does
+    repack_cpu_experts_on_reload()
+    trainer = copy.deepcopy(kind.trainer)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    trainer.save_pretrained(tmp_path)
+    for source in (trainer, trainer.state_dict()):
+        updated = RealWorker(kind, kind.folder)
+        before = updated.digests()
+        Loader(updated).load(list(sent_to(kind, source).items()))
+        fresh = RealWorker(kind, tmp_path).digests()
+        assert updated.digests() == fresh
+        assert before != fresh
