@@ -246,3 +246,12 @@ def test_the_second_name_of_a_tied_weight_is_known() -> None:
     taken = Weights(tensors=(TensorMeta("embed", "float32", (2,)),), ties={"head": "embed"})
     assert names.NameFinder(taken).all_known([("embed", None), ("head", None), ("module.head", None)])
     assert not names.NameFinder(taken).all_known([("embed", None), ("tail", None)])
+
+
+def test_a_known_name_gets_no_hint_about_names() -> None:
+    finder = names.NameFinder(
+        Weights(tensors=(TensorMeta("w", "float32", (2,)), TensorMeta("model.v", "float32", (3,))))
+    )
+    assert finder.hint(TensorMeta("w", "int8", (2,))) == ""
+    assert "calls it model.v: add the prefix" in finder.hint(TensorMeta("v", "float32", (3,)))
+    assert "if it is tied to w" in finder.hint(TensorMeta("head", "float32", (2,)))
