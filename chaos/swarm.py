@@ -357,9 +357,6 @@ class SwarmRound(Round):
         """End every fault, and start what is dead."""
         world = self.world
         world.log("fault", "all end")
-        # No engine joins while clients command without a break, so all users but the last one stop.
-        for user in [trainer for trainer in world.trainers if not trainer.calls][:-1]:
-            user.kill()
         for fault in self._faults:
             fault.heal()
         self._faults.clear()
