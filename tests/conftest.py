@@ -25,8 +25,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Files whose tests run one after another in one worker of pytest-xdist.
 _SCOPES = {
     # They import vLLM, which takes 5 s of CPU.
-    "vllm": ("checkpoint", "dry_load", "int8_on_cpu", "packing", "plan", "residency", "shadow", "shards", "unchanged"),
-    "transformers": ("adapters", "intake", "real_history", "trainer_models", "weights"),
+    "vllm": (
+        *("checkpoint", "dry_load", "int8_on_cpu", "intake", "packing", "partial"),
+        *("plan", "residency", "shadow", "shards", "unchanged"),
+    ),
+    "transformers": ("adapters", "real_history", "trainer_models", "weights"),
     # They fork processes from a server, which imports torch's distributed tensors.
     "forked": ("broadcast", "interrupt", "joint", "senders", "shared_memory"),
 }

@@ -34,6 +34,16 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported_for_good() -> Iterator[None]:
+    """Keep the garbage collector from looking through what a file has imported, too."""
+    before = len(sys.modules)
+    yield
+    if len(sys.modules) > before + 100:
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     if "triton" in sys.modules:
         gc.unfreeze()  # else its compiled module reports leaks when the interpreter exits
