@@ -143,8 +143,7 @@ class EngineProcess(Process):
     def tick(self) -> None:
         self._ticking = False
         participant, now = self.engine.participant, self.time()
-        if effects := participant.tick(now):
-            self.engine.carry_out(effects)
+        self.engine.carry_out(participant.tick(now))
         if participant.update and participant.update_phase == "receiving" and now > participant.update.ends:
             raise Violation("leftover", f"{self.name} receives an update whose time is over")
         self.flush()
