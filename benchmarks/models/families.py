@@ -41,7 +41,7 @@ _MLA = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 32,
     "num_key_value_heads": 4,
-    "head_dim": 32,
+    "head_dim": 64,
 }
 _ROUTED = {
     "topk_method": "noaux_tc",
@@ -236,7 +236,7 @@ FAMILIES: dict[str, Family] = {
     "glm4-moe-lite": Family("Glm4MoeLite", _ROUTED | _MLA),
     "cohere": Family("Cohere"),
     "cohere2": Family("Cohere2", {"sliding_window": 8}),
-    "deepseek-v2": Family("DeepseekV2", _ROUTED | _MLA | {"norm_topk_prob": False}),
+    "deepseek-v2": Family("DeepseekV2", _ROUTED | _MLA | {"norm_topk_prob": False, "topk_method": "greedy"}),
     "deepseek-v3": Family("DeepseekV3", _ROUTED | _MLA),
     "dbrx": Family(
         "Dbrx",

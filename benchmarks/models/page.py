@@ -11,8 +11,8 @@ _ABOUT = """# Models
 
 <!-- Made by `python -m benchmarks.models`. Do not edit it by hand. -->
 
-`{command}` made this page, from [`benchmarks/results/models_cpu.json`](../benchmarks/results/models_cpu.json), on {date}
-with {versions}. `make test-models` runs it.
+`{command}` (`make test-models`) made this page from [its results](../benchmarks/results/models_cpu.json) on {date},
+with {versions}.
 
 Each row is a tiny random model of a family, served by a real engine on a CPU, in float32 unless the row says otherwise. The
 engine gets an update by each kind of send. After each, its greedy tokens and their log-probabilities must be those of the
@@ -22,7 +22,8 @@ oracle: Hugging Face's `generate` on the same weights (within {bound}), or an en
 - **sends**: how many kinds of send ended with the right weights: a module, its state dict, an iterable of strided float64
   tensors, a folder on disk, a module in which one layer changed, and two updates with `keep_buffers`.
 - **way**: how the first update and the later ones were loaded, see [architecture](architecture.md#the-right-weights).
-- **pause**: milliseconds of the first update and the median of the later ones, on a machine of two cores.
+- **pause**: milliseconds of the first update and the median of the later ones, on {machine}.
+  Other programs that run at the same time make it longer.
 """
 
 
@@ -45,9 +46,11 @@ def line(name: str, row: dict[str, Any]) -> str:
 def summary(rows: dict[str, dict[str, Any]]) -> str:
     served = [row for row in rows.values() if is_served(row)]
     planned = [row for row in served if _ways(row)[1:] == ["plan"] or _ways(row) == ["plan"]]
+    architectures = {row["architecture"] for row in rows.values()}
     return (
-        f"{len(rows)} families were tried. vLLM serves {len(served)} of them. {sum(map(is_right, served))} are right after "
-        f"every send. {len(planned)} are loaded by a plan from the second update on."
+        f"{len(rows)} models of {len(architectures)} architectures were tried. vLLM serves {len(served)} of them. "
+        f"{sum(map(is_right, served))} are right after every send. {len(planned)} are loaded by a plan from the second update "
+        "on."
     )
 
 
@@ -56,7 +59,11 @@ def text(result: dict[str, Any]) -> str:
     rows: dict[str, dict[str, Any]] = result["families"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     command = "python -m benchmarks.models"
-    parts = [_ABOUT.format(command=command, date=result["date"][:10], versions=versions, bound="0.001")]
+    parts = [
+        _ABOUT.format(
+            command=command, date=result["date"][:10], versions=versions, bound="0.001", machine=result["machine"]
+        )
+    ]
     parts.append(summary(rows) + "\n")
     parts.append("| family | model in vLLM | sends | way | pause, ms | oracle, and what is not right |")
     parts.append("| --- | --- | --- | --- | --- | --- |")

@@ -59,7 +59,9 @@ def test_what_is_wrong_or_refused_is_not_right_and_named(sent: dict[str, Any], s
     row = trial.judged(faulty, {"zero": ZERO, "one": ONE}, 0.001) | {"oracle": "Hugging Face", "architecture": "Arch"}
     assert not page.is_right(row)
     assert said in page.text(result({"qwen2": row}))
-    assert "1 families were tried. vLLM serves 1 of them. 0 are right" in page.text(result({"qwen2": row}))
+    assert "1 models of 1 architectures were tried. vLLM serves 1 of them. 0 are right" in page.text(
+        result({"qwen2": row})
+    )
 
 
 def test_a_family_that_vllm_does_not_serve_is_listed_with_the_reason() -> None:
@@ -69,7 +71,7 @@ def test_a_family_that_vllm_does_not_serve_is_listed_with_the_reason() -> None:
 
 
 def result(rows: dict[str, Any]) -> dict[str, Any]:
-    return {"families": rows, "versions": {"vllm": "0.32"}, "date": "2026-11-30T00:00:00+00:00"}
+    return {"families": rows, "versions": {"vllm": "0.32"}, "date": "2026-11-30T00:00:00+00:00", "machine": "2 cores"}
 
 
 def test_a_trainer_sends_the_same_weights_in_each_way(tmp_path: Path) -> None:
