@@ -118,6 +118,7 @@ FAMILIES: dict[str, Family] = {
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
         },
+        dtype="bfloat16",  # vLLM's attention for it on a CPU takes no other
     ),
     "gemma": Family("Gemma", {"head_dim": 32}),
     "gemma2": Family("Gemma2", {"sliding_window": 8, "query_pre_attn_scalar": 32}),
@@ -325,6 +326,7 @@ FAMILIES: dict[str, Family] = {
             "linear_key_head_dim": 16,
             "linear_value_head_dim": 16,
         },
+        dtype="bfloat16",  # vLLM's attention for it on a CPU takes no other
     ),
     "qwen3.5": Family(
         "Qwen3_5Text",
@@ -336,6 +338,7 @@ FAMILIES: dict[str, Family] = {
             "linear_value_head_dim": 16,
         },
         head="",
+        dtype="bfloat16",  # vLLM's attention for it on a CPU takes no other
     ),
     "exaone-moe": Family("ExaoneMoe", _ROUTED | {"num_experts": 4, "num_shared_experts": 1, "sliding_window": 8}),
     "hy-v3": Family("HYV3", _EXPERTS),

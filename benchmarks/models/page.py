@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .families import FAMILIES
+
 # A reason is cut to this length in the table; the JSON has all of it.
 _WIDTH = 160
 
@@ -74,6 +76,8 @@ def text(result: dict[str, Any]) -> str:
         for name, row in rows.items()
         if not is_served(row)
     ]
+    if missing := [name for name in FAMILIES if name not in rows]:
+        parts.append(f"\n## Not tried in this run\n\n{', '.join(missing)}")
     return "\n".join(parts) + "\n"
 
 
