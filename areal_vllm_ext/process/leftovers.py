@@ -9,7 +9,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-from .supervisor import SHARED_MEMORY
+from .supervisor import SHARED_MEMORY, inode, mapped_inodes
 
 SCRATCH_PREFIX = "areal-vllm-"
 _SCRATCH = re.compile(rf"{SCRATCH_PREFIX}\w{{8}}$")  # as tempfile.mkdtemp makes them
@@ -20,28 +20,12 @@ _SOCKET = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 def left_on_disk() -> set[Path]:
     """Return this user's sockets, scratch folders and segments that no process uses any more."""
     segments = {path for path in Path("/dev/shm").glob("*") if SHARED_MEMORY.match(str(path))}  # noqa: S108 - Linux's place
-    used = _mapped_inodes()
-    found = {path for path in segments if _inode(path) not in used}
+    used = mapped_inodes()
+    found = {path for path in segments if inode(path) not in used}
     for path in Path(tempfile.gettempdir()).iterdir():
         if (_SOCKET.match(path.name) and _is_dead(path)) or (_SCRATCH.match(path.name) and not _is_supervised(path)):
             found.add(path)
     return {path for path in found if _is_own(path)}
-
-
-def _mapped_inodes() -> set[int]:
-    """Return the inodes of shared memory that processes have mapped; Linux shows the maker of a semaphore with another name."""
-    found: set[int] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # already gone, or another user's
-            lines = maps.read_text(errors="replace").splitlines()
-            found.update(int(line.split()[4]) for line in lines if "/dev/shm/" in line)  # noqa: S108 - Linux's place
-    return found
-
-
-def _inode(path: Path) -> int:
-    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-        return path.stat().st_ino
-    return 0
 
 
 def _is_own(path: Path) -> bool:

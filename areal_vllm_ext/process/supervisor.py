@@ -76,22 +76,42 @@ def is_resource_tracker(pid: int) -> bool:
         return False
 
 
-def shared_memory(pids: list[int] | None = None) -> set[str]:
-    """Return the files of libraries' shared memory that these processes have open; default: all processes."""
+def shared_memory(pids: list[int]) -> set[str]:
+    """Return the files of libraries' shared memory that these processes have open."""
     found: set[str] = set()
-    for maps in (Path(f"/proc/{pid}/maps") for pid in pids) if pids is not None else Path("/proc").glob("[0-9]*/maps"):
+    for pid in pids:
         with contextlib.suppress(OSError):  # already gone, or another user's
-            mapped = map(SHARED_MEMORY.search, maps.read_text(errors="replace").splitlines())
-            found.update(one[0] for one in mapped if one)
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+            found.update(one[0] for one in map(SHARED_MEMORY.search, lines) if one)
     return found
+
+
+def mapped_inodes() -> set[int]:
+    """Return the inodes of shared memory that processes have mapped; Linux shows the maker of a semaphore with another name."""
+    found: set[int] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # already gone, or another user's
+            lines = maps.read_text(errors="replace").splitlines()
+            found.update(int(line.split()[4]) for line in lines if SHARED_MEMORY_FOLDER in line)
+    return found
+
+
+def inode(path: str | Path) -> int:
+    """Return a file's inode; 0 if there is no such file."""
+    try:
+        return Path(path).stat().st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def remove(shared: set[str]) -> None:
     """Remove each of these files once no process has it open; files that stay open for 4 s are kept."""
     ends = time.monotonic() + SHARED_MEMORY_GRACE
-    while (shared := {path for path in shared if Path(path).exists()}) and time.monotonic() < ends:
-        for path in shared - shared_memory():
-            Path(path).unlink(missing_ok=True)
+    while (shared := {path for path in shared if inode(path)}) and time.monotonic() < ends:
+        used = mapped_inodes()
+        for path in shared:
+            if inode(path) not in used:
+                Path(path).unlink(missing_ok=True)
         time.sleep(0.05)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -164,6 +165,15 @@ def test_shared_memory_that_no_process_has_open_is_removed(tmp_path: Path, impat
         others.close()
         others.unlink()
         users.unlink()
+
+
+def test_a_semaphore_is_kept_while_its_maker_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was mapped under a temporary name, so nothing shows the name that a process which starts now will open."""
+    monkeypatch.setattr(supervisor, "SHARED_MEMORY_GRACE", 0.2)
+    lock = multiprocessing.get_context("spawn").Lock()
+    path = Path("/dev/shm", lock._semlock.name.replace("/", "sem."))  # type: ignore[attr-defined]
+    supervisor.remove({str(path)})
+    assert path.exists()
 
 
 @pytest.mark.parametrize("children_first", [False, True])
