@@ -26,10 +26,11 @@ from areal_vllm_ext.engine_core.queries import together
 from areal_vllm_ext.integrity.checkpoint import missing_reason
 from areal_vllm_ext.protocol import TensorMeta, Weights
 from areal_vllm_ext.worker.hooks import repack_cpu_experts_on_reload
+from areal_vllm_ext.worker.load.apart import apart
 from areal_vllm_ext.worker.load.dry_load import DryModel
 from areal_vllm_ext.worker.load.intake import Intake
 from areal_vllm_ext.worker.load.loader import Loader
-from areal_vllm_ext.worker.load.proof import digests_of_model, packed_digests, separate_layer_registers, tie_as
+from areal_vllm_ext.worker.load.proof import digests_of_model, packed_digests, tie_as
 from areal_vllm_ext.worker.load.provenance import places_of
 
 transformers = Lazily("transformers")
@@ -37,7 +38,6 @@ transformers = Lazily("transformers")
 vllm_state = Lazily("vllm.distributed.parallel_state")
 vllm_config = Lazily("vllm.config")
 vllm_utils = Lazily("vllm.model_executor.model_loader.utils")
-vllm_dtype = Lazily("vllm.utils.torch_utils")
 vllm_ties = Lazily("vllm.model_executor.model_loader.weight_tying")
 vllm_loader = Lazily("vllm.model_executor.model_loader")
 vllm_reload = Lazily("vllm.model_executor.model_loader.reload.inplace")
@@ -167,12 +167,8 @@ class Kind:
 
     def built(self) -> Any:
         """vLLM's model without weights, on the CPU and not packed."""
-        with (
-            vllm_config.set_current_vllm_config(self.config),
-            separate_layer_registers(self.config.compilation_config),
-            vllm_dtype.set_default_torch_dtype(torch.float32),
-        ):
-            return vllm_utils.initialize_model(vllm_config=self.config)
+        with apart(self.config) as config:
+            return vllm_utils.initialize_model(vllm_config=config)
 
     def loaded(self, tensors: Tensors) -> Tensors:
         """What vLLM's model holds after these weights were loaded."""

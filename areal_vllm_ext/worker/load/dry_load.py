@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .proof import separate_layer_registers, tie_as
+from .apart import apart, on_device
+from .proof import tie_as
 from .unloaded import described, load_and_find_unloaded
 
 if TYPE_CHECKING:
@@ -45,17 +46,9 @@ class DryModel:
         To be called on the worker's own thread before it computes.
         """
         try:
-            from vllm.config import set_current_vllm_config
             from vllm.model_executor.model_loader.utils import initialize_model
-            from vllm.utils.torch_utils import set_default_torch_dtype
 
-            config = worker.vllm_config
-            with (
-                set_current_vllm_config(config),
-                separate_layer_registers(config.compilation_config),
-                set_default_torch_dtype(config.model_config.dtype),
-                torch.device("meta"),
-            ):
+            with apart(worker.vllm_config) as config, on_device(torch.device("meta")):
                 model = initialize_model(vllm_config=config, model_config=config.model_config)
             tie_as(model, worker.get_model())
         except Exception:

@@ -7,7 +7,6 @@ layer must give the same answers, bit for bit, as its twin in the fresh model.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from .cpu_packing import ATTRIBUTE
 from .unloaded import described, load_and_find_unloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -131,20 +130,6 @@ def tie_as(model: torch.nn.Module, live: torch.nn.Module) -> None:
         if name != first[id(parameter)] and name in own and first[id(parameter)] in own:
             owner, _, attribute = name.rpartition(".")
             model.get_submodule(owner).register_parameter(attribute, own[first[id(parameter)]])
-
-
-@contextlib.contextmanager
-def separate_layer_registers(compilation_config: Any) -> Iterator[None]:
-    """Give the body empty registers of layers: attention and MoE layers register by name, and a name only once."""
-    registers = ("static_forward_context", "static_all_moe_layers")
-    kept = {name: getattr(compilation_config, name) for name in registers if hasattr(compilation_config, name)}
-    try:
-        for name, register in kept.items():
-            setattr(compilation_config, name, type(register)())
-        yield
-    finally:
-        for name, register in kept.items():
-            setattr(compilation_config, name, register)
 
 
 def readable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
