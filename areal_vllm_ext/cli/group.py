@@ -12,7 +12,7 @@ from .output import print_report, print_table
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ..client.blocking import EngineGroup
     from ..client.state import EngineState
@@ -188,27 +188,27 @@ def _print_states(states: Sequence[EngineState]) -> None:
 
 
 def _pause(options: argparse.Namespace) -> int:
-    ends = time.monotonic() + options.timeout
-    with _connect(options) as group:
-        engines = group.engines(options.timeout)
-        group.pause(options.mode, timeout=_left(ends), lease=None)
-    return print_report(options.json, {"paused": len(engines)}, "{paused} engines are paused")
+    paused = _on_all(options, lambda group, left: group.pause(options.mode, timeout=left, lease=None))
+    return print_report(options.json, {"paused": paused}, "{paused} engines are paused")
 
 
 def _resume(options: argparse.Namespace) -> int:
-    ends = time.monotonic() + options.timeout
-    with _connect(options) as group:
-        engines = group.engines(options.timeout)
-        group.resume(timeout=_left(ends))
-    return print_report(options.json, {"resumed": len(engines)}, "{resumed} engines generate")
+    resumed = _on_all(options, lambda group, left: group.resume(timeout=left))
+    return print_report(options.json, {"resumed": resumed}, "{resumed} engines generate")
 
 
 def _wake_up(options: argparse.Namespace) -> int:
+    awake = _on_all(options, lambda group, left: group.wake_up(timeout=left))
+    return print_report(options.json, {"awake": awake}, "{awake} engines are awake")
+
+
+def _on_all(options: argparse.Namespace, command: Callable[[EngineGroup, float], None]) -> int:
+    """Run ``command``, which gets the group and the seconds that are left. Returns how many engines it has."""
     ends = time.monotonic() + options.timeout
     with _connect(options) as group:
         engines = group.engines(options.timeout)
-        group.wake_up(timeout=_left(ends))
-    return print_report(options.json, {"awake": len(engines)}, "{awake} engines are awake")
+        command(group, _left(ends))
+    return len(engines)
 
 
 def _update(options: argparse.Namespace) -> int:

@@ -12,15 +12,13 @@ import msgspec
 from .. import protocol
 from ..errors import ArealError, RequestError, join
 from ..protocol import method_names
+from .options import LATE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from ..control.command import Commander
     from ..protocol import EngineInfo
-
-# The engine answers at the deadline; this is how much later its answer may come.
-_LATE_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +134,7 @@ async def _ask(
         name: (engine.address, msgspec.structs.replace(request, epoch=epochs[name]) if epochs else request)
         for name, engine in engines.items()
     }
-    outcomes = await commander.link.request_all(requests, left + _LATE_SECONDS)
+    outcomes = await commander.link.request_all(requests, left + LATE_SECONDS)
     answers: list[WorkerAnswer] = []
     problems: dict[str, str] = {}
     for name, outcome in outcomes.items():

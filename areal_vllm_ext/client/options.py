@@ -22,6 +22,8 @@ UPDATE_SECONDS = 300.0
 VERIFY_SECONDS = 300.0
 CALL_SECONDS = 60.0
 PAUSE_LEASE_SECONDS = 30.0
+# An engine answers a call, a sleep or a wake-up at its deadline; this is how much later the answer may come.
+LATE_SECONDS = 0.2
 # The longest durations that messages can carry.
 MAX_SECONDS = 1e7
 MAX_LEASE_SECONDS = 300.0

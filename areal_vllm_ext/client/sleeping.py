@@ -10,7 +10,7 @@ from .. import protocol
 from ..control.command import Target
 from ..errors import SleepFailed, join
 from ..protocol import NO_SLEEP_MODE
-from .options import PAUSE_LEASE_SECONDS
+from .options import LATE_SECONDS, PAUSE_LEASE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 # For what is taken back, also after the deadline.
 _GRACE_SECONDS = 2.0
-# The engine answers at the deadline; this is how much later its answer may come.
-_LATE_SECONDS = 0.2
 
 
 async def sleep(commander: Commander, level: SleepLevel, mode: PauseMode, timeout: float) -> None:
@@ -40,7 +38,7 @@ async def sleep(commander: Commander, level: SleepLevel, mode: PauseMode, timeou
         }
         back = awake if level == 1 else {}  # what level 2 discarded cannot be brought back
         try:
-            failed = await commander.ask_all(targets, requests, ends + _LATE_SECONDS)
+            failed = await commander.ask_all(targets, requests, ends + LATE_SECONDS)
         except asyncio.CancelledError:
             await _take_back(commander, back)
             raise
@@ -94,9 +92,9 @@ async def wake_up(commander: Commander, tags: tuple[SleepTag, ...], timeout: flo
             name: protocol.WakeUp(epoch=target.epoch, timeout=max(ends - time.monotonic(), 0.05), tags=tags)
             for name, target in targets.items()
         }
-        if failed := await commander.ask_all(targets, wakes, ends + _LATE_SECONDS):
+        if failed := await commander.ask_all(targets, wakes, ends + LATE_SECONDS):
             raise SleepFailed(f"not every engine woke up, and none was resumed: {join(failed)}: call again")
-        if failed := await commander.ask_all(targets, _resumes(_awake_after(targets, tags)), ends + _LATE_SECONDS):
+        if failed := await commander.ask_all(targets, _resumes(_awake_after(targets, tags)), ends + LATE_SECONDS):
             raise SleepFailed(f"every engine is awake, and not every one resumed: {join(failed)}: call again")
 
 

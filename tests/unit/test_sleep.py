@@ -46,13 +46,6 @@ def deployment(key: security.ClusterKey) -> Iterator[Deployment]:
         yield engines
 
 
-@pytest.fixture
-def group(deployment: Deployment, key_file: Path) -> Iterator[EngineGroup]:
-    with EngineGroup.connect(deployment.directory, key_file=key_file) as client:
-        client.wait_ready(2, 20)
-        yield client
-
-
 def seen(group: EngineGroup) -> set[tuple[str, str, str]]:
     return {(state.sleep, state.generation, state.update_phase) for state in group.status()}
 
