@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ...transport.buckets import aligned, tensor_at, view_as
+from .copying import Copies
 from .cpu_packing import ATTRIBUTE, IncomingWeight, Packing, pack
 from .strides import Copy, StridedSlice, storage_key
 from .targets import LiveTarget
@@ -21,6 +22,8 @@ from .written import Written, written_by
 
 if TYPE_CHECKING:
     from torch.multiprocessing.reductions import StorageWeakRef
+
+    from .copying import Pair
 
 # A rank that needs less than this fraction of the incoming bytes stages only its own slices.
 _SHARD_FRACTION = 0.9
@@ -119,7 +122,7 @@ class LoadPlan:
         Returns:
             None if one of them is unknown to the plan, or has another dtype or shape.
         """
-        batches: Batches = {}
+        pairs: list[Pair] = []
         to_pack: ToPack = {}
         slices: list[Slice] = []
         for name, tensor in tensors.items():
@@ -127,23 +130,17 @@ class LoadPlan:
                 return None
             for view, part in self.copies[name]:
                 source = tensor if part is None else part.view(tensor)
-                kind = (view.dtype, tensor.dtype, view.is_contiguous() and source.is_contiguous())
-                targets, sources = batches.setdefault(kind, ([], []))
-                targets.append(view)
-                sources.append(source)
+                pairs.append((view, source))
                 if part is not None or view.dtype != tensor.dtype:
                     slices.append((name, view, source))
             for packing, copy in self._packed.get(name, ()):
                 to_pack.setdefault(packing, []).append((copy, tensor))
-        return CopyBatch(self, frozenset(tensors), batches, to_pack, slices)
+        return CopyBatch(self, frozenset(tensors), pairs, Copies(pairs), to_pack, slices)
 
     def fits(self, model: torch.nn.Module) -> bool:
         """Return whether ``model`` still has the tensors that the plan was recorded on, at the same addresses."""
         return self._fingerprint.matches(model)
 
-
-# Targets and sources by (target dtype, source dtype, both contiguous): these decide which kernel copies a batch.
-Batches = dict[tuple[torch.dtype, torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 # The slices that some incoming tensors add to the weights that are packed.
 ToPack = dict[Packing, list[tuple[Copy, torch.Tensor]]]
@@ -156,12 +153,13 @@ Slice = tuple[str, torch.Tensor, torch.Tensor]
 class CopyBatch(NamedTuple):
     """The copies that a plan makes of some incoming tensors.
 
-    ``slices`` are those of them whose live bytes differ from the tensor's: slices and casts.
+    ``copies`` are ``pairs``, prepared. ``slices`` are those whose live bytes differ from the tensor's: slices and casts.
     """
 
     plan: LoadPlan
     names: frozenset[str]
-    batches: Batches
+    pairs: list[Pair]
+    copies: Copies
     packed: ToPack
     slices: list[Slice]
 
@@ -176,23 +174,20 @@ class CopyBatch(NamedTuple):
             allocate: returns a buffer of that many bytes on the tensors' device. The device may still be copying into it
                 when this method returns.
         """
-        sources = [source for _, batch in self.batches.values() for source in batch]
-        buffer = allocate(sum(aligned(source.nbytes) for source in sources))
-        batches: Batches = {}
+        sources = {id(source): source for _, source in self.pairs}
+        buffer = allocate(sum(aligned(source.nbytes) for source in sources.values()))
+        wholes: dict[torch.dtype, torch.Tensor] = {}
         moved: dict[int, torch.Tensor] = {}
         end = 0
-        for (to_dtype, dtype, _), (targets, slices) in self.batches.items():
-            whole, copies = view_as(buffer, dtype), []
-            for target, source in zip(targets, slices, strict=True):
-                copies.append(tensor_at(whole, end, source.shape))
-                end += aligned(source.nbytes)
-                all_targets, all_copies = batches.setdefault((to_dtype, dtype, target.is_contiguous()), ([], []))
-                all_targets.append(target)
-                all_copies.append(copies[-1])
-                moved[id(source)] = copies[-1]
-            torch._foreach_copy_(copies, slices, non_blocking=True)
-        slices_now = [(name, target, moved[id(source)]) for name, target, source in self.slices]
-        return CopyBatch(self.plan, self.names, batches, self.packed, slices_now)
+        for key, source in sources.items():
+            if (whole := wholes.get(source.dtype)) is None:
+                whole = wholes[source.dtype] = view_as(buffer, source.dtype)
+            moved[key] = tensor_at(whole, end, source.shape)
+            end += aligned(source.nbytes)
+        Copies((moved[key], source) for key, source in sources.items()).run()
+        pairs = [(target, moved[id(source)]) for target, source in self.pairs]
+        slices = [(name, target, moved[id(source)]) for name, target, source in self.slices]
+        return CopyBatch(self.plan, self.names, pairs, Copies(pairs), self.packed, slices)
 
 
 class PlanRun:
@@ -208,7 +203,7 @@ class PlanRun:
     def __init__(self, plan: LoadPlan) -> None:
         self.plan = plan
         self._missing = set(plan.sources)
-        self._batches: Batches = {}
+        self._copies = Copies()
         self._weights = {packing: IncomingWeight(packing) for packing in plan.packings}
         # By layer, the function that it computes with after the commit; and the functions of before, to be freed.
         self._linears: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
@@ -233,10 +228,7 @@ class PlanRun:
                 return
             self._missing -= copies.names
             self.written |= written
-            for kind, (targets, sources) in copies.batches.items():
-                all_targets, all_sources = self._batches.setdefault(kind, ([], []))
-                all_targets += targets
-                all_sources += sources
+            self._copies.extend(copies.copies)
             complete = [
                 self._weights[packing]
                 for packing, slices in copies.packed.items()
@@ -260,8 +252,7 @@ class PlanRun:
 
     def copy(self) -> None:
         """Copy to the live model. The device may not have finished when this method returns."""
-        for targets, sources in self._batches.values():
-            torch._foreach_copy_(targets, sources, non_blocking=True)
+        self._copies.run()
         for layer, linear in self._linears.items():
             self._replaced.append(getattr(layer, ATTRIBUTE))  # freed with this run, after the pause
             setattr(layer, ATTRIBUTE, linear)

@@ -20,6 +20,7 @@ from ...observability import fault_points
 from ...transport.base import Cancelled
 from ..memory import free_bytes
 from . import apart
+from .copying import Copies, view_of
 from .pairing import BeforeLoad, Pairs
 from .plan import LoadPlan, ModelFingerprint
 from .proof import readable, tie_as
@@ -107,7 +108,7 @@ class Shadow:
             model: the second model, if these weights lie in one.
         """
         self._fingerprint, self._model = fingerprint, model
-        self._batches: dict[tuple[torch.dtype, bool], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._copies = Copies()
         self._assigned: list[Leaf] = []
         self._replaced: list[Any] = []
         self.digests: dict[str, int] = {}
@@ -129,10 +130,7 @@ class Shadow:
             assigned: objects that take the place of the live model's.
         """
         self.digests, self._assigned = digests, list(assigned)
-        for target, source in copies:
-            targets, sources = self._batches.setdefault((target.dtype, target.is_contiguous()), ([], []))
-            targets.append(plain(target))
-            sources.append(plain(source))
+        self._copies = Copies(copies)
 
     def fits(self, live: torch.nn.Module) -> bool:
         """Return whether ``live`` still has the tensors that the shadow was built for, at the same addresses."""
@@ -140,8 +138,7 @@ class Shadow:
 
     def copy(self) -> None:
         """Make the live model serve these weights. The device may not have finished when this method returns."""
-        for targets, sources in self._batches.values():
-            torch._foreach_copy_(targets, sources, non_blocking=True)
+        self._copies.run()
         for leaf in self._assigned:
             self._replaced.append(leaf.other)  # freed later than in the pause
             setattr(leaf.owner, leaf.key, leaf.value)
@@ -151,14 +148,11 @@ class Shadow:
         used = {storage_key(tensor) for leaf in self._assigned for tensor in tensors_in(leaf.value)}
         if self._model is not None:
             used |= self._fingerprint.storages()
-            for tensor in (*readable(self._model).values(), *self._sources()):
+            for tensor in (*readable(self._model).values(), *self._copies.sources()):
                 if storage_key(tensor) not in used:
                     with contextlib.suppress(RuntimeError):  # memory that is not torch's own
                         tensor.untyped_storage().resize_(0)
-        self._batches, self._assigned, self._replaced = {}, [], []
-
-    def _sources(self) -> list[torch.Tensor]:
-        return [source for _, sources in self._batches.values() for source in sources]
+        self._copies, self._assigned, self._replaced = Copies(), [], []
 
 
 class TapedShadow:
@@ -176,7 +170,7 @@ class TapedShadow:
             fingerprint: of the live model.
         """
         self._tape, self._fingerprint = tape, fingerprint
-        self._targets = [plain(target) for target, _ in pairs.copies]
+        self._targets = [view_of(target) for target, _ in pairs.copies]
         self._digests, self._places = pairs.digests, pairs.places
         self._proofs: set[tuple[int, ...]] = set()
 
@@ -423,9 +417,3 @@ def _collect(error: Exception) -> None:
 
 def _by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[StorageWeakRef, torch.Tensor]:
     return {storage_key(tensor): tensor for tensor in tensors.values()}
-
-
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the same memory as a tensor without class and history."""
-    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return plain.set_(tensor.untyped_storage(), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
