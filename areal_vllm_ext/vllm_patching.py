@@ -5,9 +5,10 @@ The patches themselves are in ``engine_core/hooks.py`` (front end and EngineCore
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
-from .errors import HookError
+from .errors import HookError, SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -15,13 +16,28 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _EXTENSION = "areal_vllm_ext.worker.extension.WorkerExtension"
+ENABLE_VARIABLE = "AREAL_VLLM_ENABLE"
 
 # Why the hook is not in place in this process; empty once it is.
 missing_because = "vLLM did not load the plugin areal_vllm_ext (is VLLM_PLUGINS set without it?)"
 
 
+def is_enabled() -> bool:
+    """Return whether AREAL_VLLM_ENABLE switches every engine of this process on, whatever its extension is.
+
+    Raises:
+        SettingsError: the variable is neither 1 nor 0.
+    """
+    value = os.environ.get(ENABLE_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise SettingsError(f"{ENABLE_VARIABLE}: {value!r} is neither 1 nor 0; write one of them")
+    return value == "1"
+
+
 def is_ours(config: VllmConfig) -> bool:
-    """Return whether ``--worker-extension-cls`` names our extension or a subclass of it."""
+    """Return whether AREAL_VLLM_ENABLE is 1, or ``--worker-extension-cls`` names our extension or a subclass of it."""
+    if is_enabled():
+        return True
     name = config.parallel_config.worker_extension_cls
     if not name:
         return False

@@ -38,7 +38,10 @@ def describe_missing(
     if problems:
         return "; ".join(problems)
     if not found.alive:
-        return "no engine has registered with the directory"
+        return (
+            "no engine has registered with the directory: start engines with --worker-extension-cls or AREAL_VLLM_ENABLE=1 "
+            "(and name areal_vllm_ext in VLLM_PLUGINS, if that is set)"
+        )
     if engines is not None and len(found.alive) < engines:
         names = ", ".join(engine.name for engine in found.alive)
         return f"{len(found.alive)} of {engines} engines registered: {names}"
@@ -57,7 +60,7 @@ def _never_registered(alive: Iterable[EngineInfo], explained: AbstractSet[tuple[
                 seen = ", ".join(f"{engine.dp_rank} on {engine.node}" for engine in ranks)
                 yield (
                     f"DP rank {rank} of replica {replica} never registered (registered: {seen}); is its node up, was it "
-                    "started with --worker-extension-cls, and has it the same key file?"
+                    "started with --worker-extension-cls or AREAL_VLLM_ENABLE=1, and has it the same key file?"
                 )
 
 

@@ -20,7 +20,7 @@ from vllm.v1.core.sched.interface import PauseState
 
 from ..config import Settings, split_address
 from ..control.directory_server import DirectoryServer
-from ..errors import SettingsError
+from ..errors import HookError, SettingsError
 from ..process.host_slot import HostSlot
 from ..protocol import NO_SLEEP_MODE, CallAnswer, Version, security, timing
 from .effects import CallSleep
@@ -103,7 +103,7 @@ class Controller:
         if info.dp_rank == 0:
             self._host_directory(address, key, settings, alone=info.dp_size == 1)
         self.endpoint.start()
-        self._engine.collective_rpc("areal_attach", args=(self.endpoint.address, self.endpoint.attach_token))
+        self._attach_workers(info.name)
         if not self.endpoint.wait_attached(_ATTACH_SECONDS):
             raise SettingsError(
                 f"not every worker of {info.name} reached its control endpoint {self.endpoint.address} in "
@@ -118,6 +118,18 @@ class Controller:
                 "%s waits to join: no answer of the directory %s, or a client is at work", info.name, address
             )
         logger.info("%s is under control at %s (directory %s)", info.name, self.endpoint.address, address)
+
+    def _attach_workers(self, name: str) -> None:
+        try:
+            self._engine.collective_rpc("areal_attach", args=(self.endpoint.address, self.endpoint.attach_token))
+        except Exception as error:
+            if "areal_attach" not in str(error):
+                raise
+            self.endpoint.stop()
+            raise HookError(
+                f"a worker of {name} has not loaded the plugin areal_vllm_ext ({error}): install the package on every node, "
+                "and name areal_vllm_ext in VLLM_PLUGINS there, if that is set"
+            ) from error
 
     def _host_directory(self, address: str, key: security.ClusterKey, settings: Settings, *, alone: bool) -> None:
         explicit = settings.directory is not None
@@ -137,8 +149,8 @@ class Controller:
                 return
             self.endpoint.stop()
             raise SettingsError(
-                f"{error}; the directory needs a free port: set AREAL_VLLM_DIRECTORY=tcp://HOST:PORT on every node (the same "
-                "address for replicas that belong together)"
+                f"{error}; set AREAL_VLLM_DIRECTORY=tcp://HOST:PORT for these engines and their trainer: the address of the "
+                "other engines' directory if one trainer updates them together, else a free port"
             ) from error
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """The permanent patches of vLLM's front end and EngineCore, one function each.
 
-Each docstring gives the reason and the vLLM versions that the patch was checked on. Every patch looks at the engine's
-configuration and does nothing unless ``worker_extension_cls`` is ours. Patches of workers: ``worker/hooks.py``.
+Each docstring gives the reason and the vLLM versions that the patch was checked on. Every patch does nothing unless
+``worker_extension_cls`` is ours or AREAL_VLLM_ENABLE is 1. Patches of workers: ``worker/hooks.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..vllm_patching import install_patches, is_ours, patch_once
+from ..vllm_patching import is_ours, patch_once
 from .launch_facts import LAUNCH_FACTS_VARIABLE, LaunchFacts, leave_launch_facts
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # HOST and PORT are deliberately absent: they differ on every node.
 _SAME_EVERYWHERE = tuple(
-    f"AREAL_VLLM_{name}" for name in ("KEY_FILE", "DIRECTORY", "REPLICA", "TRAINER_LOST", "MAX_MESSAGE_MIB")
+    f"AREAL_VLLM_{name}" for name in ("ENABLE", "KEY_FILE", "DIRECTORY", "REPLICA", "TRAINER_LOST", "MAX_MESSAGE_MIB")
 )
 
 # Marks one of our callables on vLLM's input queue. It cannot collide with vLLM's request types, which are enum members.
@@ -180,8 +180,3 @@ ENGINE_PATCHES: tuple[Callable[[], None], ...] = (
     carry_settings_to_ray_actors,
     put_ray_workers_into_given_placement_group,
 )
-
-
-def install() -> None:
-    """Apply the patches of front end and EngineCore; a failure is kept for the workers to raise."""
-    install_patches(ENGINE_PATCHES)

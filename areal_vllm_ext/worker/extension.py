@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import startup  # noqa: F401 - it notes the time before vLLM loads the model
+
 
 class WorkerExtension:
     """A mixin of vLLM's worker, whose attributes (``rank``, ``device``, ``vllm_config``, ...) it uses.

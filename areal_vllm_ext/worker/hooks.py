@@ -1,4 +1,4 @@
-"""The permanent patches of vLLM's workers, one function each, applied before a worker with our extension loads its model.
+"""The permanent patches of vLLM's workers, one function each, applied before a worker of ours loads its model.
 
 Each docstring gives the bug, its trigger, and the vLLM versions that the patch was checked on.
 """
@@ -6,12 +6,46 @@ Each docstring gives the bug, its trigger, and the vLLM versions that the patch 
 from __future__ import annotations
 
 import functools
+import types
 from typing import TYPE_CHECKING, Any
 
 from .. import vllm_patching
+from ..vllm_patching import is_enabled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def extend_workers_without_the_slot() -> None:
+    """Give each worker the methods of ``WorkerExtension`` where AREAL_VLLM_ENABLE is 1.
+
+    Reason: vLLM has one slot for an extension, which many trainers take. It mixes that class in before it makes the worker.
+    So a worker that has our methods already has our extension in the slot. Plugins load inside
+    ``WorkerWrapperBase.init_worker``, so a patch of that comes too late.
+    Checked on: 0.32.0.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if is_enabled() and not hasattr(self, "areal_attach"):
+                require()
+                _extend(self)
+
+        return __init__
+
+    vllm_patching.patch_once(WorkerBase, "__init__", make)
+
+
+def _extend(worker: Any) -> None:
+    """Set the methods on the object: on the class they would collide with an extension in another engine's slot."""
+    from .extension import WorkerExtension
+
+    for name, method in vars(WorkerExtension).items():
+        if not name.startswith("__"):
+            setattr(worker, name, types.MethodType(method, worker))
 
 
 def repack_cpu_experts_on_reload() -> None:
@@ -108,6 +142,10 @@ WORKER_PATCHES: tuple[Callable[[], None], ...] = (
     keep_scales_of_int8_weights_on_cpu,
     gather_variable_sizes_on_cpu,
 )
+
+
+# Applied when vLLM loads the plugin, because without the slot nothing of ours is imported later.
+PLUGIN_PATCHES: tuple[Callable[[], None], ...] = (extend_workers_without_the_slot,)
 
 
 def require() -> None:

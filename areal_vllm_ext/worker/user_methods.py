@@ -63,14 +63,19 @@ def _own_method(worker: Any, method: str) -> Callable[..., Any]:
     """
     if problem := method_names.refusal(method):
         raise LookupError(problem)
-    module, _, name = worker.vllm_config.parallel_config.worker_extension_cls.rpartition(".")
+    module, _, name = (worker.vllm_config.parallel_config.worker_extension_cls or "").rpartition(".")
+    if not name:
+        raise LookupError(
+            f"there is no method {method}, because the engines have no worker extension: define it in a class, and start the "
+            "engines with --worker-extension-cls naming that"
+        )
     extension = getattr(import_module(module), name)
     known = own_methods(extension)
     if method not in known:
         names = f"its methods are {', '.join(sorted(known))}" if known else "it has no methods of your own"
         raise LookupError(
-            f"{extension.__name__} has no method {method} ({names}): define it in a subclass of WorkerExtension, and start "
-            "the engines with --worker-extension-cls naming that"
+            f"{extension.__name__} has no method {method} ({names}): define it in the class that "
+            "--worker-extension-cls names"
         )
     found: Callable[..., Any] = getattr(worker, method)
     return found
