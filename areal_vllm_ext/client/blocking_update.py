@@ -39,6 +39,10 @@ class Update:
         """See ``AsyncUpdate.send``. The tensors are handled in the caller's thread, on its current device and stream."""
         self._transaction.send(weights, dtype)
 
+    def prepare(self) -> None:
+        """See ``AsyncUpdate.prepare``."""
+        self._thread.run(self._transaction.prepare())
+
     def __enter__(self) -> Update:
         self._transaction.start(self._thread.loop)
         self._thread.run(self._transaction.open())

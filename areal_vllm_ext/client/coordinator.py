@@ -1,12 +1,15 @@
 """The trainer's side of an update: a state machine with no I/O, no clock and no randomness.
 
     BEGIN ──all ready──▶ SEND ──sent──▶ PREPARE ──all yes──▶ PAUSE ──all paused──▶ COMMIT ──all answered──▶ RESUME ──▶ DONE
+                                           │  all yes, ``hold``  ▲
+                                           └──▶ PREPARED ─commit─┘
       │                   │               │ one no, or silence  │                    (an engine lost here is dropped)
       └───────────────────┴───────────────┴────────────────────┴──▶ ABORT ──all answered──▶ DONE
                                                                       ▲ (every engine refused the commit, or failed in it)
 
 Answers and time-outs go in; the requests to send come out. Commit is sent only after every engine has acknowledged the pause.
-Until then a problem aborts the update, and every engine keeps its old weights.
+Until then a problem aborts the update, and every engine keeps its old weights. PREPARED is where a trainer holds an update
+whose votes it has: nothing is sent there.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from ..protocol import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Phase = Literal["begin", "send", "prepare", "pause", "commit", "resume", "abort", "done"]
+Phase = Literal["begin", "send", "prepare", "prepared", "pause", "commit", "resume", "abort", "done"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Coordinator:
         self._awaited: set[str] = set()
         self._bases: set[str] = set()
         self._pause_sent = False
+        self._hold = False
         # Engines that answered the commit with a refusal or a failure, so that they will not commit later.
         self._not_committing: set[str] = set()
         # The manifest that every engine must hold. It comes from the trainer or, from disk, from the first engine that votes.
@@ -134,7 +138,13 @@ class Coordinator:
         }
 
     def sent(
-        self, buckets: Mapping[int, int], manifest: str = "", base: str = "", kept: tuple[str, ...] = ()
+        self,
+        buckets: Mapping[int, int],
+        manifest: str = "",
+        base: str = "",
+        kept: tuple[str, ...] = (),
+        *,
+        hold: bool = False,
     ) -> dict[str, EngineRequest]:
         """Ask for the votes, because all bytes were sent.
 
@@ -142,14 +152,20 @@ class Coordinator:
             buckets: by sender, how many buckets it sent.
             manifest: of all weights; empty if the trainer does not know it.
             base, kept: see ``protocol.Prepare``.
+            hold: wait for ``commit`` when all engines have voted yes.
         """
         assert self.phase == "send", self.phase
-        self._manifest = manifest or None
+        self._manifest, self._hold = manifest or None, hold
         self.phase, self._awaited = "prepare", set(self.members)
         return {
             name: Prepare(epoch=member.epoch, update=self.update, buckets=dict(buckets), base=base, kept=kept)
             for name, member in self.members.items()
         }
+
+    def commit(self, timeout: float) -> dict[str, EngineRequest]:
+        """Go on with an update that was held after the votes. ``timeout``: seconds that are left for the update."""
+        assert self.phase == "prepared", self.phase
+        return self._pause(timeout)
 
     def answered(self, name: str, answer: Answer, timeout: float) -> dict[str, EngineRequest]:
         """Take an engine's answer to the request of this phase.
@@ -197,7 +213,7 @@ class Coordinator:
 
     def give_up(self, reason: str) -> dict[str, EngineRequest]:
         """Go back to the old weights at every engine. Not possible once an engine may commit."""
-        assert self.phase in ("begin", "send", "prepare", "pause"), self.phase
+        assert self.phase in ("begin", "send", "prepare", "prepared", "pause"), self.phase
         return self._abort(reason)
 
     def _abort(self, reason: str) -> dict[str, EngineRequest]:
@@ -226,6 +242,9 @@ class Coordinator:
         match self.phase:
             case "begin":
                 self.phase = "send"
+                return {}
+            case "prepare" if self._hold:
+                self.phase = "prepared"
                 return {}
             case "prepare":
                 return self._pause(timeout)

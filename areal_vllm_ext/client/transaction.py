@@ -175,6 +175,17 @@ class Transaction:
         except (Cancelled, TimeoutError, concurrent.futures.TimeoutError, RuntimeError) as error:
             raise UpdateAborted(self.context.given_up(str(error) or type(error).__name__)) from error
 
+    async def prepare(self) -> None:
+        """Ask for the votes, and hold the update when every engine has voted yes. See ``AsyncUpdate.prepare``."""
+        self.check_open()
+        coordinator = self.driver.coordinator
+        if coordinator is None or coordinator.phase != "send":
+            raise ArealError(
+                "update.prepare() was called before update.send(...), or twice: send first, then prepare once"
+            )
+        await self._vote(coordinator, hold=True)
+        self.driver.raise_if_given_up()
+
     async def close(self, error: BaseException | None, sending: asyncio.Future[None] | None = None) -> None:
         """End the update: commit what was sent, or give it up because of ``error``.
 
@@ -211,17 +222,28 @@ class Transaction:
 
     async def _end(self, coordinator: Coordinator, error: BaseException | None) -> None:
         """Commit, or give up, at every engine."""
-        delivery, run = self.delivery, self.driver.run
-        if coordinator.phase in ("begin", "send") and error is not None:
+        run = self.driver.run
+        if coordinator.phase in ("begin", "send", "prepared") and error is not None:
             await run(coordinator.give_up(f"{type(error).__name__}: {error}"))
-        elif coordinator.phase == "send" and not delivery.complete:
-            await run(coordinator.give_up("update.send(...) did not bring all weights, and its error was not raised"))
-        elif coordinator.phase == "send" and (changed := self.sharing.changed()):
-            await run(coordinator.give_up(changed))
         elif coordinator.phase == "send":
+            await self._vote(coordinator)
+        elif coordinator.phase == "prepared" and (changed := self.sharing.changed()):
+            await run(coordinator.give_up(changed))
+        elif coordinator.phase == "prepared":
+            await run(coordinator.commit(self.context.left))
+
+    async def _vote(self, coordinator: Coordinator, *, hold: bool = False) -> None:
+        """Ask for the votes; commit if all are yes, unless ``hold``."""
+        delivery, run = self.delivery, self.driver.run
+        if not delivery.complete:
+            await run(coordinator.give_up("update.send(...) did not bring all weights, and its error was not raised"))
+        elif changed := self.sharing.changed():
+            await run(coordinator.give_up(changed))
+        else:
             # From disk there is no manifest: then the engines' votes are only compared with each other.
             base = coordinator.base if delivery.unchanged else ""
-            await run(coordinator.sent(delivery.buckets, delivery.manifest, base, () if base else delivery.kept))
+            kept = () if base else delivery.kept
+            await run(coordinator.sent(delivery.buckets, delivery.manifest, base, kept, hold=hold))
 
     async def _conclude(self, coordinator: Coordinator) -> UpdateResult:
         """Find out what became of the update at every engine."""

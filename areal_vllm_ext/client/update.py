@@ -58,6 +58,17 @@ class AsyncUpdate:
         self._sending.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(self._sending)
 
+    async def prepare(self) -> None:
+        """Ask every engine for its vote now, and hold the update. Leaving the block commits.
+
+        Without this call, leaving the block asks for the votes and commits. Use it where something else must succeed between
+        the two, such as another group's votes. Engines generate with their old weights meanwhile.
+
+        Raises:
+            UpdateAborted: an engine voted no or did not answer; nothing changed.
+        """
+        await self.transaction.prepare()
+
     async def __aenter__(self) -> AsyncUpdate:
         self.transaction.start(asyncio.get_running_loop())
         await self.transaction.open()

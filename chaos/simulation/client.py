@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -286,6 +287,10 @@ class Trainer(Asking):
                         announce("receiving")
                         await asyncio.sleep(min(seconds, max(transaction.context.left, 0.0)))
                 delivery.record(0, SendReport(BUCKETS, 0, [], 0))
+                if zlib.crc32(str(call.version).encode()) % 5 == 0:  # some are held after the votes
+                    await update.prepare()
+                    announce("prepared")
+                    await asyncio.sleep(min(seconds, max(transaction.context.left, 0.0)))
             outcome: object = update.result
         except (Exception, asyncio.CancelledError) as error:
             outcome = error

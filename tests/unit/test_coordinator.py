@@ -105,6 +105,31 @@ def test_requests_carry_what_the_update_was_asked_for() -> None:
     assert coordinator.answered("a", Ack(), LEFT) == {"a": Commit(epoch=1, update="u")}
 
 
+def test_an_update_is_held_after_the_votes_until_it_is_committed_or_given_up() -> None:
+    for ending in ("commit", "give up"):
+        trainer = Trainer().to("send")
+        trainer.take(trainer.coordinator.sent(buckets={0: 3}, hold=True))
+        trainer.all_agree()
+        assert trainer.coordinator.phase == "prepared"
+        assert trainer.requests(Pause) == [], "nothing is sent while it is held"
+        if ending == "commit":
+            trainer.take(trainer.coordinator.commit(LEFT))
+            trainer.to("done")
+            assert trainer.coordinator.committed == list(NAMES)
+        else:
+            trainer.take(trainer.coordinator.give_up("not today"))
+            trainer.to("done")
+            assert trainer.requests(Pause) == trainer.requests(Commit) == []
+            assert trainer.coordinator.committed == []
+
+
+def test_an_update_that_is_to_be_held_is_aborted_by_a_no() -> None:
+    trainer = Trainer().to("send")
+    trainer.take(trainer.coordinator.sent(buckets={0: 3}, hold=True))
+    no(trainer)
+    assert trainer.coordinator.phase == "abort"
+
+
 def no(trainer: Trainer) -> None:
     trainer.answer("b", NO)
 

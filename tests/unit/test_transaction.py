@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from groups import update
 
-from areal_vllm_ext import EngineGroup, UpdateAborted, UpdateInDoubt, WeightsTainted
+from areal_vllm_ext import ArealError, EngineGroup, UpdateAborted, UpdateInDoubt, WeightsTainted
 from harness.simulated_engine import NEVER, Deployment
 
 
@@ -79,3 +79,32 @@ def refusing_commits(
                 participant, "_commit", lambda caller, _, refuse=refuse: refuse(caller, "state", "resumed by others")
             )
         yield
+
+
+def test_a_prepared_update_is_held_until_its_block_is_left(deployment: Deployment, group: EngineGroup) -> None:
+    with group.update(1, timeout=10) as opened:
+        opened.send("/nowhere")
+        opened.prepare()
+        assert served(group) == [("prepared", "running", 0)] * 2, "old weights, while it is held"
+        with pytest.raises(ArealError, match="twice"):
+            opened.prepare()
+    assert served(group) == [("idle", "running", 1)] * 2
+    assert opened.result.version == 1
+
+
+def test_a_prepared_update_whose_block_fails_leaves_the_old_weights(deployment: Deployment, group: EngineGroup) -> None:
+    with contextlib.suppress(KeyError), group.update(1, timeout=10) as opened:
+        opened.send("/nowhere")
+        opened.prepare()
+        raise KeyError
+    assert served(group) == [("idle", "running", 0)] * 2
+
+
+def test_a_no_ends_the_update_when_it_is_prepared(deployment: Deployment, group: EngineGroup) -> None:
+    deployment.engines[1].errors["prepare"] = "no room"
+    with contextlib.suppress(UpdateAborted), group.update(1, timeout=10) as opened:
+        opened.send("/nowhere")
+        with pytest.raises(UpdateAborted, match="no room"):
+            opened.prepare()
+        raise UpdateAborted
+    assert served(group) == [("idle", "running", 0)] * 2

@@ -176,7 +176,9 @@ class Client:
         if coordinator.phase != phase:
             self.waiting.clear()
         if coordinator.phase == "send":
-            requests = coordinator.sent(buckets={0: 0})
+            requests = coordinator.sent(buckets={0: 0}, hold=self.epoch % 2 == 0)
+        elif coordinator.phase == "prepared":  # held after the votes, of every second client
+            requests = coordinator.commit(DEADLINE)
         for request in requests.values():
             if isinstance(request, Commit):
                 assert self.voted == set(NAMES), "a commit without all votes"
