@@ -41,11 +41,17 @@ PAUSE_ANYWHERE = (PARTICIPANT, "if message.update and message.update != prepared
 
 # By guard, the edits that remove it: file, text, replacement. There are several edits where one guard backs another.
 MUTANTS = {
-    "a lower epoch is refused": [(PARTICIPANT, "if epoch < self.epoch:", "if False:")],
+    "a lower epoch is refused": [("engine_core/epochs.py", "if epoch < highest:", "if False:")],
     "commit comes after every pause": [FIRST_PAUSE],
     "commit comes after every pause, on either side": [FIRST_PAUSE, COMMIT_ANYWHERE],
     "pause comes after every vote": [FIRST_VOTE, PAUSE_ANYWHERE, COMMIT_ANYWHERE],
     "an engine pauses only for a prepared update": [PAUSE_ANYWHERE],
+    "an engine says why it gave an update up": [
+        (PARTICIPANT, "return (update == self._given_up and self.error) or problem", "return problem"),
+    ],
+    "an engine says why it cannot go on with an update": [
+        (PARTICIPANT, "return self.update.failure or problem", "return problem"),
+    ],
     "an engine in doubt waits": [
         (
             PARTICIPANT,
@@ -163,7 +169,7 @@ MUTANTS = {
         ("engine_core/generation.py", "self._hold_ended or any(", "any("),
     ],
     "a client that was stopped asks for its lease before it commits": [
-        (DRIVER, "return await self._holds_lease(min(max(self._context.left, 0.05), 1.0))", "return True")
+        (DRIVER, "return await self._commander.holds_lease(min(max(self._context.left, 0.05), 1.0))", "return True")
     ],
     "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
     "other users wait for an update": [("engine_core/status.py", "return Guard(update, ", 'return Guard("", ')],
@@ -181,6 +187,7 @@ MUTANTS = {
 ONLY = {"an engine pauses only for a prepared update": "clock drift"}
 # Mutants that take many updates, or faults of the swarm.
 SWARM = {
+    "an engine says why it gave an update up",
     "recovery waits for engines that are joining",
     "a pause that is over its time stands where weights are unfit",
     "a group goes on without a dropped engine only until that is heard again",

@@ -157,9 +157,12 @@ def another_user(world: World, dice: random.Random) -> Fault:
 
     def call(rank: int, name: str) -> None:
         process = world.engines[rank]
-        if process.alive and not process.asleep:
+
+        def called() -> None:
             process.engine.calls.append(UsersCall(name))
             process.flush()
+
+        world.at(world.now, process, called)  # an engine that is frozen reads it when it goes on
 
     return Fault(
         lambda: each(functools.partial(call, rank, name) for name in calls for rank in ranks),

@@ -7,8 +7,10 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from .. import protocol
 from ..errors import EngineUnreachable, RequestError, UpdateAborted
@@ -16,7 +18,7 @@ from ..observability import trace
 from .coordinator import Coordinator, Member
 
 if TYPE_CHECKING:
-    from ..control.command import Target
+    from ..control.command import Commander, Target
     from ..control.connection import RequestBatch
     from ..protocol import Answer, EngineRequest, Sender, Staging
     from .context import UpdateContext
@@ -33,6 +35,8 @@ _GRACE_SECONDS = {"abort": 0.35, "commit": 0.3, "resume": 0.25}
 # An engine that commits for longer, while all others are paused, is dropped.
 _COMMIT_SECONDS = 120.0
 _ABORT_SECONDS = 5.0
+# A lease is renewed every 1.25 s.
+_SILENT_SECONDS = 2.5
 
 
 class Driver:
@@ -44,21 +48,19 @@ class Driver:
         commit_seconds: the longest commit of an engine.
     """
 
-    def __init__(
-        self, context: UpdateContext, targets: Mapping[str, Target], holds_lease: Callable[[float], Awaitable[bool]]
-    ) -> None:
+    def __init__(self, context: UpdateContext, targets: Mapping[str, Target], commander: Commander) -> None:
         """
         Args:
             context: of the update.
             targets: the engines, by name.
-            holds_lease: returns within so many seconds whether this client still holds the lease.
+            commander: holds the lease.
         """
         self.coordinator: Coordinator | None = None
         self.pause_started = 0.0
         self.commit_seconds = 0.0
         self._context = context
         self._targets = targets
-        self._holds_lease = holds_lease
+        self._commander = commander
         self._beginning: asyncio.Task[object] | None = None
 
     async def begin(self, senders: Mapping[str, Mapping[int, Sender]], stagings: Mapping[str, Staging]) -> None:
@@ -155,7 +157,7 @@ class Driver:
         """
         if coordinator.phase != "pause" or coordinator.awaited != {name} or not isinstance(outcome, protocol.Ack):
             return True
-        return await self._holds_lease(min(max(self._context.left, 0.05), 1.0))
+        return await self._commander.holds_lease(min(max(self._context.left, 0.05), 1.0))
 
     def _next(
         self, coordinator: Coordinator, name: str, outcome: Answer | EngineUnreachable
@@ -164,9 +166,22 @@ class Driver:
         left = self._context.left
         if isinstance(outcome, EngineUnreachable):
             return coordinator.silent(name, str(outcome), left)
+        if isinstance(outcome, protocol.Error) and outcome.kind == "fenced":
+            outcome = self._with_own_silence(outcome)
         if coordinator.phase == "commit" and isinstance(outcome, protocol.Ack):
             self.commit_seconds = max(self.commit_seconds, outcome.seconds)
         return coordinator.answered(name, outcome, left)
+
+    def _with_own_silence(self, refusal: protocol.Error) -> protocol.Error:
+        """Add to a refusal for another client's sake that this one has lost the lease by its own silence, if it was silent."""
+        age = self._commander.lease_age
+        if age < _SILENT_SECONDS:
+            return refusal
+        return msgspec.structs.replace(
+            refusal,
+            message=f"{refusal.message}; this client has not renewed its lease for {age:.1f} s, because its event loop was "
+            "blocked (by on_phase, for example) or the directory did not answer",
+        )
 
     def _send(self, phase: str, requests: dict[str, EngineRequest]) -> tuple[RequestBatch, Outcomes]:
         """Send the requests of a phase, all at once; the queue gets the outcome of each."""

@@ -120,7 +120,7 @@ class Transaction:
             self._state = "closed"
             await self._lease.aclose()
             raise
-        self.driver = Driver(context, self._targets, self._commander.holds_lease)
+        self.driver = Driver(context, self._targets, self._commander)
         self._sinks.begin(context)
         self.delivery = Delivery(context, self._targets, self.driver, self.sharing)
         context.spans.set_state("update", "")

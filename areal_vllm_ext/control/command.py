@@ -93,6 +93,7 @@ class Commander:
         # Renews the lease of the running command, and the time until which no other client can have taken it.
         self._renew: Callable[[float], Awaitable[None]] | None = None
         self._certain_until = 0.0
+        self._renewed = 0.0
         # Engines that were lost in an update of this group, and when. The group goes on without them until they are back.
         self._dropped: dict[tuple[str, int], float] = {}
 
@@ -166,6 +167,11 @@ class Commander:
         except RequestError:
             return False
         return True
+
+    @property
+    def lease_age(self) -> float:
+        """Seconds since this client took its lease or renewed it."""
+        return time.monotonic() - self._renewed
 
     async def recover(self, timeout: float, *, resume: bool) -> None:
         """Resolve what a client left behind, among the engines that are there; see ``recovery.py``.
@@ -299,7 +305,7 @@ class Commander:
             now, seconds = time.monotonic(), _lease_seconds(ends)
             message = protocol.RenewLease(epoch=lease.epoch, holder=self.holder, seconds=seconds)
             await self.link.request(self.directory, message, timeout)
-            self._certain_until = now + seconds / 2
+            self._certain_until, self._renewed = now + seconds / 2, now
 
         async def keep_renewing() -> None:
             # Only until the command's time is over: a block that never ends must not shut out other clients.
@@ -349,7 +355,7 @@ class Commander:
                     raise
             else:
                 assert isinstance(answer, protocol.Lease)
-                self._certain_until = now + seconds / 2
+                self._certain_until, self._renewed = now + seconds / 2, now
                 return answer
             if ends - time.monotonic() <= POLL_SECONDS:
                 waited = time.monotonic() - started

@@ -49,7 +49,7 @@ def plan(statuses: Mapping[str, Status], epoch: int, *, all_here: bool = True) -
         if status.update_phase == "prepared" and status.update in committed:
             resolve[name] = Commit(epoch=epoch, update=status.update)
         elif status.update_phase in ("receiving", "prepared"):
-            resolve[name] = Abort(epoch=epoch, update=status.update, reason="its client is gone")
+            resolve[name] = Abort(epoch=epoch, update=status.update, reason=_silent(epoch))
     wait = any(status.update_phase == "committing" for status in statuses.values())
     current = _current(statuses, resolve)
     adopt: dict[str, EngineRequest] = {}
@@ -59,6 +59,13 @@ def plan(statuses: Mapping[str, Status], epoch: int, *, all_here: bool = True) -
     if not resolve and not wait:
         resume = _resume(statuses, current, epoch)
     return Recovery(resolve, adopt, resume, wait)
+
+
+def _silent(epoch: int) -> str:
+    return (
+        f"its client was gone or stood still until its lease was over, and a newer client or the directory (epoch {epoch}) "
+        "gave it up: send it again"
+    )
 
 
 def _current(statuses: Mapping[str, Status], resolve: Mapping[str, EngineRequest]) -> set[str]:

@@ -110,14 +110,15 @@ class ForeignCalls:
         """What sleep mode took from the device."""
         return frozenset(getattr(self._engine.model_executor, "sleeping_tags", ()))
 
-    def _after_update(self, call: Callable[[], Any]) -> Any:
-        """Run ``call`` now, or when the update that needs the engine has ended."""
+    def _after_update(self, route: str, call: Callable[[], Any]) -> Any:
+        """Run ``call`` now, or when the update that needs the engine has ended. ``route`` names it for people."""
         if not self._guard.update:
             return call()
         if not self._can_wait:
             raise RuntimeError(f"refused: {self._guard.update}; call again when that has ended")
         future: Future[Any] = Future()
-        self._waiting.append((future, lambda: self._after_update(call)))
+        self._waiting.append((future, lambda: self._after_update(route, call)))
+        self._report(lambda participant: participant.waits_elsewhere(route))
         return future
 
     def _pause(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +128,7 @@ class ForeignCalls:
             self._report(lambda participant: participant.pauses.paused_elsewhere())
             return result
 
-        return self._after_update(call)
+        return self._after_update("/pause", call)
 
     def _resume(self, original: Callable[..., Any]) -> Any:
         # On an engine that runs there is nothing to do, and vLLM's barrier over the DP ranks would wait for the others.
@@ -146,7 +147,7 @@ class ForeignCalls:
                 original()
                 self._resumed()
 
-        return self._after_update(call)
+        return self._after_update("/resume", call)
 
     @property
     def _unfit(self) -> str:
@@ -180,7 +181,7 @@ class ForeignCalls:
                 asleep()
             return result
 
-        return self._after_update(call)
+        return self._after_update("/sleep", call)
 
     def _wake_up(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def call() -> Any:
@@ -195,17 +196,17 @@ class ForeignCalls:
                 self._resumed()
             return awake
 
-        return self._after_update(call)
+        return self._after_update("/wake_up", call)
 
     def _collective_rpc(self, original: Callable[..., Any], method: Any, *args: Any, **kwargs: Any) -> Any:
         if method not in _WEIGHT_CALLS:
             return original(method, *args, **kwargs)
-        return self._after_update(lambda: self._change_weights(method, lambda: original(method, *args, **kwargs)))
+        call = functools.partial(original, method, *args, **kwargs)
+        return self._after_update(f"/collective_rpc {method}", lambda: self._change_weights(method, call))
 
     def _set_weight_version(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self._after_update(
-            lambda: self._change_weights("update_weight_version", lambda: original(*args, **kwargs))
-        )
+        call = functools.partial(original, *args, **kwargs)
+        return self._after_update("/update_weight_version", lambda: self._change_weights("update_weight_version", call))
 
     def _change_weights(self, name: str, call: Callable[[], Any]) -> Any:
         try:

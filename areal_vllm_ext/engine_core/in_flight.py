@@ -23,6 +23,7 @@ class UpdateInFlight:
         failure: why this engine votes no; empty while it does not.
         manifest: of what the workers voted that they hold.
         base: manifest of the live weights, if every worker accepts an update of the changed tensors only.
+        delayed: other users' calls through vLLM that wait until the update has ended.
     """
 
     def __init__(self, begin: Begin, ends: float, workers: frozenset[int]) -> None:
@@ -31,10 +32,21 @@ class UpdateInFlight:
         self.failure = ""
         self.manifest = ""
         self.base = ""
+        self.delayed: list[str] = []
         self._workers = workers
         self._step_workers: dict[str, frozenset[int]] = {}  # where a step is not for all of them
         self._waiting: dict[str, list[ReplyTo]] = {}
         self._finished: dict[str, set[int]] = {}
+
+    def cause_of_end(self, reason: str) -> str:
+        """Return why this engine gives the update up: a failure of its own, if there was one, comes before ``reason``."""
+        if not self.delayed:
+            return self.failure or reason
+        calls = " and ".join(dict.fromkeys(self.delayed))
+        return (
+            f"{self.failure or reason}; {calls}, called through vLLM by another user, had to wait for the end of this update: "
+            "do not wait for such a call inside of an update"
+        )
 
     def expect(self, bucket: Bucket) -> str:
         """Note which workers get ``bucket``; return why it cannot be one of this update, or an empty string."""

@@ -23,7 +23,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from ..protocol import (
-    EPOCH_JUMP,
     Abort,
     Ack,
     AdoptEpoch,
@@ -45,6 +44,7 @@ from ..protocol import (
     WorkerDone,
 )
 from .effects import CallCommit, Effect, Order, Reply
+from .epochs import outside
 from .generation import STALE, GenerationMachine
 from .in_flight import UpdateInFlight, wrong_senders
 from .sleep import SleepMachine
@@ -111,6 +111,7 @@ class Participant:
         self.pauses = GenerationMachine()
         self._resume_orphans = resume_orphans
         self._commit_waiting: list[ReplyTo] = []
+        self._given_up = ""  # the update that ``error`` is about
 
     @property
     def generation(self) -> Generation:
@@ -124,7 +125,7 @@ class Participant:
         if isinstance(message, KeepPaused):
             return self._keep_paused(caller, message, now)
         if refusal := self.fence(message.epoch):
-            return [Reply(caller, refusal)]
+            return self._refuse(caller, "fenced", self._cause(getattr(message, "update", ""), refusal.message))
         if not self.joined and isinstance(message, Begin | Pause):
             return self._refuse(
                 caller, "state", "this engine has just started and has not joined its group yet: try again"
@@ -164,24 +165,22 @@ class Participant:
 
     def fence(self, epoch: int) -> Error | None:
         """Obey ``epoch`` and higher ones from now on; return the refusal of a lower one."""
-        if epoch < self.epoch:
-            return Error(
-                kind="fenced",
-                epoch=self.epoch,
-                message=f"this request is of epoch {epoch}, but a newer client (epoch {self.epoch}) commands this engine now",
-            )
-        if epoch > self.epoch + EPOCH_JUMP:
-            return Error(
-                kind="fenced",
-                epoch=self.epoch,
-                message=f"epoch {epoch} was never issued by a directory (highest seen here: {self.epoch}); "
-                "does this client use another directory?",
-            )
+        if problem := outside(epoch, self.epoch):
+            return Error(kind="fenced", epoch=self.epoch, message=problem)
         self.epoch = epoch
         return None
 
     def _refuse(self, caller: ReplyTo, kind: ErrorKind, message: str) -> list[Effect]:
         return [Reply(caller, Error(kind=kind, message=message, epoch=self.epoch))]
+
+    def _refuse_other(self, caller: ReplyTo, update: str) -> list[Effect]:
+        return self._refuse(caller, "state", self._cause(update, f"update {update} is not in flight here"))
+
+    def _cause(self, update: str, problem: str) -> str:
+        """Return why this engine cannot go on with ``update``: a cause of its own, or the ``problem`` of a request."""
+        if self.update and self.update.begin.update == update:
+            return self.update.failure or problem
+        return (update == self._given_up and self.error) or problem
 
     def _pause(self, caller: ReplyTo, message: Pause, now: float) -> list[Effect]:
         if self.pauses.state == "resuming":
@@ -190,7 +189,8 @@ class Participant:
         if message.update and message.update != prepared:
             # Acknowledging this pause is a second vote: the coordinator commits as soon as all engines have paused, so
             # refuse it unless this engine can still commit.
-            return self._refuse(caller, "state", self.error or f"update {message.update} is not prepared here")
+            problem = self._cause(message.update, f"update {message.update} is not prepared here")
+            return self._refuse(caller, "state", problem)
         return self.pauses.pause(caller, message, now)
 
     def _keep_paused(self, caller: ReplyTo, message: KeepPaused, now: float) -> list[Effect]:
@@ -251,7 +251,7 @@ class Participant:
     def _step(self, caller: ReplyTo, message: Bucket | Prepare) -> list[Effect]:
         update = self.update
         if update is None or update.begin.update != message.update:
-            return self._refuse(caller, "state", self.error or f"update {message.update} is not in flight here")
+            return self._refuse_other(caller, message.update)
         if isinstance(message, Prepare):
             return update.wait(caller, "prepare", [Order(message)])
         if problem := update.expect(message):
@@ -262,13 +262,13 @@ class Participant:
         if message.update == self.last_update:
             return [Reply(caller, Ack())]
         if self.update is None or self.update.begin.update != message.update:
-            return self._refuse(caller, "state", self.error or f"update {message.update} is not in flight here")
+            return self._refuse_other(caller, message.update)
         if self.update_phase == "committing":
             self._commit_waiting.append(caller)
             return []
         if self.update_phase != "prepared" or self.generation != "paused":
             problem = f"commit needs a prepared, paused engine; this one is {self.update_phase}, {self.generation}"
-            return self._refuse(caller, "state", problem)
+            return self._refuse(caller, "state", self._cause(message.update, problem))
         self.update_phase = "committing"
         self._commit_waiting = [caller]
         return [CallCommit(message.update, self.update.begin.version)]
@@ -291,7 +291,9 @@ class Participant:
         """Go back to IDLE with the old weights, which were never touched."""
         assert self.update is not None
         update, self.update, self.update_phase = self.update, None, "idle"
-        self.error = f"update {update.begin.update} (version {update.begin.version}) was given up: {reason}"
+        reason = update.cause_of_end(reason)
+        self._given_up = update.begin.update
+        self.error = f"update {self._given_up} (version {update.begin.version}) was given up: {reason}"
         order = Order(Abort(epoch=self.epoch, update=update.begin.update, reason=reason))
         return [order, *self._answer_all(update, reason)]
 
@@ -341,6 +343,7 @@ class Participant:
         answer: Answer
         if error:
             self.tainted = f"commit of update {update.begin.update} failed: {error}"
+            self._given_up, self.error = update.begin.update, self.tainted
             answer = Error(kind="failed", message=self.tainted)
         else:
             self.weights, self.loaded, self.unproven = update.manifest, loaded, unproven
@@ -380,6 +383,12 @@ class Participant:
             "engine back to the group's version"
         )
         return self._fail_before_commit(f"{what} was called through vLLM during the update; send it again")
+
+    def waits_elsewhere(self, what: str) -> list[Effect]:
+        """Another user has called ``what``, which waits until the update in flight has ended."""
+        if self.update:
+            self.update.delayed.append(what)
+        return []
 
     def slept_elsewhere(self, asleep: Iterable[SleepTag], level: int, *, ran: bool) -> list[Effect]:
         """Another user has put the engine to sleep; ``ran``: it generated before."""

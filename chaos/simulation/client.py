@@ -274,8 +274,8 @@ class Trainer(Asking):
                 # The steps of ``send``, which would take a thread.
                 transaction = update.transaction
                 driver, delivery = transaction.driver, transaction.delivery
-                if options.get("drop_lost"):
-                    self.world.goes_on_without({engine.address for engine, _ in delivery.engines.values()})
+                targets = {engine.address for engine, _ in delivery.engines.values()}
+                self.world.begins(targets, drop_lost=options.get("drop_lost", False))
                 senders = {name: {0: Sender(transfer=Disk(path="/"))} for name in delivery.engines}
                 await driver.begin(senders, delivery.stagings())
                 sending = Sending(transaction.context, delivery.engines)

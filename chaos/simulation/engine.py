@@ -28,10 +28,13 @@ from areal_vllm_ext.protocol import (
     Answer,
     Begin,
     Bucket,
+    Commit,
     EngineInfo,
     EngineRequest,
+    Error,
     Fence,
     GetStatus,
+    Pause,
     Prepare,
     Status,
     Version,
@@ -84,6 +87,7 @@ class Engine:
         reloaded: another user has changed the weights.
         served_since_pause: the engine has generated since its last pause was complete.
         replies: answers that are not on the wire yet.
+        cause: the last update that this engine could not go on with, and why. Later requests of it must be told that.
     """
 
     def __init__(
@@ -119,6 +123,9 @@ class Engine:
         self._guard = Guard()
         self._users_pause = False
         self.replies: list[tuple[ReplyTo, Answer]] = []
+        self.cause = ("", "")
+        self._in_flight = ""
+        self._asked: dict[ReplyTo, str] = {}
         self.log = log
 
     # The endpoint
@@ -135,6 +142,8 @@ class Engine:
             return
         if isinstance(message, Begin):
             self.begun.add(message.update)
+        elif isinstance(message, Bucket | Prepare | Pause | Commit) and message.update:
+            self._asked[caller] = message.update
         epoch = getattr(message, "epoch", None)
         before = self.state if epoch is not None and epoch < self.highest_epoch else None
         if isinstance(message, Fence):
@@ -170,6 +179,7 @@ class Engine:
         self.outcomes.append(lambda: event(participant))
 
     def carry_out(self, effects: list[Effect]) -> None:
+        self._note_cause()
         if self._guard != (guard := guard_of(self.participant)):
             self._guard = guard
             self.calls.append(guard)
@@ -177,6 +187,7 @@ class Engine:
             match effect:
                 case Reply():
                     require(self.answers.get(effect.caller) is None, "rule", "a request was answered twice")
+                    self._check_cause(effect)
                     self.answers[effect.caller] = effect.answer
                     self.replies.append((effect.caller, effect.answer))
                 case Order():
@@ -184,6 +195,26 @@ class Engine:
                         orders.append(effect.message)
                 case _:
                     self.calls.append(effect)
+
+    def _check_cause(self, reply: Reply) -> None:
+        """Check that a request of an update that this engine could not go on with is told why."""
+        update, answer = self._asked.pop(reply.caller, ""), reply.answer
+        if update and update == self.cause[0] and isinstance(answer, Error):
+            require(self.cause[1] in answer.message, "untrue outcome", f"{answer.message!r} hides {self.cause[1]!r}")
+
+    def _note_cause(self) -> None:
+        """Note why this engine cannot go on with an update: the first of its own failures, or why it gave it up."""
+        participant, update, was = self.participant, self.participant.update, self._in_flight
+        self._in_flight = update.begin.update if update else ""
+        if update and update.failure:
+            if self.cause[0] != self._in_flight:
+                self.cause = (self._in_flight, update.failure)
+        elif (
+            not participant.error or self.cause[0] == self._in_flight
+        ):  # a later update committed, or this one began again
+            self.cause = ("", "")
+        elif was and was not in (self._in_flight, participant.last_update, self.cause[0]):
+            self.cause = (was, participant.error.partition(" was given up: ")[2] or participant.error)
 
     def _change_sleep(self, call: CallSleep | CallWakeUp, fails: bool) -> None:
         """Take the weights from the device, or bring back what was kept aside."""

@@ -42,6 +42,7 @@ class DirectoryProcess(Asking):
         self.directory = Directory(self.awake_time(), timing.SETTLE_SECONDS)
         self.answers: dict[ReplyTo, Answer] = {}
         self.recovery: asyncio.Task[None] | None = None
+        self.replicas: set[str] = set()  # of which it has heard an engine
         world.join(self, DIRECTORY)
         self._watches = 0  # only the last watch that was planned counts
         self.watch()
@@ -78,6 +79,8 @@ class DirectoryProcess(Asking):
         if not isinstance(message, DirectoryRequest):  # an answer to a request of its recovery
             super().hear(caller, message)
             return
+        if isinstance(message, Register):
+            self.replicas.add(message.engine.replica)
         if caller not in self.answers:
             self.answers[caller] = self.directory.handle(message, self.awake_time())
             if self._idle and isinstance(message, Register) and message.needs_recovery:

@@ -43,7 +43,7 @@ class World:
         switched: by version, the engines that ever committed it.
         replicas: how many replicas the engines belong to.
         resume_orphans: whether recovery resumes engines that a client has left paused.
-        not_promised: what happened that is not promised to work, one of ``NOT_PROMISED``; empty if nothing did.
+        not_promised: what happened in which ``docs/transactions.md`` promises no single version; empty if nothing did.
         on_send: called with every message that is sent, and whether it will arrive.
         sent: the latest requests with their senders, for ``replay``; None where nothing is replayed.
     """
@@ -285,16 +285,18 @@ class World:
             if any(self.network.joined > recent or not (passes(source, one) and passes(one, source)) for one in behind):
                 self.not_promised = "a network was cut in two"
 
-    def goes_on_without(self, targets: set[str]) -> None:
-        """Note that an update with ``drop_lost`` goes on without engines that are alive.
-
-        The documentation says that such an engine may serve its old weights.
+    def begins(self, targets: set[str], *, drop_lost: bool) -> None:
+        """Note that an update begins without engines that are alive, if the documentation says that they may go on serving.
 
         Args:
             targets: the addresses of the engines that are in the update.
+            drop_lost: whether it goes on without lost engines.
         """
-        if any(one.alive and one.joined and one.engine.info.address not in targets for one in self.engines):
+        without = [one for one in self.engines if one.alive and one.joined and one.engine.info.address not in targets]
+        if without and drop_lost:
             self.not_promised = self.not_promised or "drop_lost, and the lost engine was alive"
+        elif any(one.engine.info.replica not in self.directory.replicas for one in without):
+            self.not_promised = self.not_promised or "a restarted directory did not hear of a replica"
 
     def joins(self, epoch: int) -> None:
         """Note that an engine joins, or is no longer stale, at the group's committed epoch as far as the directory knows it.

@@ -18,6 +18,7 @@ from areal_vllm_ext.engine_core.foreign_calls import ForeignCalls
 from areal_vllm_ext.engine_core.participant import Participant, ParticipantRequest
 from areal_vllm_ext.engine_core.status import guard_of, status_of
 from areal_vllm_ext.protocol import (
+    Abort,
     Ack,
     Answer,
     Begin,
@@ -214,6 +215,22 @@ def test_calls_wait_from_the_updates_pause_until_its_resume(call: str, end: str)
     assert bool(rig.participant.foreign) == (call in ("reload", "version"))
 
 
+def test_a_call_that_has_to_wait_is_named_where_the_update_is_given_up() -> None:
+    rig = Rig()
+    rig.prepare()
+    rig.pause_for_update()
+    rig.vllm.resume_scheduler()
+    rig.vllm.resume_scheduler()
+    rig.ask(Abort(epoch=2, update="u", reason="its client stood still"))
+    refusal = rig.ask(Commit(epoch=1, update="u"))
+    assert isinstance(refusal, Error)
+    assert (
+        "was given up: its client stood still; /resume, called through vLLM by another user, had to wait"
+        in refusal.message
+    )
+    assert refusal.message == rig.status().error
+
+
 def test_calls_that_change_no_weights_do_not_wait() -> None:
     rig = Rig()
     rig.prepare()
@@ -322,6 +339,7 @@ def test_a_reload_during_an_update_is_a_no_until_the_updates_pause() -> None:
     rig.vllm.collective_rpc("reload_weights")
     answer = rig.pause_for_update()
     assert isinstance(answer, Error)
+    assert "reload_weights was called through vLLM during the update; send it again" in answer.message
     assert not rig.vllm.paused
     assert "reload_weights was called through vLLM during the update" in str(
         rig.ask(Prepare(epoch=1, update="u", buckets={0: 0}))
@@ -348,7 +366,9 @@ def test_an_engine_that_falls_asleep_during_an_update_votes_no() -> None:
     rig = Rig()
     rig.prepare()
     rig.vllm.sleep(1)
-    assert isinstance(rig.pause_for_update(), Error)
+    answer = rig.pause_for_update()
+    assert isinstance(answer, Error)
+    assert "this engine sleeps" in answer.message
 
 
 def test_weights_that_sleep_discarded_are_not_served_before_the_participant_has_heard() -> None:

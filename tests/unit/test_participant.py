@@ -518,7 +518,8 @@ def test_a_worker_that_fails_after_its_vote_takes_the_vote_back(generation: str)
     rig.pause()
     if generation == "running":
         rig.paused()
-    assert rig.refusal(rig.commit()).kind == "state"
+    for asked in (rig.commit(), rig.pause(update="u"), rig.bucket(), rig.prepare()):
+        assert rig.refusal(asked).message == "worker 0: the staging is gone", "the cause, not what follows from it"
     assert rig.participant.version == OLD
 
 
@@ -529,6 +530,24 @@ def test_a_worker_that_fails_while_the_engine_pauses_turns_the_second_vote_into_
     assert rig.refusal(pause) == Error(kind="failed", message="worker 0: the staging is gone")
     rig.paused()
     assert rig.refusal(rig.commit()).kind == "state"
+
+
+@pytest.mark.parametrize("epoch", [1, 2], ids=["the same client gave it up", "a newer client gave it up"])
+def test_requests_of_an_update_that_was_given_up_are_told_why(epoch: int) -> None:
+    rig = in_state("prepared", "paused")
+    rig.ask(Abort(epoch=epoch, update="u", reason="its client stood still"))
+    for asked in (rig.commit(), rig.pause(update="u"), rig.bucket(), rig.prepare()):
+        refusal = rig.refusal(asked)
+        assert refusal.message == "update u (version new) was given up: its client stood still"
+        assert refusal.kind == ("state" if epoch == 1 else "fenced")
+    assert "stood still" not in rig.refusal(rig.commit(update="another")).message
+
+
+def test_a_failure_of_its_own_is_why_an_engine_gave_an_update_up() -> None:
+    rig = in_state("receiving", "running")
+    rig.done("begin", error="out of memory")
+    rig.abort()
+    assert rig.participant.error.endswith("was given up: worker 0: out of memory")
 
 
 def test_a_late_vote_after_a_failure_does_not_count() -> None:
