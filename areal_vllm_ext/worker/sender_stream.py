@@ -7,6 +7,7 @@ thread ends by the update's deadline, and neither the worker nor another sender 
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import queue
 import threading
@@ -21,6 +22,8 @@ from . import background
 from .staged_update import IN_FLIGHT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from ..protocol import Segment, Transfer
@@ -37,21 +40,27 @@ class InFlightBucket(NamedTuple):
     """A bucket being received.
 
     ``segments`` is its layout. ``work`` is the pending transfer, None if the data is already in place. ``unpacked`` is the
-    bucket of an earlier update in the same buffer, if any.
+    bucket of an earlier update in the same buffer, if any. ``digests`` waits for the digests of data that is in place: the
+    device takes those of one bucket while Python handles the one before.
     """
 
     order: Bucket
     segments: tuple[Segment, ...]
     unpacked: UnpackedBucket | None
     work: Work | None
+    digests: Callable[[], list[int]] | None = None
 
 
 class ArrivedBucket(NamedTuple):
-    """A bucket whose bytes are here, not checked yet. ``received`` is what they arrived in; None if they were in place."""
+    """A bucket whose bytes are here, not checked yet.
+
+    ``received`` is what they arrived in; None if they were in place. Then ``digests`` waits for their digests.
+    """
 
     order: Bucket
     unpacked: UnpackedBucket
     received: torch.Tensor | None
+    digests: Callable[[], list[int]] | None
 
 
 class SenderStream:
@@ -139,6 +148,12 @@ class SenderStream:
             for bucket in self._in_flight:
                 if bucket.work is not None:
                     bucket.work.cancel()
+            # The source may be closed next, and memory must not be unmapped while the device reads it.
+            reading = [bucket.digests for bucket in self._in_flight]
+            for digests in (*reading, self._arrived.digests if self._arrived else None):
+                if digests is not None:
+                    with contextlib.suppress(Exception):
+                        digests()
 
     @property
     def _busy(self) -> bool:
@@ -177,7 +192,9 @@ class SenderStream:
         if (sharing := source.sharing) is None:
             raise ValueError("memory of the trainer was announced over a transport that shares none")
         if sharing.in_place:
-            return InFlightBucket(order, order.segments, sharing.views(order), None)
+            views = sharing.views(order)
+            digests = digest.digests_of_async(list(views.tensors.values()))
+            return InFlightBucket(order, order.segments, views, None, digests)
         segments, nbytes = packed_layout(order.segments)
         kept, buffer = update.buffer(key, segments, nbytes, source.device)
         return InFlightBucket(order, segments, kept, sharing.start_copy(order, buffer))
@@ -188,24 +205,23 @@ class SenderStream:
         self._step = order.step
         if bucket.work is None:
             assert unpacked is not None
-            return ArrivedBucket(order, unpacked, None)
+            return ArrivedBucket(order, unpacked, None, bucket.digests)
         with update.spans.span(self._track, f"receive {order.index}"):
             received = bucket.work.wait(update.seconds_left, update.cancelled.is_set)
         if unpacked is None:
             with update.spans.span(self._track, "stage"):
                 buffer = update.put(received)
                 unpacked = UnpackedBucket(bucket.segments, buffer, dict(unpack(bucket.segments, buffer)))
-        return ArrivedBucket(order, unpacked, received)
+        return ArrivedBucket(order, unpacked, received, None)
 
     def _check(self, source: Source, arrived: ArrivedBucket) -> None:
         """Compare a bucket with the digests that the trainer announced, and stage it."""
-        update, (order, unpacked, received) = self._update, arrived
+        update, (order, unpacked, received, digests) = self._update, arrived
         spans, track, self._step = update.spans, self._track, order.step
         with spans.span(track, self._step):
             with spans.span(track, "digest"):
-                if received is None:
-                    values = digest.digests_of(unpacked.tensors.values())
-                    wrong = first_different(order.segments, order.digests, values)
+                if digests is not None:
+                    wrong = first_different(order.segments, order.digests, digests())
                 else:
                     wrong = first_corrupt(unpacked.segments, order.digests, unpacked.memory)
             if wrong:

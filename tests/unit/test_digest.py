@@ -16,6 +16,8 @@ from examples import examples
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool]
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 @pytest.fixture(params=["compiled", "operators"], autouse=True, scope="module")
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -160,11 +162,19 @@ def test_values_stay_what_they_are() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NEEDS_CUDA
 @pytest.mark.parametrize("count", [1, 255, 256, 4097, (64 << 20) + 13])
 def test_cuda_gives_what_the_cpu_gives(count: int) -> None:
     data = random_bytes(count)
     assert one(data.cuda()) == one(data)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
+def test_digests_that_were_started_are_the_same(device: str) -> None:
+    table = torch.randn(64, 32).to(device)
+    for tensors in ([table, table[2:].clone()], [table.t()], [table[:0], table.to(torch.bfloat16)]):
+        assert digest.digests_of_async(tensors)() == digest.digests_of(tensors)
+    assert digest.digests_of_async([])() == []
 
 
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +21,15 @@ import torch
 from waiting import eventually
 
 from areal_vllm_ext.integrity import digest
-from areal_vllm_ext.protocol import Bucket, CudaIpc, TensorMeta
+from areal_vllm_ext.observability.spans import SpanRecorder
+from areal_vllm_ext.protocol import Bucket, CudaIpc, Prepare, TensorMeta
 from areal_vllm_ext.transport import cuda_runtime, ipc, ipc_memory, ipc_sharing
 from areal_vllm_ext.transport.base import WorkerSite
 from areal_vllm_ext.transport.buckets import packed_layout, unpack
 from areal_vllm_ext.transport.cuda_runtime import CudaRuntime, Memory
 from areal_vllm_ext.transport.device import host_id
 from areal_vllm_ext.transport.ipc import CudaIpcSink, CudaIpcSource
+from areal_vllm_ext.worker.sender_stream import SenderStream
 
 compiler = shutil.which("cc") or shutil.which("gcc")
 
@@ -301,6 +304,84 @@ def test_allocations_stay_open_over_buckets_and_updates_until_they_are_shared_no
     update("c")
     assert counter(library, "opened") == opened + 1, "nothing lies in the first any more"
     source.close()
+
+
+class Stream:
+    """A worker's stream of buckets that lie in the trainer's memory, and what it does in which order."""
+
+    def __init__(self, sink: CudaIpcSink, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.source = source_of(sink, "GPU-1")
+        self.seen: list[str] = []
+        self.reports: list[str] = []
+        self._started = 0
+        monkeypatch.setattr(digest, "digests_of_async", self._start)
+        context = SimpleNamespace(
+            rank=0,
+            device=torch.device("cpu"),
+            sources=SimpleNamespace(open=lambda *_: self.source, drop=lambda _: self.seen.append("close")),
+        )
+        self.update: Any = SimpleNamespace(
+            context=context,
+            spans=SpanRecorder(0),
+            begin=SimpleNamespace(update="u", staging=SimpleNamespace(keep=False)),
+            seconds_left=5.0,
+            cancelled=threading.Event(),
+            received={0: 0},
+            stamps={},
+            base_manifest="",
+            add_source=lambda *_: True,
+            add=lambda *_, **__: self.seen.append("add") or True,  # type: ignore[func-returns-value]
+            vote=lambda _: self.seen.append("vote"),
+            report=lambda step, error="", **_: self.reports.append(error or step),
+        )
+
+    def _start(self, tensors: list[torch.Tensor]) -> Any:
+        number, self._started = self._started, self._started + 1
+        self.seen.append(f"start {number}")
+
+        def finish() -> list[int]:
+            self.seen.append(f"finish {number}")
+            return digest.digests_of(tensors)
+
+        return finish
+
+    def run(self, buckets: list[Bucket]) -> None:
+        stream = SenderStream(self.update, 0, TRANSFER)
+        for place, bucket in enumerate(buckets):
+            stream.put(msgspec.structs.replace(bucket, index=place))
+        stream.prepare(Prepare(epoch=0, update="u", buckets={0: len(buckets)}))
+        stream.stop()
+        stream._run()
+
+
+def test_the_device_hashes_the_next_bucket_while_one_is_handled(
+    simulated: CudaRuntime, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ipc_sharing, "_BATCH_TENSORS", 1)
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    assert all(sink.sharing.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())
+    stream = Stream(sink, monkeypatch)
+    stream.run(list(sink.sharing.announcements()))
+    assert stream.seen[:5] == ["start 0", "start 1", "start 2", "finish 0", "add"]
+    assert stream.seen[5:] == ["finish 1", "add", "finish 2", "add", "vote"]
+    assert stream.update.received == {0: 3}
+    stream.source.close()
+
+
+def test_memory_that_the_device_reads_is_closed_after_that(
+    simulated: CudaRuntime, weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ipc_sharing, "_BATCH_TENSORS", 1)
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    assert all(sink.sharing.offer(meta_of(name, tensor), tensor) for name, tensor in weights.items())
+    first, *others = sink.sharing.announcements()
+    stream = Stream(sink, monkeypatch)
+    stream.run([msgspec.structs.replace(first, digests=(0,)), *others])
+    assert stream.seen[:4] == ["start 0", "start 1", "start 2", "finish 0"]
+    assert sorted(stream.seen[4:-1]) == ["finish 1", "finish 2"]
+    assert stream.seen[-1] == "close"
+    assert "a arrived with other bytes than were sent" in stream.reports[-1]
+    stream.source.close()
 
 
 def test_a_worker_sees_when_the_trainer_revokes_its_memory(
