@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 
 def register() -> None:
     """Put the hooks in place. Inert unless an engine has our ``--worker-extension-cls``, or AREAL_VLLM_ENABLE is 1.
@@ -17,5 +19,21 @@ def register() -> None:
 
     raise_file_limit()
     vllm_patching.install_patches((*hooks.ENGINE_PATCHES, *PLUGIN_PATCHES))
+    register_backends()
     if vllm_patching.is_enabled():
         vllm_patching.require(())
+
+
+def register_backends() -> None:
+    """Name the backend ``areal`` of vLLM's weight transfer, where this vLLM has it. Nothing of it is imported here."""
+    try:
+        from vllm.distributed.weight_transfer import factory
+    except ImportError:
+        return
+    for name, module, engine in (
+        ("WeightTransferEngineFactory", "worker_engine", "ArealWeightTransferEngine"),
+        ("WeightTransferTrainerFactory", "trainer", "ArealTrainerEngine"),
+    ):
+        if (registry := getattr(factory, name, None)) is not None:
+            with contextlib.suppress(ValueError):  # vLLM loads plugins more than once in some processes
+                registry.register_engine("areal", f"areal_vllm_ext.integrations.vllm.{module}", engine)

@@ -220,7 +220,7 @@ class SimulatedEngine:
         def done() -> None:
             answers = [protocol.CallAnswer(rank, *self.method(rank, effect)) for rank in self.worker_ranks]
             error = self.errors.get("call", "")
-            self.endpoint.post(lambda: self.endpoint.calls.done(effect.call, tuple(answers), error))
+            self.endpoint.post(lambda: self.endpoint.call_done(effect, tuple(answers), error))
 
         self._later.call(self.seconds["call"], done)
 

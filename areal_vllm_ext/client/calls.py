@@ -115,23 +115,37 @@ async def call(commander: Commander, method: str, arguments: bytes, timeout: flo
         async with commander.command("call", timeout) as targets:
             epochs = {name: target.epoch for name, target in targets.items()}
             engines = {name: target.engine for name, target in targets.items()}
-            return await _ask(commander, method, arguments, engines, epochs, ends)
+            return await ask(commander, method, arguments, engines, epochs, ends)
     engines = await commander.engines(max(ends - time.monotonic(), 0.1))
-    return await _ask(commander, method, arguments, engines, {}, ends)
+    return await ask(commander, method, arguments, engines, {}, ends)
 
 
-async def _ask(
+async def ask(
     commander: Commander,
     method: str,
-    arguments: bytes,
+    arguments: bytes | Mapping[str, bytes],
     engines: Mapping[str, EngineInfo],
     epochs: Mapping[str, int],
     ends: float,
 ) -> CallResult:
+    """Ask ``engines`` at once. ``arguments``: of all, or by engine. ``epochs``: of the lease; empty without one.
+
+    Raises:
+        CallFailed: an engine did not answer in time, or could not ask its workers.
+    """
     left = max(ends - time.monotonic(), 0.05)
-    request = protocol.Call(call=uuid.uuid4().hex, method=method, arguments=arguments, timeout=left)
+    call = uuid.uuid4().hex
     requests = {
-        name: (engine.address, msgspec.structs.replace(request, epoch=epochs[name]) if epochs else request)
+        name: (
+            engine.address,
+            protocol.Call(
+                call=call,
+                method=method,
+                arguments=arguments if isinstance(arguments, bytes) else arguments[name],
+                timeout=left,
+                epoch=epochs.get(name),
+            ),
+        )
         for name, engine in engines.items()
     }
     outcomes = await commander.link.request_all(requests, left + LATE_SECONDS)

@@ -22,11 +22,12 @@ from ..config import Settings, split_address
 from ..control.directory_server import DirectoryServer
 from ..errors import HookError, SettingsError
 from ..process.host_slot import HostSlot
-from ..protocol import NO_SLEEP_MODE, CallAnswer, Version, security, timing
+from ..protocol import NO_SLEEP_MODE, CallAnswer, Version, security, timing, transfer_steps
 from .effects import CallSleep
 from .endpoint import Endpoint
 from .foreign_calls import ForeignCalls
 from .identity import describe_engine, directory_address, engine_count, worker_ranks
+from .native_transfer import version_of
 from .sleep import ALL
 
 if TYPE_CHECKING:
@@ -243,13 +244,16 @@ class Controller:
             answers = self._engine.collective_rpc("areal_commit", args=(update,))
             self._foreign.discarded = ""
             loaded, unproven = ("; ".join(filter(None, dict.fromkeys(each))) for each in zip(*answers, strict=True))
-            # Outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call.
-            if set_version := getattr(self._engine, "set_weight_version", None):
-                with self._foreign.ours():
-                    set_version(str(version))
+            self._set_version(version)
             report("", loaded, unproven)
 
         self._call("commit", on_loop, failed=report)
+
+    def _set_version(self, version: Version) -> None:
+        """Have outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call."""
+        if set_version := getattr(self._engine, "set_weight_version", None):
+            with self._foreign.ours():
+                set_version(str(version))
 
     def change_sleep(self, effect: CallSleep | CallWakeUp) -> None:
         def on_loop() -> None:
@@ -292,12 +296,16 @@ class Controller:
 
         def report(answers: list[tuple[int, bytes, str, str]], error: str = "") -> None:
             workers = tuple(CallAnswer(*answer) for answer in sorted(answers))
-            self.endpoint.post(lambda: self.endpoint.calls.done(effect.call, workers, error))
+            self.endpoint.post(lambda: self.endpoint.call_done(effect, workers, error))
 
         def on_loop() -> None:
             if time.monotonic() < effect.ends:  # otherwise its caller has given up
                 arguments = (effect.method, effect.arguments, effect.longest_answer)
-                report(self._engine.collective_rpc("areal_call", args=arguments))
+                answers = self._engine.collective_rpc("areal_call", args=arguments)
+                if effect.method == transfer_steps.FINISH and not any(answer[2] for answer in answers):
+                    self._foreign.discarded = ""
+                    self._set_version(version_of(effect.arguments))
+                report(answers)
 
         self._call("call", on_loop, failed=lambda error: report([], error))
 

@@ -56,6 +56,7 @@ from .effects import (
     Order,
     Reply,
 )
+from .native_transfer import NativeTransfer
 from .participant import Participant
 from .queries import WeightQueries
 from .status import beat_of, guard_of, status_of
@@ -121,6 +122,7 @@ class Endpoint:
         self.attach_token = secrets.token_hex(16)
         self._workers: dict[int, tuple[bytes, WorkerInfo]] = {}
         self._participant = Participant(version, workers, resume_orphans=settings.resume_orphans, joined=False)
+        self._native_transfer = NativeTransfer(self._participant)
         self.tracing = Tracing(workers)
         self._queries = WeightQueries(workers)
         self.calls = UserCalls(workers, settings.max_message_mib << 20)
@@ -294,8 +296,7 @@ class Endpoint:
             case GetTrace():
                 self._carry_out(self.tracing.ask(caller, message, monotonic()))
             case Call():
-                refusal = None if message.epoch is None else self._participant.fence(message.epoch)
-                self._carry_out([Reply(caller, refusal)] if refusal else self.calls.ask(caller, message, monotonic()))
+                self._call(caller, message)
             case Fence():
                 refusal = self._participant.fence(message.epoch)
                 self._server.answer(caller, refusal or self._status())
@@ -307,6 +308,17 @@ class Endpoint:
                 effects = self._participant.handle(caller, message, monotonic())
                 self.tracing.asked(caller, message, self._participant)
                 self._carry_out(effects)
+
+    def call_done(self, effect: CallMethod, workers: tuple[protocol.CallAnswer, ...], error: str = "") -> list[Effect]:
+        """Take the workers' answers to a call; for the engine's loop to post."""
+        self._native_transfer.done(effect.method, effect.arguments, workers, error)
+        return self.calls.done(effect.call, workers, error)
+
+    def _call(self, caller: ReplyTo, message: Call) -> None:
+        refusal = None if message.epoch is None else self._participant.fence(message.epoch)
+        if refusal is None and not self.calls.knows(message.call):
+            refusal = self._native_transfer.ask(message)
+        self._carry_out([Reply(caller, refusal)] if refusal else self.calls.ask(caller, message, monotonic()))
 
     def _digest(self, caller: ReplyTo, message: DigestWeights) -> None:
         if self._participant.update_phase == "committing":

@@ -45,6 +45,10 @@ class UserCalls:
         """True if a call has a deadline to keep."""
         return any(call.answer is None for call in self._calls.values())
 
+    def knows(self, call: str) -> bool:
+        """Return whether a call of this name was asked for before."""
+        return call in self._calls
+
     def ask(self, caller: ReplyTo, message: Call, now: float) -> list[Effect]:
         """Carry out a call; ``caller`` is answered when every worker has answered, or when its time is over."""
         if (known := self._calls.get(message.call)) is not None:

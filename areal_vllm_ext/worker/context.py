@@ -16,6 +16,7 @@ from .live_weights import LiveWeights
 from .load.dry_load import DryModel
 from .load.intake import Intake
 from .load.loader import Loader
+from .native_transfer import NativeTransfer
 from .residency import Residency
 from .sources import Sources
 from .staging import StagingMemory
@@ -38,6 +39,7 @@ class WorkerContext:
         loader: loads staged weights into the live model.
         live_weights: what the worker serves.
         residency: whether the live weights are in memory.
+        native_transfer: loads by vLLM's own weight transfer.
         memory: where updates stage.
         sources: the worker's ends of its trainers' connections.
         dry_model: refuses what the model does not take, where ``intake`` does not know it.
@@ -53,6 +55,7 @@ class WorkerContext:
         self.loader = Loader(worker)
         self.residency = Residency(worker)
         self.live_weights = LiveWeights(worker, self.residency, (model_config.model, model_config.revision))
+        self.native_transfer = NativeTransfer(worker, self.live_weights, self.residency)
         self.memory = StagingMemory(self.device)
         self.residency.on_sleep = self._before_sleep
         self.sources = Sources(WorkerSite(self.rank, self.device))

@@ -33,7 +33,9 @@ class WorkerExtension:
         """
         from . import user_methods
 
-        return self._areal_receiver.context.rank, *user_methods.call(self, method, arguments, longest_answer)
+        context = self._areal_receiver.context
+        step = context.native_transfer.step(method)
+        return context.rank, *user_methods.call(self, method, arguments, longest_answer, step)
 
     def areal_commit(self: Any, update: str) -> tuple[str, str]:
         """Make the staged weights of ``update`` live. Runs on the worker's own thread while the engine is paused.
@@ -50,6 +52,7 @@ class WorkerExtension:
 
         receiver = self._areal_receiver
         context = receiver.context
+        context.native_transfer.abandon()  # left by a trainer that is gone
         spans, track = receiver.spans(update), f"worker {context.rank}"
         try:
             staged = receiver.staged(update)

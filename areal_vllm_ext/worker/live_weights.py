@@ -109,6 +109,19 @@ class LiveWeights:
         # Not now: for 16 GB it would lengthen the pause by 6 ms.
         self._read_later(self._changes)
 
+    def begin_foreign_load(self) -> None:
+        """Note that something else than a commit loads into the live model, until ``end_foreign_load``."""
+        with self._state:
+            self._changes += 1
+            self._update, self._contents, self._written = "", {}, {}
+            self._after_commit, self._wrong, self._manifest = {}, (), ""
+            self._compared_with_fresh, self._proven = False, frozenset()
+
+    def end_foreign_load(self) -> None:
+        """Note that the live model is whole again."""
+        self._linears = proof.packed_functions(self._worker.get_model())
+        self._changes += 1
+
     def set_written(self, written: Written | None, kept: Iterable[str] = ()) -> None:
         """Say, inside ``committing``, which live memory the commit wrote.
 

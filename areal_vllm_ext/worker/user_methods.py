@@ -18,7 +18,9 @@ logger = logging.getLogger("vllm.areal_vllm_ext")
 _LONGEST_ERROR = 4096
 
 
-def call(worker: Any, method: str, arguments: bytes, longest_answer: int) -> tuple[bytes, str, str]:
+def call(
+    worker: Any, method: str, arguments: bytes, longest_answer: int, own: Callable[..., Any] | None = None
+) -> tuple[bytes, str, str]:
     """Call a method of the user's extension.
 
     Args:
@@ -26,12 +28,13 @@ def call(worker: Any, method: str, arguments: bytes, longest_answer: int) -> tup
         method: its name.
         arguments: a msgpack array.
         longest_answer: bytes that the answer may have.
+        own: what is called instead, if ``method`` is not the user's but this package's.
 
     Returns:
         the answer in msgpack, or the type and the message of an exception.
     """
     try:
-        value = _own_method(worker, method)(*msgspec.msgpack.decode(arguments))
+        value = (own or _own_method(worker, method))(*msgspec.msgpack.decode(arguments))
     except (Exception, SystemExit) as error:  # a method that exits must not end the engine
         logger.warning("areal_vllm_ext: a call of %s failed", method, exc_info=True)
         return b"", type(error).__name__, _one_message(error)
