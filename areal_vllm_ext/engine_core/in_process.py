@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..vllm_patching import is_ours
+from .between_steps import calls_between_steps
 from .controller import Controller
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def start_control(original: Any) -> Any:
@@ -24,13 +21,7 @@ def start_control(original: Any) -> Any:
             return
         self._areal_aborted = _collect_aborted(self.engine_core)
         self._areal_lock = threading.RLock()
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="areal-calls")
-
-        def between_steps(call: Callable[[], None]) -> None:
-            with self._areal_lock:
-                call()
-
-        self._areal_controller = Controller(self.engine_core, lambda call: pool.submit(between_steps, call))
+        self._areal_controller = Controller(self.engine_core, calls_between_steps(self._areal_lock))
 
     return __init__
 

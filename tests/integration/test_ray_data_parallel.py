@@ -28,7 +28,7 @@ def test_dense_engines_in_actors(tmp_path: Path) -> None:
     """Dense ones believe in DP=1, so they know of each other only what they were told."""
     command = [sys.executable, "-m", "benchmarks.ray_data_parallel", "--dense", "--logs", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=390, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["dp_ranks"] == [[0, 2], [1, 2]]
     assert facts["token_exact"] == [True] * 4

@@ -98,7 +98,7 @@ print(json.dumps(facts))
 def test_generation_keeps_its_tokens_while_new_weights_are_built(tmp_path: Path, moe: bool) -> None:
     make_model(tmp_path, moe=moe)
     done = run(BESIDE, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     reasons = facts.pop("reasons")
     assert len(reasons) == 3

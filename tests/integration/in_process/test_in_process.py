@@ -88,7 +88,7 @@ print(json.dumps(facts))
 def test_engine_in_the_users_process_is_updated_between_its_steps(tmp_path: Path) -> None:
     make_model(tmp_path)
     done = run(UPDATE, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["loaded"]
     assert facts["updated"]
@@ -171,7 +171,7 @@ def test_engines_of_an_external_launcher_are_one_replica(tmp_path: Path) -> None
             timeout=240,
             check=False,
         )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts == {"loaded": True, "engines": [[0, "one"], [1, "one"]], "equal": True, "updated": True}
 

@@ -90,7 +90,7 @@ def test_updates_are_copied_where_weights_lie_as_they_were_loaded(
 ) -> None:
     make_model(tmp_path, moe=moe, tie_word_embeddings=tied)
     done = run(prepare + UPDATES, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["exact"] == [True] * 5, facts
     assert facts["verified"]

@@ -89,7 +89,7 @@ def test_a_reload_that_is_wrong_taints_the_engine_and_names_the_layers(
 ) -> None:
     make_model(tmp_path, moe=moe)
     done = run(BROKEN[broken] + UPDATE, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert re.search(rf"WeightsTainted: .*ProofFailed: \d+ tensors are not what a fresh load .*{named}", facts["error"])
     assert (facts["phase"], facts["state"], facts["version"]) == ("tainted", "paused", "default")
@@ -99,7 +99,7 @@ def test_a_reload_that_is_wrong_taints_the_engine_and_names_the_layers(
 def test_a_right_reload_is_proven_once_and_serves_exact_tokens(tmp_path: Path, moe: bool) -> None:
     make_model(tmp_path, moe=moe)
     done = run(BROKEN["none"] + UPDATE, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts == {
         "built": 1,
