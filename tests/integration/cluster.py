@@ -21,7 +21,7 @@ from harness.network import Namespaces, missing
 Pending = Future[dict[str, Any]]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -123,7 +123,12 @@ class Cluster:
 
 @contextlib.contextmanager
 def start_cluster(
-    folder: Path, *, moe: bool, worker_extension: str = WORKER_EXTENSION, env: Mapping[str, str] | None = None
+    folder: Path,
+    *,
+    moe: bool,
+    worker_extension: str = WORKER_EXTENSION,
+    env: Mapping[str, str] | None = None,
+    vllm_args: Sequence[str] = (),
 ) -> Iterator[Cluster]:
     """Two nodes as namespaces where that is possible, else two on loopback. The caller lives on the head's node meanwhile."""
     model = make_model(folder / "model", moe=moe)
@@ -147,7 +152,14 @@ def start_cluster(
             ]
             stack.enter_context(namespaces.inside("a"))
         deployment = stack.enter_context(
-            Deployment(folder / "model", nodes, log_dir=folder / "logs", worker_extension=worker_extension, env=env)
+            Deployment(
+                folder / "model",
+                nodes,
+                log_dir=folder / "logs",
+                worker_extension=worker_extension,
+                env=env,
+                vllm_args=vllm_args,
+            )
         )
         deployment.wait(timeout=240)
         yield Cluster(deployment, model, key_file, two_nodes=not missing())
