@@ -38,6 +38,8 @@ class Settings:
         port: the endpoint's port; 0 takes a free one.
         replica: name of this vLLM deployment. Default: address and RPC port of its data-parallel head.
         trainer_lost: what engines do that a lost trainer left paused: ``resume``, or ``stay_paused`` until the next trainer.
+        peers: ``on``: this engine fetches its group's weights from a peer when it comes back, and offers its own to others. Or
+            ``off``.
         max_message_mib: upper bound of a message, in MiB; a longer one ends its sender's connection.
     """
 
@@ -47,12 +49,18 @@ class Settings:
     port: int = 0
     replica: str | None = None
     trainer_lost: str = "resume"
+    peers: str = "on"
     max_message_mib: int = 16
 
     @property
     def resume_orphans(self) -> bool:
         """Whether engines resume that a lost trainer left paused."""
         return self.trainer_lost == "resume"
+
+    @property
+    def fetches(self) -> bool:
+        """Whether this engine fetches weights from peers, and offers its own."""
+        return self.peers == "on"
 
     @classmethod
     def load(
@@ -104,6 +112,8 @@ def _text(source: str, name: str, value: object) -> str:
         raise SettingsError(f"{source}: {value!r} has control characters; remove them")
     if name == "trainer_lost" and value not in ("resume", "stay_paused"):
         raise SettingsError(f"{source}: {value!r} is neither resume nor stay_paused; write one of them")
+    if name == "peers" and value not in ("on", "off"):
+        raise SettingsError(f"{source}: {value!r} is neither on nor off; write one of them")
     if name == "replica" and not 0 < len(value) <= _MAX_NAME_CHARACTERS:
         raise SettingsError(f"{source}: the name has {len(value)} characters; use 1 to {_MAX_NAME_CHARACTERS}")
     if name == "directory":

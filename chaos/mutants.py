@@ -22,6 +22,7 @@ DRIVER, TRANSACTION = "client/driver.py", "client/transaction.py"
 PARTICIPANT, COORDINATOR = "engine_core/participant.py", "client/coordinator.py"
 FOREIGN = "engine_core/foreign_calls.py"
 RECOVERY, COMMAND = "control/recovery.py", "control/command.py"
+RETURNING, OFFERS = "engine_core/returning.py", "engine_core/offers.py"
 DIRECTORY, LEASE = "control/directory.py", "control/lease.py"
 
 # A guard's text is compared with the code token by token, so line breaks and indentation do not matter.
@@ -175,8 +176,23 @@ MUTANTS = {
     "other users wait for an update": [("engine_core/status.py", "return Guard(update, ", 'return Guard("", ')],
     "other users resume no stale weights": [
         (FOREIGN, "if self._unfit: self._report", "if False: self._report"),
-        (PARTICIPANT, "unfit = (self.tainted or self.stale) and", "unfit = False and"),
+        ("engine_core/elsewhere.py", "unfit = (p.tainted or p.stale) and", "unfit = False and"),
     ],
+    "an engine that has fetched weights serves them when nothing newer can be committed": [
+        (PARTICIPANT, "if not self.stale or not settled or", "if not self.stale or")
+    ],
+    "what is fetched is of the group's last update": [
+        (RETURNING, '== (self._epoch, "idle", "awake")', '== (status.committed_epoch, "idle", "awake")'),
+        (OFFERS, "p.joined and p.committed_epoch == epoch", "True"),
+    ],
+    "what is fetched does not become live within an update": [
+        (RETURNING, "if engine is None or not self._may_fetch:", "if engine is None:")
+    ],
+    "all workers have fetched": [
+        (RETURNING, "if self._participant.workers - set(self._fetched):", "if False:"),
+        (RETURNING, "if ended.manifests != self._fetched:", "if False:"),
+    ],
+    "a stale engine asks for its group's weights": [(RETURNING, "return [AskDirectory(Discover())]", "return []")],
     "a new lease has a new epoch": [(LEASE, "self.epoch += 1", "self.epoch += 0")],
     "a heartbeat brings the epoch back": [
         (DIRECTORY, "self._leases.epoch = max(self._leases.epoch, message.epoch)", "pass")
@@ -188,6 +204,11 @@ ONLY = {"an engine pauses only for a prepared update": "clock drift"}
 # Mutants that take many updates, or faults of the swarm.
 SWARM = {
     "an engine says why it gave an update up",
+    "an engine that has fetched weights serves them when nothing newer can be committed",
+    "what is fetched is of the group's last update",
+    "what is fetched does not become live within an update",
+    "all workers have fetched",
+    "a stale engine asks for its group's weights",
     "recovery waits for engines that are joining",
     "a pause that is over its time stands where weights are unfit",
     "a group goes on without a dropped engine only until that is heard again",

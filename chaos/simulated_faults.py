@@ -19,7 +19,7 @@ from areal_vllm_ext.client.state import UpdateResult
 from areal_vllm_ext.errors import ArealError, UpdateAborted
 from areal_vllm_ext.protocol import PauseMode
 
-from .simulation import Call, Clock, Coverage, UsersCall, World, require
+from .simulation import Call, Clock, Coverage, Engine, UsersCall, World, require
 
 PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
 # Longest recovery: two leases that run out (10 s each), an engine that registers again (1 s), a request that times out.
@@ -29,6 +29,7 @@ OVERRUN_SECONDS = 1.0
 # The lease of a user's own pause is longer.
 SERVES_AGAIN_SECONDS = 15.0
 PAUSE_SECONDS = 45.0
+FETCH_SECONDS = 20.0
 
 
 @dataclasses.dataclass
@@ -264,17 +265,29 @@ class Round:
         states = [process.engine.participant for process in world.engines]
         paused_by_user = any(state.generation != "running" and not state.pauses.paused_for for state in states)
         slowest = min(process.clock.rate for process in (*world.engines, world.directory))
-        seconds = (PAUSE_SECONDS if paused_by_user else SERVES_AGAIN_SECONDS) / min(slowest, 1.0)
+        seconds = PAUSE_SECONDS if paused_by_user else SERVES_AGAIN_SECONDS
+        seconds = (seconds + FETCH_SECONDS * any(state.stale for state in states)) / min(slowest, 1.0)
         world.run(until=world.now + seconds, done=self.serve)
         require(self.serve(), "hang", f"engines do not serve {seconds} s after the fault")
 
     def serve(self) -> bool:
-        """Return whether all engines serve; tainted and stale ones wait for the next update."""
+        """Return whether all engines serve; tainted ones, and stale ones without a peer, wait for the next update."""
         return all(
-            process.alive
-            and process.joined
-            and (process.engine.running or process.engine.participant.tainted or process.engine.participant.stale)
+            process.alive and process.joined and (process.engine.running or self._waits_for_update(process.engine))
             for process in self.world.engines
+        )
+
+    def _waits_for_update(self, engine: Engine) -> bool:
+        p = engine.participant
+        if p.tainted or not p.stale:
+            return bool(p.tainted)
+        others = [one.engine.participant for one in self.world.engines if one.engine is not engine]
+        return not any(
+            one.committed_epoch >= p.group_epoch
+            and not (one.tainted or one.stale or one.foreign)
+            and one.update is None
+            and one.sleep.is_awake
+            for one in others
         )
 
     def resume_what_users_paused(self) -> None:

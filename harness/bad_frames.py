@@ -20,6 +20,7 @@ import zmq
 
 from areal_vllm_ext import protocol
 from areal_vllm_ext.protocol import security
+from areal_vllm_ext.protocol.peer_messages import EndOffer, OfferWeights, WeightsFetched, WorkerOffered
 from areal_vllm_ext.protocol.server import connect
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ MESSAGES: tuple[protocol.Message, ...] = (
     ),
     protocol.WorkerTrace(update="u", rank=0, now=0.0, spans=(protocol.Span("t", "n", 0.0, 1.0),)),
     *(protocol.WorkerDone(update="u", rank=rank, step=step) for rank in (-1, 0, 7) for step in ("prepare", "begin")),
+    OfferWeights(fetch="f", committed_epoch=2**62, timeout=1e6),
+    EndOffer(fetch="f"),
+    WorkerOffered(fetch="f", rank=0, error="a stranger says so"),
+    WeightsFetched(fetch="f", rank=0, manifest="m"),
     protocol.Register(engine=_ENGINE, epoch=0),
     protocol.Discover(),
     protocol.AcquireLease(holder="stranger", seconds=0.0),

@@ -29,7 +29,15 @@ from areal_vllm_ext import protocol
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.control.directory import new_incarnation
 from areal_vllm_ext.control.directory_server import DirectoryServer
-from areal_vllm_ext.engine_core.effects import CallMethod, CallPause, CallResume, CallSleep, CallWakeUp, Guard
+from areal_vllm_ext.engine_core.effects import (
+    CallCommitFetched,
+    CallMethod,
+    CallPause,
+    CallResume,
+    CallSleep,
+    CallWakeUp,
+    Guard,
+)
 from areal_vllm_ext.engine_core.endpoint import Endpoint
 from areal_vllm_ext.errors import NotACheckpoint
 from areal_vllm_ext.integrity import checkpoint, digest
@@ -43,6 +51,16 @@ from areal_vllm_ext.protocol import (
     WorkerDone,
     WorkerInfo,
     security,
+)
+from areal_vllm_ext.protocol.peer_messages import (
+    EndOffer,
+    FetchWeights,
+    OfferWeights,
+    ReadPacked,
+    WeightsFetched,
+    WorkerOffer,
+    WorkerOffered,
+    WorkerOfferEnded,
 )
 from areal_vllm_ext.protocol.server import connect
 
@@ -196,6 +214,21 @@ class SimulatedEngine:
 
         self._later.call(self.seconds["commit"], done)
 
+    def commit_fetched(self, effect: CallCommitFetched) -> None:
+        self.calls.append(f"commit fetched {effect.version}")
+
+        def done() -> None:
+            error = self.errors.get("commit fetched", "")
+            if not error:
+                assert not self.running
+                self.version = effect.version
+            self.endpoint.post(lambda: self.endpoint.peering.returning.committed(error, time.monotonic()))
+
+        self._later.call(self.seconds["commit"], done)
+
+    def read_packed(self, order: ReadPacked) -> None:
+        self.calls.append(f"read {order.layer}")
+
     def change_sleep(self, effect: CallSleep | CallWakeUp) -> None:
         tags = effect.tags if isinstance(effect, CallWakeUp) else ("weights", "kv_cache")
         kind = f"sleep {effect.level}" if isinstance(effect, CallSleep) else f"wake up {' '.join(tags)}"
@@ -328,6 +361,20 @@ class Workers:
         taken = protocol.DigestsTaken(request=message.request, rank=rank, weights=weights, error=error, busy=busy)
         self._later.call(engine.seconds["digest"], lambda: self._do(lambda: self._send(worker, taken)))
 
+    def _with_peer(
+        self, engine: SimulatedEngine, rank: int, message: OfferWeights | FetchWeights | EndOffer
+    ) -> protocol.WorkerMessage:
+        """Return what a worker says that offers its weights, or fetches a peer's, in no time."""
+        error = engine.errors.get(type(message).__name__, "")
+        match message:
+            case OfferWeights():
+                offer = WorkerOffer(rank=rank, layout=f"rank {rank}", address="", held=())
+                return WorkerOffered(fetch=message.fetch, rank=rank, offer=None if error else offer, error=error)
+            case FetchWeights():
+                return WeightsFetched(fetch=message.fetch, rank=rank, manifest="all", error=error)
+            case EndOffer():
+                return WorkerOfferEnded(fetch=message.fetch, rank=rank, manifest="all", error=error)
+
     def _handle(
         self,
         worker: zmq.Socket[bytes],
@@ -350,6 +397,10 @@ class Workers:
                 return
             case protocol.Abort():
                 engine.orders.append(message)
+                return
+            case OfferWeights() | FetchWeights() | EndOffer():
+                report = self._with_peer(engine, rank, message)
+                self._later.call(engine.seconds["fetch"], lambda: self._do(lambda: self._send(worker, report)))
                 return
             case protocol.GetTrace():
                 told = protocol.WorkerTrace(update=message.update, rank=rank, now=time.monotonic(), spans=())

@@ -123,13 +123,16 @@ class Directory:
             self._newest = message
         # After a restart of the directory, the engines bring the epoch back.
         self._leases.epoch = max(self._leases.epoch, message.epoch)
+        settled = self._knows_committed_epoch(now) if message.stale or key not in self._joined else False
         if key not in self._joined:
-            if not self._knows_committed_epoch(now):
+            if not settled:
                 return Ack()
             self._joined.add(key)
             self._joining_since.pop(key, None)
-        assert self._newest is not None
-        return Registered(version=self._newest.version, committed_epoch=self._newest.committed_epoch)
+        newest = self._newest
+        return Registered(
+            version=newest.version, committed_epoch=newest.committed_epoch, settled=settled and message.stale
+        )
 
     def _reason_to_refuse(self, message: Register, key: _Key, now: float) -> str:
         """Say why ``message`` cannot come from an engine of this group; empty if it can."""

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine.core import EngineCore
 
-    from .effects import CallMethod, CallPause, CallResume, CallWakeUp, Guard
+    from ..protocol.peer_messages import ReadPacked
+    from .effects import CallCommitFetched, CallMethod, CallPause, CallResume, CallWakeUp, Guard
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -249,11 +250,28 @@ class Controller:
 
         self._call("commit", on_loop, failed=report)
 
-    def _set_version(self, version: Version) -> None:
-        """Have outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call."""
-        if set_version := getattr(self._engine, "set_weight_version", None):
-            with self._foreign.ours():
-                set_version(str(version))
+    def commit_fetched(self, effect: CallCommitFetched) -> None:
+        def report(error: str) -> None:
+            self.endpoint.post(lambda: self.endpoint.peering.returning.committed(error, time.monotonic()))
+
+        def on_loop() -> None:
+            if not self.is_paused():
+                raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
+            self._engine.collective_rpc("areal_commit_fetched", args=(effect.fetch, effect.update))
+            self._foreign.discarded = ""
+            self._set_version(effect.version)
+            report("")
+
+        self._call("commit fetched", on_loop, failed=report)
+
+    def read_packed(self, order: ReadPacked) -> None:
+        """Read a part of a packed weight, which no other thread may; the worker that offers it waits."""
+        arguments = (order.rank, order.fetch, order.layer, order.start, order.count)
+
+        def on_loop() -> None:
+            self._engine.collective_rpc("areal_read_packed", args=arguments)
+
+        self._call("read packed", on_loop, failed=lambda _: None)
 
     def change_sleep(self, effect: CallSleep | CallWakeUp) -> None:
         def on_loop() -> None:
@@ -320,6 +338,12 @@ class Controller:
         return running, waiting
 
     # On the engine's loop
+
+    def _set_version(self, version: Version) -> None:
+        """Let outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call."""
+        if set_version := getattr(self._engine, "set_weight_version", None):
+            with self._foreign.ours():
+                set_version(str(version))
 
     @property
     def _idle_callbacks(self) -> list[Callable[..., None]]:

@@ -6,7 +6,8 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..protocol import Answer, PauseMode, SleepLevel, SleepTag, Version, WorkerOrder
+    from ..protocol import Answer, Discover, GetStatus, PauseMode, SleepLevel, SleepTag, Version, WorkerOrder
+    from ..protocol.peer_messages import EndOffer, OfferWeights, ReadPacked
     from ..protocol.server import ReplyTo
 
 
@@ -65,6 +66,38 @@ class CallCommit:
 
 
 @dataclasses.dataclass(frozen=True)
+class CallCommitFetched:
+    """Make live what every worker has fetched from a peer, and set the engine's version; report to ``Returning.committed``."""
+
+    fetch: str
+    version: Version
+    update: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CallReadPacked:
+    """Let a worker that offers its weights read columns of a packed weight. The worker itself waits for them."""
+
+    order: ReadPacked
+
+
+@dataclasses.dataclass(frozen=True)
+class AskDirectory:
+    """Ask the directory; report its answer to ``Returning.engines``."""
+
+    message: Discover
+
+
+@dataclasses.dataclass(frozen=True)
+class AskPeer:
+    """Ask another engine; report its answer to ``Returning.answered`` with ``number``."""
+
+    number: int
+    address: str
+    message: GetStatus | OfferWeights | EndOffer
+
+
+@dataclasses.dataclass(frozen=True)
 class CallSleep:
     """Put a paused engine to sleep, unless it is later than ``ends``; report to ``sleep_done`` with ``call``."""
 
@@ -108,4 +141,18 @@ class Guard:
     weights: str = ""
 
 
-Effect = Reply | Order | CallPause | CallResume | CallCancelPause | CallCommit | CallSleep | CallWakeUp | CallMethod
+Effect = (
+    Reply
+    | Order
+    | CallPause
+    | CallResume
+    | CallCancelPause
+    | CallCommit
+    | CallCommitFetched
+    | CallReadPacked
+    | AskDirectory
+    | AskPeer
+    | CallSleep
+    | CallWakeUp
+    | CallMethod
+)

@@ -42,6 +42,14 @@ from ..protocol import (
     security,
     timing,
 )
+from ..protocol.peer_messages import (
+    EndOffer,
+    OfferWeights,
+    ReadPacked,
+    WeightsFetched,
+    WorkerOffered,
+    WorkerOfferEnded,
+)
 from ..protocol.server import ReplyTo, Server, connect
 from .effects import (
     CallCancelPause,
@@ -58,6 +66,7 @@ from .effects import (
 )
 from .native_transfer import NativeTransfer
 from .participant import Participant
+from .peering import PeerCalls, Peering, PeerLink
 from .queries import WeightQueries
 from .status import beat_of, guard_of, status_of
 from .tracing import Tracing
@@ -71,11 +80,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
+_Report = WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace | protocol.messages.PeerReport
+
 _TICK_MILLISECONDS = 100
 _UNREGISTER_MILLISECONDS = 200
 
 
-class Engine(Protocol):
+class Engine(PeerCalls, Protocol):
     """What the endpoint asks of its engine. Calls return at once and report through ``Endpoint.post``."""
 
     def pause(self, effect: CallPause) -> None: ...
@@ -126,6 +137,7 @@ class Endpoint:
         self.tracing = Tracing(workers)
         self._queries = WeightQueries(workers)
         self.calls = UserCalls(workers, settings.max_message_mib << 20)
+        self.peering = Peering(self._participant, self.info.address, engine, enabled=settings.fetches)
         self._guard = Guard()
         self._posted: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -197,11 +209,13 @@ class Endpoint:
 
     def _run(self) -> None:
         directory = connect(self._context, self._directory_address, self._key, self.info.incarnation.encode())
+        poller = zmq.Poller()
+        link = PeerLink(self._context, poller, self._key, self.info.incarnation.encode())
         try:
-            poller = zmq.Poller()
             poller.register(self._server.socket, zmq.POLLIN)
             poller.register(self._wake_read.fileno(), zmq.POLLIN)
             poller.register(directory, zmq.POLLIN)
+            self.peering.open(link, lambda message: self._tell(directory, message))
             next_beat = 0.0
             while not self._stopping:
                 ready = dict(poller.poll(self._milliseconds_to_tick(next_beat)))
@@ -215,6 +229,8 @@ class Endpoint:
                     self._handle(caller, message)
                 now = monotonic()
                 self._carry_out(self._participant.tick(now))
+                self._carry_out(self.peering.tick(now))
+                self.peering.rest()
                 self._carry_out(self._queries.tick(now))
                 self._carry_out(self.tracing.tick(now))
                 self._carry_out(self.calls.tick(now))
@@ -233,6 +249,7 @@ class Endpoint:
             os._exit(70)
         finally:
             self._switch_interval.end()
+            link.close()
             directory.close()
             self._server.socket.close()
 
@@ -246,7 +263,7 @@ class Endpoint:
     def _milliseconds_to_tick(self, next_beat: float) -> int:
         """Return how long to wait for a message: until the next beat, unless something may run out of time before."""
         state = self._participant
-        asked = self._queries.waiting or self.tracing.waiting or self.calls.waiting
+        asked = self._queries.waiting or self.tracing.waiting or self.calls.waiting or self.peering.waiting
         if state.update or state.generation != "running" or asked or not self._all_attached.is_set():
             return _TICK_MILLISECONDS
         return math.ceil(min(max(next_beat - monotonic(), 0.0), timing.HEARTBEAT_SECONDS) * 1e3)
@@ -258,9 +275,12 @@ class Endpoint:
             except protocol.UNREADABLE as error:
                 answer = protocol.Error(kind="malformed", message=f"its answer cannot be read: {error}")
             if isinstance(answer, protocol.Registered):
-                self._carry_out(self._participant.on_group_epoch(answer.version, answer.committed_epoch))
+                participant, epoch = self._participant, answer.committed_epoch
+                self._carry_out(participant.on_group_epoch(answer.version, epoch, settled=answer.settled))
                 self._registered.set()
                 self.directory_refusal = ""
+            if isinstance(answer, protocol.Engines):
+                self._carry_out(self.peering.engines(answer, monotonic()))
             if isinstance(answer, protocol.Error) and answer.message != self.directory_refusal:
                 self.directory_refusal = answer.message
                 logger.error("the directory %s refuses this engine: %s", self._directory_address, answer.message)
@@ -289,10 +309,8 @@ class Endpoint:
                     self._server.answer(caller, Welcome(protocol=protocol.PROTOCOL_VERSION, engine=self.info))
             case GetStatus():
                 self._server.answer(caller, self._status())
-            case DescribeWeights():
-                self._carry_out(self._queries.describe(caller))
-            case DigestWeights():
-                self._digest(caller, message)
+            case DescribeWeights() | DigestWeights():
+                self._ask_about_weights(caller, message)
             case GetTrace():
                 self._carry_out(self.tracing.ask(caller, message, monotonic()))
             case Call():
@@ -302,7 +320,19 @@ class Endpoint:
                 self._server.answer(caller, refusal or self._status())
             case Attach():
                 self._attach(caller, message)
-            case WorkerDone() | WeightsMismatch() | DigestsTaken() | WeightsTaken() | WorkerTrace():
+            case OfferWeights() | EndOffer():
+                self._carry_out(self.peering.request(caller, message, monotonic()))
+            case (
+                WorkerDone()
+                | WeightsMismatch()
+                | DigestsTaken()
+                | WeightsTaken()
+                | WorkerTrace()
+                | WorkerOffered()
+                | WorkerOfferEnded()
+                | ReadPacked()
+                | WeightsFetched()
+            ):
                 self._hear(caller, message)
             case _:
                 effects = self._participant.handle(caller, message, monotonic())
@@ -320,17 +350,17 @@ class Endpoint:
             refusal = self._native_transfer.ask(message)
         self._carry_out([Reply(caller, refusal)] if refusal else self.calls.ask(caller, message, monotonic()))
 
-    def _digest(self, caller: ReplyTo, message: DigestWeights) -> None:
-        if self._participant.update_phase == "committing":
+    def _ask_about_weights(self, caller: ReplyTo, message: DescribeWeights | DigestWeights) -> None:
+        if isinstance(message, DescribeWeights):
+            self._carry_out(self._queries.describe(caller))
+        elif self._participant.update_phase == "committing":
             self._server.answer(caller, protocol.Error(kind="busy", message="the engine is committing an update"))
         elif self._participant.sleep.reason:
             self._server.answer(caller, protocol.Error(kind="state", message=self._participant.sleep.reason))
         else:
             self._carry_out(self._queries.digest(caller, message, monotonic()))
 
-    def _hear(
-        self, worker: ReplyTo, message: WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace
-    ) -> None:
+    def _hear(self, worker: ReplyTo, message: _Report) -> None:
         known = self._workers.get(message.rank)
         if known is None or known[0] != worker.peer:
             return
@@ -345,6 +375,8 @@ class Endpoint:
                 self._carry_out(self._queries.weights_taken(message))
             case WorkerTrace():
                 self._carry_out(self.tracing.worker_trace(message, monotonic()))
+            case _:
+                self._carry_out(self.peering.report(message, monotonic()))
 
     def _attach(self, caller: ReplyTo, message: Attach) -> None:
         own = secrets.compare_digest(message.token.encode(), self.attach_token.encode())
@@ -390,4 +422,4 @@ class Endpoint:
                 case CallMethod():
                     self._engine.call_method(effect)
                 case _:
-                    raise AssertionError(f"no way to carry out {effect!r}")
+                    self.peering.carry_out(effect)

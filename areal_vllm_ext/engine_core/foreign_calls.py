@@ -14,6 +14,7 @@ import functools
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from . import elsewhere
 from .effects import Guard
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class ForeignCalls:
             raise RuntimeError(f"refused: {self._guard.update}; call again when that has ended")
         future: Future[Any] = Future()
         self._waiting.append((future, lambda: self._after_update(route, call)))
-        self._report(lambda participant: participant.waits_elsewhere(route))
+        self._report(lambda participant: elsewhere.waits(participant, route))
         return future
 
     def _pause(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +161,7 @@ class ForeignCalls:
 
     def _resumed(self) -> None:
         self.paused = False
-        self._report(lambda participant: participant.resumed_elsewhere())
+        self._report(elsewhere.resumed)
 
     def _sleep(self, original: Callable[..., Any], level: int = 1, mode: str = "abort") -> Any:
         def call() -> Any:
@@ -168,7 +169,7 @@ class ForeignCalls:
 
             def asleep(_: object = None) -> None:
                 if tags := self.asleep:
-                    self._report(lambda participant: participant.slept_elsewhere(tags, level, ran=ran))
+                    self._report(lambda participant: elsewhere.slept(participant, tags, level, ran=ran))
 
             with self.ours():
                 result = original(level, mode)
@@ -191,7 +192,7 @@ class ForeignCalls:
             finally:
                 self._waking = False
                 asleep = self.asleep
-                self._report(lambda participant: participant.woke_elsewhere(asleep))
+                self._report(lambda participant: elsewhere.woke(participant, asleep))
             if awake is not False:  # vLLM 0.28 to 0.31 return nothing
                 self._resumed()
             return awake
@@ -212,7 +213,7 @@ class ForeignCalls:
         try:
             return call()
         finally:
-            self._report(lambda participant: participant.weights_changed_elsewhere(name))
+            self._report(lambda participant: elsewhere.weights_changed(participant, name))
 
 
 def _pass_on(result: Any, future: Future[Any]) -> None:

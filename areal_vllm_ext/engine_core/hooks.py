@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # HOST and PORT are deliberately absent: they differ on every node.
 _SAME_EVERYWHERE = tuple(
-    f"AREAL_VLLM_{name}" for name in ("ENABLE", "KEY_FILE", "DIRECTORY", "REPLICA", "TRAINER_LOST", "MAX_MESSAGE_MIB")
+    f"AREAL_VLLM_{name}"
+    for name in ("ENABLE", "KEY_FILE", "DIRECTORY", "REPLICA", "TRAINER_LOST", "PEERS", "MAX_MESSAGE_MIB")
 )
 
 # Marks one of our callables on vLLM's input queue. It cannot collide with vLLM's request types, which are enum members.

@@ -15,7 +15,8 @@ Messages, completed calls and clock readings go in; effects come out, for ``endp
 - An engine whose commit failed is tainted: it holds a partially loaded set of weights. It stays paused until a later update
   commits. An engine whose worker finds that it serves other weights than it was sent is tainted too, and pauses.
 - An engine that hears from the directory of a later committed update than its own is stale: it was restarted, or lost
-  during a commit. It pauses, and stays paused until an update commits.
+  during a commit. It pauses, and stays paused until an update commits, or until it has fetched that update's weights from
+  a peer (``returning.py``) and the directory says that nothing newer can have been committed.
 """
 
 from __future__ import annotations
@@ -50,9 +51,6 @@ from .in_flight import UpdateInFlight, wrong_senders
 from .sleep import SleepMachine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from ..protocol import SleepTag
     from ..protocol.server import ReplyTo
 
 Phase = Literal["idle", "receiving", "prepared", "committing"]
@@ -70,6 +68,8 @@ class Participant:
         pauses: the half that pauses and resumes.
         tainted: why its set of weights is partially loaded or damaged; empty if it is not.
         stale: why its weights are older than the group's; empty if they are not.
+        group_epoch: the newest committed epoch that it has heard of.
+        fetching: from which peer it fetches its group's weights, or why it cannot; empty if it is not stale.
         foreign: which call of another user has changed its weights or their version; empty if none has.
         sleep: what of it is on the device.
         joined: whether it has heard the group's committed epoch. Before that it serves nothing.
@@ -104,14 +104,16 @@ class Participant:
         self.error = ""
         self.tainted = ""
         self.stale = ""
+        self.fetching = ""
         self.foreign = ""
         self.sleep = SleepMachine()
         self.joined = joined
-        self.committed_epoch = 0
+        self.committed_epoch = self.group_epoch = 0
         self.pauses = GenerationMachine()
         self._resume_orphans = resume_orphans
         self._commit_waiting: list[ReplyTo] = []
         self._given_up = ""  # the update that ``error`` is about
+        self._begin_waiting: list[tuple[ReplyTo, Begin, float]] = []
 
     @property
     def generation(self) -> Generation:
@@ -151,7 +153,7 @@ class Participant:
     @property
     def needs_recovery(self) -> bool:
         """True if recovery would have work to do here once no client is active."""
-        if self.update_phase != "idle":
+        if self.update is not None:
             return True
         pauses = self.pauses
         # Also after an update that healed a stale engine, whose trainer never sent the Resume.
@@ -231,6 +233,9 @@ class Participant:
         return self.sleep.sleep(caller, message, now)
 
     def _begin(self, caller: ReplyTo, message: Begin, now: float) -> list[Effect]:
+        if self.update_phase == "committing" and self.update is None:  # what was fetched, which takes a moment
+            self._begin_waiting.append((caller, message, now))
+            return []
         if self.update_phase == "committing":
             return self._refuse(caller, "busy", "the engine is committing an update")
         if self.update and self.update.begin.update == message.update:
@@ -354,64 +359,45 @@ class Participant:
         callers, self._commit_waiting = self._commit_waiting, []
         return [Reply(caller, answer) for caller in callers]
 
+    def fetch_committed(self) -> list[Effect]:
+        """What was fetched is live, or could not be made so: take the updates that waited for that."""
+        self.update_phase = "idle"
+        waiting, self._begin_waiting = self._begin_waiting, []
+        return [effect for one in waiting for effect in self.handle(*one)]
+
     def sleep_done(
         self, call: int, error: str, free_memory: int | None = None, *, touched: bool = True
     ) -> list[Effect]:
         """The engine fell asleep, or woke up, or failed to. Arguments as in ``SleepMachine.done``."""
         level, effects = self.sleep.done(call, error, free_memory, touched=touched)
-        self._discarded(level)
+        self.discarded(level)
         if self.sleep.is_awake and self.pauses.runs_when_awake and (self.tainted or self.stale):
             self.pauses.end_hold()  # an update resumes it
         return effects
 
-    def _discarded(self, level: int | None) -> None:
+    def discarded(self, level: int | None) -> None:
+        """Note a sleep of this level."""
         if level == 2:
             self.tainted = "vLLM's sleep level 2 discarded them"
 
-    # Calls of other users, through vLLM's own interfaces: the engine's loop has carried them out
-
-    def resumed_elsewhere(self) -> list[Effect]:
-        """Another user has resumed the engine; if its weights must not be served, pause it again."""
-        self.pauses.resumed_elsewhere()
-        unfit = (self.tainted or self.stale) and self.generation == "running"
-        return [self.pauses.pause_for_weights()] if unfit else []
-
-    def weights_changed_elsewhere(self, what: str) -> list[Effect]:
-        """Another user has changed the weights or their version by ``what``: an update in flight cannot build on them."""
-        self.foreign = (
-            f"the weights are foreign: {what} was called through vLLM, not through this package; send an update to bring this "
-            "engine back to the group's version"
-        )
-        return self._fail_before_commit(f"{what} was called through vLLM during the update; send it again")
-
-    def waits_elsewhere(self, what: str) -> list[Effect]:
-        """Another user has called ``what``, which waits until the update in flight has ended."""
-        if self.update:
-            self.update.delayed.append(what)
-        return []
-
-    def slept_elsewhere(self, asleep: Iterable[SleepTag], level: int, *, ran: bool) -> list[Effect]:
-        """Another user has put the engine to sleep; ``ran``: it generated before."""
-        self.sleep.moved_elsewhere(asleep, level)
-        self.pauses.runs_when_awake = self.pauses.runs_when_awake or ran
-        self._discarded(level)
-        return self._fail_before_commit(self.sleep.reason) if self.sleep.reason else []
-
-    def woke_elsewhere(self, asleep: Iterable[SleepTag]) -> list[Effect]:
-        """Another user has woken the engine up; ``asleep``: what is not on the device yet."""
-        self.sleep.moved_elsewhere(asleep)
-        return []
-
-    def _fail_before_commit(self, problem: str) -> list[Effect]:
+    def fail_before_commit(self, problem: str) -> list[Effect]:
+        """Fail the update in flight, unless it is being committed."""
         if self.update is None or self.update_phase == "committing":
             return []
         return self._fail(self.update, problem)
 
     # What the directory says
 
-    def on_group_epoch(self, version: Version, committed_epoch: int) -> list[Effect]:
-        """Take the newest committed update of the group: serve nothing older."""
+    def on_group_epoch(self, version: Version, committed_epoch: int, *, settled: bool = True) -> list[Effect]:
+        """Take the newest committed update of the group: serve nothing older.
+
+        Args:
+            version: of the update.
+            committed_epoch: of the update.
+            settled: whether no newer one can have been committed.
+        """
         pauses, self.joined = self.pauses, True
+        self.group_epoch = committed_epoch
         if self.update_phase == "committing" or self.in_doubt:
             return []
         if committed_epoch > self.committed_epoch:
@@ -421,9 +407,9 @@ class Participant:
             if pauses.paused_for:  # an engine that is resuming is paused by the next tick
                 pauses.paused_for = STALE
             return []
-        if not self.stale or self.update_phase != "idle" or pauses.state == "resuming":
+        if not self.stale or not settled or self.update_phase != "idle" or pauses.state == "resuming":
             return []
-        # All other engines were restarted as well.
+        # It has fetched the group's weights, or all other engines were restarted as well.
         self.stale = ""
         return [pauses.resume_unasked()] if pauses.paused_for == STALE and not self.tainted else []
 

@@ -50,7 +50,7 @@ def status_of(
         requests_waiting=waiting,
         waiting_for_engine=waiting_for_engine,
         error=participant.tainted
-        or participant.stale
+        or "; ".join(filter(None, (participant.stale, participant.stale and participant.fetching)))
         or participant.foreign
         or participant.sleep.reason
         or participant.error,
@@ -87,4 +87,5 @@ def beat_of(participant: Participant, engine: EngineInfo) -> Register:
         version=participant.version,
         committed_epoch=participant.committed_epoch,
         needs_recovery=participant.needs_recovery,
+        stale=bool(participant.stale),
     )

@@ -11,6 +11,7 @@ from .messages import (
     WorkerMessage,
     WorkerOrder,
 )
+from .peer_messages import OfferEnded, WeightsOffered
 from .types import (
     CallAnswer,
     EngineInfo,
@@ -127,10 +128,14 @@ class Lease(Message):
 
 
 class Registered(Message):
-    """The directory's answer to a beat: the newest version that an engine has committed, and the epoch of its update."""
+    """The directory's answer to a beat: the newest version that an engine has committed, and the epoch of its update.
+
+    ``settled``, for an engine that is stale: none can have committed something newer, so if it has this it may serve it.
+    """
 
     version: Version
     committed_epoch: Epoch
+    settled: bool = False
 
 
 class Error(Message):
@@ -140,7 +145,21 @@ class Error(Message):
     epoch: int = 0
 
 
-Answer = Welcome | Status | Weights | WeightDigests | Trace | CallAnswers | Ack | Engines | Lease | Registered | Error
+Answer = (
+    Welcome
+    | Status
+    | Weights
+    | WeightDigests
+    | Trace
+    | CallAnswers
+    | WeightsOffered
+    | OfferEnded
+    | Ack
+    | Engines
+    | Lease
+    | Registered
+    | Error
+)
 
 encoder = msgspec.msgpack.Encoder()
 engine_decoder: msgspec.msgpack.Decoder[EngineRequest | WorkerMessage] = msgspec.msgpack.Decoder(

@@ -9,6 +9,16 @@ from typing import Annotated
 
 import msgspec
 
+from .peer_messages import (
+    EndFetch,
+    EndOffer,
+    FetchWeights,
+    OfferWeights,
+    ReadPacked,
+    WeightsFetched,
+    WorkerOffered,
+    WorkerOfferEnded,
+)
 from .types import (
     PROTOCOL_VERSION,
     Allocation,
@@ -235,6 +245,8 @@ EngineRequest = (
     | AdoptEpoch
     | GetTrace
     | Call
+    | OfferWeights
+    | EndOffer
 )
 
 
@@ -319,8 +331,10 @@ class WorkerTrace(Message):
     spans: tuple[Span, ...]
 
 
-WorkerMessage = Attach | WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace
-WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights | GetTrace
+PeerReport = WorkerOffered | WorkerOfferEnded | ReadPacked | WeightsFetched
+WorkerMessage = Attach | WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace | PeerReport
+PeerOrder = OfferWeights | EndOffer | FetchWeights | EndFetch
+WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights | GetTrace | PeerOrder
 
 
 # Requests to the directory
@@ -330,7 +344,8 @@ class Register(Message):
     """An engine is alive: who it is, and the highest epoch that it has seen. Repeated every second.
 
     ``committed_epoch`` is the epoch of the update that brought ``version``; 0 for the weights that the engine started with.
-    ``needs_recovery``: a client has left an update or a pause on it.
+    ``needs_recovery``: a client has left an update or a pause on it. ``stale``: it serves nothing until the answer says that
+    its version is the newest.
     """
 
     engine: EngineInfo
@@ -338,6 +353,7 @@ class Register(Message):
     version: Version = 0
     committed_epoch: Epoch = 0
     needs_recovery: bool = False
+    stale: bool = False
 
 
 class Unregister(Message):

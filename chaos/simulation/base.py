@@ -9,7 +9,9 @@ from typing import Literal
 from areal_vllm_ext.engine_core.effects import (
     CallCancelPause,
     CallCommit,
+    CallCommitFetched,
     CallPause,
+    CallReadPacked,
     CallResume,
     CallSleep,
     CallWakeUp,
@@ -39,7 +41,18 @@ class UsersCall:
     name: str
 
 
-EngineCall = CallPause | CallResume | CallCancelPause | CallCommit | CallSleep | CallWakeUp | Guard | UsersCall
+EngineCall = (
+    CallPause
+    | CallResume
+    | CallCancelPause
+    | CallCommit
+    | CallCommitFetched
+    | CallReadPacked
+    | CallSleep
+    | CallWakeUp
+    | Guard
+    | UsersCall
+)
 IDS = itertools.count()
 
 

@@ -20,9 +20,11 @@ MESSAGES = (
     "Begin",
     "Bucket",
     "Commit",
+    "EndOffer",
     "Fence",
     "GetStatus",
     "KeepPaused",
+    "OfferWeights",
     "Pause",
     "Prepare",
     "Resume",
@@ -49,11 +51,13 @@ class Coverage:
     Attributes:
         messages: by state of the engine (update phase and generation) and message.
         faults: by phase of the update and fault.
+        fetched: how often a stale engine got its weights from a peer.
     """
 
     def __init__(self) -> None:
         self.messages: collections.Counter[tuple[str, str, str]] = collections.Counter()
         self.faults: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.fetched = 0
 
     def message(self, participant: Participant, message: Any) -> None:
         """Note that a message has come to an engine."""
@@ -72,6 +76,7 @@ class Coverage:
         """Add what another simulation has met."""
         self.messages.update(other.messages)
         self.faults.update(other.faults)
+        self.fetched += other.fetched
 
     def report(self, faults: Iterable[str]) -> dict[str, object]:
         """Return the coverage and what is missing, for the faults that were allowed."""
@@ -81,6 +86,7 @@ class Coverage:
         return {
             "state_and_message": f"{sum(pair in self.messages for pair in messages)} of {len(messages)}",
             "phase_and_fault": f"{sum(pair in self.faults for pair in struck)} of {len(struck)}",
+            "fetched_from_peers": self.fetched,
             "messages_missing": _grouped((f"{a}, {b}", c) for a, b, c in messages if (a, b, c) not in self.messages),
             "faults_missing": _grouped(pair for pair in struck if pair not in self.faults),
             "cannot_happen": {", ".join(state): reason for state, reason in IMPOSSIBLE.items()},

@@ -9,8 +9,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from areal_vllm_ext.engine_core.effects import (
+    AskDirectory,
+    AskPeer,
     CallCancelPause,
     CallCommit,
+    CallCommitFetched,
     CallPause,
     CallResume,
     CallSleep,
@@ -21,7 +24,9 @@ from areal_vllm_ext.engine_core.effects import (
     Reply,
 )
 from areal_vllm_ext.engine_core.foreign_calls import ForeignCalls
+from areal_vllm_ext.engine_core.offers import Offers
 from areal_vllm_ext.engine_core.participant import Participant
+from areal_vllm_ext.engine_core.returning import Returning
 from areal_vllm_ext.engine_core.status import guard_of, status_of
 from areal_vllm_ext.protocol import (
     Abort,
@@ -40,9 +45,22 @@ from areal_vllm_ext.protocol import (
     Version,
     WorkerDone,
 )
+from areal_vllm_ext.protocol.peer_messages import (
+    EndFetch,
+    EndOffer,
+    FetchWeights,
+    OfferWeights,
+    WeightsFetched,
+    WorkerOffer,
+    WorkerOffered,
+    WorkerOfferEnded,
+)
 from areal_vllm_ext.protocol.server import ReplyTo
 
-from .base import FIRST_VERSION, EngineCall, UsersCall, Violation, nothing, require
+from .base import FIRST_VERSION, IDS, EngineCall, UsersCall, Violation, nothing, require
+from .reading import Reading, read
+
+WorkerReport = WorkerDone | WorkerOffered | WorkerOfferEnded | WeightsFetched
 
 
 class SchedulerStandIn:
@@ -88,6 +106,11 @@ class Engine:
         served_since_pause: the engine has generated since its last pause was complete.
         replies: answers that are not on the wire yet.
         cause: the last update that this engine could not go on with, and why. Later requests of it must be told that.
+        asks: requests to the directory and to peers that are not on the wire yet.
+        fetched: what each worker has read of a peer.
+        offered: by fetch and rank, what each worker that offers its weights has sent.
+        peer_at: the engine that workers reach at an address; None if there is none.
+        clock: the time of this process.
     """
 
     def __init__(
@@ -110,7 +133,14 @@ class Engine:
         self.outcomes: collections.deque[Callable[[], list[Effect]]] = collections.deque()
         self.pausing: int | None = None
         self.orders: list[collections.deque[object]] = [collections.deque() for _ in range(workers)]
-        self.reports: collections.deque[WorkerDone] = collections.deque()
+        self.reports: collections.deque[WorkerReport] = collections.deque()
+        self.returning = Returning(self.participant, self.info.address, lambda: f"fetch {next(IDS)}")
+        self.offers = Offers(self.participant)
+        self.asks: list[AskDirectory | AskPeer] = []
+        self.fetched: list[Reading | None] = [None] * workers
+        self.offered: dict[tuple[str, int], list[Version]] = {}
+        self.peer_at: Callable[[str], Engine | None] = lambda _: None
+        self.clock: Callable[[], float] = lambda: 0.0
         self.staged: list[str] = [""] * workers
         self.voted: set[tuple[int, str]] = set()
         self.answers: dict[ReplyTo, Answer | None] = {}
@@ -139,6 +169,12 @@ class Engine:
         self.answers[caller] = None
         if isinstance(message, GetStatus):
             self.carry_out([Reply(caller, self.status())])
+            return
+        if isinstance(message, OfferWeights):
+            self.carry_out(self.offers.ask(caller, message, now))
+            return
+        if isinstance(message, EndOffer):
+            self.carry_out(self.offers.end(caller, message, now))
             return
         if isinstance(message, Begin):
             self.begun.add(message.update)
@@ -193,6 +229,8 @@ class Engine:
                 case Order():
                     for orders in self.orders:
                         orders.append(effect.message)
+                case AskDirectory() | AskPeer():
+                    self.asks.append(effect)
                 case _:
                     self.calls.append(effect)
 
@@ -280,9 +318,29 @@ class Engine:
                     f"{call} was applied to {self.voted}, which is not all of it",
                 )
                 self.tainted = fails
+                self.staged = [""] * len(self.staged)
                 if not fails:
                     self.version, self.reloaded, self.foreign.discarded = call.version, False, ""
                 self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
+            case CallCommitFetched():
+                self._commit_fetched(call, fails)
+
+    def _commit_fetched(self, call: CallCommitFetched, fails: bool) -> None:
+        """Make what every worker has read of a peer live."""
+        require("weights" not in self.asleep, "wrong tokens", "fetched weights were applied to weights that sleep")
+        require(not self.running, "wrong tokens", "fetched weights were applied on an engine that runs")
+        whole = all(one is not None and one.fetch == call.fetch and one.complete for one in self.fetched)
+        require(whole, "wrong tokens", f"{call} was applied to {self.fetched}, which is not all of it")
+        pieces = {piece for one in self.fetched if one is not None for piece in one.pieces}
+        self.tainted = fails
+        if not fails:
+            self.version, self.reloaded, self.foreign.discarded = (
+                pieces.pop() if len(pieces) == 1 else f"mixture of {sorted(map(str, pieces))}",
+                False,
+                "",
+            )
+        self.fetched = [None] * len(self.fetched)
+        self.outcomes.append(lambda: self.returning.committed("did not fit" if fails else "", self.clock()))
 
     def start(self) -> None:
         """Start the loop: it takes every call that waits before its first step."""
@@ -334,6 +392,9 @@ class Engine:
                 step = order.step
             case Prepare():
                 step = "prepare"
+            case OfferWeights() | EndOffer() | FetchWeights() | Reading() | EndFetch():
+                self._work_with_peer(rank, order, fails)
+                return
             case _:
                 assert isinstance(order, Abort)
                 if self.staged[rank] == order.update:
@@ -346,8 +407,56 @@ class Engine:
                 self.voted.add((rank, order.update))
             self.reports.append(WorkerDone(update=order.update, rank=rank, step=step, error=error))
 
+    def _work_with_peer(
+        self, rank: int, order: OfferWeights | EndOffer | FetchWeights | Reading | EndFetch, fails: bool
+    ) -> None:
+        match order:
+            case OfferWeights():
+                digest = str(self.version)
+                offer = WorkerOffer(rank=rank, layout=digest, address=self.info.address, held=())
+                self.offered[order.fetch, rank] = []
+                error = "out of memory" if fails else ""
+                self.reports.append(
+                    WorkerOffered(fetch=order.fetch, rank=rank, offer=None if fails else offer, error=error)
+                )
+            case EndOffer():
+                sent = self.offered.pop((order.fetch, rank), [])
+                self.reports.append(WorkerOfferEnded(fetch=order.fetch, rank=rank, manifest=str(sent)))
+            case FetchWeights():
+                self.fetched[rank] = reading = Reading(order, rank, self.clock())
+                self.orders[rank].append(reading)
+            case Reading():
+                if self.fetched[rank] is not order:
+                    return  # given up
+                error = "out of memory" if fails else read(order, self.peer_at(order.address), self.clock())
+                if error or order.complete:
+                    self.reports.append(
+                        WeightsFetched(fetch=order.fetch, rank=rank, manifest=str(order.pieces), error=error)
+                    )
+                else:
+                    self.orders[rank].append(order)
+            case EndFetch():
+                self.fetched[rank] = None
+
+    def send_piece(self, fetch: str, rank: int) -> Version | None:
+        """Send a piece of what is live to the worker that fetches; None if there is no such offer, or an update has begun."""
+        sent = self.offered.get((fetch, rank))
+        if sent is None or self.staged[rank] or "weights" in self.asleep:
+            return None
+        sent.append(self.version)
+        return self.version
+
     def hear_worker(self) -> None:
-        self.carry_out(self.participant.worker_done(self.reports.popleft()))
+        match report := self.reports.popleft():
+            case WorkerDone():
+                effects = self.participant.worker_done(report)
+            case WorkerOffered():
+                effects = self.offers.worker_offered(report, self.clock())
+            case WorkerOfferEnded():
+                effects = self.offers.worker_ended(report, self.clock())
+            case WeightsFetched():
+                effects = self.returning.worker_fetched(report, self.clock())
+        self.carry_out(effects)
 
     # Scheduling
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from areal_vllm_ext.control.awake_clock import AwakeClock
 from areal_vllm_ext.control.command import Commander
 from areal_vllm_ext.control.directory import Directory
-from areal_vllm_ext.engine_core.participant import CallCommit
+from areal_vllm_ext.engine_core.effects import AskPeer, CallCommit, CallCommitFetched
 from areal_vllm_ext.engine_core.status import beat_of
 from areal_vllm_ext.errors import ArealError
-from areal_vllm_ext.protocol import Answer, Begin, DirectoryRequest, EngineInfo, Register, Registered, timing
+from areal_vllm_ext.protocol import Answer, Begin, DirectoryRequest, EngineInfo, Engines, Register, Registered, timing
 from areal_vllm_ext.protocol.server import ReplyTo
 
 from .base import (
@@ -110,6 +110,8 @@ class EngineProcess(Process):
         )
         self._stepping = self._ticking = self._started = False
         self._answered = b""
+        self._asked: dict[bytes, int] = {}  # numbers of requests to peers
+        self.engine.clock, self.engine.peer_at = self.time, self._peer_at
         self._noted = -1  # the committed epoch that the world has noted
         world.join(self, info.address)
         self.after(world.dice.uniform(0, timing.HEARTBEAT_SECONDS), self.beat)
@@ -130,6 +132,12 @@ class EngineProcess(Process):
             if isinstance(message, Registered) and caller.request_id > self._answered:
                 self._answered = caller.request_id
                 self.registered(message)
+            elif isinstance(message, Engines):
+                self.engine.carry_out(self.engine.returning.engines(message, self.time()))
+                self.flush()
+            elif (number := self._asked.get(caller.request_id)) is not None:
+                self.engine.carry_out(self.engine.returning.answered(number, message, self.time()))
+                self.flush()
             return
         self.world.received(self, caller, message)
         self.engine.receive(caller, message, self.time())
@@ -147,6 +155,8 @@ class EngineProcess(Process):
         self._ticking = False
         participant, now = self.engine.participant, self.time()
         self.engine.carry_out(participant.tick(now))
+        self.engine.carry_out(self.engine.returning.tick(now))
+        self.engine.carry_out(self.engine.offers.tick(now))
         if participant.update and participant.update_phase == "receiving" and now > participant.update.ends:
             raise Violation("leftover", f"{self.name} receives an update whose time is over")
         self.flush()
@@ -154,7 +164,8 @@ class EngineProcess(Process):
     def registered(self, message: Registered) -> None:
         """Handle the directory's answer to a heartbeat."""
         engine, joined, stale = self.engine, self.joined, self.engine.participant.stale
-        engine.carry_out(engine.participant.on_group_epoch(message.version, message.committed_epoch))
+        settled = message.settled
+        engine.carry_out(engine.participant.on_group_epoch(message.version, message.committed_epoch, settled=settled))
         if not joined or (stale and not engine.participant.stale):
             self.world.joins(message.committed_epoch)
         if not joined:
@@ -182,16 +193,31 @@ class EngineProcess(Process):
             for caller, answer in engine.replies:
                 self.world.send(self, caller.peer, caller, answer)
             engine.replies.clear()
+        for ask in engine.asks:
+            caller = new_caller(self)
+            if isinstance(ask, AskPeer):
+                self._asked[caller.request_id] = ask.number
+            self.world.send(self, ask.address if isinstance(ask, AskPeer) else DIRECTORY, caller, ask.message)
+        engine.asks.clear()
         if (participant.tainted or participant.stale) and participant.generation == "running":
             engine.carry_out(participant.tick(self.time()))  # as the endpoint does after each message
         # An engine that runs and has no update has nothing that could be over its time.
         waits = participant.update or participant.generation != "running" or participant.tainted or participant.stale
+        waits = waits or engine.offers.waiting
         if waits and not self._ticking:
             self._ticking = True
             self.after(TICK_SECONDS, self.tick)
         if not self._stepping and engine.busy:
             self._stepping = True
             self.after(self.world.dice.uniform(0.0001, self.slowness), self.step)
+
+    def _peer_at(self, address: str) -> Engine | None:
+        """Return the engine at an address, if bytes pass between its workers and this engine's."""
+        if not self.world.reaches(self, address):
+            return None
+        return next(
+            (one.engine for one in self.world.engines if one.engine.info.address == address and not one.asleep), None
+        )
 
     def unstick(self) -> None:
         """End ``stuck``, ``full`` and ``slowness``."""
@@ -236,6 +262,8 @@ class EngineProcess(Process):
             fails = self._fails()
             if isinstance(call, CallCommit):
                 self.world.switching(self.rank, call)
+            if isinstance(call, CallCommitFetched) and not fails:
+                self.world.coverage.fetched += 1
             engine.step(fails)
             self.world.check(self.rank)
         elif isinstance(part, functools.partial):

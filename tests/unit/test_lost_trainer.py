@@ -154,8 +154,10 @@ def test_a_pause_without_a_lease_stays(ready: Deployment, key_file: Path, raw: R
     assert "not paused for somebody" in str(refusal)
 
 
-def test_an_engine_that_restarts_serves_nothing_old(ready: Deployment, key_file: Path) -> None:
-    with EngineGroup.connect(ready.directory, key_file=key_file) as group:
+def test_an_engine_that_restarts_serves_nothing_old(key: security.ClusterKey, key_file: Path) -> None:
+    alone = Shape(settings=Settings(peers="off"))
+    with deployed(key, shape=alone) as ready, EngineGroup.connect(ready.directory, key_file=key_file) as group:
+        group.wait_ready(2, timeout=10)
         update(group, 1, timeout=5)
         ready.stop_engine(1)
         again = ready.start_engine(1)

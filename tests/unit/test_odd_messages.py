@@ -34,6 +34,7 @@ from areal_vllm_ext.protocol import (
     WakeUp,
     WeightsMismatch,
 )
+from areal_vllm_ext.protocol.peer_messages import EndOffer, OfferWeights
 from areal_vllm_ext.protocol.server import ReplyTo
 from chaos.simulation import Engine
 from chaos.simulation.coverage import GENERATIONS, IMPOSSIBLE, MESSAGES, UPDATE_PHASES, Coverage
@@ -143,9 +144,11 @@ REQUESTS: dict[str, Callable[[str, int], EngineRequest]] = {
     "Begin": lambda update, epoch: next(way(update, epoch)),
     "Bucket": lambda update, epoch: Bucket(epoch=epoch, update=update, index=0, nbytes=0, segments=()),
     "Commit": lambda update, epoch: Commit(epoch=epoch, update=update),
+    "EndOffer": lambda _, __: EndOffer(fetch="f"),
     "Fence": lambda _, epoch: Fence(epoch=epoch),
     "GetStatus": lambda _, __: GetStatus(),
     "KeepPaused": lambda _, __: KeepPaused(holder="somebody", lease=10.0),
+    "OfferWeights": lambda _, epoch: OfferWeights(fetch="f", committed_epoch=epoch, timeout=5.0),
     "Pause": pause,
     "Prepare": lambda update, epoch: Prepare(epoch=epoch, update=update, buckets={0: 1}),
     "Resume": lambda update, epoch: Resume(epoch=epoch, update=update),
