@@ -24,7 +24,7 @@ def test_a_variable_wins_over_additional_config_and_that_over_the_default() -> N
 
 def test_every_setting_has_a_variable() -> None:
     for name, default in vars(Settings()).items():
-        special = {"trainer_lost": "stay_paused", "directory": "tcp://host:1"}
+        special = {"trainer_lost": "stay_paused", "peers": "off", "directory": "tcp://host:1"}
         text = "77" if isinstance(default, int) else special.get(name, "text")
         loaded = Settings.load(None, {f"AREAL_VLLM_{name.upper()}": text})
         assert str(getattr(loaded, name)) == text
