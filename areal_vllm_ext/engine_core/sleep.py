@@ -27,11 +27,13 @@ class SleepMachine:
     Attributes:
         level: of the last sleep; 0 before the first.
         free_memory: bytes that were free on the device after the last step; None if that is not known.
+        problem: why a worker may not have fallen asleep with the others; empty if all have, or all are awake.
     """
 
     def __init__(self) -> None:
         self.level = 0
         self.free_memory: int | None = None
+        self.problem = ""
         self._asleep: frozenset[SleepTag] = frozenset()
         self._doing: CallSleep | CallWakeUp | None = None
         self._call = 0
@@ -69,7 +71,7 @@ class SleepMachine:
         if self._doing is not None:
             return [Reply(caller, Error(kind="busy", message=self.reason))]
         if "weights" in self._asleep:
-            return [Reply(caller, Ack() if self.level == message.level else self._other_level(message.level))]
+            return [Reply(caller, self._asleep_already(message.level))]
         return self._do(caller, CallSleep(self._call + 1, message.level, now + message.timeout))
 
     def wake_up(self, caller: ReplyTo, message: WakeUp, now: float) -> list[Effect]:
@@ -105,9 +107,10 @@ class SleepMachine:
         self._doing, slept = None, None
         if isinstance(doing, CallSleep) and touched:
             # Also where a worker failed: another may have given its memory back. Waking up is right in both cases.
-            self.level, self._asleep, slept = doing.level, ALL, doing.level
+            self.level, self._asleep, slept, self.problem = doing.level, ALL, doing.level, error
         elif isinstance(doing, CallWakeUp) and not error:
             self._asleep -= frozenset(doing.tags)
+            self.problem = ""
         self.free_memory = free_memory if touched else self.free_memory
         return slept, self._answer(Error(kind="failed", message=error) if error else Ack())
 
@@ -125,6 +128,7 @@ class SleepMachine:
     def moved_elsewhere(self, asleep: Iterable[SleepTag], level: int = 0) -> None:
         """Another user has put the engine to sleep or woken it up; ``asleep``: what is not on the device now."""
         self._asleep = frozenset(asleep)
+        self.problem = ""
         self.level = level or self.level
         self.free_memory = None
 
@@ -133,11 +137,14 @@ class SleepMachine:
         self._waiting = {caller: call.ends}
         return [call]
 
-    def _other_level(self, level: int) -> Error:
-        return Error(
-            kind="state",
-            message=f"this engine sleeps at level {self.level}: wake it up before it sleeps at level {level}",
-        )
+    def _asleep_already(self, level: int) -> Answer:
+        if self.problem:
+            problem = f"not every worker of this engine fell asleep ({self.problem}): wake it up before it sleeps again"
+        elif self.level != level:
+            problem = f"this engine sleeps at level {self.level}: wake it up before it sleeps at level {level}"
+        else:
+            return Ack()
+        return Error(kind="state", message=problem)
 
     def _answer(self, answer: Answer) -> list[Effect]:
         callers, self._waiting = self._waiting, {}

@@ -30,6 +30,7 @@ from areal_vllm_ext.engine_core.returning import Returning
 from areal_vllm_ext.engine_core.status import guard_of, status_of
 from areal_vllm_ext.protocol import (
     Abort,
+    Ack,
     Answer,
     Begin,
     Bucket,
@@ -41,6 +42,7 @@ from areal_vllm_ext.protocol import (
     GetStatus,
     Pause,
     Prepare,
+    Sleep,
     Status,
     Version,
     WorkerDone,
@@ -77,6 +79,7 @@ class SchedulerStandIn:
 
     def wake_up(self) -> None:
         self._engine.asleep.clear()
+        self._engine._half_asleep = False
         self.resume_scheduler()
 
     def pause_scheduler(self) -> None:
@@ -156,6 +159,8 @@ class Engine:
         self.cause = ("", "")
         self._in_flight = ""
         self._asked: dict[ReplyTo, str] = {}
+        self._half_asleep = False
+        self._sleepers: set[ReplyTo] = set()
         self.log = log
 
     # The endpoint
@@ -180,6 +185,8 @@ class Engine:
             self.begun.add(message.update)
         elif isinstance(message, Bucket | Prepare | Pause | Commit) and message.update:
             self._asked[caller] = message.update
+        elif isinstance(message, Sleep):
+            self._sleepers.add(caller)
         epoch = getattr(message, "epoch", None)
         before = self.state if epoch is not None and epoch < self.highest_epoch else None
         if isinstance(message, Fence):
@@ -224,6 +231,8 @@ class Engine:
                 case Reply():
                     require(self.answers.get(effect.caller) is None, "rule", "a request was answered twice")
                     self._check_cause(effect)
+                    if effect.caller in self._sleepers and isinstance(effect.answer, Ack):
+                        require(not self._half_asleep, "untrue outcome", "a sleep that failed half-way is called done")
                     self.answers[effect.caller] = effect.answer
                     self.replies.append((effect.caller, effect.answer))
                 case Order():
@@ -266,8 +275,10 @@ class Engine:
             self.foreign.slept(call.level)
             self.asleep |= {"weights", "kv_cache"}
             self.tainted = self.tainted or call.level > 1
+            self._half_asleep = fails
         elif not fails:
             self.asleep -= set(call.tags)
+            self._half_asleep = False
         error = "out of memory" if fails else ""
         self.outcomes.append(lambda: participant.sleep_done(call.call, error, 1))
 

@@ -112,7 +112,7 @@ class EngineProcess(Process):
         self._answered = b""
         self._asked: dict[bytes, int] = {}  # numbers of requests to peers
         self.engine.clock, self.engine.peer_at = self.time, self._peer_at
-        self._noted = -1  # the committed epoch that the world has noted
+        self._noted = (-1, "")  # the committed epoch and update that the world has noted
         world.join(self, info.address)
         self.after(world.dice.uniform(0, timing.HEARTBEAT_SECONDS), self.beat)
 
@@ -186,8 +186,8 @@ class EngineProcess(Process):
     def flush(self) -> None:
         """Send the answers, and let the next step come a moment later."""
         engine, participant = self.engine, self.engine.participant
-        if self._noted != participant.committed_epoch:
-            self._noted = participant.committed_epoch
+        if self._noted != (committed := (participant.committed_epoch, participant.last_update)):
+            self._noted = committed
             self.world.committed(self.rank)
         if engine.replies:
             for caller, answer in engine.replies:

@@ -374,6 +374,11 @@ def test_a_sleep_that_failed_half_way_counts_as_asleep(level: int) -> None:
     assert rig.kind(asked) == "failed"
     assert rig.status.sleep == f"asleep_{level}"
     assert (rig.status.update_phase == "tainted") == (level == 2)
+    refusal = rig.answers[rig.ask(sleep(level))]
+    assert isinstance(refusal, Error), "a worker may hold its memory still"
+    assert refusal.message == (
+        "not every worker of this engine fell asleep (a worker ran out of memory): wake it up before it sleeps again"
+    )
     failed = rig.ask(wake())
     rig.done("again")
     assert rig.kind(failed) == "failed"
@@ -381,6 +386,19 @@ def test_a_sleep_that_failed_half_way_counts_as_asleep(level: int) -> None:
     rig.ask(wake())
     rig.done()
     assert rig.status.sleep == "awake"
+    rig.ask(sleep(level))
+    rig.done()
+    assert rig.kind(rig.ask(sleep(level))) == "Ack"
+
+
+def test_a_sleep_that_failed_half_way_is_over_when_another_user_woke_the_engine_up() -> None:
+    rig = Rig()
+    rig.pause()
+    rig.ask(sleep())
+    rig.done("a worker ran out of memory")
+    rig.take(rig.participant.woke_elsewhere([]))
+    rig.take(rig.participant.slept_elsewhere(["weights", "kv_cache"], 1, ran=False))
+    assert rig.kind(rig.ask(sleep())) == "Ack"
 
 
 def test_an_engine_that_sleeps_is_not_recovered() -> None:
