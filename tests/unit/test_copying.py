@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.worker.load.copying import Copies
+from areal_vllm_ext.worker.load.proof import digests_by_name
+from areal_vllm_ext.worker.load.strides import in_memory_order
 
 aten = torch.ops.aten
 
@@ -128,3 +131,12 @@ def test_copies_of_several_buckets_are_one_call() -> None:
         together.run()
     assert [len(pairs) for _, _, pairs in recorded.calls] == [3]
     assert len(list(together.sources())) == 3
+
+
+def test_transposed_weights_are_hashed_as_they_lie_without_a_copy() -> None:
+    table = memory(torch.float8_e4m3fn, 1)[:96].view(8, 12)
+    found = digests_by_name({"as it lies": table, "transposed": table.t(), "a column": table[:, 1]})
+    assert found["as it lies"] == found["transposed"]
+    assert found["a column"] == digest.digests_of([table[:, 1].clone()])[0]
+    flat = in_memory_order(table.t())
+    assert (flat.shape, flat.data_ptr()) == ((96,), table.data_ptr())

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .strides import is_dense
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
@@ -40,7 +42,7 @@ class Copies:
         """Add a copy of ``source``, which is cast if it has another dtype, to ``target`` of the same shape."""
         if target.numel():
             target, source = _as_integers(target, source)
-            together = target.stride() == source.stride() and _is_dense(target)
+            together = target.stride() == source.stride() and is_dense(target)
             targets, sources = self._batches.setdefault((target.dtype, source.dtype, together), ([], []))
             targets.append(target)
             sources.append(source)
@@ -83,7 +85,7 @@ def _as_integers(target: torch.Tensor, source: torch.Tensor) -> Pair:
         return view_of(target), view_of(source)
     shape, itemsize = list(target.shape), target.itemsize
     to, of = list(target.stride()), list(source.stride())
-    if (target.is_contiguous() and source.is_contiguous()) or (to == of and _is_dense(target)):
+    if (target.is_contiguous() and source.is_contiguous()) or (to == of and is_dense(target)):
         shape, to, of = [target.numel()], [1], [1]
     elif not shape or to[-1] != 1 or of[-1] != 1:
         return view_of(target), view_of(source)
@@ -93,14 +95,3 @@ def _as_integers(target: torch.Tensor, source: torch.Tensor) -> Pair:
     for stride in (to, of):
         stride[:-1] = [step * itemsize // width for step in stride[:-1]]
     return view_of(target, _INTEGERS[width], shape, to), view_of(source, _INTEGERS[width], shape, of)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor's elements fill its memory without gaps and overlaps, in any order of its dimensions."""
-    expected = 1
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if step != expected:
-                return False
-            expected *= size
-    return True

@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...integrity import digest
 from . import twins
-from .proof import readable
+from .proof import digests_by_name, readable
 from .strides import storage_key
 from .twins import Leaf, NotTwins
 from .unloaded import Writes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -99,10 +96,10 @@ class Pairs:
         full = {name: tensor for name, tensor in own.items() if tensor.numel()}
         if _together(full) != _together({name: old[name] for name in full}):
             raise NotTwins("other tensors share their memory after a fresh load")
-        self.digests = _digests(own)
+        self.digests = digests_by_name(own)
         # What no load writes must be live already: it may be computed otherwise, or changed by somebody since.
         unmade = [name for name, tensor in full.items() if not self._before.made(tensor)]
-        live = _digests({name: tensor for name, tensor in old.items() if name in unmade or name not in own})
+        live = digests_by_name({name: tensor for name, tensor in old.items() if name in unmade or name not in own})
         for name in unmade:
             if live[name] != self.digests[name]:
                 raise NotTwins(f"{name} is in no checkpoint, and another value than a fresh load gives it is live")
@@ -146,10 +143,6 @@ class Pairs:
             self.copies.append((other, value))
             if value.numel() > 1:  # not a default scale
                 self.aside.append(leaf.path)
-
-
-def _digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    return dict(zip(tensors, digest.digests_of(tensors.values()), strict=True))
 
 
 def _together(tensors: dict[str, torch.Tensor]) -> list[list[str]]:

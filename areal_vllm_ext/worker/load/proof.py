@@ -17,6 +17,7 @@ from ...integrity import digest
 from ..memory import free_bytes
 from .apart import apart, load_into, new_model
 from .cpu_packing import ATTRIBUTE
+from .strides import in_memory_order
 from .unloaded import described, load_and_find_unloaded
 
 if TYPE_CHECKING:
@@ -149,8 +150,13 @@ def parameter_names(model: torch.nn.Module) -> list[str]:
 
 def digests_of_model(model: torch.nn.Module) -> dict[str, int]:
     """Return the digest of each ``readable`` tensor."""
-    tensors = readable(model)
-    return dict(zip(tensors, digest.digests_of(tensors.values()), strict=True))
+    return digests_by_name(readable(model))
+
+
+def digests_by_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the digest of each tensor as it lies in memory, so they can be compared with tensors of the same layout."""
+    values = digest.digests_of(map(in_memory_order, tensors.values()))
+    return dict(zip(tensors, values, strict=True))
 
 
 def packed_digests(model: torch.nn.Module) -> dict[str, int]:

@@ -26,8 +26,8 @@ from .plan import LoadPlan, ModelFingerprint
 from .proof import readable, tie_as
 from .recorder import observe_packing
 from .shadow_recorder import ShadowRecorder
-from .strides import storage_key
-from .tape import NotTaped, Tape, TapeRecorder
+from .strides import in_memory_order, storage_key
+from .tape import NotTaped, TapeRecorder
 from .targets import NotPlanned
 from .twins import Leaf, NotTwins, tensors_in
 from .unloaded import described
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch.multiprocessing.reductions import StorageWeakRef
 
     from ...integrity.digest import Contents
+    from .replay import Tape
     from .written import Written
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
@@ -184,8 +185,8 @@ class TapedShadow:
 
     def prove(self, weights: Mapping[str, torch.Tensor], pairs: Pairs, step: Callable[[], None]) -> bool:
         """Compare a replay with a load of the same weights by vLLM. Returns whether it gave the same bytes."""
-        made = tuple(digest.digests_of(self._tape.replay(weights, step)))
-        if made != tuple(digest.digests_of(source for _, source in pairs.copies)):
+        made = tuple(digest.digests_of(map(in_memory_order, self._tape.replay(weights, step))))
+        if made != tuple(digest.digests_of(in_memory_order(source) for _, source in pairs.copies)):
             return False
         self._proofs.add(made)
         return True
@@ -194,14 +195,21 @@ class TapedShadow:
         """Make a shadow."""
         shadow = Shadow(self._fingerprint)
         with torch.no_grad(), options.memory():
+            self._reserve()
             sources = self._tape.replay(weights, options.step)
-            values = digest.digests_of(sources)
+            values = digest.digests_of(map(in_memory_order, sources))
             digests = self._digests | {name: values[place] for name, place in self._places.items()}
             shadow.set_work(zip(self._targets, sources, strict=True), digests)
             if sources and sources[0].device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
         shadow.taped = self
         return shadow
+
+    def _reserve(self) -> None:
+        """Take the memory of a replay from the device at once, because each call of the driver takes long."""
+        if self._targets and (device := self._targets[0].device).type == "cuda":
+            with contextlib.suppress(torch.OutOfMemoryError):  # in smaller pieces it may be there
+                torch.empty(self._tape.nbytes, dtype=torch.uint8, device=device)
 
 
 def room(worker: Any, weights: Sequence[tuple[str, torch.Tensor]] = ()) -> int:

@@ -68,6 +68,27 @@ def slice_of(tensor: torch.Tensor) -> StridedSlice:
     return StridedSlice(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor's elements fill its memory without gaps and overlaps, in any order of its dimensions."""
+    expected = 1
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a dense tensor in the order of its memory; another tensor as it is.
+
+    Reading them in the order of the shape takes a copy first: of transposed bytes, longer than any other work on them.
+    """
+    if tensor.is_contiguous() or not is_dense(tensor):
+        return tensor
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
 def storage_key(tensor: torch.Tensor) -> StorageWeakRef:
     """Return the identity of a tensor's storage. No other storage gets it while the key is held."""
     return StorageWeakRef(tensor.untyped_storage())
