@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from areal_vllm_ext import ArealError, EngineGroup, PauseFailed, UpdateAborted
+from areal_vllm_ext import ArealError, EngineGroup, PauseFailed
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node
 from harness.report import finish
@@ -111,12 +111,12 @@ class Loop:
         raise RuntimeError(f"{what} was not refused")
 
 
-def colocated(loop: Loop, group: EngineGroup, level: Any) -> None:
-    """Sleep, wake the weights, update, wake the KV cache: as colocated trainers do."""
+def colocated(loop: Loop, group: EngineGroup, level: Any, *, wake_first: bool) -> None:
+    """Sleep, update, wake the KV cache: as colocated trainers do."""
     name = f"level {level}"
     loop.step(f"{name}: sleep", lambda: group.sleep(level, timeout=60))
-    loop.step(f"{name}: update asleep is refused", lambda: loop.refused("an update asleep", loop.update, UpdateAborted))
-    loop.step(f"{name}: wake weights", lambda: group.wake_up(["weights"], timeout=60))
+    if wake_first:
+        loop.step(f"{name}: wake weights", lambda: group.wake_up(["weights"], timeout=60))
     loop.step(f"{name}: update", loop.update)
     loop.step(f"{name}: no engine runs", loop.silent)
     loop.step(f"{name}: wake the KV cache", lambda: group.wake_up(["kv_cache"], timeout=60))
@@ -135,8 +135,9 @@ def trial(model: PreTrainedModel, group: EngineGroup, url: str, engines: int) ->
         loop.step("level 1: sleep again", lambda: group.sleep(1, timeout=60))
         loop.step("level 1: wake up", lambda: group.wake_up(timeout=60))
         loop.step("level 1: tokens", loop.exact)
-    for level in (1, 2, 1, 2):
-        colocated(loop, group, level)
+    for wake_first in (True, False):
+        for level in (1, 2):
+            colocated(loop, group, level, wake_first=wake_first)
     loop.step("level 2: sleep", lambda: group.sleep(2, timeout=60))
     loop.step("level 2: wake up without an update", lambda: group.wake_up(timeout=60))
     loop.step("level 2: no engine runs", loop.silent)

@@ -107,12 +107,10 @@ class EngineGroup:
     ) -> UpdateResult:
         """Wake every engine up with new weights. See ``AsyncEngineGroup.wake_up_with``.
 
-        A trainer of several ranks makes the three calls itself; only rank 0 wakes engines up.
+        A trainer of several ranks makes the two calls itself: all ranks update, and rank 0 wakes engines up.
         """
         ends = time.monotonic() + checked_seconds(timeout)
-        self.wake_up(["weights"], timeout=timeout)
-        left = max(ends - time.monotonic(), 0.05)
-        result = self.update_weights(weights, version=version, timeout=left, dtype=dtype, **options)
+        result = self.update_weights(weights, version=version, timeout=timeout, dtype=dtype, **options)
         self.wake_up(timeout=max(ends - time.monotonic(), 0.05))
         return result
 

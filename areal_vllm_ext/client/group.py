@@ -247,8 +247,8 @@ class AsyncEngineGroup:
     async def sleep(self, level: SleepLevel = 1, *, mode: PauseMode = "keep", timeout: float = PAUSE_SECONDS) -> None:
         """Give the device memory of every engine back, by vLLM's sleep mode; returns when it is free.
 
-        Engines that run are paused first. An engine sleeps until ``wake_up``, also when this group is closed. It takes no
-        update while its weights sleep.
+        Engines that run are paused first. An engine sleeps until ``wake_up``, also when this group is closed. An update
+        that comes meanwhile wakes the weights only.
 
         Args:
             level: 1 keeps the weights aside in host memory. 2 discards them, so the engine serves nothing until an update.
@@ -289,15 +289,13 @@ class AsyncEngineGroup:
         dtype: str | torch.dtype | None = None,
         **options: Unpack[UpdateOptions],
     ) -> UpdateResult:
-        """Wake every engine up with new weights: wake the weights' memory, update, then wake the KV cache.
+        """Wake every engine up with new weights: update, which wakes the weights' memory, then wake the KV cache.
 
-        This is the order for engines that sleep at either level. Where a step fails, those after it are not taken; the error
-        is that step's, and calling again goes on from there. Arguments and results are those of ``update_weights``.
+        This is the order for engines that sleep at either level. Where the update fails, the KV cache sleeps on; calling
+        again goes on from there. Arguments and results are those of ``update_weights``.
         """
         ends = time.monotonic() + checked_seconds(timeout)
-        await self.wake_up(["weights"], timeout=timeout)
-        left = max(ends - time.monotonic(), 0.05)
-        result = await self.update_weights(weights, version=version, timeout=left, dtype=dtype, **options)
+        result = await self.update_weights(weights, version=version, timeout=timeout, dtype=dtype, **options)
         await self.wake_up(timeout=max(ends - time.monotonic(), 0.05))
         return result
 

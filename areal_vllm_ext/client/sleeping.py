@@ -1,4 +1,4 @@
-"""``group.sleep`` and ``group.wake_up``: vLLM's sleep mode on all engines at once."""
+"""vLLM's sleep mode on all engines at once: ``group.sleep``, ``group.wake_up``, and an update that comes meanwhile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .. import protocol
 from ..control.command import Target
-from ..errors import SleepFailed, join
+from ..errors import SleepFailed, UpdateAborted, join
 from ..protocol import NO_SLEEP_MODE
 from .options import LATE_SECONDS, PAUSE_LEASE_SECONDS
 
@@ -96,6 +96,24 @@ async def wake_up(commander: Commander, tags: tuple[SleepTag, ...], timeout: flo
             raise SleepFailed(f"not every engine woke up, and none was resumed: {join(failed)}: call again")
         if failed := await commander.ask_all(targets, _resumes(_awake_after(targets, tags)), ends + LATE_SECONDS):
             raise SleepFailed(f"every engine is awake, and not every one resumed: {join(failed)}: call again")
+
+
+async def wake_weights(commander: Commander, targets: Mapping[str, Target], ends: float) -> None:
+    """Wake the weights of engines that sleep, so that an update can come; their KV cache sleeps on.
+
+    Raises:
+        UpdateAborted: weights of an engine did not wake up, for example because the trainer has their memory.
+    """
+    asleep = {name: target for name, target in targets.items() if target.status.sleep in ("asleep_1", "asleep_2")}
+    wakes: dict[str, EngineRequest] = {
+        name: protocol.WakeUp(epoch=target.epoch, timeout=max(ends - time.monotonic(), 0.05), tags=("weights",))
+        for name, target in asleep.items()
+    }
+    if failed := await commander.ask_all(asleep, wakes, ends):
+        raise UpdateAborted(
+            f"the engines sleep, and not all of their weights woke up for the update, so none was sent: {join(failed)}: free "
+            "the memory that the weights need on their device, and send the update again"
+        )
 
 
 def _awake_after(targets: Mapping[str, Target], tags: Collection[SleepTag]) -> dict[str, Target]:

@@ -23,6 +23,7 @@ from .context import UpdateContext
 from .delivery import Delivery, Sharing
 from .driver import Driver
 from .modules import Named, gathered
+from .sleeping import wake_weights
 from .state import UpdateResult
 from .walk import drained_on_error, walk
 from .weights import Checker, WeightSource, checked_cast
@@ -106,7 +107,7 @@ class Transaction:
         return self.context
 
     async def open(self) -> None:
-        """Take the lease and fence every engine. ``start`` has been called."""
+        """Take the lease, fence every engine and wake weights that sleep. ``start`` has been called."""
         context = self.context
         context.spans.set_state("update", "lease")
         # The event loop needs the interpreter while another thread handles tensor after tensor.
@@ -116,6 +117,7 @@ class Transaction:
                 f"update to version {self.version}", context.left, without_lost=self.options.drop_lost
             )
             self._targets = await self._lease.enter_async_context(command)
+            await wake_weights(self._commander, self._targets, context.ends)
         except BaseException:
             self._state = "closed"
             await self._lease.aclose()

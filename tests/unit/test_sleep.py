@@ -98,10 +98,6 @@ def test_a_pause_while_asleep_outlasts_the_sleep(group: EngineGroup) -> None:
 
 def test_the_order_of_colocated_trainers(deployment: Deployment, group: EngineGroup) -> None:
     group.sleep(1)
-    with pytest.raises(
-        UpdateAborted, match=r"sleeps \(.*level 1\), so its weights are not in memory: call group.wake_up"
-    ):
-        group.update_weights("/nowhere", version=1, timeout=10)
     with pytest.raises(SleepFailed, match="wake the weights up before the KV cache"):
         group.wake_up(["kv_cache"])
     with pytest.raises(PauseFailed, match=r"not awake \(asleep_1\): call group.wake_up\(\) first"):
@@ -116,6 +112,39 @@ def test_the_order_of_colocated_trainers(deployment: Deployment, group: EngineGr
     group.wake_up(["kv_cache"])
     assert seen(group) == {("awake", "running", "idle")}
     assert {state.version for state in group.status()} == {1}
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_update_of_engines_that_sleep_wakes_their_weights_only(
+    deployment: Deployment, group: EngineGroup, level: Any
+) -> None:
+    """AReaL's order: pause, sleep, update, and wake up when the trainer has given its memory back."""
+    group.sleep(level)
+    group.update_weights("/nowhere", version=1, timeout=10)
+    assert seen(group) == {("weights_only", "paused", "idle")}, "the KV cache sleeps, and the update does not resume"
+    made = list(calls(deployment)[0])
+    assert made[-3:] == ["wake up weights", "pause keep clear", "commit 1"]
+    group.wake_up()
+    assert calls(deployment)[0][len(made) :] == ["wake up kv_cache", "resume"], "old weights are not brought back"
+    assert seen(group) == {("awake", "running", "idle")}
+    assert {state.version for state in group.status()} == {1}
+
+
+def test_weights_that_do_not_wake_up_end_the_update_before_it_begins(
+    deployment: Deployment, group: EngineGroup
+) -> None:
+    group.sleep(1)
+    deployment.engines[1].errors["wake"] = "CUDA out of memory"
+    with pytest.raises(
+        UpdateAborted, match=r"rank 1 of .*: CUDA out of memory: free the memory .* send the update again"
+    ):
+        group.update_weights("/nowhere", version=1, timeout=10)
+    assert {state.version for state in group.status()} == {0}
+    assert not any("commit" in call for engine in calls(deployment) for call in engine)
+    deployment.engines[1].errors.clear()
+    group.update_weights("/nowhere", version=2, timeout=10)
+    group.wake_up()
+    assert seen(group) == {("awake", "running", "idle")}
 
 
 def test_discarded_weights_are_not_served_before_an_update(deployment: Deployment, group: EngineGroup) -> None:
