@@ -6,6 +6,7 @@ the request to pause to the answer to resume; ours has it as ``UpdateResult.paus
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -139,7 +140,7 @@ class Native(_InThePause):
             )
 
             info = IPCTrainerInitInfo(**common)
-            self._engine = IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=_source(weights))
+            self._engine = IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=source_of(weights))
             return
         from vllm.distributed.weight_transfer.nccl_engine import (
             NCCLTrainerInitInfo,
@@ -153,10 +154,10 @@ class Native(_InThePause):
             world_size=1 + place.engines * place.tp,
             **common,
         )
-        self._engine = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=_source(weights))
+        self._engine = NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=source_of(weights))
 
     def transfer(self, weights: Weights) -> None:
-        self._engine.source = _source(weights)
+        self._engine.source = source_of(weights)
         self._engine.send_weights()
 
     def close(self) -> None:
@@ -166,15 +167,20 @@ class Native(_InThePause):
             self._engine = None
 
 
-def _source(weights: Weights) -> Any:
+def source_of(weights: Weights) -> Any:
+    """Return vLLM's ``WeightSource`` of these weights, as 0.32 and 0.33 read it."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-    class Source(WeightSource):  # type: ignore[misc]
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+    described = [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+    newer = hasattr(WeightSource, "iter_full")  # 0.33
 
-        def __iter__(self) -> Any:
+    class Source(WeightSource):  # type: ignore[misc]
+        metadata = functools.cached_property(lambda _self: described) if newer else lambda _self: described
+
+        def iter_full(self) -> Any:
             return iter(weights)
+
+        __iter__ = iter_full
 
     return Source()
 
