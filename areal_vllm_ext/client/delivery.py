@@ -120,9 +120,10 @@ class Delivery:
 
     def taken(self) -> Weights:
         """Return what the engines take, as the first engine describes it. Not from the event loop's thread."""
-        return asyncio.run_coroutine_threadsafe(self._describe(), self._context.loop).result()
+        return asyncio.run_coroutine_threadsafe(self.describe(), self._context.loop).result()
 
-    async def _describe(self) -> Weights:
+    async def describe(self) -> Weights:
+        """Return what ``taken`` returns, on the event loop."""
         sinks, engine = self._context.sinks, next(iter(self._targets.values())).engine
         if engine.incarnation not in sinks.described:
             answer = await self._context.link.request(engine.address, protocol.DescribeWeights(), self._context.left)

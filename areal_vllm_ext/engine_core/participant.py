@@ -298,7 +298,8 @@ class Participant:
         update, self.update, self.update_phase = self.update, None, "idle"
         reason = update.cause_of_end(reason)
         self._given_up = update.begin.update
-        self.error = f"update {self._given_up} (version {update.begin.version}) was given up: {reason}"
+        if reason:  # else it was begun to connect only
+            self.error = f"update {self._given_up} (version {update.begin.version}) was given up: {reason}"
         order = Order(Abort(epoch=self.epoch, update=update.begin.update, reason=reason))
         return [order, *self._answer_all(update, reason)]
 

@@ -192,7 +192,24 @@ class Disk(Payload, tag=True):
     path: str
 
 
-Transfer = Broadcast | SharedMemory | CudaIpc | Disk
+class TorchGroup(Payload, tag=True):
+    """Rank 0 of the torch process group ``group``, a trainer without this package, broadcasts tensors one by one.
+
+    ``ranks`` maps a worker's rank inside its engine to its rank in the group. ``rendezvous`` is ``host:port`` of the trainer's
+    TCPStore, ``joining`` a name for this joining: another one with the same group's name replaces it. ``established``: every
+    rank joined in an earlier update. Its buckets have no digests.
+    """
+
+    backend: Literal["gloo", "nccl"]
+    group: Name
+    joining: Name
+    world_size: int
+    ranks: dict[int, int]
+    rendezvous: Name
+    established: bool = False
+
+
+Transfer = Broadcast | SharedMemory | CudaIpc | Disk | TorchGroup
 
 
 class Sender(Payload):

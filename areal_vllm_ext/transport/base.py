@@ -101,7 +101,8 @@ class Source(Protocol):
 
     Attributes:
         reusable: whether it can serve another update.
-        unchecked: whether the trainer could not check the values for NaN and infinity, so that the worker must.
+        unchecked: whether the trainer checked nothing. So the worker checks the values for NaN and infinity, and computes the
+            digests of what arrives; the vote compares them with those of the other workers.
         nbytes: size of all weights if this end knows it, else 0.
     """
 

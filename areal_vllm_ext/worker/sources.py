@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..protocol import Broadcast, CudaIpc, Disk, SharedMemory
+from ..protocol import Broadcast, CudaIpc, Disk, SharedMemory, TorchGroup
 from ..transport.base import Cancelled
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ def open_source(transfer: Transfer, site: WorkerSite, timeout: float, cancelled:
             from ..transport.disk import DiskSource
 
             return DiskSource(transfer, cancelled)
+        case TorchGroup():
+            from ..transport.torch_group import TorchGroupSource
+
+            return TorchGroupSource(transfer, site, timeout, cancelled)
 
 
 class Sources:
@@ -62,7 +66,7 @@ class Sources:
             Cancelled: the update was given up meanwhile.
         """
         met = False
-        if isinstance(transfer, Broadcast):
+        if isinstance(transfer, (Broadcast, TorchGroup)):
             met, transfer = transfer.established, msgspec.structs.replace(transfer, established=False)
         with self._lock:
             for place, (known, source) in enumerate(self._kept):
@@ -71,6 +75,8 @@ class Sources:
                     return source
         if met:
             raise RuntimeError("this worker no longer has its end of the trainer's connection")
+        if isinstance(transfer, TorchGroup):
+            self._leave(transfer.group)
         source = open_source(transfer, self._site, timeout, cancelled)
         if cancelled.is_set():
             source.close()
@@ -78,11 +84,22 @@ class Sources:
         if source.reusable:
             with self._lock:
                 self._kept.append((transfer, source))
+                # A trainer joins its groups once, one by one, so these stay until they fail or are replaced.
+                groups = [entry for entry in self._kept if isinstance(entry[0], TorchGroup)]
+                others = [entry for entry in self._kept if not isinstance(entry[0], TorchGroup)]
                 size = max(_KEPT_SOURCES, senders)
-                outdated, self._kept = self._kept[:-size], self._kept[-size:]
+                outdated, self._kept = others[:-size], groups + others[-size:]
             for _, old in outdated:
                 old.close()
         return source
+
+    def _leave(self, group: str) -> None:
+        """Leave the torch group of this name, because a trainer makes it anew."""
+        with self._lock:
+            same = [entry for entry in self._kept if isinstance(entry[0], TorchGroup) and entry[0].group == group]
+            self._kept = [entry for entry in self._kept if entry not in same]
+        for _, old in same:
+            old.close()
 
     def drop(self, source: Source | None) -> None:
         """Close a source that failed, so that the next update opens a new one."""

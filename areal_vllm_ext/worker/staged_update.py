@@ -221,7 +221,7 @@ class StagedUpdate:
         self._check_resident(planned=self.run is not None and self.context.loader.fits(self.run))
         for number, source in self._sources.items():
             for tensors in batches(source.load_all()):
-                self._add_loaded(tensors, unchecked=source.unchecked)
+                self.add_loaded(tensors, unchecked=source.unchecked)
             if self.received[number] != (sent := order.buckets.get(number, 0)):
                 raise RuntimeError(f"{sent} buckets were sent, {self.received[number]} arrived: {errors.SEND_AGAIN}")
         if order.base:
@@ -278,7 +278,8 @@ class StagedUpdate:
         if reason := residency.asleep_reason() if planned else residency.absent_reason():
             raise NotResident(f"nothing was applied: {reason}")
 
-    def _add_loaded(self, tensors: dict[str, torch.Tensor], *, unchecked: bool) -> None:
+    def add_loaded(self, tensors: dict[str, torch.Tensor], *, unchecked: bool) -> None:
+        """Stage tensors that came without digests, under the trainer's or a file's names. Raises as ``add`` does."""
         intake = self.context.intake
         named = {intake.find(name): tensor for name, tensor in tensors.items()}
         ignored = {name: named.pop(name) for name in tensors if intake.ignores(name)}
@@ -315,7 +316,7 @@ class StagedUpdate:
         try:
             for tensors in batches(self.context.live_weights.started_with(frozenset(names))):
                 self._check_time()
-                self._add_loaded(tensors, unchecked=False)
+                self.add_loaded(tensors, unchecked=False)
         except NotACheckpoint as error:
             raise RuntimeError(
                 f"this engine cannot keep the {len(names)} tensors that were not sent: {error}; {advice}"

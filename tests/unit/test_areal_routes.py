@@ -1,0 +1,363 @@
+# ruff: noqa: F811 - fixtures are arguments
+"""AReaL's routes over HTTP: its calls in its shapes and its order, on engines that really receive, stage and commit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI
+from real_receivers import Served, checkpoint, group, served, shared_engines, weights  # noqa: F401 - fixtures
+from safetensors.torch import save_file
+
+from areal_vllm_ext import EngineGroup
+from areal_vllm_ext.client.group import AsyncEngineGroup
+from areal_vllm_ext.integrations.areal.routes import attach
+from areal_vllm_ext.integrations.areal.session import Limits, Session
+from harness.torch_trainer import TorchTrainer, torch_trainer
+
+WORKERS = 4  # of two engines
+GROUP = "update_weight_group"
+LIMITS = Limits(join=60.0)
+
+
+class Server:
+    """A server with AReaL's routes, and AReaL's client: a new connection for each call."""
+
+    def __init__(self, served: Served, key_file: Path, own: tuple[str, int], limits: Limits) -> None:
+        self.session: Session | None = None
+        app = FastAPI(lifespan=self._lifespan)
+        attach(app)
+        self._connect = lambda: AsyncEngineGroup.connect(served.deployment.directory, key_file=key_file)
+        self._own, self._limits = own, limits
+        self._server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning"))
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        ends = time.monotonic() + 20
+        while not self._server.started:
+            assert time.monotonic() < ends
+            time.sleep(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> Any:
+        app.state.areal_session = self.session = Session(self._connect(), self._own, self._limits)
+        yield
+        await self.session.close()
+
+    def post(self, path: str, body: Any = None, timeout: float = 60.0) -> tuple[int, dict[str, Any]]:
+        data = json.dumps({} if body is None else body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def ok(self, path: str, body: Any = None) -> str:
+        status, answer = self.post(path, body)
+        assert status == 200, answer
+        assert answer["success"] is True
+        return str(answer["message"])
+
+    def refused(self, path: str, body: Any = None) -> str:
+        status, answer = self.post(path, body)
+        assert (status, answer["success"]) == (400, False), answer
+        assert "\n" not in answer["message"]
+        return str(answer["message"])
+
+    def init(self, trainer: TorchTrainer, rank_offset: int = 1) -> tuple[str, dict[str, Any]]:
+        return "/areal_init_weights_update_group", {
+            "master_address": trainer.host,
+            "master_port": str(trainer.port),
+            "rank_offset": rank_offset,
+            "world_size": trainer.world_size,
+            "backend": "gloo",
+            "group_name": trainer.name,
+        }
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(30)
+
+
+@contextlib.contextmanager
+def serving(
+    served: Served, key_file: Path, own: tuple[str, int] | None = None, limits: Limits = LIMITS
+) -> Iterator[Server]:
+    first = min(
+        (engine.endpoint.info.replica, engine.endpoint.info.dp_rank) for engine in served.deployment.engines.values()
+    )
+    server = Server(served, key_file, own or first, limits)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def server(served: Served, key_file: Path) -> Iterator[Server]:
+    with serving(served, key_file) as made:
+        yield made
+
+
+def meta(tensors: dict[str, torch.Tensor], group: str = GROUP) -> dict[str, Any]:
+    return {
+        "names": list(tensors),
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+        "shapes": [list(tensor.shape) for tensor in tensors.values()],
+        "group_name": group,
+    }
+
+
+def buckets(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    items = list(tensors.items())
+    return [dict(items[:2]), dict(items[2:])]
+
+
+def send_bucket(server: Server, trainer: TorchTrainer, tensors: dict[str, torch.Tensor]) -> None:
+    """What AReaL does for each bucket: both calls, and the broadcasts beside them."""
+    sent = trainer.broadcast(list(tensors.values()))
+    server.ok("/areal_set_update_weight_meta", meta(tensors, trainer.name))
+    server.ok("/areal_update_weights_xccl")
+    sent.result(20)
+
+
+def generations(group: EngineGroup) -> list[tuple[str, object]]:
+    return [(state.generation, state.version) for state in group.status()]
+
+
+def join(server: Server, trainer: TorchTrainer) -> None:
+    server.ok(*server.init(trainer))
+    trainer.joined.result(30)
+
+
+def test_a_trainer_that_broadcasts(served: Served, group: EngineGroup, server: Server) -> None:
+    before = generations(group)[0][1]
+    with torch_trainer(WORKERS + 1, GROUP) as trainer:
+        join(server, trainer)
+        assert not any(state.error for state in group.status()), "to join is no failed update"
+        for step in (1, 2):
+            new = weights(step)
+            server.ok("/areal_pause_generation")
+            assert {generation for generation, _ in generations(group)} == {"paused"}
+            for bucket in buckets(new):
+                send_bucket(server, trainer, bucket)
+            assert served.weights == {} or not served.serves(new), "nothing is committed before continue"
+            assert {generation for generation, _ in generations(group)} == {"paused"}, "held until continue"
+            assert "version" in server.ok("/areal_continue_generation")
+            assert served.serves(new)
+            assert generations(group) == [("running", before + step)] * 2  # type: ignore[operator]
+
+        # A second bucket that does not fit: nobody moves, and continue keeps failing.
+        serving_now, wrong = dict(served.weights), weights(3)
+        server.ok("/areal_pause_generation")
+        first, second = buckets(wrong)
+        send_bucket(server, trainer, first)
+        second["layer.1"] = torch.zeros(5, 5)
+        trainer.broadcast(list(second.values()))
+        server.ok("/areal_set_update_weight_meta", meta(second))
+        problem = server.refused("/areal_update_weights_xccl")
+        assert "layer.1 has shape [5, 5]" in problem
+        assert "every engine keeps its old weights" in problem
+        assert generations(group) == [("running", before + 2)] * 2, "old weights serve"  # type: ignore[operator]
+        for _ in range(3):
+            assert server.refused("/areal_continue_generation") == problem
+        assert served.weights == serving_now
+        # The groups are gone with it, and the next calls say so.
+        server.ok("/areal_pause_generation")
+        assert "/areal_init_weights_update_group first" in server.refused("/areal_set_update_weight_meta", meta(first))
+        server.ok("/areal_continue_generation")
+
+    # The trainer starts again, under the same name.
+    with torch_trainer(WORKERS + 1, GROUP) as trainer:
+        join(server, trainer)
+        new = weights(4)
+        server.ok("/areal_pause_generation")
+        for bucket in buckets(new):
+            send_bucket(server, trainer, bucket)
+        server.ok("/areal_continue_generation")
+        assert served.serves(new)
+
+        # An update that lacks a tensor is a no at continue, on every engine.
+        server.ok("/areal_pause_generation")
+        send_bucket(server, trainer, buckets(weights(5))[0])
+        problem = server.refused("/areal_continue_generation")
+        assert "missing" in problem
+        assert server.refused("/areal_continue_generation") == problem
+        assert served.serves(new)
+        assert {generation for generation, _ in generations(group)} == {"running"}
+
+
+def test_several_groups_take_turns(served: Served, group: EngineGroup, server: Server) -> None:
+    new = weights(7)
+    with torch_trainer(WORKERS + 1, f"{GROUP}_0") as one, torch_trainer(WORKERS + 1, f"{GROUP}_1") as two:
+        join(server, one)
+        join(server, two)
+        server.ok("/areal_pause_generation")
+        for trainer, name in zip((one, two, one, two, one), new, strict=True):
+            send_bucket(server, trainer, {name: new[name]})
+        server.ok("/areal_continue_generation")
+        assert served.serves(new)
+
+
+def test_a_checkpoint_is_staged_and_committed_at_continue(
+    served: Served, group: EngineGroup, server: Server, tmp_path: Path
+) -> None:
+    new = weights(11)
+    folder = tmp_path / "weight_update_v41"
+    folder.mkdir()
+    save_file(new, folder / "model.safetensors")
+    server.ok("/areal_pause_generation")
+    assert "version 41 is staged" in server.ok("/areal_update_weights", {"model_path": str(folder)})
+    (folder / "model.safetensors").unlink()  # AReaL removes it after 200
+    assert served.weights == {}
+    server.ok("/areal_continue_generation")
+    assert served.serves(new)
+    assert generations(group) == [("running", 41)] * 2
+
+    # A path that is wrong is tried again and again; the first try that is right counts.
+    server.ok("/areal_pause_generation")
+    for _ in range(2):
+        problem = server.refused("/areal_update_weights", {"model_path": str(tmp_path / "weight_update_v42")})
+        assert "weight_update_v42" in problem
+        assert generations(group) == [("running", 41)] * 2
+    assert server.refused("/areal_continue_generation") == problem
+    save_file(weights(12), folder / "model.safetensors")
+    server.ok("/areal_update_weights", {"model_path": str(folder)})
+    assert {generation for generation, _ in generations(group)} == {"paused"}
+    server.ok("/areal_continue_generation")
+    assert served.serves(weights(12))
+
+
+def test_calls_out_of_order_say_what_to_do(group: EngineGroup, server: Server) -> None:
+    before = generations(group)
+    assert "/areal_set_update_weight_meta before" in server.refused("/areal_update_weights_xccl")
+    assert "init_weights_update_group first" in server.refused("/areal_set_update_weight_meta", meta(weights(0)))
+    assert "generation goes on" in server.ok("/areal_continue_generation")
+    server.ok("/areal_pause_generation")
+    server.ok("/areal_pause_generation")
+    assert "before" in server.refused("/areal_update_weights_xccl")
+    server.ok("/areal_continue_generation")
+    for path in ("/areal_set_update_weight_meta_lora", "/areal_update_weights_lora_xccl", "/areal_update_weights_lora"):
+        assert "use full weights" in server.refused(path, {"lora_name": "a"})
+    assert generations(group) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "problem"),
+    [
+        ("/areal_update_weights", {}, "missing required field `model_path`"),
+        ("/areal_update_weights", [1], "Expected `object`"),
+        ("/areal_init_weights_update_group", {"master_address": "a"}, "missing required field"),
+        ("/areal_set_update_weight_meta", meta({}), "0 names"),
+        ("/areal_set_update_weight_meta", {**meta(weights(0)), "dtypes": ["float32"]}, "1 dtypes"),
+        ("/areal_set_update_weight_meta", {**meta(weights(0)), "shapes": [[-1]] * 5}, ">= 0"),
+        ("/wake_up?tags=everything", {}, "everything cannot be woken up"),
+        ("/sleep?level=3", {}, "no sleep of level 3"),
+    ],
+)
+def test_bodies_that_do_not_fit_are_refused(
+    group: EngineGroup, server: Server, path: str, body: Any, problem: str
+) -> None:
+    assert problem in server.refused(path, body)
+
+
+def test_a_group_that_never_comes_ends_at_the_deadline(served: Served, group: EngineGroup, key_file: Path) -> None:
+    started = time.monotonic()
+    with serving(served, key_file, limits=Limits(join=3.0)) as server, torch_trainer(9, GROUP, timeout=10) as trainer:
+        path, body = server.init(trainer)
+        assert "was not joined" in server.refused(path, body | {"master_port": "1"})
+        assert time.monotonic() - started < 20
+        assert "vllm:dN" in server.refused(path, body | {"world_size": 4})
+        assert {generation for generation, _ in generations(group)} == {"running"}
+
+
+def test_a_trainer_that_is_lost_after_its_pause_leaves_no_engine_paused(
+    served: Served, group: EngineGroup, key_file: Path
+) -> None:
+    with serving(served, key_file, limits=Limits(idle=0.5)) as server:
+        server.ok("/areal_pause_generation")
+        assert {generation for generation, _ in generations(group)} == {"paused"}
+        ends = time.monotonic() + 20
+        while {generation for generation, _ in generations(group)} != {"running"}:
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+        assert "made no call for" in server.refused("/areal_continue_generation")
+
+
+def test_two_addresses_of_one_deployment_act_once(
+    served: Served, group: EngineGroup, key_file: Path, server: Server, tmp_path: Path
+) -> None:
+    """AReaL sends each call to both at once, and continues when both have answered 200."""
+    replica = next(iter(served.deployment.engines.values())).endpoint.info.replica
+    folder = tmp_path / "weight_update_v77"
+    folder.mkdir()
+    save_file(weights(20), folder / "model.safetensors")
+    with serving(served, key_file, own=(replica, 1)) as second:
+        assert "does it for all servers" in second.ok("/areal_pause_generation")
+        server.ok("/areal_pause_generation")
+        for one in (second, server):
+            one.ok("/areal_update_weights", {"model_path": str(folder)})
+        answers: list[str] = []
+        thread = threading.Thread(target=lambda: answers.append(second.ok("/areal_continue_generation")))
+        thread.start()
+        server.ok("/areal_continue_generation")
+        thread.join(30)
+        assert "does it for all servers" in answers[0]
+        assert served.serves(weights(20))
+        # A server that only follows does not say that all is well when the other was not asked.
+        second.ok("/areal_pause_generation")
+        second.ok("/areal_update_weights", {"model_path": str(tmp_path / "weight_update_v78")})
+        assert "give AReaL its address too" in second.refused("/areal_continue_generation")
+        # Its ranks are those of the deployment, whichever address is the first.
+        with torch_trainer(WORKERS + 1, GROUP) as trainer:
+            second.ok(*second.init(trainer, rank_offset=1))
+            server.ok(*server.init(trainer, rank_offset=2))
+            trainer.joined.result(30)
+
+
+def test_engines_that_sleep_wake_up_with_what_came_meanwhile(
+    served: Served, group: EngineGroup, server: Server, tmp_path: Path
+) -> None:
+    """The order of a trainer on the same GPUs; AReaL deletes the files after 200."""
+    folder = tmp_path / "weight_update_v91"
+    for tags in ([], ["weights", "kv_cache"]):
+        new = weights(30 + len(tags))
+        folder.mkdir()
+        save_file(new, folder / "model.safetensors")
+        server.ok("/sleep")
+        assert {state.sleep for state in group.status()} == {"asleep_1"}
+        server.ok("/areal_pause_generation")
+        server.ok("/areal_update_weights", {"model_path": str(folder)})
+        (folder / "model.safetensors").unlink()
+        folder.rmdir()
+        server.ok("/areal_continue_generation")
+        for path in [f"/wake_up?tags={tag}" for tag in tags] or ["/wake_up"]:
+            server.ok(path)
+        assert served.serves(new)
+        assert generations(group) == [("running", 91)] * 2
+        assert list(tmp_path.iterdir()) == [], "the kept files are gone"
+    # A pause before the sleep outlasts it, as AReaL's order wants.
+    server.ok("/areal_pause_generation")
+    server.ok("/sleep?level=1")
+    server.ok("/wake_up?tags=weights&tags=kv_cache")
+    assert {generation for generation, _ in generations(group)} == {"paused"}
+    server.ok("/areal_continue_generation")
+    assert {generation for generation, _ in generations(group)} == {"running"}
+    # What is no checkpoint is refused while AReaL waits for the answer.
+    server.ok("/sleep")
+    assert "nowhere" in server.refused("/areal_update_weights", {"model_path": str(tmp_path / "nowhere")})
+    server.ok("/wake_up")
