@@ -62,7 +62,7 @@ class Directory:
         self._newest: Register | None = None
         # Engines that have heard the committed epoch. Only these serve, and only these are commanded.
         self._joined: set[_Key] = set()
-        # Since when the others have been waiting to join.
+        # Since when the others have been waiting to join, and engines that have fetched weights from a peer to serve them.
         self._joining_since: dict[_Key, float] = {}
         # Processes that were replaced under their name and still send heartbeats: two replicas share one name.
         self._displaced: dict[str, tuple[EngineInfo, float]] = {}
@@ -128,8 +128,12 @@ class Directory:
             if not settled:
                 return Ack()
             self._joined.add(key)
-            self._joining_since.pop(key, None)
         newest = self._newest
+        # An engine that has fetched the newest weights from a peer serves them once it hears that none are newer.
+        if message.stale and message.committed_epoch >= newest.committed_epoch and not settled:
+            self._joining_since.setdefault(key, now)
+        else:
+            self._joining_since.pop(key, None)
         return Registered(
             version=newest.version, committed_epoch=newest.committed_epoch, settled=settled and message.stale
         )
@@ -174,7 +178,7 @@ class Directory:
         for key, waits_since in self._joining_since.items():
             engine, heard = self._engines[key]
             if waits_since < since and not _is_lost(heard, now):
-                return f"{engine.name} has just started, and joins first"
+                return f"{engine.name} has just started, or fetched its weights, and joins first"
         return ""
 
     def _unregister(self, message: Unregister) -> Answer:

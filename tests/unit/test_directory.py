@@ -44,8 +44,11 @@ def engine(rank: int = 0, incarnation: str = "1", replica: str = "replica") -> E
     return engine_info(rank, replica=replica, incarnation=incarnation)
 
 
-def beat(directory: Directory, info: EngineInfo, now: float, epoch: int = 0) -> protocol.Answer:
-    return directory.handle(Register(engine=info, epoch=epoch), now)
+def beat(
+    directory: Directory, info: EngineInfo, now: float, epoch: int = 0, *, committed_epoch: int = 0, stale: bool = False
+) -> protocol.Answer:
+    message = Register(engine=info, epoch=epoch, committed_epoch=committed_epoch, stale=stale)
+    return directory.handle(message, now)
 
 
 def seen(directory: Directory, now: float) -> Engines:
@@ -513,9 +516,43 @@ def test_an_engine_joins_though_clients_command_without_a_break() -> None:
             lease, granted_at = answer.epoch, granted_at or (joined_at and now)
         elif not joined_at:
             assert isinstance(answer, Error)
-            assert (answer.kind, answer.message) == ("held", f"{engine(1).name} has just started, and joins first")
+            assert (answer.kind, answer.message) == (
+                "held",
+                f"{engine(1).name} has just started, or fetched its weights, and joins first",
+            )
     assert 1.0 <= joined_at <= 4.0
     assert joined_at <= granted_at < joined_at + 0.2
+
+
+def test_an_engine_that_has_fetched_its_weights_serves_them_though_clients_command_without_a_break() -> None:
+    directory = Directory()
+    beat(directory, engine(0), 0.0, epoch=3, committed_epoch=3)
+    beat(directory, engine(1), 0.0)
+    lease = granted(directory, "first", 0.5)
+
+    def fetched(now: float) -> bool:
+        beat(directory, engine(0), now, epoch=3, committed_epoch=3)
+        answer = beat(directory, engine(1), now, epoch=3, committed_epoch=3, stale=True)
+        return isinstance(answer, Registered) and answer.settled
+
+    assert not fetched(0.9)
+    directory.handle(ReleaseLease(epoch=lease), 1.0)
+    refusal = acquire(directory, "second", 1.1)
+    assert isinstance(refusal, Error)
+    assert "joins first" in refusal.message
+    assert not fetched(1.9)
+    assert fetched(2.9)
+    assert isinstance(acquire(directory, "second", 3.0), Lease)
+
+
+def test_a_stale_engine_that_has_fetched_nothing_holds_no_client_up() -> None:
+    directory = Directory()
+    beat(directory, engine(0), 0.0, epoch=3, committed_epoch=3)
+    beat(directory, engine(1), 0.0)
+    lease = granted(directory, "first", 0.5)
+    beat(directory, engine(1), 0.9, stale=True)
+    directory.handle(ReleaseLease(epoch=lease), 1.0)
+    assert isinstance(acquire(directory, "second", 1.1), Lease)
 
 
 def test_a_client_that_came_before_an_engine_is_not_held_up_by_it() -> None:
