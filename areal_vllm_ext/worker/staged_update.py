@@ -240,6 +240,8 @@ class StagedUpdate:
             raise ValueError(f"nothing was applied: {refusal}")
         if not planned:
             self._build_shadow()
+        if (ready := self.run if planned else self.shadow) is not None:
+            ready.warm()
         return digest.manifest(self.manifest.values())
 
     def _build_shadow(self) -> None:

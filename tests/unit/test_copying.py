@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.worker.load.copying import Copies
 from areal_vllm_ext.worker.load.proof import digests_by_name
-from areal_vllm_ext.worker.load.strides import in_memory_order
+from areal_vllm_ext.worker.load.strides import in_memory_order, is_dense
 
 aten = torch.ops.aten
 
@@ -82,14 +82,15 @@ def test_parameters_are_written_without_their_history() -> None:
 
 
 class Calls(TorchDispatchMode):
-    """Records the operators, with the dtype and the tensors of each."""
+    """Records the copies, with the dtype and the tensors of each."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, torch.dtype, list[torch.Tensor]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls.append((func, args[0][0].dtype, list(zip(args[0], args[1], strict=True))))
+        if func is aten._foreach_copy_.default:
+            self.calls.append((func, args[0][0].dtype, list(zip(args[0], args[1], strict=True))))
         return func(*args, **(kwargs or {}))
 
 
@@ -121,6 +122,29 @@ def test_a_copy_with_gaps_does_not_keep_others_from_being_copied_together() -> N
     assert Counter(len(together) for _, _, together in recorded.calls) == {3: 1, 1: 1}
     # Columns of 16 bytes: four integers a row, not eight elements.
     assert [target.shape for _, _, [(target, _), *more] in recorded.calls if not more] == [(4, 4)]
+
+
+def test_warming_up_launches_each_kernel_and_writes_nothing() -> None:
+    layouts = ("contiguous", "columns", "odd columns", "one value for all", "scalar")
+    pairs = [a_pair(layout, torch.bfloat16) for layout in layouts]
+    pairs.append((torch.zeros(3, 4), torch.ones(3, 4, dtype=torch.bfloat16)))
+    copies = Copies(pairs)
+    before = [bytes_of(target) for target, _ in pairs]
+
+    def kinds(recorded: Calls) -> Counter[tuple[torch.dtype, torch.dtype, bool]]:
+        return Counter(
+            (target.dtype, source.dtype, target.stride() == source.stride() and is_dense(target))
+            for _, _, [(target, source), *_] in recorded.calls
+        )
+
+    with Calls() as warmed:
+        copies.warm()
+    assert all(torch.equal(bytes_of(target), one) for (target, _), one in zip(pairs, before, strict=True))
+    assert max(target.numel() for _, _, [(target, _), *_] in warmed.calls) <= 4
+    with Calls() as run:
+        copies.run()
+    assert kinds(warmed) == kinds(run)
+    assert len(kinds(run)) == 6
 
 
 def test_copies_of_several_buckets_are_one_call() -> None:

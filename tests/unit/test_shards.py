@@ -16,6 +16,7 @@ from real_receivers import SHAPES, WORKERS, checkpoint, connected, send, set_buc
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.protocol import Staging, security
 from areal_vllm_ext.worker import staging
+from areal_vllm_ext.worker.load.copying import Copies
 
 HALVED = ("embed", "norm")
 
@@ -104,6 +105,18 @@ def test_only_a_rank_s_parts_are_kept(shards: Shards, group: EngineGroup) -> Non
     assert staged_at_commit(shards, group, 3, keep_buffers=True) == [set()] * len(shards.ranks)
     assert not any(one.receiver.context.memory.kept for one in shards.ranks)
     assert group.verify().equal
+
+
+def test_kernels_are_loaded_before_the_pause(
+    shards: Shards, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    warm = Copies.warm
+    monkeypatch.setattr(Copies, "warm", lambda self: seen.append("warm") or warm(self))  # type: ignore[func-returns-value]
+    with group.update(2, timeout=20.0, on_phase=seen.append) as update:
+        update.send(weights(2))
+    assert seen.count("warm") == len(shards.ranks)
+    assert "warm" not in seen[seen.index("pause") :]
 
 
 @pytest.mark.parametrize("name", [*HALVED, "layer.0"])

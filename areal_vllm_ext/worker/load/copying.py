@@ -59,6 +59,22 @@ class Copies:
         for targets, sources in self._batches.values():
             torch._foreach_copy_(targets, sources, non_blocking=True)
 
+    def warm(self) -> None:
+        """Launch each kernel of ``run`` once, on few elements and into other memory.
+
+        A process loads a kernel when it launches it for the first time, which would be in its first pause.
+        """
+        for (_, _, together), (targets, sources) in self._batches.items():
+            target, source = targets[0], sources[0]
+            if together:
+                source = source.as_strided((1,), (1,))
+                scratch = torch.empty(1, dtype=target.dtype, device=target.device)
+            else:
+                few = (slice(2),) * target.ndim
+                target, source = target[few], source[few]
+                scratch = torch.empty_strided(target.shape, target.stride(), dtype=target.dtype, device=target.device)
+            torch._foreach_copy_([scratch], [source], non_blocking=True)
+
     def sources(self) -> Iterator[torch.Tensor]:
         """Yield the memory that is read."""
         for _, sources in self._batches.values():

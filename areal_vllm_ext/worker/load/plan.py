@@ -250,6 +250,10 @@ class PlanRun:
         """Whether exactly the tensors of the plan have arrived or are kept."""
         return self.fits and not self._missing and len(self._linears) == len(self._weights)
 
+    def warm(self) -> None:
+        """Have the device load the kernels that ``copy`` launches."""
+        self._copies.warm()
+
     def copy(self) -> None:
         """Copy to the live model. The device may not have finished when this method returns."""
         self._copies.run()

@@ -137,6 +137,10 @@ class Shadow:
         """Return whether ``live`` still has the tensors that the shadow was built for, at the same addresses."""
         return self._fingerprint.matches(live)
 
+    def warm(self) -> None:
+        """Have the device load the kernels that ``copy`` launches."""
+        self._copies.warm()
+
     def copy(self) -> None:
         """Make the live model serve these weights. The device may not have finished when this method returns."""
         self._copies.run()
