@@ -199,9 +199,16 @@ class Delivery:
         sending = Sending(context, self.engines)
         remaining: Tensors = itertools.chain([first], pairs)
 
-        def split(sink: Sink) -> None:
+        def split(sink: Sink, opening: Future[None]) -> None:
             nonlocal remaining
-            sending.split_shareable(sink, remaining, self.sharing.storages)
+
+            def ready() -> tuple[str, Contents] | None:
+                coordinator = self._driver.coordinator
+                if coordinator is None or not opening.done() or opening.cancelled() or opening.exception():
+                    return None
+                return coordinator.update, self._base(coordinator.base)
+
+            sending.split_shareable(sink, remaining, self.sharing.storages, ready)
             remaining = sending.all_tensors
 
         sink = self._connect(first[1].device, expected, split)
@@ -265,10 +272,12 @@ class Delivery:
         sinks = self._context.sinks
         return sinks.sent if manifest and manifest == sinks.sent_manifest else {}
 
-    def _connect(self, device: torch.device, expected: Sequence[TensorMeta], meanwhile: Callable[[Sink], None]) -> Sink:
+    def _connect(
+        self, device: torch.device, expected: Sequence[TensorMeta], meanwhile: Callable[[Sink, Future[None]], None]
+    ) -> Sink:
         """Begin the update; return a sink that is connected to every worker.
 
-        ``meanwhile`` is called with each sink that is tried, while the workers connect.
+        ``meanwhile`` is called with each sink that is tried, while the workers connect, and what ``begin`` returned.
         """
         context = self._context
         sinks, asked, engines = context.sinks, context.options.transport, self._engines
@@ -279,7 +288,7 @@ class Delivery:
             transfers = zip(engines, self.sharing.transfers(sink), strict=True)
             opening = self.begin({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
             try:
-                meanwhile(sink)
+                meanwhile(sink, opening)
             except BaseException:
                 concurrent.futures.wait([opening])  # requests that are in flight come to their end first
                 raise

@@ -72,6 +72,7 @@ class Sending:
         self._shared: list[tuple[TensorMeta, torch.Tensor]] = []
         self._copied: Iterator[tuple[TensorMeta, torch.Tensor]] = iter(())
         self._persistent: frozenset[int] = frozenset()
+        self._ready: Callable[[], tuple[str, Contents] | None] = lambda: None
         # By bucket: the engines' answers, and the transfer.
         self._announced: list[Future[None]] = []
         self._in_flight: list[Work] = []
@@ -80,18 +81,40 @@ class Sending:
         self._problem = ""
 
     def split_shareable(
-        self, sink: Sink, pairs: Iterable[tuple[TensorMeta, torch.Tensor]], persistent: frozenset[int] = frozenset()
+        self,
+        sink: Sink,
+        pairs: Iterable[tuple[TensorMeta, torch.Tensor]],
+        persistent: frozenset[int] = frozenset(),
+        ready: Callable[[], tuple[str, Contents] | None] = lambda: None,
     ) -> None:
         """While the workers connect, collect tensors that can be shared in place, up to the first one that must be copied.
+
+        Those that are hashed by the time the workers are ready are announced from here.
 
         Args:
             sink: the sending end.
             pairs: the tensors. A tensor is no longer used when the next one is taken.
             persistent: addresses of the storages that outlive the update: their tensors can be shared, or copied together.
+            ready: returns the update's id and what every engine has, when the workers are ready to receive.
         """
-        self._shared, self._persistent = [], persistent
-        copied = _not_shared(pairs, sink.sharing, persistent, self._shared) if sink.sharing else iter(pairs)
+        self._shared, self._persistent, self._ready = [], persistent, ready
+        copied = self._not_shared(pairs, sink.sharing) if sink.sharing else iter(pairs)
         self._copied = itertools.chain(list(itertools.islice(copied, 1)), copied)
+        # From now on buckets are filled, and a bucket that is announced meanwhile would take the number of its slot.
+        self._ready = lambda: None
+
+    def _not_shared(
+        self, pairs: Iterable[tuple[TensorMeta, torch.Tensor]], sharing: SharingSink
+    ) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
+        """Yield what must be copied; collect what ``sharing`` takes of the persistent storages."""
+        for meta, tensor in pairs:
+            if tensor.untyped_storage().data_ptr() in self._persistent and sharing.offer(meta, tensor):
+                self._shared.append((meta, tensor))
+                if (found := self._ready()) is not None and (bucket := sharing.next_announcement()) is not None:
+                    update, self._base = found
+                    self._announce_one(update, bucket)
+            else:
+                yield meta, tensor
 
     @property
     def all_tensors(self) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
@@ -204,13 +227,15 @@ class Sending:
 
     def _announce_shared(self, update: str, sharing: SharingSink) -> None:
         for bucket in sharing.announcements():
-            segments, digests = self._changed(bucket.segments, bucket.digests)
-            if segments:
-                nbytes = sum(nbytes_of(segment.tensor) for segment in segments)
-                changed = msgspec.structs.replace(
-                    bucket, update=update, segments=segments, digests=digests, nbytes=nbytes
-                )
-                self._announced.append(self._announce(self._numbered(changed)))
+            self._announce_one(update, bucket)
+
+    def _announce_one(self, update: str, bucket: Bucket) -> None:
+        """Announce those shared tensors of a bucket that the engines do not have."""
+        segments, digests = self._changed(bucket.segments, bucket.digests)
+        if segments:
+            nbytes = sum(nbytes_of(segment.tensor) for segment in segments)
+            changed = msgspec.structs.replace(bucket, update=update, segments=segments, digests=digests, nbytes=nbytes)
+            self._announced.append(self._announce(self._numbered(changed)))
 
     def _changed(
         self, segments: tuple[Segment, ...], digests: Sequence[int]
@@ -291,17 +316,3 @@ class Sending:
 
     def _left(self) -> float:
         return max(self._context.left, 0.0)
-
-
-def _not_shared(
-    pairs: Iterable[tuple[TensorMeta, torch.Tensor]],
-    sharing: SharingSink,
-    persistent: frozenset[int],
-    shared: list[tuple[TensorMeta, torch.Tensor]],
-) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
-    """Yield what must be copied; append to ``shared`` what ``sharing`` takes of the persistent storages."""
-    for meta, tensor in pairs:
-        if tensor.untyped_storage().data_ptr() in persistent and sharing.offer(meta, tensor):
-            shared.append((meta, tensor))
-        else:
-            yield meta, tensor

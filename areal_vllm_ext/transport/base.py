@@ -234,8 +234,16 @@ class SharingSink(Protocol):
         """Share ``tensor`` if workers can read it where it is. It must not change until ``revoke``."""
         ...
 
+    def next_announcement(self) -> Bucket | None:
+        """Return the announcement of the oldest batch of shared tensors, if others can be hashed meanwhile.
+
+        Raises:
+            InvalidWeights: a tensor holds NaN or infinite values.
+        """
+        ...
+
     def announcements(self) -> Iterator[Bucket]:
-        """Yield announcements of all shared tensors.
+        """Yield announcements of all shared tensors that ``next_announcement`` has not returned.
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.

@@ -192,8 +192,19 @@ class SharedTensors:
         batch, self._batch, self._batch_nbytes = self._batch, [], 0
         self._hashing.append((batch, digest_and_check_finite_async([(meta.name, tensor) for meta, tensor in batch])))
 
+    def next_announcement(self) -> Bucket | None:
+        """Return the announcement of the oldest batch, if the device has a batch after it to hash meanwhile.
+
+        Raises:
+            InvalidWeights: a tensor holds NaN or infinite values.
+        """
+        if len(self._hashing) < 2:
+            return None
+        batch, digests = self._hashing.pop(0)
+        return self._announcement(batch, tuple(digests()))
+
     def announcements(self) -> Iterator[Bucket]:
-        """Yield announcements of all shared tensors.
+        """Yield announcements of all shared tensors that ``next_announcement`` has not returned.
 
         Raises:
             InvalidWeights: a tensor holds NaN or infinite values.

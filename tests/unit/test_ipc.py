@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,9 @@ import pytest
 import torch
 from waiting import eventually
 
+from areal_vllm_ext.client.sending import Sending
 from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.integrity.digest import Contents
 from areal_vllm_ext.observability.spans import SpanRecorder
 from areal_vllm_ext.protocol import Bucket, CudaIpc, Prepare, TensorMeta
 from areal_vllm_ext.transport import cuda_runtime, ipc, ipc_memory, ipc_sharing
@@ -382,6 +385,52 @@ def test_memory_that_the_device_reads_is_closed_after_that(
     assert stream.seen[-1] == "close"
     assert "a arrived with other bytes than were sent" in stream.reports[-1]
     stream.source.close()
+
+
+@pytest.mark.parametrize("ready_after", ["", "b", "c", "never"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_is_hashed_is_announced_while_the_rest_is_offered(
+    simulated: CudaRuntime,
+    weights: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    ready_after: str,
+    copied: bool,
+) -> None:
+    monkeypatch.setattr(ipc_sharing, "_BATCH_TENSORS", 1)
+    sink = CudaIpcSink(1, Gpu(), 1024, 1024)  # type: ignore[arg-type]
+    seen: list[str] = []
+    offer = sink.sharing.offer
+    monkeypatch.setattr(sink.sharing, "offer", lambda meta, one: seen.append(meta.name) or offer(meta, one))
+
+    def announced(_: Sending, bucket: Bucket) -> Future[None]:
+        seen.append(f"{bucket.update} {bucket.index}: {''.join(one.tensor.name for one in bucket.segments)}")
+        done = Future[None]()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(Sending, "_announce", announced)
+    tensors = weights | ({"d": torch.ones(7), "e": weights["a"]} if copied else {})
+    context: Any = SimpleNamespace(spans=SpanRecorder(0), left=5.0, closed=threading.Event())
+    sending = Sending(context, {})
+    storages = frozenset(one.untyped_storage().data_ptr() for one in weights.values())
+
+    def ready() -> tuple[str, Contents] | None:
+        return ("u", {}) if not ready_after or ready_after in seen else None
+
+    pairs = [(meta_of(name, tensor), tensor) for name, tensor in tensors.items()]
+    sending.split_shareable(sink, pairs, storages, ready)
+    # One batch is always left for the device, and another one is not complete.
+    first = ["a", "b", "c", *(["u 0: a"] if ready_after != "never" else [])]
+    assert seen == first
+    sending.send("u", sink, 1024)
+    buckets = [one for one in seen if ":" in one]
+    if copied:
+        # Slots are numbered as buckets are, so none is announced while one is filled.
+        assert [one[2:] for one in buckets[: len(first) - 3]] == ["0: a"] * (len(first) - 3)
+        assert buckets[len(first) - 3] == f"u {len(first) - 3}: d"
+    assert sorted("".join(one.rpartition(" ")[2] for one in buckets)) == sorted(tensors)
+    assert [int(one[2]) for one in buckets] == list(range(len(tensors)))
+    assert sorted(meta.name for meta, _ in sending.report.entries) == sorted(tensors)
 
 
 def test_a_worker_sees_when_the_trainer_revokes_its_memory(
