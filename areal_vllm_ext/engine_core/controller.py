@@ -23,7 +23,7 @@ from ..control.directory_server import DirectoryServer
 from ..errors import HookError, SettingsError
 from ..process.host_slot import HostSlot
 from ..protocol import NO_SLEEP_MODE, CallAnswer, Version, security, timing, transfer_steps
-from .effects import CallSleep
+from .effects import CallPause, CallSleep
 from .endpoint import Endpoint
 from .foreign_calls import ForeignCalls
 from .identity import describe_engine, directory_address, engine_count, worker_ranks
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
 
     from ..protocol.peer_messages import ReadPacked
-    from .effects import CallCommitFetched, CallMethod, CallPause, CallResume, CallWakeUp, Guard
+    from .effects import CallCommitFetched, CallMethod, CallResume, CallWakeUp, Guard
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -258,6 +258,7 @@ class Controller:
             if not self.is_paused():
                 raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
             self._engine.collective_rpc("areal_commit_fetched", args=(effect.fetch, effect.update))
+            self._drop_caches(CallPause(0, "keep", clear_cache=True))
             self._foreign.discarded = ""
             self._set_version(effect.version)
             report("")

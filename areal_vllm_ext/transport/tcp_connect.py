@@ -84,8 +84,12 @@ class _Unproven:
 class Listener:
     """The trainer's end until all workers have connected."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, who: str = "the trainer") -> None:
         """Listen on ``host``, one numeric address of this machine, at any free port.
+
+        Args:
+            host: the address.
+            who: listens, for messages.
 
         Raises:
             RuntimeError: this process cannot listen there.
@@ -96,7 +100,7 @@ class Listener:
                 on_failure.callback(self._socket.close)
                 self._selector = selectors.DefaultSelector()
             except OSError as error:
-                raise RuntimeError(f"the trainer cannot listen on {host}: {_cause(error)}") from None
+                raise RuntimeError(f"{who} cannot listen on {host}: {_cause(error)}") from None
             on_failure.pop_all()
         self._socket.setblocking(False)
         self._selector.register(self._socket, selectors.EVENT_READ)
@@ -206,8 +210,10 @@ def _not_connected(
     )
 
 
-def connect(address: str, token: str, rank: int, timeout: float, cancelled: Callable[[], bool]) -> socket.socket:
-    """Connect a worker to the trainer's ``Listener`` at ``address``.
+def connect(
+    address: str, token: str, rank: int, timeout: float, cancelled: Callable[[], bool], who: str = "the trainer"
+) -> socket.socket:
+    """Connect a worker to the ``Listener`` of ``who`` at ``address``.
 
     Raises:
         Cancelled: ``cancelled()`` became true.
@@ -220,17 +226,17 @@ def connect(address: str, token: str, rank: int, timeout: float, cancelled: Call
         try:
             connection = socket.socket(_family(host))
         except OSError as error:
-            raise RuntimeError(f"this worker cannot connect to the trainer at {address}: {_cause(error)}") from None
+            raise RuntimeError(f"this worker cannot connect to {who} at {address}: {_cause(error)}") from None
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(connection.close)
             connection.setblocking(False)
-            waiting = _Waiting(connection, address, ends, timeout, cancelled)
+            waiting = _Waiting(connection, f"{who} at {address}", ends, timeout, cancelled)
             result = connection.connect_ex((host, int(port)))
             if result == errno.EINPROGRESS:
                 waiting.until(select.POLLOUT)
                 result = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if result:
-                raise RuntimeError(f"the trainer cannot be reached at {address}: {os.strerror(result)}")
+                raise RuntimeError(f"{who} cannot be reached at {address}: {os.strerror(result)}")
             try:
                 challenge, own = waiting.receive(_CHALLENGE_BYTES), os.urandom(_CHALLENGE_BYTES)
                 connection.sendall(_HELLO.pack(rank, own, _proof(token, b"worker", challenge + own, rank)))
@@ -241,7 +247,7 @@ def connect(address: str, token: str, rank: int, timeout: float, cancelled: Call
                 time.sleep(_POLL_SECONDS)
                 continue
             if not hmac.compare_digest(proof, _proof(token, b"trainer", challenge + own, rank)):
-                raise RuntimeError(f"what answers at {address} is not the trainer of this update")
+                raise RuntimeError(f"what answers at {address} is not {who} of this update")
             connection.setblocking(True)
             on_failure.pop_all()
             return connection
@@ -251,9 +257,9 @@ class _Waiting:
     """Waits of one connection attempt."""
 
     def __init__(
-        self, connection: socket.socket, address: str, ends: float, timeout: float, cancelled: Callable[[], bool]
+        self, connection: socket.socket, whom: str, ends: float, timeout: float, cancelled: Callable[[], bool]
     ) -> None:
-        self._connection, self._address = connection, address
+        self._connection, self._whom = connection, whom
         self._ends, self._timeout, self._cancelled = ends, timeout, cancelled
         self._poll = select.poll()
 
@@ -268,7 +274,7 @@ class _Waiting:
         if self._cancelled():
             raise Cancelled
         if time.monotonic() > self._ends:
-            raise TimeoutError(f"the trainer at {self._address} did not answer within {self._timeout:.1f} s")
+            raise TimeoutError(f"{self._whom} did not answer within {self._timeout:.1f} s")
 
     def receive(self, count: int) -> bytes:
         """Receive exactly ``count`` bytes."""

@@ -49,6 +49,7 @@ class WorkerContext:
 
     def __init__(self, worker: Any, report: Callable[[WorkerDone], None]) -> None:
         model_config = worker.vllm_config.model_config
+        self._worker = worker
         self.rank: int = worker.rank
         self.device = torch.device(worker.device)
         self.dtype = str(model_config.dtype).removeprefix("torch.")
@@ -63,6 +64,12 @@ class WorkerContext:
         self.dry_model = DryModel.of(worker)
         self.learned: Future[Intake] = Future()
         background.run(self._learn, (model_config.model, model_config.revision), model_config)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The live model."""
+        model: torch.nn.Module = self._worker.get_model()
+        return model
 
     def _before_sleep(self, level: int) -> None:
         self.live_weights.forget_base(lost=level > 1)

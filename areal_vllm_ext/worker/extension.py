@@ -37,6 +37,18 @@ class WorkerExtension:
         step = context.native_transfer.step(method)
         return context.rank, *user_methods.call(self, method, arguments, longest_answer, step)
 
+    def areal_commit_fetched(self: Any, fetch: str, update: str) -> None:
+        """Make live what was fetched from a peer, which ``update`` brought there. Runs while the engine is paused.
+
+        Raises:
+            RuntimeError: it was given up, or the live weights are not what was fetched.
+        """
+        self._areal_receiver.peers.commit(fetch, update)
+
+    def areal_read_packed(self: Any, rank: int, fetch: str, layer: str, start: int, count: int) -> None:
+        """Read columns of a packed weight for a fetch, on the worker of this rank. Runs on the worker's own thread."""
+        self._areal_receiver.peers.read_packed(rank, fetch, layer, start, count)
+
     def areal_commit(self: Any, update: str) -> tuple[str, str]:
         """Make the staged weights of ``update`` live. Runs on the worker's own thread while the engine is paused.
 

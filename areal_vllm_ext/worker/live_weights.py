@@ -47,6 +47,19 @@ class _Reading(NamedTuple):
     committed: Contents | None
 
 
+class Served(NamedTuple):
+    """What is live since a commit: digests of parameters and the checkpoint's tensors behind them.
+
+    ``contents`` is None for what the worker was started with. ``compared``: all of it is known to be live. ``changes``: see
+    ``LiveWeights.unchanged``.
+    """
+
+    changes: int
+    digests: dict[str, int]
+    contents: Contents | None
+    compared: bool
+
+
 class LiveWeights:
     """The weights of one worker.
 
@@ -89,7 +102,7 @@ class LiveWeights:
     # On the worker's own thread
 
     @contextlib.contextmanager
-    def committing(self, contents: Contents, update: str = "") -> Iterator[None]:
+    def committing(self, contents: Contents | None, update: str = "") -> Iterator[None]:
         """Mark the body as the commit of ``update``, which makes weights with these digests live."""
         with self._state:
             self._changes += 1
@@ -156,6 +169,15 @@ class LiveWeights:
         """
         self._proven, self._after_commit, self._compared_with_fresh = frozenset(names), digests, True
 
+    def set_fetched(self, digests: dict[str, int], *, compared: bool) -> None:
+        """Say, inside ``committing``, that the live tensors are those of a peer.
+
+        Args:
+            digests: of the live tensors.
+            compared: whether the peer's were known to be the checkpoint's tensors.
+        """
+        self._after_commit, self._compared_with_fresh = digests, compared
+
     def prove(self, weights: Sequence[tuple[str, torch.Tensor]], *, partial: bool = False) -> str:
         """Prove the loader, inside ``committing``: at the first update, and when other tensors arrive than were proven.
 
@@ -196,6 +218,31 @@ class LiveWeights:
         """Return manifest and contents of the last commit; both empty if the live weights are not known to be these."""
         with self._state:
             return (self._manifest, dict(self._contents or {})) if self._manifest else ("", {})
+
+    def served(self) -> Served:
+        """Return what is live, for another worker to serve it too.
+
+        Raises:
+            WeightsChanged: a commit runs, or its result has not been read yet; ask again.
+            RuntimeError: what is live is not what was received.
+            NotResident: the engine sleeps.
+        """
+        if not self._after_commit:
+            self._read()
+        parameters = frozenset(proof.parameter_names(self._worker.get_model()))
+        with self._state:
+            contents, unread = self._contents, not (self._manifest or self._slept)
+            if self._wrong or contents == {}:
+                raise RuntimeError("its live weights are not what it received")
+            if self._changes % 2 or not self._after_commit or (contents is not None and unread):
+                raise WeightsChanged("its live weights have not been read since its last commit")
+            digests = {name: value for name, value in self._after_commit.items() if name in parameters}
+            compared = contents is not None and not self._uncompared(contents)
+            return Served(self._changes, digests, None if contents is None else dict(contents), compared)
+
+    def unchanged(self, changes: int) -> bool:
+        """Return whether no commit has begun since ``served`` gave ``changes``."""
+        return self._changes == changes
 
     def started_with(self, names: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield tensors of the checkpoint that the worker was started from.
@@ -246,7 +293,7 @@ class LiveWeights:
         changed = (*(name for name, value in live.items() if after_commit.get(name) != value), *wrong)
         return WorkerWeights(
             rank=self._worker.rank,
-            layout=self._layout(),
+            layout=self.layout,
             manifest=manifest,
             live=live,
             changed=tuple(dict.fromkeys(changed)),
@@ -315,7 +362,8 @@ class LiveWeights:
             logger.error("areal_vllm_ext: %s: update this engine again, and report it", reason)
             self.on_damage(self._update, reason)
 
-    def _layout(self) -> str:
+    @property
+    def layout(self) -> str:
         """Name what of the model this worker holds. Workers of an equal layout hold equal live tensors."""
         parallel = self._worker.vllm_config.parallel_config
         device: torch.device = self._worker.device

@@ -36,11 +36,14 @@ from ..protocol import (
     WorkerTrace,
     security,
 )
+from ..protocol.messages import PeerReport
+from ..protocol.peer_messages import EndFetch, EndOffer, FetchWeights, OfferWeights, WorkerOffered
 from ..protocol.server import connect
 from ..transport.device import device_id
 from . import background
 from .context import WorkerContext
 from .live_weights import WeightsChanged
+from .peers import Peers
 from .reception import Reception
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
-Report = WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace
+Report = WorkerDone | WeightsMismatch | DigestsTaken | WeightsTaken | WorkerTrace | PeerReport
 
 
 class Receiver:
@@ -60,6 +63,7 @@ class Receiver:
     Attributes:
         context: what all updates of this worker share.
         reception: the update in progress, if any.
+        peers: fetches and offers of live weights.
     """
 
     def __init__(self, worker: Any, endpoint: str, token: str) -> None:
@@ -78,6 +82,7 @@ class Receiver:
         self.context.live_weights.on_damage = self._report_damage
         self.context.live_weights.is_busy = self.context.memory.in_use = lambda: self.reception is not None
         self.reception: Reception | None = None
+        self.peers = Peers(self.context, own_host, self._report)
         self._max_message_bytes = settings.max_message_mib << 20
         # The last update that began, and its spans.
         self._traced = ("", DISABLED)
@@ -174,6 +179,9 @@ class Receiver:
                 f"digests of {len(payload) >> 20} MiB are more than the engine reads: raise AREAL_VLLM_MAX_MESSAGE_MIB"
             )
             payload = protocol.encoder.encode(DigestsTaken(request=message.request, rank=message.rank, error=problem))
+        if isinstance(message, WorkerOffered) and len(payload) > self._max_message_bytes:
+            problem = f"its description is {len(payload) >> 20} MiB long: raise AREAL_VLLM_MAX_MESSAGE_MIB"
+            payload = protocol.encoder.encode(WorkerOffered(fetch=message.fetch, rank=message.rank, error=problem))
         self._socket.send_multipart([os.urandom(protocol.REQUEST_ID_BYTES), payload])
 
     def _handle(self, message: protocol.WorkerOrder | protocol.Answer) -> None:
@@ -190,6 +198,8 @@ class Receiver:
             case DigestWeights():
                 # Not on this thread: reading all weights takes long.
                 background.run(self._digest, message)
+            case OfferWeights() | EndOffer() | FetchWeights() | EndFetch():
+                self.peers.order(message)
             case GetTrace():
                 spans = self.spans(message.update).snapshot()
                 self._send(WorkerTrace(update=message.update, rank=self.context.rank, now=monotonic(), spans=spans))

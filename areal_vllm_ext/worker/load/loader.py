@@ -35,10 +35,15 @@ logger = logging.getLogger("vllm.areal_vllm_ext")
 
 
 class Loader:
-    """Loads the weights of one worker."""
+    """Loads the weights of one worker.
+
+    Attributes:
+        made: paths of attributes, besides parameters and buffers, that the last load made of weights, as far as that is known.
+    """
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
+        self.made: tuple[str, ...] = ()
         self._plan: LoadPlan | None = None
         # Names, dtypes and shapes of the last attempt at a plan. The same ones would give the same plan, or none again.
         self._tried: dict[str, tuple[torch.dtype, torch.Size]] = {}
@@ -132,11 +137,19 @@ class Loader:
             the live memory that was written, if a load plan knows it.
         """
         shadow.copy()
+        self.made = shadow.made
         self._reset_caches()
         self._plan, self._taped, self._tried = shadow.plan, shadow.taped, _kinds(weights)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         return shadow.written
+
+    def fetched(self, made: Sequence[str]) -> None:
+        """Note that the live weights are a peer's; ``made`` as of the peer's last load."""
+        self.made = tuple(made)
+        self._reset_caches()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
 
     def load(
         self,

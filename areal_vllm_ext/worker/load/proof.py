@@ -169,7 +169,7 @@ def packed_digests(model: torch.nn.Module) -> dict[str, int]:
     for name, layer in model.named_modules():
         linear = getattr(layer, ATTRIBUTE, None)
         packed = linear is not None and linear is not torch.nn.functional.linear
-        if not packed and not _is_handed_over(layer):
+        if not packed and not is_handed_over(layer):
             continue
         weight = layer.weight
         if weight is not None and weight.numel():
@@ -188,7 +188,7 @@ def packed_digests(model: torch.nn.Module) -> dict[str, int]:
     return answers
 
 
-def _is_handed_over(layer: Any) -> bool:
+def is_handed_over(layer: Any) -> bool:
     """Return whether a kernel took the weight of this linear layer, and left none (8-bit weights on a CPU)."""
     no_weight = layer._parameters.get("weight", layer) is None  # noqa: SLF001
     return no_weight and hasattr(layer, "quant_method") and hasattr(layer, "params_dtype")

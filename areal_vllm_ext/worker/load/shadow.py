@@ -100,6 +100,7 @@ class Shadow:
         plan: how a later update of the same names, dtypes and shapes is loaded without a shadow; None if it cannot be.
         written: the live memory that the commit writes, by incoming tensor, if the plan knows it.
         taped: how a later update makes its shadow without a model; None if it cannot.
+        made: paths of attributes, besides parameters and buffers, that the load made of weights.
     """
 
     def __init__(self, fingerprint: ModelFingerprint, model: torch.nn.Module | None = None) -> None:
@@ -116,6 +117,7 @@ class Shadow:
         self.plan: LoadPlan | None = None
         self.written: Written | None = None
         self.taped: TapedShadow | None = None
+        self.made: tuple[str, ...] = ()
 
     def set_work(
         self,
@@ -177,6 +179,7 @@ class TapedShadow:
         self._tape, self._fingerprint = tape, fingerprint
         self._targets = [view_of(target) for target, _ in pairs.copies]
         self._digests, self._places = pairs.digests, pairs.places
+        self._made = tuple(pairs.aside)
         self._proofs: set[tuple[int, ...]] = set()
 
     @property
@@ -206,7 +209,7 @@ class TapedShadow:
             shadow.set_work(zip(self._targets, sources, strict=True), digests)
             if sources and sources[0].device.type == "cuda":
                 torch.cuda.current_stream().synchronize()
-        shadow.taped = self
+        shadow.taped, shadow.made = self, self._made
         return shadow
 
     def _reserve(self) -> None:
@@ -279,6 +282,7 @@ def build(
                 with options.access():
                     pairs = Pairs(model, live, before)
                     shadow.set_work(pairs.copies, pairs.digests, pairs.assigned)
+                    shadow.made = tuple(pairs.aside)
                     if recorders is not None:
                         shadow.plan = _plan(recorders[0], live, pairs.aside)
                 if shadow.plan is None:

@@ -1,0 +1,213 @@
+"""Workers fetch a peer's live weights, unconverted: real models, loaded by vLLM, and a real connection between two workers."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm_models import FAMILIES, LoadedWorker, checkpoint, saved, trained, weights_of
+
+from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.protocol import TensorMeta
+from areal_vllm_ext.protocol.peer_messages import (
+    EndFetch,
+    EndOffer,
+    FetchWeights,
+    OfferWeights,
+    ReadPacked,
+    WeightsFetched,
+    WorkerOffer,
+    WorkerOffered,
+    WorkerOfferEnded,
+)
+from areal_vllm_ext.worker import fetching
+from areal_vllm_ext.worker.context import WorkerContext
+from areal_vllm_ext.worker.load import proof
+from areal_vllm_ext.worker.peers import Peers
+
+pytestmark = pytest.mark.timeout(300)
+
+FETCH = "a random name"
+
+
+class Worker:
+    """A worker with a real model, whose reports are answered here as by an engine."""
+
+    def __init__(self, folder: Any) -> None:
+        self.loaded = LoadedWorker(folder)
+        self.reports: queue.Queue[Any] = queue.Queue()
+        self.context = WorkerContext(self.loaded, self.reports.put)
+        self.peers = Peers(self.context, "127.0.0.1", self.reports.put)
+
+    def expect(self, kind: type[Any], seconds: float = 60.0) -> Any:
+        """Return the next report of a kind; meanwhile read packed weights, as calls on the engine's loop do."""
+        ends = time.monotonic() + seconds
+        while True:
+            report = self.reports.get(timeout=max(ends - time.monotonic(), 0.0))
+            if isinstance(report, ReadPacked):
+                self.peers.read_packed(report.rank, report.fetch, report.layer, report.start, report.count)
+            elif isinstance(report, kind):
+                return report
+
+    def offer(self) -> WorkerOffer:
+        self.peers.order(OfferWeights(fetch=FETCH, committed_epoch=1, timeout=60.0))
+        offered = self.expect(WorkerOffered)
+        assert offered.offer is not None, offered.error
+        return offered.offer
+
+    def begin(self, offer: WorkerOffer) -> None:
+        self.peers.order(FetchWeights(fetch=FETCH, peer="DP rank 0", offers=(offer,), timeout=60.0))
+
+    def served(self) -> dict[str, int]:
+        model = self.loaded.get_model()
+        return proof.digests_of_model(model) | proof.packed_digests(model)
+
+
+def fetch(peer: Worker, stale: Worker, offer: WorkerOffer) -> WeightsFetched:
+    """Fetch what ``peer`` offers; both do their part on one thread."""
+    stale.begin(offer)
+    ends = time.monotonic() + 60.0
+    while stale.reports.empty():
+        assert time.monotonic() < ends
+        with contextlib.suppress(queue.Empty):
+            peer.expect(SimpleNamespace, 0.02)
+    return stale.expect(WeightsFetched)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def two(request: pytest.FixtureRequest) -> Iterator[tuple[Worker, Worker]]:
+    """A peer, and a worker that was started with other weights."""
+    family = getattr(request, "param", "dense")
+    folder = checkpoint(family)
+    with saved(trained(weights_of(folder), 1), folder) as other:
+        yield Worker(other), Worker(folder)
+
+
+@pytest.mark.parametrize("two", FAMILIES, indirect=True)
+def test_a_worker_serves_what_its_peer_serves(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    expected = peer.served()
+    assert stale.served() != expected
+    fetched = fetch(peer, stale, peer.offer())
+    assert not fetched.error
+    peer.peers.order(EndOffer(fetch=FETCH))
+    ended = peer.expect(WorkerOfferEnded)
+    assert (ended.error, ended.manifest) == ("", fetched.manifest)
+    stale.peers.commit(FETCH, "u1")
+    assert stale.served() == expected
+    assert peer.served() == expected
+
+
+def test_damaged_bytes_are_refused(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    offer = peer.offer()
+    before = stale.served()
+    tensor = peer.loaded.get_model().get_parameter("model.norm.weight").data
+    tensor.view(torch.uint8)[5] ^= 1  # its memory is damaged after its digests were taken
+    fetched = fetch(peer, stale, offer)
+    assert fetched.error == "model.norm.weight arrived with other bytes than the peer serves since its last commit"
+    with pytest.raises(RuntimeError, match="has not fetched all weights"):
+        stale.peers.commit(FETCH, "u1")
+    assert stale.served() == before
+
+
+def test_an_update_on_the_peer_ends_the_offer(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    offer = peer.offer()
+    peer.context.live_weights.is_busy = lambda: True
+    assert fetch(peer, stale, offer).error == "an update has begun there"
+    peer.peers.order(EndOffer(fetch=FETCH))
+    assert peer.expect(WorkerOfferEnded).error == "an update has begun there"
+
+
+def test_a_commit_on_the_peer_ends_the_offer(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    offer = peer.offer()
+    with peer.context.live_weights.committing(None, "u2"):
+        pass
+    assert fetch(peer, stale, offer).error == "its weights have changed"
+
+
+def test_a_peer_of_another_layout_is_refused(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    offer = peer.offer()
+    other = WorkerOffer(rank=0, layout="rank 0, tp 2", address=offer.address, held=offer.held)
+    fetched = fetch(peer, stale, other)
+    assert fetched.unlike
+    assert "its layout is rank 0, tp 2; this engine's is rank 0, tp 1" in fetched.error
+
+
+def test_a_model_of_other_tensors_is_refused() -> None:
+    dense, biases = Worker(checkpoint("dense")), Worker(checkpoint("biases"))
+    fetched = fetch(dense, biases, dense.offer())
+    assert fetched.unlike
+    assert "is another tensor there, or missing" in fetched.error
+
+
+def test_a_value_elsewhere_in_the_model_must_be_equal(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    peer.loaded.get_model().model.projection = torch.ones(3)
+    stale.loaded.get_model().model.projection = torch.zeros(3)
+    fetched = fetch(peer, stale, peer.offer())
+    assert fetched.unlike
+    assert "model.projection has another value there, and is no weight" in fetched.error
+
+
+def test_an_attribute_that_a_load_makes_is_fetched(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    peer.loaded.get_model().model.projection = torch.ones(3)
+    stale.loaded.get_model().model.projection = torch.zeros(3)
+    peer.context.loader.made = ("model.projection",)
+    assert not fetch(peer, stale, peer.offer()).error
+    stale.peers.commit(FETCH, "u1")
+    assert torch.equal(stale.loaded.get_model().model.projection, torch.ones(3))
+    assert stale.context.loader.made == ("model.projection",)
+
+
+def test_a_fetch_that_is_given_up_commits_nothing(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    assert not fetch(peer, stale, peer.offer()).error
+    stale.peers.order(EndFetch(fetch=FETCH, reason="an update began"))
+    with pytest.raises(RuntimeError, match="has not fetched these weights"):
+        stale.peers.commit(FETCH, "u1")
+
+
+def test_a_peer_that_is_gone_is_named(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    offer = peer.offer()
+    peer.peers.order(EndOffer(fetch=FETCH))
+    stale.begin(offer)
+    error = stale.expect(WeightsFetched).error
+    assert "the peer" in error
+    assert peer.expect(WorkerOfferEnded).error == "not all of its tensors were sent"
+
+
+def test_without_room_on_the_host_nothing_is_fetched(
+    two: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer, stale = two
+    monkeypatch.setattr(fetching, "free_bytes", lambda _: 1 << 20)
+    assert "the host has no room for the weights" in fetch(peer, stale, peer.offer()).error
+
+
+def test_what_follows_a_fetch_is_compared_with_it(two: tuple[Worker, Worker]) -> None:
+    peer, stale = two
+    contents = {"w": (TensorMeta("w", "float32", (1,)), 7)}
+    with peer.context.live_weights.committing(contents, "u1"):
+        pass
+    deadline = time.monotonic() + 30
+    while not peer.context.live_weights.base()[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not fetch(peer, stale, peer.offer()).error
+    stale.peers.commit(FETCH, "u1")
+    described = stale.context.live_weights.describe(contents=False)
+    assert described.manifest == digest.manifest(contents.values())
+    assert described.live == peer.context.live_weights.describe(contents=False).live
+    assert not described.changed
