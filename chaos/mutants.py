@@ -178,9 +178,6 @@ MUTANTS = {
         (FOREIGN, "if self._unfit: self._report", "if False: self._report"),
         ("engine_core/elsewhere.py", "unfit = (p.tainted or p.stale) and", "unfit = False and"),
     ],
-    "an engine that has fetched weights serves them when nothing newer can be committed": [
-        (PARTICIPANT, "if not self.stale or not settled or", "if not self.stale or")
-    ],
     "what is fetched is of the group's last update": [
         (RETURNING, '== (self._epoch, "idle", "awake")', '== (status.committed_epoch, "idle", "awake")'),
         (OFFERS, "p.joined and p.committed_epoch == epoch", "True"),
@@ -204,7 +201,6 @@ ONLY = {"an engine pauses only for a prepared update": "clock drift"}
 # Mutants that take many updates, or faults of the swarm.
 SWARM = {
     "an engine says why it gave an update up",
-    "an engine that has fetched weights serves them when nothing newer can be committed",
     "what is fetched is of the group's last update",
     "what is fetched does not become live within an update",
     "all workers have fetched",
