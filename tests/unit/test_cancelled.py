@@ -117,6 +117,95 @@ def test_a_begin_that_is_in_flight_is_aborted_with_its_update(deployment: Deploy
     assert all(engine.calls == [] for engine in deployment.engines.values())
 
 
+def test_a_begin_that_is_stopped_has_ended_everywhere_before_anything_else_happens(
+    deployment: Deployment, key_file: Path
+) -> None:
+    for engine in deployment.engines.values():
+        engine.seconds["begin"] = NEVER
+
+    async def run() -> None:
+        async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as client:
+            update = client.update(1, timeout=20)
+
+            async def stop() -> None:
+                async with update:
+                    sending = asyncio.ensure_future(update.send("/nowhere"))
+                    await asyncio.sleep(0.3)
+                    driver = update.transaction.driver
+                    await driver.stop_beginning()
+                    assert driver.coordinator is not None
+                    assert driver.coordinator.phase == "done"
+                    await asyncio.wait([sending])
+
+            with pytest.raises(UpdateAborted, match="the trainer was interrupted"):
+                await stop()
+
+    asyncio.run(run())
+    assert all(engine.endpoint.participant.update is None for engine in deployment.engines.values())
+
+
+def test_a_second_cancellation_ends_an_update_that_waits_for_commits(deployment: Deployment, key_file: Path) -> None:
+    for engine in deployment.engines.values():
+        engine.seconds["commit"] = NEVER
+
+    async def run() -> None:
+        async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as client:
+            committing = asyncio.Event()
+
+            def on_phase(phase: str) -> None:
+                if phase == "commit":
+                    committing.set()
+
+            update = asyncio.ensure_future(client.update_weights("/nowhere", version=1, timeout=20, on_phase=on_phase))
+            await committing.wait()
+            await asyncio.sleep(0)  # until the commits are sent
+            update.cancel()
+            await asyncio.wait([update], timeout=0.3)
+            assert not update.done(), "an engine may have committed, so it goes on"
+            started = time.monotonic()
+            update.cancel()
+            await asyncio.wait([update], timeout=5)
+            assert update.cancelled()
+            assert time.monotonic() - started < 3
+
+    asyncio.run(run())
+
+
+def test_a_thread_that_gets_to_begin_after_its_update_has_ended_begins_nothing(
+    deployment: Deployment, key_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "_STOP_SECONDS", 0.05)
+    go_on = threading.Event()
+
+    def stalling() -> Iterator[tuple[str, torch.Tensor]]:
+        go_on.wait(20)
+        yield "late", torch.zeros(4)
+
+    async def run() -> None:
+        async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as client:
+            update = client.update(1, timeout=20, transport="shared_memory")
+
+            async def send() -> None:
+                async with update:
+                    await update.send(stalling())
+
+            sending = asyncio.ensure_future(send())
+            await asyncio.sleep(0.3)
+            sending.cancel()
+            await asyncio.wait([sending])
+            sent = update._sending
+            assert sent is not None
+            assert not sent.done()
+            with pytest.raises(UpdateAborted, match="its block was left while it was sending"):
+                await update.transaction.driver.begin({}, {})
+            go_on.set()
+            await asyncio.wait([sent], timeout=10)
+            assert isinstance(sent.exception(), (Cancelled, UpdateAborted))
+
+    asyncio.run(run())
+    assert all(engine.orders == [] for engine in deployment.engines.values())
+
+
 def test_only_the_update_that_runs_opens_and_drops_connections() -> None:
     sinks, first, second = Sinks(), object(), object()
     engines = {"one": engine_info(0)}

@@ -18,6 +18,7 @@ from areal_vllm_ext.transport.base import Cancelled
 from areal_vllm_ext.worker import hooks
 from areal_vllm_ext.worker.live_weights import LiveWeights
 from areal_vllm_ext.worker.load import apart, proof
+from areal_vllm_ext.worker.load.dry_load import DryModel
 from areal_vllm_ext.worker.load.loader import Loader
 from areal_vllm_ext.worker.load.plan import PlanRun
 from areal_vllm_ext.worker.load.shadow import BuildOptions, Refused, Shadow
@@ -303,3 +304,16 @@ def test_live_weights_that_are_not_the_shadow_s_are_damage(worker: LoadedWorker,
     assert [changed in reason for reason in reasons] == [True] * damaged
     if changed:
         tensor.data.sub_(1)
+
+
+def test_whether_all_parameters_must_get_weights_depends_on_the_models_quantisation() -> None:
+    worker = LoadedWorker(checkpoint("dense"))
+    few = weights_of(checkpoint("dense"))
+    del few["model.norm.weight"]
+    dry = DryModel.of(worker)
+    assert dry is not None
+    assert "model.norm.weight; send all weights" in str(dry.refusal(few))
+    worker.vllm_config.model_config.quantization = "fp8"
+    dry = DryModel.of(worker)
+    assert dry is not None
+    assert dry.refusal(few) is None
