@@ -54,13 +54,18 @@ def described(config: Any) -> str:
     return text
 
 
+def _number(held: dict[str, Any]) -> Any:
+    """Return the number that transformers writes as ``{"__float__": "Infinity"}``, because JSON has none."""
+    return float(held["__float__"]) if held.keys() == {"__float__"} else held
+
+
 @functools.lru_cache(maxsize=2)
 def model_of(description: str) -> torch.nn.Module | None:
     """Return the model of ``described``, on the meta device; None if this process' transformers does not have it."""
     try:
         import transformers
 
-        options = json.loads(description)
+        options = json.loads(description, object_hook=_number)
         return without_memory(transformers.AutoConfig.for_model(options.pop("model_type"), **options))
     except Exception:
         return None

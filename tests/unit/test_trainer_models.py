@@ -187,6 +187,14 @@ def neox() -> Any:
     return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=64, **options))
 
 
+def hybrid() -> Any:
+    """Its configuration holds an infinity, for which JSON has no number."""
+    options = {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 8}
+    layers = {"layers_block_type": ["mamba", "attention", "mlp"]}
+    small = {name: one for name, one in SMALL.items() if name != "num_hidden_layers"}
+    return transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**small, **options, **layers))
+
+
 def vision() -> Any:
     tower = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "patch_size": 4, "mlp_ratio": 2}
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
@@ -195,7 +203,7 @@ def vision() -> Any:
     return transformers.Qwen2VLForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("make", [mixture, mixtral, qwen2_moe, neox, vision])
+@pytest.mark.parametrize("make", [mixture, mixtral, qwen2_moe, neox, hybrid, vision])
 def test_a_state_dict_with_the_names_of_transformers_modules_is_sent_as_the_model_is(make: Any, tmp_path: Path) -> None:
     model = make()
     files = saved(model, tmp_path)
