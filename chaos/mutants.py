@@ -190,6 +190,16 @@ MUTANTS = {
         (RETURNING, "if ended.manifests != self._fetched:", "if False:"),
     ],
     "a stale engine asks for its group's weights": [(RETURNING, "return [AskDirectory(Discover())]", "return []")],
+    "unfit base weights are not healed by an adapter": [
+        (PARTICIPANT, "self.tainted or self.stale or self.foreign) and not message.units.weights", '"") and True'),
+        (PARTICIPANT, "if update.units.weights:", "if True:"),
+    ],
+    "an engine that lacks an adapter gets it": [
+        (TRANSACTION, "changes.bring_to(self._differing, self._sinks.adapters)", "pass"),
+    ],
+    "an engine that serves an adapter has it": [
+        (PARTICIPANT, "update.adapters_after(self.adapters)", "dict(self.adapters)"),
+    ],
     "a new lease has a new epoch": [(LEASE, "self.epoch += 1", "self.epoch += 0")],
     "a heartbeat brings the epoch back": [
         (DIRECTORY, "self._leases.epoch = max(self._leases.epoch, message.epoch)", "pass")
@@ -205,6 +215,7 @@ SWARM = {
     "what is fetched does not become live within an update",
     "all workers have fetched",
     "a stale engine asks for its group's weights",
+    "an engine that lacks an adapter gets it",
     "recovery waits for engines that are joining",
     "a pause that is over its time stands where weights are unfit",
     "a group goes on without a dropped engine only until that is heard again",

@@ -348,12 +348,13 @@ class Round:
             require(
                 engine.version == p.version, "wrong tokens", f"engine {rank} says {p.version}, has {engine.version}"
             )
+            require(engine.tells_the_truth, "wrong tokens", f"engine {rank} says {p.adapters}, has {engine.adapters}")
             require(p.update is None, "leftover", f"engine {rank} still has an update, {p.update_phase}")
             require(engine.running, "hang", f"engine {rank} is {p.generation} and nobody will resume it")
             require(not any(engine.orders), "leftover", f"engine {rank}'s workers have orders left")
             unanswered = [caller for caller, answer in engine.answers.items() if answer is None]
             require(not unanswered, "leftover", f"engine {rank} never answered {len(unanswered)} requests")
-        versions = {process.engine.version for process in world.engines}
+        versions = {(process.engine.version, process.engine.units) for process in world.engines}
         require(
             len(versions) == 1, "mixed versions", f"at the end engines serve {versions}, the last update was {serving}"
         )

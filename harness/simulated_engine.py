@@ -30,6 +30,7 @@ from areal_vllm_ext.config import Settings
 from areal_vllm_ext.control.directory import new_incarnation
 from areal_vllm_ext.control.directory_server import DirectoryServer
 from areal_vllm_ext.engine_core.effects import (
+    CallCommit,
     CallCommitFetched,
     CallMethod,
     CallPause,
@@ -197,7 +198,8 @@ class SimulatedEngine:
 
         self._later.call(self.seconds["cancel"], done)
 
-    def commit(self, update: str, version: Version) -> None:
+    def commit(self, effect: CallCommit) -> None:
+        version = effect.version
         self.calls.append(f"commit {version}")
 
         def done() -> None:
@@ -205,8 +207,8 @@ class SimulatedEngine:
             if not error:
                 try:
                     assert "weights" not in self.asleep, "an illegal memory access"
-                    self.staged(update)
-                    self.version, self.discarded = version, False
+                    self.staged(effect.update)
+                    self.version, self.discarded = version, self.discarded and not effect.units.weights
                     self.commits.append((version, not self.running))
                 except Exception as problem:
                     error = f"{type(problem).__name__}: {problem}"

@@ -23,7 +23,7 @@ from .walk import drained_on_error, walk
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
     from torch.distributed import ProcessGroup
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..protocol.security import ClusterKey
     from .blocking_update import Update
     from .calls import CallResult
+    from .lora import AdapterSource
     from .options import UpdateOptions
     from .state import EngineState, UpdateResult
     from .weights import WeightSource
@@ -122,16 +123,17 @@ class EngineGroup:
 
     def update_weights(
         self,
-        weights: WeightSource | str | os.PathLike[str],
+        weights: WeightSource | str | os.PathLike[str] | None = None,
         *,
         version: Version,
+        adapters: Mapping[str, AdapterSource | None] | None = None,
         timeout: float = UPDATE_SECONDS,
         dtype: str | torch.dtype | None = None,
         process_group: ProcessGroup | None = None,
         senders: Senders = "rank0",
         **options: Unpack[UpdateOptions],
     ) -> UpdateResult:
-        """Move every engine to ``weights``, or none.
+        """Move every engine to ``weights`` and ``adapters``, or none.
 
         See ``AsyncEngineGroup.update_weights``; ``process_group`` and ``senders`` are those of ``update``.
         """
@@ -139,7 +141,9 @@ class EngineGroup:
         with drained_on_error(weights):
             opened = self.update(version, timeout=timeout, process_group=process_group, senders=senders, **options)
             with opened as update:
-                update.send(weights, dtype=dtype)
+                update.change_adapters(adapters or {})
+                if weights is not None:
+                    update.send(weights, dtype=dtype)
         return update.result
 
     def update(

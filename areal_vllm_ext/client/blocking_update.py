@@ -8,11 +8,13 @@ from .transaction import CANNOT_PICKLE
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     import torch
 
     from ..protocol import Version
     from .loop_thread import LoopThread
+    from .lora import AdapterSource
     from .state import UpdateResult
     from .transaction import Transaction
     from .weights import WeightSource
@@ -42,6 +44,22 @@ class Update:
     def prepare(self) -> None:
         """See ``AsyncUpdate.prepare``."""
         self._thread.run(self._transaction.prepare())
+
+    def send_adapter(self, name: str, source: AdapterSource) -> None:
+        """See ``AsyncUpdate.send_adapter``."""
+        self._transaction.add_adapter(name, source)
+
+    def remove_adapter(self, name: str) -> None:
+        """See ``AsyncUpdate.remove_adapter``."""
+        self._transaction.remove_adapter(name)
+
+    def change_adapters(self, adapters: Mapping[str, AdapterSource | None]) -> None:
+        """See ``AsyncUpdate.change_adapters``."""
+        for name, source in adapters.items():
+            if source is None:
+                self.remove_adapter(name)
+            else:
+                self.send_adapter(name, source)
 
     def __enter__(self) -> Update:
         self._transaction.start(self._thread.loop)

@@ -17,8 +17,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from ..errors import SEND_AGAIN, join
 from ..protocol import (
+    WEIGHTS_ONLY,
     Abort,
     Ack,
     Answer,
@@ -33,6 +36,7 @@ from ..protocol import (
     Resume,
     Sender,
     Staging,
+    Units,
     Version,
 )
 
@@ -143,6 +147,7 @@ class Coordinator:
         manifest: str = "",
         base: str = "",
         kept: tuple[str, ...] = (),
+        units: Units = WEIGHTS_ONLY,
         *,
         hold: bool = False,
     ) -> dict[str, EngineRequest]:
@@ -150,17 +155,17 @@ class Coordinator:
 
         Args:
             buckets: by sender, how many buckets it sent.
-            manifest: of all weights; empty if the trainer does not know it.
-            base, kept: see ``protocol.Prepare``.
+            manifest: of all units; empty if the trainer does not know it.
+            base, kept, units: see ``protocol.Prepare``.
             hold: wait for ``commit`` when all engines have voted yes.
         """
         assert self.phase == "send", self.phase
         self._manifest, self._hold = manifest or None, hold
+        if not units.weights:
+            self.kv = "keep"  # each version of an adapter has keys and values of its own
         self.phase, self._awaited = "prepare", set(self.members)
-        return {
-            name: Prepare(epoch=member.epoch, update=self.update, buckets=dict(buckets), base=base, kept=kept)
-            for name, member in self.members.items()
-        }
+        prepare = Prepare(epoch=0, update=self.update, buckets=dict(buckets), base=base, kept=kept, units=units)
+        return {name: msgspec.structs.replace(prepare, epoch=member.epoch) for name, member in self.members.items()}
 
     def commit(self, timeout: float) -> dict[str, EngineRequest]:
         """Go on with an update that was held after the votes. ``timeout``: seconds that are left for the update."""

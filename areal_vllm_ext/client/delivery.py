@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..integrity.digest import Contents
     from ..transport.base import SharingSink, Sink
     from .context import UpdateContext
+    from .lora import SentAdapter
     from .weights import WeightSource
 
     Tensors = Iterator[tuple[TensorMeta, torch.Tensor]]
@@ -102,6 +103,9 @@ class Delivery:
         self._driver = driver
         self._engines = {name: target.engine for name, target in targets.items()}
         self._expected_bytes = self._largest_bytes = 0
+        # Once the engines have begun, the end through which adapters go, and its number as a sender.
+        self._sink: Sink | None = None
+        self._sink_number = 0
 
     @property
     def engines(self) -> dict[str, tuple[EngineInfo, int]]:
@@ -175,16 +179,61 @@ class Delivery:
     def record(self, sender: int, report: SendReport) -> None:
         """Record what a sender has sent, after the last one has sent its share."""
         self.complete = True
-        self.buckets[sender] = report.buckets
+        self.buckets[sender] = self.buckets.get(sender, 0) + report.buckets
         self.nbytes += report.nbytes
         self.unchanged += report.unchanged
         self.entries += report.entries
 
-    def send_path(self, path: str) -> None:
-        """Have every worker read the checkpoint directory at ``path``; returns when all have begun."""
+    def send_path(self, path: str, *, with_adapters: bool = False) -> None:
+        """Have every worker read the checkpoint directory at ``path``; returns when all have begun.
+
+        Args:
+            path: of the directory.
+            with_adapters: whether ``send_adapter`` follows.
+        """
         disk = Sender(transfer=protocol.Disk(path=path))
-        self.begin({name: {0: disk} for name in self._engines}).result()
+        if with_adapters:
+            self._sink_number = 1
+            self._sink = self._connect(
+                torch.device("cpu"), (), nothing, transport=self._host_transport, beside={0: disk}
+            )
+        else:
+            self.begin({name: {0: disk} for name in self._engines}).result()
         self.complete = True
+
+    def begin_without_weights(self, adapters: Iterable[SentAdapter]) -> None:
+        """Begin an update that brings no base weights; returns when every worker is ready to receive."""
+        self.taken()  # as for weights, so that a connection that is kept serves both
+        metas = [meta for adapter in adapters for meta, _ in adapter.entries]
+        kind, device = self._context.sinks.cached(self._engines) or (self._host_transport, torch.device("cpu"))
+        self._sink = self._connect(device, metas, nothing, transport=kind)
+
+    @property
+    def _host_transport(self) -> str:
+        """How adapters travel, which are in host memory, if there is no connection yet."""
+        return "shared_memory" if self._context.options.transport == "shared_memory" else "broadcast"
+
+    def send_adapter(self, adapter: SentAdapter) -> None:
+        """Send an adapter, after the engines have begun; returns when every worker holds it.
+
+        Raises:
+            InvalidWeights: these weights come in a way that takes no adapters with them.
+        """
+        sink, number = self._sink, self._sink_number
+        if sink is None:
+            raise InvalidWeights(
+                f"adapter {adapter.unit.name} cannot go with these weights: with a checkpoint directory, call "
+                'update.send_adapter(...) before update.send(path); with senders="partitioned" or "colocated", send it in an '
+                "update of its own"
+            )
+        coordinator = self._driver.coordinator
+        assert coordinator is not None
+        first = self.buckets.get(number, 0)
+        sending = Sending(self._context, self.engines, number, first=first, adapter=adapter.unit.name)
+        sending.split_shareable(sink, adapter.pairs)
+        sending.send(coordinator.update, sink, sink.bucket_bytes, keep_buffers=self._context.options.keep_buffers)
+        self.buckets[number] = first + sending.report.buckets
+        self.nbytes += sending.report.nbytes
 
     def send(self, pairs: Tensors, expected: Sequence[TensorMeta]) -> None:
         """Send all tensors from this process; returns when every worker holds them.
@@ -211,7 +260,7 @@ class Delivery:
             sending.split_shareable(sink, remaining, self.sharing.storages, ready)
             remaining = sending.all_tensors
 
-        sink = self._connect(first[1].device, expected, split)
+        sink = self._sink = self._connect(first[1].device, expected, split)
         coordinator = self._driver.coordinator
         assert coordinator is not None
         bucket_bytes = min(sink.bucket_bytes, self._expected_bytes or sink.bucket_bytes)
@@ -273,20 +322,33 @@ class Delivery:
         return sinks.sent if manifest and manifest == sinks.sent_manifest else {}
 
     def _connect(
-        self, device: torch.device, expected: Sequence[TensorMeta], meanwhile: Callable[[Sink, Future[None]], None]
+        self,
+        device: torch.device,
+        expected: Sequence[TensorMeta],
+        meanwhile: Callable[[Sink, Future[None]], None],
+        *,
+        transport: str = "",
+        beside: Mapping[int, Sender] | None = None,
     ) -> Sink:
         """Begin the update; return a sink that is connected to every worker.
 
-        ``meanwhile`` is called with each sink that is tried, while the workers connect, and what ``begin`` returned.
+        Args:
+            device: where the tensors are.
+            expected: the tensors.
+            meanwhile: called with each sink that is tried, while the workers connect, and what ``begin`` returned.
+            transport: what to use instead of what the user asked for.
+            beside: other senders, by number.
         """
+        beside = beside or {}
         context = self._context
-        sinks, asked, engines = context.sinks, context.options.transport, self._engines
+        sinks, asked, engines = context.sinks, transport or context.options.transport, self._engines
         while True:
             cached = sinks.sink is not None
             kind = choose_transport(asked, device, engines.values(), peer_ipc_failed=sinks.peer_ipc_failed)
             sink = sinks.open(context, kind, engines, device, self.bucket_bytes(device, kind), expected, context.left)
             transfers = zip(engines, self.sharing.transfers(sink), strict=True)
-            opening = self.begin({name: {0: Sender(transfer=transfer)} for name, transfer in transfers})
+            number = len(beside)
+            opening = self.begin({name: {**beside, number: Sender(transfer=transfer)} for name, transfer in transfers})
             try:
                 meanwhile(sink, opening)
             except BaseException:
@@ -307,6 +369,10 @@ class Delivery:
                 sinks.peer_ipc_failed = sinks.peer_ipc_failed or falls_back
             else:
                 return sink
+
+
+def nothing(*_: object) -> None:
+    """Do nothing."""
 
 
 def choose_transport(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
@@ -32,6 +31,7 @@ from .options import (
     checked_seconds,
     checked_version,
 )
+from .pause_lease import PauseLease
 from .sinks import Sinks
 from .state import EngineState
 from .walk import Walk, walk
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ..integrity.verify import Verification
     from ..protocol import EngineInfo, SleepLevel, SleepTag, Version
     from .calls import CallResult
+    from .lora import AdapterSource
     from .options import UpdateOptions
     from .state import UpdateResult
     from .update import AsyncUpdate
@@ -73,7 +74,7 @@ class AsyncEngineGroup:
         self._link = link
         self._commander = Commander(link, directory, holder)
         self._sinks = Sinks()
-        self._pause_renewal: asyncio.Task[None] | None = None
+        self._pause_lease = PauseLease(self._commander)
 
     @classmethod
     def connect(
@@ -190,7 +191,7 @@ class AsyncEngineGroup:
         check_choice("kv", kv, KVPolicy)
         seconds = 0.0 if lease is None else checked_seconds(lease, "lease", MAX_LEASE_SECONDS)
         async with self._commander.command("pause", timeout) as targets:
-            self._renew_pause([target.engine.address for target in targets.values()], seconds)
+            self._pause_lease.renew([target.engine.address for target in targets.values()], seconds)
             holder = self._commander.holder
             pause = protocol.Pause(epoch=0, mode=mode, kv=kv, timeout=timeout, holder=holder, lease=seconds)
             requests = {name: msgspec.structs.replace(pause, epoch=target.epoch) for name, target in targets.items()}
@@ -204,29 +205,8 @@ class AsyncEngineGroup:
                 raise PauseFailed(f"pause was taken back after {timeout:.1f} s: {join(failed)}")
 
     async def _take_pause_back(self, targets: Mapping[str, Target]) -> None:
-        self._renew_pause([], 0.0)
+        self._pause_lease.stop()
         await self._commander.ask_all(targets, resume_all(targets), time.monotonic() + _GRACE_SECONDS)
-
-    def _renew_pause(self, addresses: list[str], lease: float) -> None:
-        """Renew the pause's lease in the background, replacing any earlier renewal. A lease of 0 s stops it."""
-        if self._pause_renewal:
-            self._pause_renewal.cancel()
-            self._pause_renewal = None
-        if not lease:
-            return
-        message = protocol.KeepPaused(holder=self._commander.holder, lease=lease)
-        requests = {address: (address, message) for address in addresses}
-        group_link = weakref.ref(self._link)  # the event loop keeps this task, which must not keep a forgotten group
-
-        async def renew() -> None:
-            while True:
-                await asyncio.sleep(lease / 4)
-                if (link := group_link()) is None:
-                    return
-                await link.request_all(requests, lease / 4)
-                del link
-
-        self._pause_renewal = asyncio.create_task(renew())
 
     async def resume(self, *, timeout: float = PAUSE_SECONDS) -> None:
         """Let every engine generate again. An engine that generates already is left alone.
@@ -236,7 +216,7 @@ class AsyncEngineGroup:
         """
         ends = time.monotonic() + checked_seconds(timeout)
         async with self._commander.command("resume", timeout) as targets:
-            self._renew_pause([], 0.0)
+            self._pause_lease.stop()
             failed = await self._commander.ask_all(targets, resume_all(targets), ends)
             failed |= {name: BEHIND for name, target in targets.items() if target.behind and name not in failed}
             if failed:
@@ -303,19 +283,21 @@ class AsyncEngineGroup:
 
     async def update_weights(
         self,
-        weights: WeightSource | str | os.PathLike[str],
+        weights: WeightSource | str | os.PathLike[str] | None = None,
         *,
         version: Version,
+        adapters: Mapping[str, AdapterSource | None] | None = None,
         timeout: float = UPDATE_SECONDS,
         dtype: str | torch.dtype | None = None,
         **options: Unpack[UpdateOptions],
     ) -> UpdateResult:
-        """Move every engine to ``weights``, or none.
+        """Move every engine to ``weights`` and ``adapters``, or none.
 
         Args:
             weights: an ``nn.Module``, a state dict, an iterable of (name, tensor), or the path of a Hugging Face
-                checkpoint directory that every engine can read.
+                checkpoint directory that every engine can read. None (the default) leaves the base weights as they are.
             version: names the new weights; any integer of 64 bits, or a string.
+            adapters: LoRA adapters by name, see ``AsyncUpdate.send_adapter``; None removes one. Others stay as they are.
             timeout: seconds for the whole update. After them, every engine keeps its old weights.
             dtype: the dtype in which floating-point tensors are sent, see ``AsyncUpdate.send``.
             options: see ``UpdateOptions``.
@@ -329,7 +311,9 @@ class AsyncEngineGroup:
         weights = walk(weights, timeout)
         try:
             async with self.update(version, timeout=timeout, **options) as update:
-                await update.send(weights, dtype=dtype)
+                await update.change_adapters(adapters or {})
+                if weights is not None:
+                    await update.send(weights, dtype=dtype)
         except Exception:
             if isinstance(weights, Walk):
                 await asyncio.to_thread(weights.drain)
@@ -423,7 +407,7 @@ class AsyncEngineGroup:
     async def close(self) -> None:
         """Close the connections. Engines keep running."""
         self._sinks.drop()
-        self._renew_pause([], 0.0)
+        self._pause_lease.stop()
         self._link.close()
 
     async def __aenter__(self) -> AsyncEngineGroup:

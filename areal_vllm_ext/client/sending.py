@@ -58,13 +58,24 @@ class Sending:
         report: what has been sent so far.
     """
 
-    def __init__(self, context: UpdateContext, engines: Mapping[str, tuple[EngineInfo, int]], sender: int = 0) -> None:
+    def __init__(
+        self,
+        context: UpdateContext,
+        engines: Mapping[str, tuple[EngineInfo, int]],
+        sender: int = 0,
+        *,
+        first: int = 0,
+        adapter: str = "",
+    ) -> None:
         """
         Args:
             context: of the update. Its event loop must not be the calling thread's.
             engines: the engines to send to, by name, with their epochs.
             sender: this sender's number in the update.
+            first: how many buckets this sender has sent before.
+            adapter: whose tensors these are; empty for base weights.
         """
+        self._first, self._adapter = first, adapter
         self.report = SendReport(0, 0, [], 0)
         self._context, self._engines, self._sender = context, engines, sender
         self._spans = context.spans
@@ -183,13 +194,13 @@ class Sending:
 
         A slot is free when its previous bucket has been sent or, for shared slots, when every worker has copied it.
         """
-        if self.report.buckets >= sink.slots:
+        if len(self._announced) >= sink.slots:
             with self._spans.span("sending", "wait for a slot"):
                 if sink.announced_is_sent:
                     self._announced[-sink.slots].result(timeout=self._left() + _GRACE_SECONDS)
                 else:
                     self._in_flight[-sink.slots].wait(self._left(), self._failed)
-        self._location, buffer = sink.buffer(self.report.buckets, nbytes)
+        self._location, buffer = sink.buffer(self._first + self.report.buckets, nbytes)
         return buffer
 
     def _described(self, update: str, sink: Sink, filled: FilledBucket) -> Bucket | None:
@@ -251,7 +262,7 @@ class Sending:
 
     def _numbered(self, bucket: Bucket) -> Bucket:
         """Return ``bucket`` with the next index, and count it."""
-        numbered = msgspec.structs.replace(bucket, index=self.report.buckets)
+        numbered = msgspec.structs.replace(bucket, index=self._first + self.report.buckets, adapter=self._adapter)
         self.report.buckets += 1
         self.report.nbytes += bucket.nbytes
         return numbered

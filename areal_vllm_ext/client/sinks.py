@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import split_address
 from ..protocol import security
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..integrity.digest import Contents
     from ..protocol import EngineInfo, TensorMeta, Weights
     from ..transport.base import Sink
+    from .lora import SentAdapter
 
 
 class Sinks:
@@ -29,6 +30,7 @@ class Sinks:
     Attributes:
         sent: digests sent by this group's last update. The next update skips tensors that have not changed.
         sent_manifest: the manifest of ``sent``.
+        adapters: those that this group's updates brought, by name, for engines that come back without them.
         described: what an engine takes, the bytes of these tensors and of the largest, by the engine's incarnation.
         peer_ipc_failed: set after CUDA IPC to another GPU failed once; later updates use NCCL.
     """
@@ -36,9 +38,10 @@ class Sinks:
     def __init__(self) -> None:
         self.sent: Contents = {}
         self.sent_manifest = ""
+        self.adapters: dict[str, SentAdapter] = {}
         self.described: dict[str, tuple[Weights, int, int]] = {}
         self.peer_ipc_failed = False
-        self._cached: tuple[tuple[object, ...], Sink] | None = None
+        self._cached: tuple[tuple[Any, ...], Sink] | None = None
         self._user: object = None
         self._lock = threading.Lock()
 
@@ -57,6 +60,13 @@ class Sinks:
     def sink(self) -> Sink | None:
         """The cached sending end of an earlier update."""
         return self._cached[1] if self._cached else None
+
+    def cached(self, engines: Mapping[str, EngineInfo]) -> tuple[str, torch.device] | None:
+        """Return transport and device of the cached sending end, if it goes to these engines."""
+        if self._cached is None:
+            return None
+        kind, device, _, *incarnations = self._cached[0]
+        return (kind, device) if incarnations == [engine.incarnation for engine in engines.values()] else None
 
     def open(
         self,

@@ -31,6 +31,7 @@ class EngineState:
             ``asleep_2`` (weights discarded). Empty if the engine did not answer.
         free_memory: bytes that were free on its device after it fell asleep or woke up last; None before that, or on a CPU.
         unproven: why those weights could not be compared with a fresh load; empty if they were.
+        adapters: the LoRA adapters that updates brought, by name, with the version of the update.
     """
 
     name: str
@@ -49,6 +50,7 @@ class EngineState:
     unproven: str = ""
     sleep: SleepState | Literal[""] = ""
     free_memory: int | None = None
+    adapters: Mapping[str, Version] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, engine: EngineInfo, status: Status | None, error: str = "") -> EngineState:
@@ -69,6 +71,7 @@ class EngineState:
             unproven=status.unproven if status else "",
             sleep=status.sleep if status else "",
             free_memory=status.free_memory if status else None,
+            adapters={name: one.version for name, one in status.adapters.items()} if status else {},
         )
 
 
@@ -85,6 +88,7 @@ class UpdateResult:
         total_ms: from the first request of the update to the last engine's resume.
         pause_ms: from the first request to pause to the last engine's resume, as the trainer sees it.
         commit_ms: the longest commit of an engine, within the pause.
+        adapters: the LoRA adapters that the engines serve now, by name, with the version of the update that brought each.
     """
 
     version: Version
@@ -95,3 +99,4 @@ class UpdateResult:
     total_ms: float
     pause_ms: float
     commit_ms: float
+    adapters: Mapping[str, Version] = dataclasses.field(default_factory=dict)

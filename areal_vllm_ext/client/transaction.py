@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .. import protocol
 from ..errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, WeightsTainted, join
+from ..integrity import digest
 from ..observability import trace
 from ..observability.spans import SpanRecorder
 from ..process.switch_interval import ShortSwitchInterval
@@ -22,6 +23,7 @@ from ..transport.base import Cancelled
 from .context import UpdateContext
 from .delivery import Delivery, Sharing
 from .driver import Driver
+from .lora import AdapterChanges, AdapterSource, checked_name, copied
 from .modules import Named, gathered
 from .sleeping import wake_weights
 from .state import UpdateResult
@@ -57,6 +59,7 @@ class Transaction:
         version: names the new weights.
         options: as the user gave them.
         sharing: zero-copy sharing of this process' tensors.
+        adapters: what the update does to the engines' adapters.
         context: what all parts of the update use; set by ``start``.
         driver, delivery: set by ``open``.
     """
@@ -69,6 +72,8 @@ class Transaction:
         self.version = version
         self.options = options
         self.sharing = Sharing()
+        self.adapters = AdapterChanges()
+        self._weights_given = False
         self._commander = commander
         self._sinks = sinks
         self._lease = contextlib.AsyncExitStack()
@@ -141,13 +146,14 @@ class Transaction:
         gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered,
     ) -> None:
         """Send ``weights``, whose tensors ``gather`` makes full."""
-        if self.driver.coordinator is not None:
+        if self._weights_given:
             raise ArealError("update.send(...) was called twice: an update sends once; begin another update")
+        self._weights_given = True
         delivery, cast = self.delivery, checked_cast(dtype)
         if isinstance(weights, (str, os.PathLike)):
             if self.options.partial:
                 raise InvalidWeights("partial=True needs tensors, not a path: give what was trained as a state dict")
-            delivery.send_path(checkpoint_path(weights))
+            delivery.send_path(checkpoint_path(weights), with_adapters=bool(self.adapters.sent or self._differing))
             return
         taken = delivery.taken()
         partial = self.options.partial
@@ -158,13 +164,28 @@ class Transaction:
             if partial:
                 delivery.keep_rest(taken)
 
-    def check_open(self) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        source: AdapterSource,
+        gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered,
+    ) -> None:
+        """Copy an adapter into host memory; it is sent when the block is left. See ``AsyncUpdate.send_adapter``."""
+        self.check_open("send_adapter")
+        self.adapters.add(name, copied(name, source, gather))
+
+    def remove_adapter(self, name: str) -> None:
+        """Note that the engines are to serve an adapter no longer. See ``AsyncUpdate.remove_adapter``."""
+        self.check_open("remove_adapter")
+        self.adapters.remove(checked_name(name))
+
+    def check_open(self, method: str = "send") -> None:
         """Raise ArealError outside of the update's block."""
         if self._state != "open":
             when = "before" if self._state == "new" else "after"
             raise ArealError(
-                f"update.send(...) was called {when} the update's block: write "
-                "`with group.update(version) as update: update.send(model)`"
+                f"update.{method}(...) was called {when} the update's block: write "
+                f"`with group.update(version) as update: update.{method}(...)`"
             )
 
     @contextlib.contextmanager
@@ -180,6 +201,7 @@ class Transaction:
     async def prepare(self) -> None:
         """Ask for the votes, and hold the update when every engine has voted yes. See ``AsyncUpdate.prepare``."""
         self.check_open()
+        await self._send_adapters()
         coordinator = self.driver.coordinator
         if coordinator is None or coordinator.phase != "send":
             raise ArealError(
@@ -202,14 +224,22 @@ class Transaction:
             UpdateInDoubt: no engine is known to have committed, and some did not answer.
         """
         self._state = "closed"
+        problem: BaseException | None = None
+        if error is None:
+            try:
+                await self._send_adapters()
+            except BaseException as failure:
+                problem = failure
         self.context.closed.set()
         try:
             await self.driver.stop_beginning()
             coordinator = self.driver.coordinator
             if coordinator is not None:
-                await self._end(coordinator, error)
-                if error is None:
-                    self._result = await self._conclude(coordinator)
+                await self._end(coordinator, error or problem)
+            if problem is not None:
+                raise problem
+            if coordinator is not None and error is None:
+                self._result = await self._conclude(coordinator)
             elif error is None:
                 raise InvalidWeights("the update sent nothing: call update.send(...) inside its block")
         finally:
@@ -221,6 +251,36 @@ class Transaction:
             await self._lease.aclose()
             if self.options.trace:
                 await self._write_trace(self.options.trace)
+
+    async def _send_adapters(self) -> None:
+        """Send the adapters of the update, and those that engines lack which came back without them. Once."""
+        changes, delivery, coordinator = self.adapters, self.delivery, self.driver.coordinator
+        incomplete = self._weights_given and not delivery.complete
+        if incomplete or (coordinator is None and not changes) or (coordinator and coordinator.phase != "send"):
+            return
+        try:
+            changes.bring_to(self._differing, self._sinks.adapters)
+        except InvalidWeights as error:
+            raise UpdateAborted(self.context.given_up(str(error))) from None
+        adapters = [one for one in changes.sent.values() if one.entries]
+
+        def send() -> None:
+            with self.errors_of_sending():
+                if coordinator is None:
+                    delivery.begin_without_weights(adapters)
+                for adapter in adapters:
+                    delivery.send_adapter(adapter)
+
+        if adapters or coordinator is None:
+            await asyncio.to_thread(send)
+
+    @property
+    def _differing(self) -> dict[str, str | None]:
+        """The adapters in which engines differ, with the manifest that the newest engines have."""
+        statuses = sorted((one.status for one in self._targets.values()), key=lambda status: status.committed_epoch)
+        held = [{name: one.manifest for name, one in status.adapters.items()} for status in statuses]
+        names = {name for one in held for name in one}
+        return {name: held[-1].get(name) for name in sorted(names) if len({one.get(name) for one in held}) > 1}
 
     async def _end(self, coordinator: Coordinator, error: BaseException | None) -> None:
         """Commit, or give up, at every engine."""
@@ -237,15 +297,18 @@ class Transaction:
     async def _vote(self, coordinator: Coordinator, *, hold: bool = False) -> None:
         """Ask for the votes; commit if all are yes, unless ``hold``."""
         delivery, run = self.delivery, self.driver.run
-        if not delivery.complete:
+        if self._weights_given and not delivery.complete:
             await run(coordinator.give_up("update.send(...) did not bring all weights, and its error was not raised"))
         elif changed := self.sharing.changed():
             await run(coordinator.give_up(changed))
         else:
             # From disk there is no manifest: then the engines' votes are only compared with each other.
             base = coordinator.base if delivery.unchanged else ""
+            units, manifest = self.adapters.units(weights=delivery.complete), delivery.manifest
+            if manifest or not units.weights:
+                manifest = digest.units_manifest(manifest, {one.name: one.manifest for one in units.adapters})
             kept = () if base else delivery.kept
-            await run(coordinator.sent(delivery.buckets, delivery.manifest, base, kept, hold=hold))
+            await run(coordinator.sent(delivery.buckets, manifest, base, kept, units, hold=hold))
 
     async def _conclude(self, coordinator: Coordinator) -> UpdateResult:
         """Find out what became of the update at every engine."""
@@ -270,7 +333,14 @@ class Transaction:
             total_ms=(finished - self.context.started) * 1e3,
             pause_ms=(finished - self.driver.pause_started) * 1e3,
             commit_ms=self.driver.commit_seconds * 1e3,
+            adapters=self._adapters_after(),
         )
+
+    def _adapters_after(self) -> dict[str, Version]:
+        """Return the adapters that the engines serve after this update, with the version that brought each."""
+        status = max((one.status for one in self._targets.values()), key=lambda status: status.committed_epoch)
+        before = {name: one.version for name, one in status.adapters.items() if name not in self.adapters.removed}
+        return before | dict.fromkeys(self.adapters.sent, self.version)
 
     def _not_committed(self, coordinator: Coordinator, fates: dict[str, Fate]) -> ArealError:
         """Return the error of an update that was to commit, and that no engine is known to have committed."""
@@ -295,9 +365,12 @@ class Transaction:
         if self._result is None:
             self._sinks.sent, self._sinks.sent_manifest = {}, ""
             self._sinks.drop(self.context)
-        else:
+            return
+        if self.delivery.complete:
             self._sinks.sent = {meta.name: (meta, value) for meta, value in self.delivery.entries}
             self._sinks.sent_manifest = self.delivery.manifest
+        known = self._sinks.adapters | self.adapters.sent
+        self._sinks.adapters = {name: one for name, one in known.items() if name not in self.adapters.removed}
 
     async def _write_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the trace. What is missing is logged; it never fails the update."""

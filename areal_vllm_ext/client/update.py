@@ -9,10 +9,12 @@ from .transaction import CANNOT_PICKLE
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     import torch
 
     from ..protocol import Version
+    from .lora import AdapterSource
     from .state import UpdateResult
     from .transaction import Transaction
     from .weights import WeightSource
@@ -68,6 +70,35 @@ class AsyncUpdate:
             UpdateAborted: an engine voted no or did not answer; nothing changed.
         """
         await self.transaction.prepare()
+
+    async def send_adapter(self, name: str, source: AdapterSource) -> None:
+        """Bring a LoRA adapter to every engine: a new one, or the next version of one that they serve.
+
+        It is copied into host memory now, so the trainer may go on to change it. It is committed together with all else that
+        this update brings, when its block is left. Requests give ``name`` as their model. Requests in flight finish on the
+        version that they began with, or end, as the update's ``mode`` says.
+
+        Args:
+            name: the adapter's name for requests.
+            source: a PeftModel (its adapter of that name, else its active one), a directory that ``save_pretrained`` wrote and
+                that this process can read, or ``(get_peft_model_state_dict(model), LoraConfig or dict)``.
+
+        Raises:
+            InvalidWeights: it is no adapter, or holds NaN or infinite values; nothing changed.
+        """
+        await asyncio.to_thread(self.transaction.add_adapter, name, source)
+
+    async def remove_adapter(self, name: str) -> None:
+        """Have every engine serve the adapter no longer, once this update is committed. Requests in flight finish on it.
+
+        An adapter that no engine has is no error.
+        """
+        self.transaction.remove_adapter(name)
+
+    async def change_adapters(self, adapters: Mapping[str, AdapterSource | None]) -> None:
+        """Send or, where the source is None, remove several adapters; see ``send_adapter``."""
+        for name, source in adapters.items():
+            await (self.remove_adapter(name) if source is None else self.send_adapter(name, source))
 
     async def __aenter__(self) -> AsyncUpdate:
         self.transaction.start(asyncio.get_running_loop())

@@ -23,6 +23,7 @@ from ..control.directory_server import DirectoryServer
 from ..errors import HookError, SettingsError
 from ..process.host_slot import HostSlot
 from ..protocol import NO_SLEEP_MODE, CallAnswer, Version, security, timing, transfer_steps
+from .adapters import Adapters
 from .effects import CallPause, CallSleep
 from .endpoint import Endpoint
 from .foreign_calls import ForeignCalls
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
 
     from ..protocol.peer_messages import ReadPacked
-    from .effects import CallCommitFetched, CallMethod, CallResume, CallWakeUp, Guard
+    from .effects import CallCommit, CallCommitFetched, CallMethod, CallResume, CallWakeUp, Guard
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -81,6 +82,7 @@ class Controller:
         self._calls: dict[int, float] = {}
         self._call_ids = itertools.count()
         config = engine.vllm_config
+        self._adapters = Adapters(engine)
         self._foreign = ForeignCalls(
             engine,
             lambda event: self.endpoint.post(lambda: event(self.endpoint.participant)),
@@ -232,7 +234,7 @@ class Controller:
             failed=lambda _: report(False),
         )
 
-    def commit(self, update: str, version: Version) -> None:
+    def commit(self, effect: CallCommit) -> None:
         started = time.perf_counter()
 
         def report(error: str, loaded: str = "", unproven: str = "") -> None:
@@ -242,10 +244,14 @@ class Controller:
         def on_loop() -> None:
             if not self.is_paused():
                 raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
-            answers = self._engine.collective_rpc("areal_commit", args=(update,))
-            self._foreign.discarded = ""
+            units, numbers = effect.units, self._adapters.numbers_of(effect.units)
+            kept = self._adapters.in_use_after(units, numbers)
+            answers = self._engine.collective_rpc("areal_commit", args=(effect.update, units.weights, numbers, kept))
+            self._adapters.commit(units, numbers, kept, str(effect.version))
+            if units.weights:
+                self._foreign.discarded = ""
             loaded, unproven = ("; ".join(filter(None, dict.fromkeys(each))) for each in zip(*answers, strict=True))
-            self._set_version(version)
+            self._set_version(effect.version)
             report("", loaded, unproven)
 
         self._call("commit", on_loop, failed=report)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from ..protocol import WEIGHTS_ONLY, Units
+
 if TYPE_CHECKING:
     from ..protocol import Answer, Discover, GetStatus, PauseMode, SleepLevel, SleepTag, Version, WorkerOrder
     from ..protocol.peer_messages import EndOffer, OfferWeights, ReadPacked
@@ -59,10 +61,11 @@ class CallCancelPause:
 
 @dataclasses.dataclass(frozen=True)
 class CallCommit:
-    """Load the staged weights in every worker and set the engine's version; report to ``commit_done``."""
+    """Make the staged ``units`` live in every worker and set the engine's version; report to ``commit_done``."""
 
     update: str
     version: Version
+    units: Units = WEIGHTS_ONLY
 
 
 @dataclasses.dataclass(frozen=True)

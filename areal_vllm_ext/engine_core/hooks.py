@@ -173,6 +173,29 @@ def carry_settings_to_ray_actors() -> None:
     ray_env.DEFAULT_EXTRA_ENV_VARS.update({*_SAME_EVERYWHERE, LAUNCH_FACTS_VARIABLE})
 
 
+def accept_names_of_adapters() -> None:
+    """Let front ends accept the names of adapters that updates brought, as ``model`` of a request.
+
+    Reason: a front end knows only adapters that were loaded through it, by a path. Its own resolvers of names need
+    ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``, which opens routes to load any path.
+    Checked on: 0.32.0.
+    """
+    from vllm.v1.engine.core_client import AsyncMPClient
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            if vllm_config.lora_config is not None and is_ours(vllm_config):
+                from .front_end import accept_adapter_names
+
+                accept_adapter_names()
+
+        return __init__
+
+    patch_once(AsyncMPClient, "__init__", make)
+
+
 ENGINE_PATCHES: tuple[Callable[[], None], ...] = (
     start_endpoint_with_busy_loop,
     control_in_process_engines,
@@ -180,4 +203,5 @@ ENGINE_PATCHES: tuple[Callable[[], None], ...] = (
     hand_launch_facts_to_engines,
     carry_settings_to_ray_actors,
     put_ray_workers_into_given_placement_group,
+    accept_names_of_adapters,
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import SEND_AGAIN
-from ..protocol import Ack, Answer, Error
+from ..protocol import WEIGHTS_ONLY, Ack, Answer, Error, ServedAdapter
 from .effects import Effect, Reply
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..protocol import Begin, Bucket, WorkerDone
     from ..protocol.server import ReplyTo
 
@@ -24,6 +26,7 @@ class UpdateInFlight:
         manifest: of what the workers voted that they hold.
         base: manifest of the live weights, if every worker accepts an update of the changed tensors only.
         delayed: other users' calls through vLLM that wait until the update has ended.
+        units: what it consists of; known with Prepare.
     """
 
     def __init__(self, begin: Begin, ends: float, workers: frozenset[int]) -> None:
@@ -33,6 +36,7 @@ class UpdateInFlight:
         self.manifest = ""
         self.base = ""
         self.delayed: list[str] = []
+        self.units = WEIGHTS_ONLY
         self._workers = workers
         self._step_workers: dict[str, frozenset[int]] = {}  # where a step is not for all of them
         self._waiting: dict[str, list[ReplyTo]] = {}
@@ -92,6 +96,12 @@ class UpdateInFlight:
             return "", False, []
         answers: list[Effect] = [Reply(caller, self._done(step)) for caller in self._waiting.pop(step, [])]
         return "", step == "prepare" and not self.failure, answers
+
+    def adapters_after(self, before: Mapping[str, ServedAdapter]) -> dict[str, ServedAdapter]:
+        """Return the adapters that an engine serves after this update."""
+        version = self.begin.version
+        brought = {one.name: ServedAdapter(version=version, manifest=one.manifest) for one in self.units.adapters}
+        return {name: one for name, one in before.items() if name not in self.units.removed} | brought
 
     def answer_all(self, answer: Answer) -> list[Effect]:
         """Answer everyone who waits for a step."""

@@ -38,6 +38,7 @@ from ..protocol import (
     Pause,
     Prepare,
     Resume,
+    ServedAdapter,
     Sleep,
     Version,
     WakeUp,
@@ -71,6 +72,7 @@ class Participant:
         group_epoch: the newest committed epoch that it has heard of.
         fetching: from which peer it fetches its group's weights, or why it cannot; empty if it is not stale.
         foreign: which call of another user has changed its weights or their version; empty if none has.
+        adapters: the LoRA adapters that updates brought, by name.
         sleep: what of it is on the device.
         joined: whether it has heard the group's committed epoch. Before that it serves nothing.
     """
@@ -106,6 +108,7 @@ class Participant:
         self.stale = ""
         self.fetching = ""
         self.foreign = ""
+        self.adapters: dict[str, ServedAdapter] = {}
         self.sleep = SleepMachine()
         self.joined = joined
         self.committed_epoch = self.group_epoch = 0
@@ -258,7 +261,13 @@ class Participant:
         if update is None or update.begin.update != message.update:
             return self._refuse_other(caller, message.update)
         if isinstance(message, Prepare):
-            return update.wait(caller, "prepare", [Order(message)])
+            update.units = message.units
+            failed: list[Effect] = []
+            if (unfit := self.tainted or self.stale or self.foreign) and not message.units.weights:
+                failed = self._fail(
+                    update, f"base weights must be in this update, because this engine's are not: {unfit}"
+                )
+            return [*failed, *update.wait(caller, "prepare", [Order(message)])]
         if problem := update.expect(message):
             return self._refuse(caller, "state", problem)
         return update.wait(caller, message.step, [Order(message)])
@@ -276,7 +285,7 @@ class Participant:
             return self._refuse(caller, "state", self._cause(message.update, problem))
         self.update_phase = "committing"
         self._commit_waiting = [caller]
-        return [CallCommit(message.update, self.update.begin.version)]
+        return [CallCommit(message.update, self.update.begin.version, self.update.units)]
 
     def _abort(self, caller: ReplyTo, message: Abort) -> list[Effect]:
         if message.update == self.last_update:
@@ -352,8 +361,10 @@ class Participant:
             self._given_up, self.error = update.begin.update, self.tainted
             answer = Error(kind="failed", message=self.tainted)
         else:
-            self.weights, self.loaded, self.unproven = update.manifest, loaded, unproven
-            self.tainted, self.stale, self.foreign, self.error = "", "", "", ""
+            if update.units.weights:
+                self.weights, self.loaded, self.unproven = update.manifest, loaded, unproven
+                self.tainted, self.stale, self.foreign = "", "", ""
+            self.adapters, self.error = update.adapters_after(self.adapters), ""
             self.committed_epoch, self.version = update.begin.epoch, update.begin.version
             self.last_update = update.begin.update
             answer = Ack(seconds=seconds)

@@ -26,9 +26,9 @@ from ..protocol.peer_messages import (
 from .effects import AskDirectory, AskPeer, CallCommitFetched, Effect, Order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from ..protocol import Answer, EngineInfo
+    from ..protocol import Answer, EngineInfo, ServedAdapter
     from .participant import Participant
 
 Phase = Literal["waiting", "asking", "choosing", "offering", "reading", "ending", "committing"]
@@ -154,6 +154,8 @@ class Returning:
         if len(holders) > 1:
             names = " and ".join(engine.name for engine in list(holders.values())[:2])
             return self._give_up(f"{names} serve different weights as this version: run areal-vllm verify", now)
+        if any(manifests_of(status.adapters) != manifests_of(self._participant.adapters) for _, status in current):
+            return self._give_up("the group serves LoRA adapters, which no peer hands over: send an update", now)
         like = [engine for engine, _ in current if engine.incarnation not in self._unlike]
         if not like:
             why = self._unlike[current[0][0].incarnation]
@@ -258,3 +260,8 @@ class Returning:
         self._ends = now + self._retry
         self._retry = min(self._retry * 2, _LAST_RETRY)
         return effects
+
+
+def manifests_of(adapters: Mapping[str, ServedAdapter]) -> dict[str, str]:
+    """Return the manifest of each adapter, by name."""
+    return {name: one.manifest for name, one in adapters.items()}

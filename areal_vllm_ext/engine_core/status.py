@@ -60,6 +60,7 @@ def status_of(
         sleep=participant.sleep.state,
         free_memory=participant.sleep.free_memory,
         runs_when_awake=participant.pauses.runs_when_awake,
+        adapters=participant.adapters,
     )
 
 

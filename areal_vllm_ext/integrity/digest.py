@@ -23,7 +23,7 @@ import hashlib
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -158,6 +158,25 @@ def manifest(entries: Iterable[tuple[TensorMeta, int]]) -> str:
     """Return one digest (32 hexadecimal digits) of a set of tensors: their names, dtypes, shapes and digests in any order."""
     ordered = sorted(entries, key=lambda entry: entry[0].name)
     return hashlib.blake2b(encoder.encode(ordered), digest_size=16).hexdigest()
+
+
+def adapter_manifest(config: str, entries: Iterable[tuple[TensorMeta, int]]) -> str:
+    """Return the digest of an adapter: its configuration (JSON) and its tensors."""
+    return _combined(config, manifest(entries))
+
+
+def units_manifest(weights: str, adapters: Mapping[str, str]) -> str:
+    """Return the digest of all units of an update.
+
+    Args:
+        weights: the manifest of the base weights; empty if the update brings none.
+        adapters: the manifest of each adapter, by name.
+    """
+    return _combined(weights, *(text for pair in sorted(adapters.items()) for text in pair)) if adapters else weights
+
+
+def _combined(*texts: str) -> str:
+    return hashlib.blake2b(encoder.encode(texts), digest_size=16).hexdigest()
 
 
 def has_kernel(device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from .types import (
     Generation,
     Message,
     PauseMode,
+    ServedAdapter,
     SleepState,
     Span,
     UpdatePhase,
@@ -44,7 +45,7 @@ class Status(Message):
 
     ``sleep``: what vLLM's sleep mode has left on the device. ``free_memory``: bytes that were free on the device after the last
     step of it, the least of all workers; None where none was taken. ``runs_when_awake``: the engine ran when it was put to
-    sleep.
+    sleep. ``adapters``: those that updates brought, by name.
     """
 
     engine: EngineInfo
@@ -68,6 +69,7 @@ class Status(Message):
     sleep: SleepState = "awake"
     free_memory: int | None = None
     runs_when_awake: bool = False
+    adapters: dict[str, ServedAdapter] = msgspec.field(default_factory=dict)
 
 
 class WeightDigests(Message):

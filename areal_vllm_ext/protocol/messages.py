@@ -21,6 +21,7 @@ from .peer_messages import (
 )
 from .types import (
     PROTOCOL_VERSION,
+    WEIGHTS_ONLY,
     Allocation,
     EngineInfo,
     Epoch,
@@ -38,6 +39,7 @@ from .types import (
     Span,
     Staging,
     TensorMeta,
+    Units,
     Version,
     WorkerInfo,
     WorkerWeights,
@@ -130,7 +132,8 @@ class Bucket(Message):
     ``digests`` are those of the segments' bytes (``integrity/digest.py``), computed by the trainer when it filled the bucket.
     ``location`` is the bucket's offset in bytes in shared memory, of the host or the GPU; 0 for other transports. If there
     are ``allocations``, the tensors lie in the trainer's own memory. They may be read while the last 8 bytes of the shared
-    memory hold ``stamp``; the trainer overwrites them to revoke.
+    memory hold ``stamp``; the trainer overwrites them to revoke. ``adapter`` names the adapter whose tensors these are; empty
+    for base weights.
     """
 
     epoch: Epoch
@@ -143,6 +146,7 @@ class Bucket(Message):
     sender: Rank = 0
     allocations: tuple[Allocation, ...] = ()
     stamp: int = 0
+    adapter: Name = ""
 
     @property
     def step(self) -> str:
@@ -155,7 +159,7 @@ class Prepare(Message):
 
     ``base``: the manifest of the live weights on which this update builds: every tensor that was not sent stays as it is.
     ``kept``, without a base: tensors that were not sent, and that are still as the engine was started with.
-    Both empty: all tensors were sent.
+    Both empty: all tensors were sent. ``units``: what the update consists of; without base weights, these stay as they are.
     """
 
     epoch: Epoch
@@ -163,6 +167,7 @@ class Prepare(Message):
     buckets: dict[Rank, int]
     base: str = ""
     kept: tuple[str, ...] = ()
+    units: Units = WEIGHTS_ONLY
 
 
 class Commit(Message):
@@ -263,7 +268,8 @@ class Attach(Message):
 class WorkerDone(Message):
     """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked.
 
-    ``manifest`` (``integrity/digest.py``): in the vote, of all tensors that the worker will hold after the commit. In the
+    ``manifest`` (``integrity/digest.py``): in the vote, of all units: the base weights that the worker will hold after the
+    commit, and the adapters that came. In the
     answer to Begin, the base of a delta update: of the live weights, if this worker accepts changed tensors only.
     """
 

@@ -238,6 +238,35 @@ class Staging(Payload):
     bucket: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
 
 
+class Adapter(Payload):
+    """A LoRA adapter that an update brings.
+
+    ``config`` is peft's configuration, in JSON. ``manifest`` is that of the configuration and all tensors.
+    """
+
+    name: Name
+    config: str
+    manifest: str
+
+
+class Units(Payload):
+    """What an update consists of: base weights (or not), adapters that it brings, and names of adapters that it removes."""
+
+    weights: bool = True
+    adapters: tuple[Adapter, ...] = ()
+    removed: tuple[Name, ...] = ()
+
+
+WEIGHTS_ONLY = Units()
+
+
+class ServedAdapter(Payload):
+    """An adapter that an engine serves: the version of the update that brought it, and its manifest."""
+
+    version: Version
+    manifest: str
+
+
 class Span(msgspec.Struct, frozen=True, array_like=True):
     """``name`` lasted from ``start`` to ``end``, in seconds by its process's clock; ``track`` is a row of a trace."""
 

@@ -12,6 +12,7 @@ import torch
 from ..protocol import Weights
 from ..transport.base import WorkerSite
 from . import background
+from .adapters.store import AdapterStore
 from .live_weights import LiveWeights
 from .load.dry_load import DryModel
 from .load.intake import Intake
@@ -42,6 +43,7 @@ class WorkerContext:
         native_transfer: loads by vLLM's own weight transfer.
         memory: where updates stage.
         sources: the worker's ends of its trainers' connections.
+        adapters: the LoRA adapters that the worker serves.
         dry_model: refuses what the model does not take, where ``intake`` does not know it.
         learned: done when ``intake`` is known.
         report: sends the outcome of a step to the engine's endpoint.
@@ -60,6 +62,7 @@ class WorkerContext:
         self.memory = StagingMemory(self.device)
         self.residency.on_sleep = self._before_sleep
         self.sources = Sources(WorkerSite(self.rank, self.device))
+        self.adapters = AdapterStore(worker)
         self.report = report
         self.dry_model = DryModel.of(worker)
         self.learned: Future[Intake] = Future()
@@ -73,6 +76,8 @@ class WorkerContext:
 
     def _before_sleep(self, level: int) -> None:
         self.live_weights.forget_base(lost=level > 1)
+        if level > 1:
+            self.adapters.forget_device()
         self.memory.give_back_now()
 
     @functools.cached_property

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .receiver import Receiver
 
 from . import startup  # noqa: F401 - it notes the time before vLLM loads the model
 
@@ -49,46 +52,61 @@ class WorkerExtension:
         """Read columns of a packed weight for a fetch, on the worker of this rank. Runs on the worker's own thread."""
         self._areal_receiver.peers.read_packed(rank, fetch, layer, start, count)
 
-    def areal_commit(self: Any, update: str) -> tuple[str, str]:
-        """Make the staged weights of ``update`` live. Runs on the worker's own thread while the engine is paused.
+    def areal_commit(
+        self: Any, update: str, weights: bool = True, numbers: dict[str, int] | None = None, kept: tuple[int, ...] = ()
+    ) -> tuple[str, str]:
+        """Make what is staged of ``update`` live. Runs on the worker's own thread while the engine is paused.
+
+        Args:
+            update: its id.
+            weights: whether it brings base weights.
+            numbers: by which requests ask for the adapters that it brings.
+            kept: the numbers of all adapters that requests may still ask for.
 
         Returns:
-            how they were loaded (``plan``, ``shadow``, or ``reload`` with the reason); and why the live weights could not be
-            compared with a fresh load, if they should have been, else empty.
+            how weights were loaded (``plan``, ``shadow``, or ``reload`` with the reason; empty without weights); and why the
+            live weights could not be compared with a fresh load, if they should have been, else empty.
 
         Raises:
             RuntimeError: the staged weights are not those of ``update``, loading them failed, or the live weights are not
                 what a fresh load gives.
         """
-        from .residency import NotResident
-
         receiver = self._areal_receiver
-        context = receiver.context
-        context.native_transfer.abandon()  # left by a trainer that is gone
-        spans, track = receiver.spans(update), f"worker {context.rank}"
+        receiver.context.native_transfer.abandon()  # left by a trainer that is gone
         try:
-            staged = receiver.staged(update)
-            weights, run = list(staged.tensors.items()), staged.run
-            # An engine can fall asleep between its vote and now. A plan that fits the model knows where each tensor is.
-            planned = run is not None and run.complete and context.loader.fits(run)
-            shadow = staged.shadow if staged.shadow is not None and context.loader.fits_shadow(staged.shadow) else None
-            if reason := context.residency.asleep_reason() if planned or shadow else context.residency.absent_reason():
-                raise NotResident(f"worker {context.rank} applied nothing: {reason}")
-            with context.live_weights.committing(staged.manifest, update):
-                if shadow is not None and not planned:
-                    with spans.span(track, "load"):
-                        context.live_weights.set_written(context.loader.load_shadow(shadow, weights))
-                        context.live_weights.set_proven((name for name, _ in weights), shadow.digests)
-                    return "shadow", ""
-                with spans.span(track, "load"):
-                    digests = {name: value for name, (_, value) in staged.manifest.items()}
-                    written = context.loader.load(weights, run, digests, planned=planned)
-                    context.live_weights.set_written(written, kept=run.kept if run is not None else ())
-                with spans.span(track, "prove"):
-                    partial = run is not None and run.partial
-                    unproven: str = context.live_weights.prove(weights, partial=partial)
-                staged.confirm_shared()
-            why = staged.no_shadow or "the live weights have moved since the vote"
-            return "plan" if planned else f"reload: {why}", unproven
+            loaded = _commit_weights(receiver, update) if weights else ("", "")
+            receiver.context.adapters.commit(receiver.staged(update).adapters.models, numbers or {}, kept)
+            return loaded
         finally:
             receiver.discard(update)
+
+
+def _commit_weights(receiver: Receiver, update: str) -> tuple[str, str]:
+    """Make the staged base weights live. Returns and raises as ``areal_commit``."""
+    from .residency import NotResident
+
+    context = receiver.context
+    spans, track = receiver.spans(update), f"worker {context.rank}"
+    staged = receiver.staged(update)
+    weights, run = list(staged.tensors.items()), staged.run
+    # An engine can fall asleep between its vote and now. A plan that fits the model knows where each tensor is.
+    planned = run is not None and run.complete and context.loader.fits(run)
+    shadow = staged.shadow if staged.shadow is not None and context.loader.fits_shadow(staged.shadow) else None
+    if reason := context.residency.asleep_reason() if planned or shadow else context.residency.absent_reason():
+        raise NotResident(f"worker {context.rank} applied nothing: {reason}")
+    with context.live_weights.committing(staged.manifest, update):
+        if shadow is not None and not planned:
+            with spans.span(track, "load"):
+                context.live_weights.set_written(context.loader.load_shadow(shadow, weights))
+                context.live_weights.set_proven((name for name, _ in weights), shadow.digests)
+            return "shadow", ""
+        with spans.span(track, "load"):
+            digests = {name: value for name, (_, value) in staged.manifest.items()}
+            written = context.loader.load(weights, run, digests, planned=planned)
+            context.live_weights.set_written(written, kept=run.kept if run is not None else ())
+        with spans.span(track, "prove"):
+            partial = run is not None and run.partial
+            unproven: str = context.live_weights.prove(weights, partial=partial)
+        staged.confirm_shared()
+    why = staged.no_shadow or "the live weights have moved since the vote"
+    return "plan" if planned else f"reload: {why}", unproven

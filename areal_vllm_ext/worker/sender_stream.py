@@ -240,7 +240,11 @@ class SenderStream:
             with spans.span(track, "take"):
                 announced = zip((segment.tensor for segment in order.segments), order.digests, strict=True)
                 contents = {meta.name: (meta, value) for meta, value in announced}
-                whole = update.add(unpacked, contents, unchecked=source.unchecked, shared=received is None)
+                if order.adapter:
+                    whole = False
+                    update.adapters.add(order.adapter, unpacked.tensors, contents)
+                else:
+                    whole = update.add(unpacked, contents, unchecked=source.unchecked, shared=received is None)
             if whole and received is unpacked.memory and update.begin.staging.keep:
                 update.buckets[order.sender, order.index] = unpacked
         update.received[self._number] += 1

@@ -20,6 +20,7 @@ from ..transport import host_memory
 from ..transport.base import Cancelled
 from ..transport.buckets import UnpackedBucket, first_non_finite
 from . import staging
+from .adapters.staged import StagedAdapters
 from .load.shadow import BuildOptions, Refused
 from .pace import Pace
 from .residency import NotResident
@@ -51,6 +52,7 @@ class StagedUpdate:
         shadow: the new weights as kernels read them; None where a plan copies them, or the commit reloads.
         no_shadow: why there is no shadow, where one was wanted.
         buckets: unpacked buckets whose memory the next update may use, if this one asked to keep it.
+        adapters: the LoRA adapters that arrived.
         received: how many buckets have arrived, by sender.
         stamps: where the trainer shows whether it still shares its memory, by the value that means yes.
         cancelled: set when the update is given up.
@@ -65,6 +67,7 @@ class StagedUpdate:
         self.shadow: Shadow | None = None
         self.no_shadow = ""
         self.buckets: Buckets = {}
+        self.adapters = StagedAdapters()
         self.received = dict.fromkeys(senders, 0)
         self.stamps: dict[int, torch.Tensor] = {}
         self.cancelled = threading.Event()
@@ -95,6 +98,7 @@ class StagedUpdate:
         """Free the staging. The connections to the senders stay for the next update."""
         self.tensors, self.run, self.stamps = {}, None, {}
         self.buckets, self._kept = {}, {}
+        self.adapters.free()
         shadow, self.shadow = self.shadow, None
         self.context.memory.give_back_later(shadow.free if shadow is not None else None)
 
@@ -211,19 +215,30 @@ class StagedUpdate:
     # The vote
 
     def vote(self, order: Prepare) -> str:
-        """Check that all weights are here. Returns their manifest.
+        """Check that all units are here. Returns their manifest.
 
         Raises:
             RuntimeError: buckets, or the base of a delta update, are missing.
             ValueError: tensors are missing, or do not fit this engine.
             NotResident: the live weights are not in memory.
         """
+        manifest = self._vote_weights(order) if order.units.weights else ""
+        for number in self._sources:
+            self._check_arrived(number, order)
+        adapters = self.adapters.vote(order.units, self.context.adapters, self.context.intake)
+        return digest.units_manifest(manifest, adapters)
+
+    def _check_arrived(self, number: int, order: Prepare) -> None:
+        if self.received[number] != (sent := order.buckets.get(number, 0)):
+            raise RuntimeError(f"{sent} buckets were sent, {self.received[number]} arrived: {errors.SEND_AGAIN}")
+
+    def _vote_weights(self, order: Prepare) -> str:
+        """Check that all base weights are here. Returns their manifest. Raises as ``vote`` does."""
         self._check_resident(planned=self.run is not None and self.context.loader.fits(self.run))
         for number, source in self._sources.items():
             for tensors in batches(source.load_all()):
                 self.add_loaded(tensors, unchecked=source.unchecked)
-            if self.received[number] != (sent := order.buckets.get(number, 0)):
-                raise RuntimeError(f"{sent} buckets were sent, {self.received[number]} arrived: {errors.SEND_AGAIN}")
+            self._check_arrived(number, order)
         if order.base:
             self._keep_unchanged(order.base)
         elif self.run and self.run.partial and not order.kept:

@@ -14,11 +14,18 @@ from .base import FIRST_VERSION
 
 
 class Served(NamedTuple):
-    """What an engine serves."""
+    """What an engine serves.
+
+    Attributes:
+        version: what it claims.
+        weights: the update whose units it has; None if its adapters are not those that it claims.
+        units: these units.
+    """
 
     engine: str
     version: Version
-    weights: Version
+    weights: Version | None
+    units: tuple[object, ...] = ()
 
 
 class Account:
@@ -34,7 +41,7 @@ class Account:
     """
 
     def __init__(self) -> None:
-        self.versions: collections.Counter[Version] = collections.Counter()
+        self.versions: collections.Counter[tuple[Version | None, tuple[object, ...]]] = collections.Counter()
         self.newest = 0
         self.forgotten: list[float] = []
         self._serving: dict[int, Served] = {}
@@ -48,12 +55,12 @@ class Account:
         if before:
             self._read(before, now)
             del self._serving[rank]
-            self.versions[before.weights] -= 1
+            self.versions[before.weights, before.units] -= 1
             self.versions += collections.Counter()  # drop zeros
         if served:
             self._read(served, now)
             self._serving[rank] = served
-            self.versions[served.weights] += 1
+            self.versions[served.weights, served.units] += 1
 
     def remembered(self, epoch: int, now: float) -> None:
         """Note the highest committed epoch that a living process remembers."""

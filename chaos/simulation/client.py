@@ -18,17 +18,22 @@ from areal_vllm_ext.client import group as client_group
 from areal_vllm_ext.client import sleeping as client_sleeping
 from areal_vllm_ext.client import transaction as client_transaction
 from areal_vllm_ext.client.group import AsyncEngineGroup
+from areal_vllm_ext.client.lora import SentAdapter
 from areal_vllm_ext.client.sending import Sending, SendReport
 from areal_vllm_ext.client.state import UpdateResult
 from areal_vllm_ext.control import command as control_command
 from areal_vllm_ext.control.link import Link
 from areal_vllm_ext.errors import ArealError, EngineUnreachable, UpdateInDoubt, WeightsTainted
-from areal_vllm_ext.protocol import Answer, Bucket, Disk, Message, Sender
+from areal_vllm_ext.protocol import Adapter, Answer, Bucket, Disk, Message, Sender
 from areal_vllm_ext.protocol.server import ReplyTo
 from chaos.history import Write
 
 from .base import BUCKETS, DIRECTORY, GONE_SECONDS, REPEAT_SECONDS, nothing
 from .process import Process, new_caller
+
+# Of seven updates, one each brings an adapter beside weights, brings only an adapter, and removes it. The name of the version
+# decides, so that dice fall as without adapters.
+WITH_ADAPTER, ADAPTER_ONLY, WITHOUT_ADAPTER = range(3)
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -273,7 +278,12 @@ class Trainer(Asking):
             async with self.engines.update(call.version, timeout=call.timeout, **options) as update:
                 # The steps of ``send``, which would take a thread.
                 transaction = update.transaction
-                driver, delivery = transaction.driver, transaction.delivery
+                driver, delivery, changes = transaction.driver, transaction.delivery, transaction.adapters
+                kind = zlib.crc32(f"units of {call.version}".encode()) % 7
+                if kind in (WITH_ADAPTER, ADAPTER_ONLY):
+                    changes.add("a", SentAdapter(Adapter("a", "{}", str(call.version)), {}, []))
+                elif kind == WITHOUT_ADAPTER:
+                    changes.remove("a")
                 targets = {engine.address for engine, _ in delivery.engines.values()}
                 self.world.begins(targets, drop_lost=options.get("drop_lost", False))
                 senders = {name: {0: Sender(transfer=Disk(path="/"))} for name in delivery.engines}
@@ -286,7 +296,10 @@ class Trainer(Asking):
                     if not index:
                         announce("receiving")
                         await asyncio.sleep(min(seconds, max(transaction.context.left, 0.0)))
-                delivery.record(0, SendReport(BUCKETS, 0, [], 0))
+                if kind == ADAPTER_ONLY:
+                    delivery.buckets[0] = BUCKETS
+                else:
+                    delivery.record(0, SendReport(BUCKETS, 0, [], 0))
                 if zlib.crc32(str(call.version).encode()) % 5 == 0:  # some are held after the votes
                     await update.prepare()
                     announce("prepared")

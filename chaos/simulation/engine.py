@@ -28,6 +28,7 @@ from areal_vllm_ext.engine_core.offers import Offers
 from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.engine_core.returning import Returning
 from areal_vllm_ext.engine_core.status import guard_of, status_of
+from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import (
     Abort,
     Ack,
@@ -99,7 +100,9 @@ class Engine:
     """One engine: the real participant. The caller moves the queues of its loop and its workers on.
 
     Attributes:
-        version: the weights that the engine really holds; ``participant.version`` is what it claims.
+        version: the units that the engine really holds; ``participant.version`` is what it claims.
+        weights: the update that brought its base weights.
+        adapters: the manifests of its adapters, by name.
         running: whether the engine generates.
         begun: the ids of all updates whose Begin has come.
         voted: the workers' votes, as pairs of rank and update.
@@ -128,6 +131,8 @@ class Engine:
     ) -> None:
         self.info = info or engine_info(0, 1, 0)
         self.version: Version = version
+        self.weights: Version = version
+        self.adapters: dict[str, str] = {}
         self.running = True
         self.participant = Participant(version, frozenset(range(workers)), resume_orphans=resume_orphans, joined=joined)
         self.highest_epoch = 0
@@ -328,10 +333,10 @@ class Engine:
                     "wrong tokens",
                     f"{call} was applied to {self.voted}, which is not all of it",
                 )
-                self.tainted = fails
+                self.tainted = fails or (self.tainted and not call.units.weights)
                 self.staged = [""] * len(self.staged)
                 if not fails:
-                    self.version, self.reloaded, self.foreign.discarded = call.version, False, ""
+                    self._commit(call)
                 self.outcomes.append(lambda: participant.commit_done("did not fit" if fails else "", 0.1))
             case CallCommitFetched():
                 self._commit_fetched(call, fails)
@@ -345,13 +350,30 @@ class Engine:
         pieces = {piece for one in self.fetched if one is not None for piece in one.pieces}
         self.tainted = fails
         if not fails:
-            self.version, self.reloaded, self.foreign.discarded = (
-                pieces.pop() if len(pieces) == 1 else f"mixture of {sorted(map(str, pieces))}",
-                False,
-                "",
-            )
+            one = len(pieces) == 1
+            self.weights = pieces.pop() if one else f"mixture of {sorted(map(str, pieces))}"
+            self.version = call.version if one else self.weights
+            self.reloaded, self.foreign.discarded = False, ""
         self.fetched = [None] * len(self.fetched)
         self.outcomes.append(lambda: self.returning.committed("did not fit" if fails else "", self.clock()))
+
+    def _commit(self, call: CallCommit) -> None:
+        self.version = call.version
+        if call.units.weights:
+            self.weights, self.reloaded, self.foreign.discarded = call.version, False, ""
+        for name in call.units.removed:
+            self.adapters.pop(name, None)
+        self.adapters |= {unit.name: unit.manifest for unit in call.units.adapters}
+
+    @property
+    def units(self) -> tuple[object, ...]:
+        """What the engine really computes with: the update that brought its weights, and its adapters."""
+        return self.weights, *sorted(self.adapters.items())
+
+    @property
+    def tells_the_truth(self) -> bool:
+        """Whether the adapters that it claims to serve are those that it has."""
+        return {name: one.manifest for name, one in self.participant.adapters.items()} == self.adapters
 
     def start(self) -> None:
         """Start the loop: it takes every call that waits before its first step."""
@@ -413,17 +435,19 @@ class Engine:
                     self.voted.discard((rank, order.update))
                 return
         if self.staged[rank] == order.update:
-            error = "out of memory" if fails else ""
-            if step == "prepare" and not fails:
+            error, manifest = "out of memory" if fails else "", ""
+            if isinstance(order, Prepare) and not fails:
                 self.voted.add((rank, order.update))
-            self.reports.append(WorkerDone(update=order.update, rank=rank, step=step, error=error))
+                manifest = digest.units_manifest("", {one.name: one.manifest for one in order.units.adapters})
+            done = WorkerDone(update=order.update, rank=rank, step=step, error=error, manifest=manifest)
+            self.reports.append(done)
 
     def _work_with_peer(
         self, rank: int, order: OfferWeights | EndOffer | FetchWeights | Reading | EndFetch, fails: bool
     ) -> None:
         match order:
             case OfferWeights():
-                digest = str(self.version)
+                digest = str(self.weights)
                 offer = WorkerOffer(rank=rank, layout=digest, address=self.info.address, held=())
                 self.offered[order.fetch, rank] = []
                 error = "out of memory" if fails else ""
@@ -454,8 +478,8 @@ class Engine:
         sent = self.offered.get((fetch, rank))
         if sent is None or self.staged[rank] or "weights" in self.asleep:
             return None
-        sent.append(self.version)
-        return self.version
+        sent.append(self.weights)
+        return self.weights
 
     def hear_worker(self) -> None:
         match report := self.reports.popleft():

@@ -236,7 +236,9 @@ class World:
         process = self.engines[rank]
         participant, served = process.engine.participant, None
         if process.serves:
-            served = Served(process.name, participant.version, process.engine.version)
+            engine = process.engine
+            proven = engine.version if engine.tells_the_truth else None
+            served = Served(process.name, participant.version, proven, engine.units)
             self.account.newest = max(self.account.newest, participant.committed_epoch)
         self.account.serves(rank, served, self.now)
 

@@ -64,33 +64,42 @@ class Cluster:
         """The tokens that the engine of DP rank ``rank`` generates."""
         return [self.complete(rank, prompt, tokens)["token_ids"] for prompt in prompts]
 
-    def complete(self, rank: int, prompt: list[int], tokens: int = TOKENS) -> dict[str, Any]:
-        """One request to the engine of DP rank ``rank``; returns the choice of the completions API."""
+    def complete(self, rank: int, prompt: list[int], tokens: int = TOKENS, model: str = "") -> dict[str, Any]:
+        """One request to the engine of DP rank ``rank``; returns the choice of the completions API.
+
+        ``model``: the name of an adapter; empty for the base model.
+        """
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
         request = urllib.request.Request(
             f"{self.deployment.url}/v1/completions",
-            json.dumps({"model": str(self.deployment.model_dir), **body}).encode(),
+            json.dumps({"model": model or str(self.deployment.model_dir), **body}).encode(),
             {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             choice: dict[str, Any] = json.load(answer)["choices"][0]
         return choice
 
-    def start(self, rank: int, prompt: list[int], tokens: int) -> Future[dict[str, Any]]:
+    def start(self, rank: int, prompt: list[int], tokens: int, model: str = "") -> Future[dict[str, Any]]:
         """``complete``, on a thread."""
         pool = ThreadPoolExecutor(1)
-        future = pool.submit(self.complete, rank, prompt, tokens)
+        future = pool.submit(self.complete, rank, prompt, tokens, model)
         pool.shutdown(wait=False)
         return future
 
     def freeze(
-        self, group: EngineGroup, ranks: tuple[int, ...], prompt: list[int], tokens: int, after: float = 0.0
+        self,
+        group: EngineGroup,
+        ranks: tuple[int, ...],
+        prompt: list[int],
+        tokens: int,
+        after: float = 0.0,
+        model: str = "",
     ) -> list[Pending]:
         """A request for each of these DP ranks, all of which a pause (``keep``) has frozen ``after`` so many seconds."""
         for _ in range(5):
             self.wait_idle(group)
             group.pause("keep")
-            requests = [self.start(rank, prompt, tokens) for rank in ranks]
+            requests = [self.start(rank, prompt, tokens, model) for rank in ranks]
             self.wait_in_flight(group, *ranks)
             group.resume()
             time.sleep(after)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from ...errors import ArealError, UpdateAborted, UpdateInDoubt, WeightsTainted
 from ..blocking_update import Update
+from ..lora import adapter_parts
 from ..modules import Named, gathered, is_sharded
 from ..options import Senders
 from ..state import UpdateResult
@@ -34,6 +35,7 @@ from .senders import RankSends
 
 if TYPE_CHECKING:
     from ..loop_thread import LoopThread
+    from ..lora import AdapterSource
     from ..transaction import Transaction
 
 # How often this process has begun an update to a version. All ranks count alike, so each update has its own keys in the store.
@@ -132,6 +134,20 @@ class JointUpdate(Update):
             self._transaction.deliver(weights, dtype, self._gather)
         else:
             self._follow(weights)
+
+    def send_adapter(self, name: str, source: AdapterSource) -> None:
+        """See ``AsyncUpdate.send_adapter``. Called on every rank; rank 0 sends."""
+        self._transaction.check_open("send_adapter")
+
+        def work() -> None:
+            if self._leads:
+                self._transaction.add_adapter(name, source, self._gather)
+                return
+            for _ in self._gather(adapter_parts(name, source)[0]):
+                pass
+
+        with self._failing_all():
+            self._in_time(work)
 
     def _follow(self, weights: WeightSource) -> None:
         """Take part in the collectives of rank 0, which sends."""

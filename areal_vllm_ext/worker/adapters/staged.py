@@ -1,0 +1,66 @@
+"""``StagedAdapters``: the adapters of one update in a worker, from their first tensor to the commit."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from ... import errors
+from ...integrity import digest
+from ...transport.buckets import first_non_finite
+from .loading import Unusable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from ...integrity.digest import Contents
+    from ...protocol import Units
+    from ..load.intake import Intake
+    from .store import AdapterStore
+
+
+class StagedAdapters:
+    """The adapters that one update brings.
+
+    Attributes:
+        models: what the store has made of them, by name; set by the vote.
+    """
+
+    def __init__(self) -> None:
+        self.models: dict[str, Any] = {}
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self._contents: dict[str, Contents] = {}
+        self._lock = threading.Lock()
+
+    def add(self, adapter: str, tensors: Mapping[str, torch.Tensor], contents: Contents) -> None:
+        """Stage tensors of ``adapter`` that have arrived and were compared with ``contents``."""
+        if name := first_non_finite(tensors.items()):
+            raise ValueError(f"adapter {adapter}: {name} holds NaN or infinite values")
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        with self._lock:
+            self._tensors.setdefault(adapter, {}).update(copied)
+            self._contents.setdefault(adapter, {}).update(contents)
+
+    def vote(self, units: Units, store: AdapterStore, intake: Intake) -> dict[str, str]:
+        """Check that all adapters are here, and that this worker can serve them. Returns their manifests.
+
+        Raises:
+            RuntimeError: tensors are missing, or others than the trainer's.
+            ValueError: this worker cannot serve one of them; the message names it and the cause.
+        """
+        for unit in units.adapters:
+            contents = self._contents.get(unit.name, {})
+            if digest.adapter_manifest(unit.config, contents.values()) != unit.manifest:
+                raise RuntimeError(
+                    f"adapter {unit.name} arrived with other tensors than were sent: {errors.SEND_AGAIN}"
+                )
+            try:
+                self.models[unit.name] = store.load(unit.config, self._tensors.pop(unit.name, {}), intake)
+            except Unusable as reason:
+                raise ValueError(f"nothing was applied: adapter {unit.name}: {reason}") from None
+        return {unit.name: unit.manifest for unit in units.adapters}
+
+    def free(self) -> None:
+        self.models, self._tensors, self._contents = {}, {}, {}

@@ -1,0 +1,89 @@
+"""``AdapterStore``: the adapters that a worker serves, in host memory. vLLM asks it whenever it needs one.
+
+vLLM knows an adapter by a number and a path, reads the path again whenever its cache has lost the adapter, and drops all
+adapters when base weights change. If the path is gone then, the request that needs it ends the engine. So the store answers
+for the numbers that the engine gave to the group's adapters, and adapters that other users have loaded outlast an update.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from .loading import Unusable, fresh, load, shape_in
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    import torch
+
+    from ..load.intake import Intake
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
+
+
+class AdapterStore:
+    """The adapters of one worker. Everything but ``load`` runs on the worker's own thread."""
+
+    def __init__(self, worker: Any) -> None:
+        runner: Any = getattr(worker, "model_runner", None)
+        # None if the engine was started without --enable-lora.
+        self._manager: Any = getattr(runner, "lora_manager", None)
+        self._models: dict[int, Any] = {}
+        if self._manager is None:
+            return
+        self._load_from_path = self._manager._load_adapter  # noqa: SLF001
+        self._manager._load_adapter = self._load_for_request  # noqa: SLF001
+        if reset := getattr(runner, "reset_lora_state", None):
+            runner.reset_lora_state = functools.wraps(reset)(functools.partial(self._keep_over, reset))
+
+    def load(self, config: str, tensors: dict[str, torch.Tensor], intake: Intake) -> Any:
+        """Make an adapter that ``commit`` takes. Safe on any thread.
+
+        Args:
+            config: peft's configuration, in JSON.
+            tensors: peft's tensors, in memory that nothing else uses.
+            intake: what the base model takes.
+
+        Raises:
+            Unusable: this worker cannot serve it.
+        """
+        if self._manager is None:
+            raise Unusable("this engine was started without --enable-lora")
+        return load(self._manager, config, tensors, shape_in(intake.known, intake.find))
+
+    def commit(self, models: Mapping[str, Any], numbers: Mapping[str, int], kept: Collection[int]) -> None:
+        """Serve adapters from now on. This cannot fail.
+
+        Args:
+            models: what ``load`` returned, by name.
+            numbers: by which the engine's requests will ask for them.
+            kept: all numbers that requests may still ask for; other adapters are dropped.
+        """
+        for name, model in models.items():
+            self._models[numbers[name]] = model
+        for number in [one for one in self._models if one not in kept]:
+            del self._models[number]
+            self._manager.remove_adapter(number)
+
+    def forget_device(self) -> None:
+        """Have vLLM copy each adapter to the device again before it is used: the device's memory was discarded."""
+        if self._manager is not None:
+            for number in list(self._manager.list_adapters()):
+                self._manager._adapter_manager.deactivate_adapter(number)  # noqa: SLF001
+
+    def _load_for_request(self, request: Any) -> Any:
+        model = self._models.get(request.lora_int_id)
+        return self._load_from_path(request) if model is None else fresh(model, request.lora_int_id)
+
+    def _keep_over(self, reset: Any) -> None:
+        """Run vLLM's ``reset_lora_state``, which drops all adapters because base weights were replaced, and keep them."""
+        adapters = self._manager._adapter_manager  # noqa: SLF001
+        registered = adapters._registered_adapters  # noqa: SLF001
+        kept, pinned = dict(registered.cache), set(registered.pinned_items)
+        reset()
+        for number, model in kept.items():
+            registered[number] = model
+        for number in pinned:
+            adapters.pin_adapter(number)

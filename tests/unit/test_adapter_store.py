@@ -1,0 +1,299 @@
+"""A worker's adapters with vLLM's own LoRA manager: built from memory, checked before the vote, kept over base updates."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lazily import Lazily
+from vllm_models import LoadedWorker, checkpoint
+
+from areal_vllm_ext import InvalidWeights
+from areal_vllm_ext.client.lora import SentAdapter, copied
+from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.protocol import TensorMeta, Units, Weights
+from areal_vllm_ext.worker.adapters.loading import Unusable
+from areal_vllm_ext.worker.adapters.staged import StagedAdapters
+from areal_vllm_ext.worker.adapters.store import AdapterStore
+from areal_vllm_ext.worker.load.intake import Intake
+
+peft = Lazily("peft")
+transformers = Lazily("transformers")
+
+NUMBER = 1 << 30
+
+
+def trained(seed: int = 0, **options: Any) -> Any:
+    """A PeftModel whose adapter changes the model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("dense"), dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj"]} | options
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapted
+
+
+@pytest.fixture(scope="module")
+def lora_worker() -> Any:
+    """What is asked of a worker that serves LoRA."""
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    worker: Any = LoadedWorker(checkpoint("dense"), enable_lora=True, max_lora_rank=8, max_loras=1, max_cpu_loras=2)
+    worker.model_runner = LoRAModelRunnerMixin()
+    worker.model_runner.lora_config = worker.vllm_config.lora_config
+    worker.model_runner.get_model = worker.get_model
+    with set_current_vllm_config(worker.vllm_config):
+        worker._model = worker.model_runner.load_lora_model(worker._model, worker.vllm_config, worker.device)
+    return worker
+
+
+@pytest.fixture
+def runner(lora_worker: Any) -> Iterator[Any]:
+    before = dict(vars(lora_worker.model_runner)), lora_worker.model_runner.lora_manager._load_adapter
+    yield lora_worker.model_runner
+    lora_worker.model_runner.maybe_remove_all_loras(lora_worker.vllm_config.lora_config)
+    vars(lora_worker.model_runner).clear()
+    vars(lora_worker.model_runner).update(before[0])
+    lora_worker.model_runner.lora_manager._load_adapter = before[1]
+
+
+@pytest.fixture
+def store(lora_worker: Any, runner: Any) -> AdapterStore:
+    return AdapterStore(lora_worker)
+
+
+@pytest.fixture(scope="module")
+def intake() -> Intake:
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("dense"), dtype=torch.float32)
+    metas = tuple(TensorMeta(name, "float32", tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+    return Intake(Weights(tensors=metas))
+
+
+def staged(adapter: SentAdapter, store: AdapterStore, intake: Intake) -> Any:
+    """What the worker votes yes to."""
+    update = StagedAdapters()
+    update.add(adapter.unit.name, adapter.tensors, {meta.name: (meta, value) for meta, value in adapter.entries})
+    update.vote(Units(weights=False, adapters=(adapter.unit,)), store, intake)
+    return update.models[adapter.unit.name]
+
+
+def request(number: int, path: str = "areal-vllm-ext:nothing") -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest("math", number, path)
+
+
+def slots(runner: Any) -> dict[str, list[torch.Tensor]]:
+    """What vLLM computes with, in its only slot."""
+    manager = runner.lora_manager._adapter_manager
+    return {
+        name: [one[0].clone() for one in (*module.lora_a_stacked, *module.lora_b_stacked)]
+        for name, module in manager.modules.items()
+    }
+
+
+def same(one: dict[str, list[torch.Tensor]], other: dict[str, list[torch.Tensor]]) -> bool:
+    return all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
+
+
+def test_an_adapter_from_memory_is_what_vllm_reads_from_disk(
+    store: AdapterStore, runner: Any, intake: Intake, tmp_path: Path
+) -> None:
+    adapted = trained()
+    adapted.save_pretrained(tmp_path)
+    runner.add_lora(request(1, str(tmp_path)))
+    expected = slots(runner)
+    assert any(tensor.any() for tensors in expected.values() for tensor in tensors)
+    before = copy.deepcopy(peft.get_peft_model_state_dict(adapted))
+    for source in (adapted, str(tmp_path), (peft.get_peft_model_state_dict(adapted), adapted.peft_config["default"])):
+        adapter = copied("math", source)
+        unchanged = copy.deepcopy(adapter.tensors)
+        store.commit({"math": staged(adapter, store, intake)}, {"math": NUMBER}, (NUMBER,))
+        runner.add_lora(request(NUMBER))
+        assert same(slots(runner), expected)
+        assert all(torch.equal(unchanged[name], tensor) for name, tensor in adapter.tensors.items())
+        runner.remove_lora(NUMBER)
+    assert all(torch.equal(before[name], one) for name, one in peft.get_peft_model_state_dict(adapted).items())
+
+
+def test_an_adapter_is_the_same_after_vllm_dropped_it(store: AdapterStore, runner: Any, intake: Intake) -> None:
+    models = {name: staged(copied(name, trained(seed)), store, intake) for seed, name in enumerate(("a", "b", "c"))}
+    numbers = {name: NUMBER + place for place, name in enumerate(models)}
+    store.commit(models, numbers, tuple(numbers.values()))
+    seen = {}
+    for name in ("a", "b", "c", "a", "b", "c"):  # vLLM keeps two of them
+        runner.add_lora(request(numbers[name]))
+        seen.setdefault(name, slots(runner))
+        assert same(slots(runner), seen[name])
+    assert not same(seen["a"], seen["b"])
+
+
+def test_adapters_outlast_a_base_update_without_their_directory(
+    store: AdapterStore, runner: Any, intake: Intake, tmp_path: Path
+) -> None:
+    trained(5).save_pretrained(tmp_path)
+    runner.add_lora(request(1, str(tmp_path)))  # another user's, through /v1/load_lora_adapter
+    foreign = slots(runner)
+    shutil.rmtree(tmp_path)
+    store.commit({"math": staged(copied("math", trained()), store, intake)}, {"math": NUMBER}, (NUMBER,))
+    runner.add_lora(request(NUMBER))
+    ours = slots(runner)
+    runner.pin_lora(NUMBER)
+    runner.reset_lora_state()
+    runner.add_lora(request(NUMBER))
+    assert same(slots(runner), ours)
+    assert NUMBER in runner.lora_manager._adapter_manager._registered_adapters.pinned_items
+    runner.remove_lora(NUMBER)  # pinned, so it holds the only slot
+    runner.add_lora(request(1, str(tmp_path)))
+    assert same(slots(runner), foreign)
+
+
+def test_what_no_request_asks_for_is_dropped(store: AdapterStore, runner: Any, intake: Intake) -> None:
+    model = staged(copied("math", trained()), store, intake)
+    store.commit({"math": model}, {"math": NUMBER}, (NUMBER,))
+    runner.add_lora(request(NUMBER))
+    store.commit({"math": model}, {"math": NUMBER + 1}, (NUMBER, NUMBER + 1))
+    assert runner.list_loras() == {NUMBER}  # a request still runs on it
+    store.commit({}, {}, (NUMBER + 1,))
+    assert runner.list_loras() == set()
+    with pytest.raises(Exception, match="areal-vllm-ext:nothing"):
+        runner.add_lora(request(NUMBER))
+
+
+def test_after_discarded_device_memory_an_adapter_is_copied_again(
+    store: AdapterStore, runner: Any, intake: Intake
+) -> None:
+    store.commit({"math": staged(copied("math", trained()), store, intake)}, {"math": NUMBER}, (NUMBER,))
+    runner.add_lora(request(NUMBER))
+    expected = slots(runner)
+    for module in runner.lora_manager._adapter_manager.modules.values():
+        for tensor in (*module.lora_a_stacked, *module.lora_b_stacked):
+            tensor.fill_(7)  # as after vLLM's sleep of level 2
+    store.forget_device()
+    runner.add_lora(request(NUMBER))
+    assert same(slots(runner), expected)
+
+
+def longer(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    name = next(name for name in tensors if "lora_A" in name)
+    tensors[name] = torch.zeros(tensors[name].shape[0], tensors[name].shape[1] - 1)
+
+
+def other_rank(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["r"] = 2
+
+
+def half(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+
+
+def setting(**changes: Any) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
+    return lambda _, config: config.update(changes)
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (longer, "which do not fit its weight"),
+        (other_rank, "its configuration says rank 2"),
+        (half, "came without"),
+        (setting(r=16), "LoRA rank 16 is greater than max_lora_rank 8"),
+        (setting(use_dora=True), "DoRA"),
+        (setting(bias="all"), "bias"),
+        (setting(init_lora_weights="pissa"), "pissa"),
+        (setting(peft_type="LOHA"), "it is a LOHA adapter"),
+        (setting(modules_to_save=["lm_head"]), "modules_to_save"),
+        (renamed("q_proj", "query"), "for which vLLM has no LoRA in this model"),
+        (renamed(".layers.", ".blocks."), "none of its modules is in this model"),
+        (renamed("lora_A", "lora_magnitude_vector"), "unsupported LoRA weight"),
+    ],
+)
+def test_what_vllm_cannot_serve_is_a_no_that_names_adapter_and_cause(
+    store: AdapterStore, intake: Intake, change: Any, cause: str
+) -> None:
+    adapted = trained()
+    tensors, config = dict(peft.get_peft_model_state_dict(adapted)), adapted.peft_config["default"].to_dict()
+    change(tensors, config)
+    with pytest.raises(ValueError, match=f"nothing was applied: adapter math: .*{cause}"):
+        staged(copied("math", (tensors, config)), store, intake)
+
+
+def test_an_engine_without_lora_says_how_to_start_it(intake: Intake) -> None:
+    with pytest.raises(ValueError, match="adapter math: this engine was started without --enable-lora"):
+        staged(copied("math", trained()), AdapterStore(SimpleNamespace()), intake)
+
+
+def test_tensors_that_changed_on_the_way_are_a_no(store: AdapterStore, intake: Intake) -> None:
+    adapter, update = copied("math", trained()), StagedAdapters()
+    contents = {meta.name: (meta, value) for meta, value in adapter.entries}
+    contents.pop(next(iter(contents)))
+    update.add("math", adapter.tensors, contents)
+    with pytest.raises(RuntimeError, match="adapter math arrived with other tensors"):
+        update.vote(Units(weights=False, adapters=(adapter.unit,)), store, intake)
+
+
+def test_an_adapter_is_copied_as_it_is_when_it_is_given() -> None:
+    adapted = trained()
+    adapter = copied("math", adapted)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.zero_()
+    assert all(tensor.any() for tensor in adapter.tensors.values())
+    assert digest.digests_of(adapter.tensors.values()) == [value for _, value in adapter.entries]
+
+
+def test_the_models_adapter_of_that_name_is_sent_else_the_active_one() -> None:
+    adapted = trained()
+    adapted.add_adapter("other", peft.LoraConfig(r=2, target_modules=["k_proj"]))
+    assert json.loads(copied("other", adapted).unit.config)["r"] == 2
+    assert json.loads(copied("math", adapted).unit.config)["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        (torch.nn.Linear(2, 2), "this module has no adapter"),
+        (3, "is int: give a PeftModel"),
+        (("a", "b", "c"), "is tuple: give a PeftModel"),
+        ("/nowhere", "cannot be read from /nowhere"),
+        (({}, {}), "has no tensors"),
+        (({"a": torch.tensor([1.0, float("nan")])}, {}), "a holds NaN"),
+        (({"a": torch.empty(2, device="meta")}, {}), "a has no values"),
+        (({"a": torch.ones(2)}, {"r": object}), None),
+    ],
+)
+def test_what_is_no_adapter_is_refused_before_anything_is_sent(source: Any, cause: str | None) -> None:
+    if cause is None:
+        assert copied("math", source).unit.name == "math"
+        return
+    with pytest.raises(InvalidWeights, match=f"adapter math.*{cause}"):
+        copied("math", source)
+
+
+@pytest.mark.parametrize("name", ["", "  ", 3, None, "a\nb", "x" * 257])
+def test_a_name_is_one_that_a_request_can_give(name: Any) -> None:
+    with pytest.raises(InvalidWeights, match="names no adapter"):
+        copied(name, ({"a": torch.ones(2)}, {}))
+
+
+def test_unusable_is_a_value_error() -> None:
+    assert issubclass(Unusable, ValueError)
