@@ -144,6 +144,51 @@ def test_a_begin_that_is_stopped_has_ended_everywhere_before_anything_else_happe
     assert all(engine.endpoint.participant.update is None for engine in deployment.engines.values())
 
 
+def test_a_block_that_is_left_while_its_update_begins_is_aborted(deployment: Deployment, key_file: Path) -> None:
+    """It ends without an error, because the user has hidden that of ``send``."""
+    for engine in deployment.engines.values():
+        engine.seconds["begin"] = NEVER
+
+    async def leaving_send(client: AsyncEngineGroup) -> None:
+        async with client.update(1, timeout=20) as update:
+            with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+                await asyncio.wait_for(update.send("/nowhere"), 0.3)
+
+    async def run() -> None:
+        async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as client:
+            with pytest.raises(UpdateAborted, match="the trainer was interrupted"):
+                await leaving_send(client)
+
+    asyncio.run(run())
+    assert all(engine.endpoint.participant.update is None for engine in deployment.engines.values())
+
+
+def test_an_update_that_is_cancelled_while_engines_commit_is_committed_and_raises(
+    deployment: Deployment, key_file: Path
+) -> None:
+    for engine in deployment.engines.values():
+        engine.seconds["commit"] = 0.5
+
+    async def run() -> None:
+        async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as client:
+            committing = asyncio.Event()
+
+            def on_phase(phase: str) -> None:
+                if phase == "commit":
+                    committing.set()
+
+            update = asyncio.ensure_future(client.update_weights("/nowhere", version=1, timeout=20, on_phase=on_phase))
+            await committing.wait()
+            await asyncio.sleep(0.1)
+            update.cancel()
+            await asyncio.wait([update])
+            assert update.cancelled()
+            assert {state.version for state in await client.status()} == {1}
+
+    asyncio.run(run())
+    assert all(engine.running for engine in deployment.engines.values())
+
+
 def test_a_second_cancellation_ends_an_update_that_waits_for_commits(deployment: Deployment, key_file: Path) -> None:
     for engine in deployment.engines.values():
         engine.seconds["commit"] = NEVER
