@@ -19,6 +19,7 @@ from ..transport.base import Cancelled, PeerLost
 from ..transport.peer import PeerSink
 from . import background
 from .load import kernel_format
+from .load.strides import in_memory_order
 from .residency import NotResident
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class Offering:
             rank=context.rank,
             layout=context.live_weights.layout,
             address=self._sink.address,
-            held=tuple(Held(part.meta, part.kind, served.digests.get(name)) for name, part in self._parts.items()),
+            held=tuple(Held(part.meta, part.kind, self._known(served, name)) for name, part in self._parts.items()),
             attributes=attributes,
             contents=None if served.contents is None else tuple(served.contents.values()),
             compared=served.compared,
@@ -145,7 +146,7 @@ class Offering:
             if number >= len(self._names):
                 raise OfferOver(f"there is no tensor {number}")
             name = self._names[number]
-            part, known = self._parts[name], self._served.digests.get(name)
+            part, known = self._parts[name], self._known(self._served, name)
             self._check()
             if part.kind == "packed":
                 whole = self._read_packed(part)
@@ -154,9 +155,21 @@ class Offering:
             else:
                 assert part.tensor is not None
                 with self._context.residency.access():
+                    self._check_order(name, part.tensor)
                     flat = kernel_format.bytes_of(part.tensor)
                     self._digests[name] = digest.digests_of([flat])[0] if known is None else known
                 sink.send(part.nbytes, self._paced(_slices(flat)))
+
+    def _known(self, served: Served, name: str) -> int | None:
+        """Return the digest of a tensor's bytes as they are sent, if that is known: in row-major order, as it lies."""
+        tensor = self._parts[name].tensor
+        return served.digests.get(name) if tensor is not None and tensor.is_contiguous() else None
+
+    def _check_order(self, name: str, tensor: torch.Tensor) -> None:
+        """Compare a tensor that lies in another order than it is sent with what is known of it."""
+        known = None if tensor.is_contiguous() else self._served.digests.get(name)
+        if known is not None and digest.digests_of([in_memory_order(tensor)]) != [known]:
+            raise RuntimeError(f"{name} has changed since it was loaded")
 
     def _check(self) -> None:
         """Raise if what is live may not be what was offered, or if the engine needs the link for an update."""

@@ -39,8 +39,11 @@ FETCH = "a random name"
 class Worker:
     """A worker with a real model, whose reports are answered here as by an engine."""
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: Any, transposed: tuple[str, ...] = ()) -> None:
         self.loaded = LoadedWorker(folder)
+        for name in transposed:
+            weight = self.loaded.get_model().get_parameter(name)
+            weight.data = weight.data.t().contiguous().t()
         self.reports: queue.Queue[Any] = queue.Queue()
         self.context = WorkerContext(self.loaded, self.reports.put)
         self.peers = Peers(self.context, "127.0.0.1", self.reports.put)
@@ -115,6 +118,22 @@ def test_damaged_bytes_are_refused(two: tuple[Worker, Worker]) -> None:
     with pytest.raises(RuntimeError, match="has not fetched all weights"):
         stale.peers.commit(FETCH, "u1")
     assert stale.served() == before
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_weights_that_lie_transposed_are_fetched_and_compared(damaged: bool) -> None:
+    """As those of FP8 layers do."""
+    name, folder = "model.embed_tokens.weight", checkpoint("dense")
+    with saved(trained(weights_of(folder), 1), folder) as other:
+        peer, stale = Worker(other, (name,)), Worker(folder, (name,))
+        expected, offer = peer.served(), peer.offer()
+        if damaged:
+            peer.loaded.get_model().get_parameter(name).data[3, 5] += 1
+        fetched = fetch(peer, stale, offer)
+        assert fetched.error == (f"{name} has changed since it was loaded" if damaged else "")
+        if not damaged:
+            stale.peers.commit(FETCH, "u1")
+            assert stale.served() == expected
 
 
 def test_an_update_on_the_peer_ends_the_offer(two: tuple[Worker, Worker]) -> None:
