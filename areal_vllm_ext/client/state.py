@@ -26,7 +26,8 @@ class EngineState:
         waiting_for_engine: seconds since the engine's loop last ran a call; a large number means that the loop is stuck.
         error: why the engine did not answer, or what went wrong there.
         weights: digest of the weights of the last update, equal on engines that serve the same; empty before the first.
-        loaded: how they were loaded: ``plan`` or ``shadow`` (both a copy in the pause), or ``reload`` with the reason (longer).
+        loaded: how they were loaded: ``plan`` or ``shadow`` (both a copy in the pause), or ``reload`` with the reason (longer);
+            ``peer: ENGINE`` if they were fetched from that engine.
         sleep: what vLLM's sleep mode has left on the device: ``awake``, ``weights_only``, ``asleep_1`` (weights kept aside),
             ``asleep_2`` (weights discarded). Empty if the engine did not answer.
         free_memory: bytes that were free on its device after it fell asleep or woke up last; None before that, or on a CPU.

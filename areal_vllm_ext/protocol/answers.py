@@ -40,8 +40,8 @@ class Status(Message):
     """What an engine says about itself. It answers even while its loop is busy, paused or stuck.
 
     ``weights`` is the manifest (see ``WorkerDone``) of the update that it serves; empty for the weights it started with.
-    ``loaded`` says how the workers loaded them: ``plan``, ``shadow``, or ``reload`` with the reason. ``unproven`` says why they
-    could not be compared with a fresh load.
+    ``loaded`` says how the workers loaded them: ``plan``, ``shadow``, ``reload`` with the reason, or ``peer`` with its name.
+    ``unproven`` says why they could not be compared with a fresh load.
 
     ``sleep``: what vLLM's sleep mode has left on the device. ``free_memory``: bytes that were free on the device after the last
     step of it, the least of all workers; None where none was taken. ``runs_when_awake``: the engine ran when it was put to

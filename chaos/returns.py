@@ -1,0 +1,133 @@
+"""Kill -9 of a headless engine, again and again: it must be back, and serve its group's version, while no trainer runs.
+
+    python -m chaos.returns [--rounds 10] [--out FILE]
+
+One replica stays. Another one, of a head and a headless node, loses its headless engine in each round. vLLM takes no single
+engine back, so the replica is restarted, as a supervisor would do. Both of its engines start with the weights of the
+checkpoint, fetch the group's from a peer, and must then generate Hugging Face's tokens. The last line is JSON. Exits with 1 if
+a promise was broken. Needs root, ``ip`` and ``/dev/net/tun``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from areal_vllm_ext import EngineGroup, EngineState
+from areal_vllm_ext.demo.completions import Completions
+from areal_vllm_ext.demo.deployment import Deployment, Node
+from areal_vllm_ext.demo.model import greedy_tokens, make_model
+from areal_vllm_ext.protocol import security
+from harness.network import Namespaces
+from harness.report import described
+
+from .fault_trainer import Weights
+
+PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
+TOKENS = 16
+BACK_SECONDS = 10.0
+STAYS, RETURNS = "stays", "returns"
+
+
+@dataclasses.dataclass
+class Outcome:
+    """One round: seconds from the moment when the directory knew the engines until they served, and what went wrong."""
+
+    back_s: list[float]
+    loaded: list[str]
+    violations: list[str]
+
+
+def node(namespaces: Namespaces, name: str, key_file: str, **env: str) -> Node:
+    given = {"AREAL_VLLM_KEY_FILE": key_file, "GLOO_SOCKET_IFNAME": namespaces.links[name], **env}
+    return Node(address=namespaces.addresses[name], prefix=namespaces.prefix(name), env=given)
+
+
+def returned(group: EngineGroup) -> dict[int, EngineState]:
+    return {state.dp_rank: state for state in group.status() if state.replica == RETURNS}
+
+
+def play_round(group: EngineGroup, deployment: Deployment, version: int, expected: list[list[int]]) -> Outcome:
+    """Wait until both engines serve, compare their tokens, and kill the headless one."""
+    outcome, seen, back = Outcome([], [], []), dict[int, float](), dict[int, float]()
+    ends = time.monotonic() + 400.0
+    while len(back) < 2 and time.monotonic() < ends:
+        deployment.check()
+        for rank, state in returned(group).items():
+            if state.generation == "unreachable":
+                continue
+            seen.setdefault(rank, time.monotonic())
+            if (state.version, state.generation, state.update_phase) == (version, "running", "idle"):
+                back.setdefault(rank, time.monotonic() - seen[rank])
+        time.sleep(0.05)
+    outcome.back_s = [round(back.get(rank, float("inf")), 2) for rank in (0, 1)]
+    outcome.violations += [f"hangs: back after {one} s" for one in outcome.back_s if one > BACK_SECONDS]
+    outcome.loaded = [state.loaded for _, state in sorted(returned(group).items())]
+    outcome.violations += [f"untrue_outcomes: loaded by {one}" for one in outcome.loaded if "peer: " not in one]
+    deployment.wait(timeout=400, report=lambda _: None)
+    completions = Completions(deployment.url, timeout=60)
+    for rank in (0, 1):
+        if completions.greedy(PROMPTS, tokens=TOKENS, engine=rank) != expected:
+            outcome.violations.append(f"wrong_tokens: DP rank {rank}")
+    (headless,) = (engine for engine in group.engines() if engine.replica == RETURNS and engine.headless)
+    os.kill(headless.pid, signal.SIGKILL)
+    return outcome
+
+
+def play(options: argparse.Namespace) -> dict[str, object]:
+    """Play the rounds; return the totals."""
+    done: list[Outcome] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-returns-")))
+        namespaces = Namespaces()
+        stack.callback(namespaces.remove)
+        namespaces.make()
+        key_file = str(folder / "cluster.key")
+        security.write_key(key_file)
+        stack.enter_context(namespaces.inside("a"))
+        model = folder / "model"
+        make_model(model)
+        weights = Weights(str(model))
+        stays = Deployment(model, [node(namespaces, "a", key_file, AREAL_VLLM_REPLICA=STAYS)], log_dir=folder / STAYS)
+        stack.enter_context(stays)
+        stays.wait(timeout=400, report=lambda _: None)
+        with EngineGroup.connect(stays.directory, key_file=key_file) as trainer:
+            trainer.update_weights(weights.set(1), version=1, timeout=60)
+        expected = greedy_tokens(weights.set(1), PROMPTS, TOKENS)
+        env = {"AREAL_VLLM_REPLICA": RETURNS, "AREAL_VLLM_DIRECTORY": stays.directory}
+        nodes = [node(namespaces, name, key_file, **env) for name in ("b", "a")]
+        for number in range(options.rounds):
+            deployment = Deployment(model, nodes, log_dir=folder / str(number))
+            with deployment, EngineGroup.connect(stays.directory, key_file=key_file) as watching:
+                done.append(play_round(watching, deployment, 1, expected))
+            print(f"round {number}: {done[-1]}", flush=True)
+    problems = [what for one in done for what in one.violations]
+    totals: dict[str, object] = {"rounds": len(done), "slowest_back_s": max(max(one.back_s) for one in done)}
+    for kind in ("hangs", "wrong_tokens", "untrue_outcomes"):
+        totals[kind] = sum(what.startswith(kind) for what in problems)
+    table = described({"totals": totals, "rounds": [dataclasses.asdict(one) for one in done]})
+    if options.out:
+        options.out.write_text(json.dumps(table, indent=1) + "\n")
+    return totals
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill a headless engine again and again; a peer brings it back.")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="write the table of rounds here")
+    totals = play(parser.parse_args())
+    print(json.dumps(totals))
+    return int(any(totals[kind] for kind in ("hangs", "wrong_tokens", "untrue_outcomes")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
