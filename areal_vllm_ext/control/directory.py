@@ -134,8 +134,15 @@ class Directory:
             self._joining_since.setdefault(key, now)
         else:
             self._joining_since.pop(key, None)
-        return Registered(
-            version=newest.version, committed_epoch=newest.committed_epoch, settled=settled and message.stale
+        settled = settled and message.stale and self._can_resume(message.engine, newest.committed_epoch, now)
+        return Registered(version=newest.version, committed_epoch=newest.committed_epoch, settled=settled)
+
+    def _can_resume(self, engine: EngineInfo, epoch: int, now: float) -> bool:
+        """Return whether a stale engine would wait for no other rank when it resumes, where ranks resume together."""
+        return not engine.lockstep or all(
+            self._heartbeats[key].committed_epoch >= epoch or _is_lost(heard, now)
+            for key, (_, heard) in self._engines.items()
+            if key[0] == engine.replica
         )
 
     def _reason_to_refuse(self, message: Register, key: _Key, now: float) -> str:

@@ -64,6 +64,8 @@ def describe_engine(config: VllmConfig, settings: Settings, host: str) -> Engine
         pid=os.getpid(),
         incarnation=new_incarnation(time.time()),
         address="",
+        # vLLM tells a rank of a dense model that it is alone.
+        lockstep=parallel.data_parallel_size > 1 or is_launched_externally(config),
         sleep_mode=bool(getattr(config.model_config, "enable_sleep_mode", False)),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
     )

@@ -72,6 +72,7 @@ class EngineInfo(Payload):
     """One EngineCore: a DP rank of a replica.
 
     ``incarnation`` is new each time that the process starts. ``sleep_mode``: started with vLLM's ``--enable-sleep-mode``.
+    ``lockstep``: the ranks of this replica compute together (MoE), so they also resume together.
     """
 
     replica: Name
@@ -85,6 +86,7 @@ class EngineInfo(Payload):
     dtype: Name
     workers: tuple[WorkerInfo, ...] = ()
     sleep_mode: bool = False
+    lockstep: bool = False
 
     @property
     def name(self) -> str:

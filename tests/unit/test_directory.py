@@ -580,3 +580,23 @@ def test_an_engine_that_ends_before_it_joins_holds_no_client_up(ends: str) -> No
     else:
         directory.handle(protocol.Unregister(engine=engine(1)), 2.1)
         granted(directory, "second", 2.2)
+
+
+def test_ranks_that_compute_together_serve_when_all_of_them_have_the_weights() -> None:
+    directory = Directory()
+    moe = [msgspec.structs.replace(engine(rank), lockstep=True) for rank in (0, 1)]
+    beat(directory, msgspec.structs.replace(engine(0), replica="another"), 0.0, epoch=3, committed_epoch=3)
+    for info in moe:
+        beat(directory, info, 0.1)
+
+    def settled(info: EngineInfo, committed_epoch: int, now: float) -> bool:
+        answer = beat(directory, info, now, epoch=3, committed_epoch=committed_epoch, stale=True)
+        assert isinstance(answer, Registered)
+        return answer.settled
+
+    assert not settled(moe[0], 3, 1.0)
+    assert settled(moe[1], 3, 1.1)
+    assert settled(moe[0], 3, 2.0)
+    assert not settled(moe[1], 0, 2.1), "restarted since"
+    assert not settled(moe[0], 3, 3.0)
+    assert settled(moe[0], 3, 9.0), "a rank that is lost stops its replica anyway"
