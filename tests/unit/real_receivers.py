@@ -36,6 +36,7 @@ class Served:
         self.deployment = deployment
         self.receivers: dict[int, list[Receiver]] = {}
         self.weights: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self.adapters: dict[tuple[int, int], dict[str, Any]] = {}
         # How many sent to each worker.
         self.senders: dict[tuple[int, int], int] = {}
         for number, engine in deployment.engines.items():
@@ -55,6 +56,7 @@ class Served:
             for rank, receiver in enumerate(self.receivers[number]):
                 assert not engine.running
                 self.weights[number, rank] = dict(receiver.staged(update).tensors)
+                self.adapters[number, rank] = dict(receiver.staged(update).adapters.models)
                 self.senders[number, rank] = len(receiver.reception.streams) if receiver.reception else 0
                 receiver.discard(update)
 

@@ -1,0 +1,198 @@
+"""Which adapter a request means: the engine's table of versions, and the names that a front end accepts."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from areal_vllm_ext.engine_core.adapters import BY_NAME, Adapters, UnknownAdapter
+from areal_vllm_ext.engine_core.front_end import AdapterNames
+from areal_vllm_ext.protocol import Adapter, Units
+
+
+def lora(name: str, number: int = 1, path: str = BY_NAME) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(name, number, path)
+
+
+class Request:
+    """What is asked of vLLM's request."""
+
+    def __init__(self, adapter: Any) -> None:
+        self.request_id, self.client_index, self.lora_request = "r", 0, adapter
+        self.block_hashes: list[str] = []
+        self.update_block_hashes()
+
+    def update_block_hashes(self) -> None:
+        self.block_hashes.append(self.lora_request.lora_name if self.lora_request else "base")
+
+
+class Engine:
+    """What is asked of vLLM's engine."""
+
+    def __init__(self) -> None:
+        self.vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_cpu_loras=2, max_loras=1))
+        self.scheduler = SimpleNamespace(requests={})
+        self.model_executor = SimpleNamespace(add_lora=self.add_lora)
+        self.loaded: list[int] = []
+        self.added: list[Request] = []
+        self.errors: list[str] = []
+        self.adapters = Adapters(self)
+
+    def add_lora(self, wanted: Any) -> None:
+        if wanted.lora_path == "/gone":
+            raise RuntimeError("No adapter found for /gone")
+        self.loaded.append(wanted.lora_int_id)
+
+    def preprocess_add_request(self, request: Any) -> tuple[Request, int]:
+        return Request(request.lora_request), 0
+
+    def add_request(self, request: Request, request_wave: int = 0) -> None:
+        self.added.append(request)
+
+    def _send_error_outputs_to_client(self, requests: list[str], client: int) -> None:
+        self.errors += requests
+
+    def commit(self, version: int = 1, removed: tuple[str, ...] = (), **manifests: str) -> tuple[int, ...]:
+        """Commit adapters; returns the numbers that workers keep."""
+        units = Units(False, tuple(Adapter(name, "{}", one) for name, one in manifests.items()), removed)
+        numbers = self.adapters.numbers_of(units)
+        kept = self.adapters.in_use_after(units, numbers)
+        self.adapters.commit(units, numbers, kept, str(version))
+        return kept
+
+    def hears(self, adapter: Any) -> Request:
+        """A request that its thread has read, and that waits for the loop."""
+        return self.preprocess_add_request(SimpleNamespace(lora_request=adapter))[0]
+
+
+def test_a_request_gets_the_version_that_is_current_when_it_comes() -> None:
+    engine = Engine()
+    engine.commit(math="one")
+    first = engine.hears(lora("math"))
+    engine.add_request(first)
+    engine.scheduler.requests = {"r": first}
+    assert len(engine.commit(math="two")) == 2, "a request still runs on the first version"
+    second = engine.hears(lora("math"))
+    engine.add_request(second)
+    assert [one.lora_request.lora_name for one in engine.added] == ["math:one", "math:two"]
+    assert [one.block_hashes for one in engine.added] == [["math:one"], ["math:two"]]
+    assert first.lora_request.lora_int_id != second.lora_request.lora_int_id
+    engine.scheduler.requests = {}
+    assert engine.commit(code="three") == (
+        second.lora_request.lora_int_id,
+        engine.adapters._current["code"].lora_int_id,
+    )
+
+
+def test_a_request_that_waited_for_the_loop_while_an_update_was_committed_is_hashed_anew() -> None:
+    engine = Engine()
+    engine.commit(math="one")
+    request = engine.hears(lora("math"))
+    engine.commit(math="two")
+    engine.add_request(request)
+    assert request.lora_request.lora_name == "math:two"
+    assert request.block_hashes == ["math:two"]
+
+
+def test_a_version_that_comes_again_while_requests_run_on_it_has_its_number() -> None:
+    # vLLM takes requests of one name as equal: with two numbers it would load only one of them.
+    engine = Engine()
+    engine.commit(math="one")
+    request = engine.hears(lora("math"))
+    engine.scheduler.requests = {"r": request}
+    engine.commit(math="two")
+    engine.commit(math="one")
+    assert engine.hears(lora("math")).lora_request.lora_int_id == request.lora_request.lora_int_id
+
+
+def test_a_removed_adapter_is_an_error_of_its_request_only() -> None:
+    engine = Engine()
+    engine.commit(math="one")
+    waiting = engine.hears(lora("math"))
+    engine.commit(removed=("math",))
+    engine.add_request(waiting)
+    assert engine.errors == ["r"]
+    assert engine.added == []
+    with pytest.raises(UnknownAdapter, match="this engine has no adapter math"):
+        engine.hears(lora("math"))
+    engine.add_request(engine.hears(None))
+    assert len(engine.added) == 1
+
+
+def test_another_users_adapter_is_loaded_before_its_request_can_end_the_engine() -> None:
+    engine = Engine()
+    for _ in range(2):
+        engine.add_request(engine.hears(lora("theirs", 1, "/there")))
+    assert engine.loaded == [1], "the workers have it"
+    engine.add_request(engine.hears(lora("lost", 2, "/gone")))
+    assert engine.errors == ["r"]
+    for number in (3, 4):  # vLLM keeps two, so it may have dropped the first
+        engine.add_request(engine.hears(lora(f"n{number}", number, "/there")))
+    engine.add_request(engine.hears(lora("theirs", 1, "/gone")))
+    assert engine.errors == ["r", "r"]
+
+
+class FrontEnd:
+    """What is asked of vLLM's ``OpenAIServingModels``, with two engines behind it."""
+
+    def __init__(self) -> None:
+        self.served: list[dict[str, str]] = [{}, {}]
+        self.asked = 0
+        config = SimpleNamespace(
+            lora_config=object(),
+            parallel_config=SimpleNamespace(worker_extension_cls="areal_vllm_ext.worker.WorkerExtension"),
+        )
+        core = SimpleNamespace(call_utility_all_async=self._call)
+        self.engine_client = SimpleNamespace(vllm_config=config, engine_core=core)
+        self.lora_requests: dict[str, Any] = {}
+
+    def is_base_model(self, name: str) -> bool:
+        return name == "base"
+
+    async def _call(self, method: str) -> list[dict[str, str]]:
+        assert method == "areal_adapters"
+        self.asked += 1
+        return [dict(one) for one in self.served]
+
+
+def test_a_front_end_asks_for_a_name_that_it_does_not_know_and_forgets_removed_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        models: Any = FrontEnd()
+        models.lora_requests["theirs"] = theirs = lora("theirs", 3, "/there")
+        names = AdapterNames.of(models)
+        assert names is AdapterNames.of(models)
+        assert names is not None
+        await names.look_up("base")
+        assert models.asked == 0
+        models.served[0]["math"] = "1"
+        await names.look_up("math")
+        assert set(models.lora_requests) == {"theirs"}, "one engine has it, and the other not yet"
+        models.served[1]["math"] = "1"
+        await names.look_up("math")
+        assert models.lora_requests["math"].lora_path == BY_NAME
+        for _ in range(3):
+            await names.look_up("math")
+        assert models.asked == 2, "it was known, and that is not long ago"
+        models.served[0].clear()
+        monkeypatch.setattr("areal_vllm_ext.engine_core.front_end._FRESH_SECONDS", 0.0)
+        await names.look_up("math")  # answered with what is known, and asked meanwhile
+        await asyncio.sleep(0.01)
+        assert models.lora_requests == {"theirs": theirs}
+
+    asyncio.run(run())
+
+
+def test_a_front_end_of_other_engines_is_left_alone() -> None:
+    models: Any = FrontEnd()
+    models.engine_client.vllm_config.parallel_config.worker_extension_cls = ""
+    assert AdapterNames.of(models) is None
+    models = FrontEnd()
+    models.engine_client.vllm_config.lora_config = None
+    assert AdapterNames.of(models) is None
