@@ -157,8 +157,8 @@ class Controller:
                 "other engines' directory if one trainer updates them together, else a free port"
             ) from error
 
-    def stop(self) -> None:
-        self.endpoint.stop()
+    def stop(self, reason: str = "its process ends") -> None:
+        self.endpoint.stop(reason)
         if self._slot:
             self._slot.close()
 
@@ -410,7 +410,11 @@ def error_of(error: BaseException | None) -> str:
 def under_control(engine: EngineCore, run_on_loop: Callable[[Callable[[], None]], object]) -> Iterator[Controller]:
     """Keep ``engine`` under control while the body runs."""
     controller = Controller(engine, run_on_loop)
+    reason = "its process ends"
     try:
         yield controller
+    except BaseException as error:  # vLLM's loop ends with one where a worker was lost
+        reason = f"its process ends ({error_of(error)})"
+        raise
     finally:
-        controller.stop()
+        controller.stop(reason)

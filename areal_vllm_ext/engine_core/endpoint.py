@@ -148,6 +148,7 @@ class Endpoint:
         self._switch_interval = ShortSwitchInterval()
         self._stopping = False
         self._farewell = True
+        self._reason = ""
         self._thread = threading.Thread(target=self._run, name="areal-endpoint", daemon=True)
 
     @property
@@ -174,13 +175,14 @@ class Endpoint:
         """Wait until the directory has said which update the group committed last; return False if it did not in time."""
         return self._registered.wait(timeout)
 
-    def stop(self, *, farewell: bool = True) -> None:
+    def stop(self, reason: str = "", *, farewell: bool = True) -> None:
         """End the thread and close every socket; safe to call twice.
 
         Args:
+            reason: why the engine's process ends, for the trainer that waits for this engine; empty to tell it nothing.
             farewell: unregister from the directory; otherwise it reports this engine as lost for a while.
         """
-        self._farewell = farewell
+        self._farewell, self._reason = farewell, reason
         self._stopping = True
         self._wake()
         if self._thread.is_alive():
@@ -238,6 +240,9 @@ class Endpoint:
                 if now >= next_beat and self._all_attached.is_set():
                     next_beat = now + timing.HEARTBEAT_SECONDS
                     self._tell(directory, beat_of(self._participant, self.info))
+            if self._reason and (answers := self._participant.ending(self._reason)):
+                self._server.socket.linger = _UNREGISTER_MILLISECONDS
+                self._carry_out(answers)
             if self._farewell:
                 directory.linger = _UNREGISTER_MILLISECONDS
                 self._tell(directory, protocol.Unregister(engine=self.info))

@@ -312,10 +312,15 @@ class Participant:
         order = Order(Abort(epoch=self.epoch, update=update.begin.update, reason=reason))
         return [order, *self._answer_all(update, reason)]
 
+    def ending(self, reason: str) -> list[Effect]:
+        """Answer everyone who waits for the update in flight, because the engine's process ends."""
+        return self._answer_all(self.update, self.update.cause_of_end(reason)) if self.update else []
+
     def _answer_all(self, update: UpdateInFlight, failure: str) -> list[Effect]:
         """Answer everyone who waits for the update's workers, or for a pause for the update."""
         answer = Error(kind="failed", message=failure)
-        return [*update.answer_all(answer), *self.pauses.refuse_pauses_for(update.begin.update, answer)]
+        committing, self._commit_waiting = [Reply(one, answer) for one in self._commit_waiting], []
+        return [*committing, *update.answer_all(answer), *self.pauses.refuse_pauses_for(update.begin.update, answer)]
 
     # What the workers say
 

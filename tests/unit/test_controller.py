@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from areal_vllm_ext.engine_core.adapters import Adapters
 from areal_vllm_ext.engine_core.controller import Controller
 from areal_vllm_ext.engine_core.effects import (
     CallCommit,
@@ -72,8 +73,8 @@ class Engine:
     def __init__(self) -> None:
         self.paused = False
         self.model_executor = Executor()
-        self.scheduler = SimpleNamespace(reset_encoder_cache=lambda: None)
-        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
+        self.scheduler = SimpleNamespace(reset_encoder_cache=lambda: None, requests={})
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True), lora_config=None)
 
     def pause_scheduler(self, mode: str = "abort", *, clear_cache: bool = True) -> None:
         self.paused = True
@@ -113,6 +114,7 @@ class Rig:
         controller._engine, controller._run_on_loop = self.engine, self.loop.append
         controller._idle_callback, controller._calls, controller._call_ids = None, {}, itertools.count()
         controller._foreign = ForeignCalls(self.engine, lambda event: self.take(event(self.participant)), can_wait=True)
+        controller._adapters = Adapters(self.engine)
         controller.endpoint = SimpleNamespace(  # type: ignore[assignment]
             post=lambda event: self.take(event()),
             participant=self.participant,
@@ -135,7 +137,7 @@ class Rig:
                 case CallResume():
                     self.controller.resume(effect)
                 case CallCommit():
-                    self.controller.commit(effect.update, effect.version)
+                    self.controller.commit(effect)
                 case CallSleep() | CallWakeUp():
                     self.controller.change_sleep(effect)
 

@@ -12,7 +12,7 @@ from groups import update
 from raw_client import RawClient
 from waiting import eventually
 
-from areal_vllm_ext import EngineGroup, PauseFailed, UpdateAborted, UpdateInDoubt
+from areal_vllm_ext import ArealError, EngineGroup, PauseFailed, UpdateAborted, UpdateInDoubt
 from areal_vllm_ext.client import driver
 from areal_vllm_ext.config import Settings
 from areal_vllm_ext.protocol import (
@@ -224,6 +224,30 @@ def test_an_engine_that_was_away_while_the_others_aborted_is_stale(ready: Deploy
     assert (away.version, other.version) == (1, 0)
     participant = other.endpoint.participant
     assert participant.committed_epoch > 1, "they did not agree anew"
+
+
+@pytest.mark.parametrize("phase", ["prepare", "pause", "commit"])
+def test_an_engine_that_ends_says_why(
+    ready: Deployment, key_file: Path, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process ends by itself, because a worker was lost, for example."""
+    monkeypatch.setattr(driver, "_ABORT_SECONDS", 0.2)
+    ready.engines[1].seconds[phase] = NEVER
+    if phase == "commit":
+        ready.engines[0].errors["commit"] = "out of memory"
+
+    def end(reached: str) -> None:
+        if reached == phase:
+            threading.Timer(
+                0.3, ready.engines[1].endpoint.stop, ["its process ends (RuntimeError: Executor failed.)"]
+            ).start()
+
+    with (
+        EngineGroup.connect(ready.directory, key_file=key_file) as group,
+        pytest.raises(ArealError, match=r"pid .*: its process ends \(RuntimeError: Executor failed.\)"),
+        group.update(1, timeout=1.5, on_phase=end) as opened,
+    ):
+        opened.send("/nowhere")
 
 
 def test_commits_that_nobody_answers_are_an_error_of_their_own(ready: Deployment, key_file: Path) -> None:
