@@ -176,7 +176,9 @@ def test_a_trainer_that_broadcasts(served: Served, group: EngineGroup, server: S
         for _ in range(3):
             assert server.refused("/areal_continue_generation") == problem
         assert served.weights == serving_now
-        # The groups are gone with it, and the next calls say so.
+        # The groups are gone with it: a broadcast fails instead of waiting for ever, and the next calls say so.
+        with pytest.raises(RuntimeError):
+            trainer.broadcast([torch.zeros(2_000_000)]).result(20)
         server.ok("/areal_pause_generation")
         assert "/areal_init_weights_update_group first" in server.refused("/areal_set_update_weight_meta", meta(first))
         server.ok("/areal_continue_generation")

@@ -13,7 +13,7 @@ from areal_vllm_ext.protocol import Bucket, TensorMeta, TorchGroup
 from areal_vllm_ext.transport.base import Cancelled, PeerLost, WorkerSite
 from areal_vllm_ext.transport.buckets import packed_layout, unpack
 from areal_vllm_ext.transport.gloo_process import split_rendezvous
-from areal_vllm_ext.transport.torch_group import TorchGroupSource
+from areal_vllm_ext.transport.torch_group import NcclGroup, TorchGroupSource
 from areal_vllm_ext.worker.sources import Sources
 from harness.torch_trainer import TorchTrainer, torch_trainer
 
@@ -159,3 +159,36 @@ def test_a_name_is_joined_again_and_a_lost_group_is_named() -> None:
 def test_the_rendezvous_may_be_an_ipv6_address() -> None:
     assert split_rendezvous("[fe80::1]:29500") == ("fe80::1", 29500)
     assert split_rendezvous("10.0.0.1:29500") == ("10.0.0.1", 29500)
+
+
+def test_nccls_id_is_read_where_torchs_backend_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store and its prefixes are torch's own; NCCL itself needs GPUs."""
+    from torch.distributed import PrefixStore, TCPStore
+
+    joined: list[tuple[object, ...]] = []
+
+    def join(unique_id: str, rank: int, size: int, device: torch.device, *_: object) -> object:
+        joined.append((unique_id, rank, size, device))
+        return object()
+
+    monkeypatch.setattr("areal_vllm_ext.transport.broadcast.NcclCommunicator", join)
+    master = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+    to = TorchGroup(
+        backend="nccl",
+        group="update_weight_group",
+        joining="1",
+        world_size=2,
+        ranks={0: 1},
+        rendezvous=f"127.0.0.1:{master.port}",
+    )
+    group = NcclGroup(to, 1, torch.device("cpu"), 5.0)
+    with pytest.raises(TimeoutError, match=r"the trainer did not begin to broadcast within 0\.2 s"):
+        group.start(torch.empty(0), [], 0.2, lambda: False)
+    store: object = master
+    # What ``init_custom_process_group`` and torch's ``_new_process_group_helper`` put around the store.
+    for prefix in ("update_weight_group", "update_weight_group/", "cuda/"):
+        store = PrefixStore(prefix, store)
+    unique_id = bytes(range(128))
+    store.set("0", unique_id)  # type: ignore[attr-defined] - the key of a group's first communicator
+    group.start(torch.empty(0), [], 5.0, lambda: False)
+    assert joined == [(unique_id.hex(), 1, 2, torch.device("cpu"))]
