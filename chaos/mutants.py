@@ -85,7 +85,6 @@ MUTANTS = {
             'if self.phase in ("begin", "prepare"):\n            return self.give_up(f"{name}: {cause}")',
         )
     ],
-    "an abort resumes what it paused": [(COORDINATOR, 'case "abort" if self._pause_sent:', 'case "abort" if False:')],
     "if one has committed, all do": [
         (RECOVERY, 'if status.update_phase == "prepared" and status.update in committed:', "if False:"),
     ],
