@@ -177,14 +177,17 @@ def _print_states(states: Sequence[EngineState]) -> None:
         "update phase": [state.update_phase for state in states],
         "requests": [str(state.requests) for state in states],
     }
-    asleep: dict[str, Sequence[str]] = {}
+    sometimes: dict[str, Sequence[str]] = {}
+    if any(state.adapters for state in states):
+        served = [sorted(state.adapters.items()) for state in states]
+        sometimes["adapters"] = [", ".join(f"{name} ({version})" for name, version in one) for one in served]
     if any(state.sleep not in ("awake", "") for state in states):
-        asleep["sleep"] = [state.sleep.replace("_", " ") for state in states]
+        sometimes["sleep"] = [state.sleep.replace("_", " ") for state in states]
     if any(state.free_memory is not None for state in states):
         free = [state.free_memory for state in states]
-        asleep["free memory"] = ["" if nbytes is None else f"{nbytes / 2**30:.1f} GiB" for nbytes in free]
+        sometimes["free memory"] = ["" if nbytes is None else f"{nbytes / 2**30:.1f} GiB" for nbytes in free]
     notes = [state.error for state in states]
-    print_table({**always, **asleep, **({"note": notes} if any(notes) else {})})
+    print_table({**always, **sometimes, **({"note": notes} if any(notes) else {})})
 
 
 def _pause(options: argparse.Namespace) -> int:

@@ -11,6 +11,8 @@ import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
+from .output_versions import OutputVersions
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -45,6 +47,7 @@ class Adapters:
         self._next_number = itertools.count(_FIRST_NUMBER)
         # Of all versions that requests may still ask for, by the name that the version has in the engine.
         self._numbers: dict[str, int] = {}
+        self._outputs = OutputVersions(engine)
         config = engine.vllm_config.lora_config
         # Adapters of other users that the workers have for certain, because vLLM has dropped none since.
         self._loaded: set[int] = set()
@@ -73,6 +76,7 @@ class Adapters:
         """Let requests that come from now on use what every worker has committed."""
         from vllm.lora.request import LoRARequest
 
+        before = {one.lora_name for one in self._current.values()}
         for name in units.removed:
             self._current.pop(name, None)
             self.versions.pop(name, None)
@@ -82,6 +86,8 @@ class Adapters:
             self._current[unit.name] = LoRARequest(own, numbers[unit.name], BY_VERSION)
             self.versions[unit.name] = version
         self._numbers = {own: number for own, number in self._numbers.items() if number in kept}
+        replaced = before - {one.lora_name for one in self._current.values()}
+        self._outputs.keep(str(getattr(self._engine, "_weight_version", "")), replaced)
 
     def resolve(self, wanted: LoRARequest) -> LoRARequest:
         """Return the request of the current version of an adapter; adapters of other users stay as they are.

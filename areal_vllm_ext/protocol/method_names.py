@@ -4,13 +4,16 @@ from __future__ import annotations
 
 _UPDATE = "use group.update_weights(...)"
 _SLEEP = "use group.sleep(...) and group.wake_up(...)"
+_ADAPTER = "use group.update_weights(adapters=...)"
 _INSTEAD = {
+    "add_lora": _ADAPTER,
     "execute_model": "send a request to the engine",
     "finish_weight_update": _UPDATE,
     "init_weight_transfer_engine": _UPDATE,
     "load_model": _UPDATE,
     "load_weights": _UPDATE,
     "reload_weights": _UPDATE,
+    "remove_lora": _ADAPTER,
     "reset_weights": _UPDATE,
     "shutdown": "stop the engine's server",
     "sleep": _SLEEP,

@@ -26,6 +26,7 @@ from real_receivers import (  # noqa: F401 - fixtures
 )
 
 from areal_vllm_ext import AsyncEngineGroup, EngineGroup, InvalidWeights, UpdateAborted
+from areal_vllm_ext.cli.group import _print_states as print_states
 from areal_vllm_ext.worker.adapters.store import AdapterStore
 
 CONFIG = {"r": 2, "target_modules": {"b", "a"}}
@@ -68,12 +69,16 @@ def assert_brought(served: Served, **expected: int) -> None:
             assert all(torch.equal(given[key], one) for key, one in tensors(seed).items())
 
 
-def test_adapters_alone_leave_base_weights_as_they_are(served: Served, group: EngineGroup) -> None:
+def test_adapters_alone_leave_base_weights_as_they_are(
+    served: Served, group: EngineGroup, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = group.update_weights(version=1, adapters={"math": adapter(1), "code": adapter(2)}, timeout=20)
     assert_brought(served, math=1, code=2)
     assert all(held == {} for held in served.weights.values())
     assert result.adapters == {"math": 1, "code": 1}
     assert result.nbytes > 0
+    print_states(group.status())
+    assert "code (1), math (1)" in capsys.readouterr().out
     group.update_weights(version=2, adapters={"math": adapter(3), "code": None}, timeout=20)
     assert_brought(served, math=3)
     assert [(state.version, dict(state.adapters)) for state in group.status()] == [(2, {"math": 2})] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,8 @@ class Engine:
         self.loaded: list[int] = []
         self.added: list[Request] = []
         self.errors: list[str] = []
+        self._weight_version = "start"
+        self.output_queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.adapters = Adapters(self)
 
     def add_lora(self, wanted: Any) -> None:
@@ -63,7 +66,25 @@ class Engine:
         numbers = self.adapters.numbers_of(units)
         kept = self.adapters.in_use_after(units, numbers)
         self.adapters.commit(units, numbers, kept, str(version))
+        self._weight_version = str(version)
         return kept
+
+    def _attach_weight_version(self, outputs: dict[int, Any]) -> None:
+        for batch in outputs.values():
+            batch.weight_version = self._weight_version
+
+    def outputs(self, *requests: str, finished: tuple[str, ...] = ()) -> list[tuple[list[str], str]]:
+        """Which requests' outputs leave the engine together, and the version that they carry."""
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+
+        made = [
+            EngineCoreOutput(name, [1], finish_reason=FinishReason.STOP if name in finished else None)
+            for name in requests
+        ]
+        batches = {0: EngineCoreOutputs(outputs=made)}
+        self._attach_weight_version(batches)
+        sent = [self.output_queue.get()[1] for _ in range(self.output_queue.qsize())]
+        return [([one.request_id for one in batch.outputs], batch.weight_version) for batch in (*sent, batches[0])]
 
     def hears(self, adapter: Any) -> Request:
         """A request that its thread has read, and that waits for the loop."""
@@ -108,6 +129,19 @@ def test_a_version_that_comes_again_while_requests_run_on_it_has_its_number() ->
     engine.commit(math="two")
     engine.commit(math="one")
     assert engine.hears(lora("math")).lora_request.lora_int_id == request.lora_request.lora_int_id
+
+
+def test_outputs_carry_the_version_of_their_requests_adapter() -> None:
+    engine = Engine()
+    engine.commit(1, math="one", code="one")
+    engine.scheduler.requests = {name: engine.hears(lora(name)) for name in ("math", "code")}
+    engine.scheduler.requests["base"] = engine.hears(None)
+    assert engine.outputs("math", "code", "base") == [(["math", "code", "base"], "1")]
+    engine.commit(2, math="two")
+    engine.commit(3, math="three")
+    assert engine.outputs("math", "code", "base") == [(["math"], "1"), (["code", "base"], "3")]
+    assert engine.outputs("math", "base", finished=("math",)) == [(["math"], "1"), (["base"], "3")]
+    assert engine.outputs("math", "base") == [(["math", "base"], "3")], "another request of that name"
 
 
 def test_a_removed_adapter_is_an_error_of_its_request_only() -> None:
