@@ -177,8 +177,8 @@ class AsyncEngineGroup:
 
         Args:
             mode: ``keep`` freezes requests, ``wait`` lets them finish, ``abort`` ends them.
-            kv: ``keep`` (the default) keeps cached keys and values, because a pause alone changes no weights.
-                ``recompute`` drops them, and frozen requests compute theirs again.
+            kv: ``keep`` (the default) keeps cached keys and values, because a pause alone changes no weights; so does
+                ``reuse``. ``recompute`` drops them, and frozen requests compute theirs again.
             timeout: seconds. After them the pause is taken back on every engine.
             lease: seconds after which engines resume by themselves once this group is closed or its process is gone.
                 Engines that are set to stay paused do not resume. None: engines stay paused until somebody resumes them.

@@ -29,6 +29,7 @@ from .endpoint import Endpoint
 from .foreign_calls import ForeignCalls
 from .identity import describe_engine, directory_address, engine_count, worker_ranks
 from .native_transfer import version_of
+from .prefix_root import PrefixRoot
 from .sleep import ALL
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Controller:
         self._idle_callback: Callable[..., None] | None = None
         self._calls: dict[int, float] = {}
         self._call_ids = itertools.count()
+        self._prefix_root = PrefixRoot(engine)
         config = engine.vllm_config
         self._adapters = Adapters(engine)
         self._foreign = ForeignCalls(
@@ -180,7 +182,7 @@ class Controller:
             if not error:
                 self._foreign.paused = self._foreign.paused or effect.users
                 try:
-                    self._drop_caches(effect)
+                    self._drop_caches(values=effect.clear_cache, encoders=not effect.users, root=effect.root)
                 except Exception as problem:
                     error = error_of(problem)
             report(error)
@@ -264,7 +266,7 @@ class Controller:
             if not self.is_paused():
                 raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
             self._engine.collective_rpc("areal_commit_fetched", args=(effect.fetch, effect.update))
-            self._drop_caches(CallPause(0, "keep", clear_cache=True))
+            self._drop_caches(values=True, encoders=True, root=effect.update)
             self._foreign.discarded = ""
             self._set_version(effect.version)
             report("")
@@ -357,16 +359,16 @@ class Controller:
         callbacks: list[Callable[..., None]] = getattr(self._engine, "_idle_state_callbacks", [])
         return callbacks
 
-    def _drop_caches(self, effect: CallPause) -> None:
-        """Drop what was computed from the old weights: keys and values if asked for, and encoder outputs."""
-        if effect.clear_cache and not self._engine.reset_prefix_cache(
-            reset_running_requests=True, reset_connector=True
-        ):
+    def _drop_caches(self, *, values: bool, encoders: bool, root: str) -> None:
+        """Drop what was computed from old weights: keys and values, encoder outputs, and by ``root`` the way to find any."""
+        if values and not self._engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
             raise RuntimeError("vLLM did not drop its cached keys and values")
-        if not effect.users:
+        if encoders:
             # vLLM's ``reset_encoder_cache`` does the same, but warns at each update that has frozen requests.
             self._engine.scheduler.reset_encoder_cache()
             self._engine.model_executor.reset_encoder_cache()
+        if root:
+            self._prefix_root.move(root)
 
     def _cancel_pending_pause(self) -> bool:
         """Undo a pause that has not completed; return False if none is pending."""

@@ -32,13 +32,15 @@ class Order:
 class CallPause:
     """Pause the engine; report to ``pause_done`` with ``call``.
 
-    ``users``: the pause is a user's own, so it outlasts updates. ``clear_cache``: drop cached keys and values.
+    ``users``: the pause is a user's own, so it outlasts updates. ``clear_cache``: drop cached keys and values. ``root``: new
+    requests find no keys and values that were cached under another root; empty: the root stays.
     """
 
     call: int
     mode: PauseMode
     clear_cache: bool
     users: bool = False
+    root: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,8 @@ class GenerationMachine:
         if same:
             return []
         self._paused_before = self.state == "paused" or (self.state == "pausing" and self._paused_before)
-        return [self._pause(message.mode, message.update, clear=clear, users=not message.update)]
+        root = message.update if message.kv != "reuse" else ""
+        return [self._pause(message.mode, message.update, clear=clear, users=not message.update, root=root)]
 
     def keep_paused(self, message: KeepPaused, now: float) -> bool:
         """Renew the lease of ``message.holder``'s own pause; return False if there is no such pause."""
@@ -207,10 +208,10 @@ class GenerationMachine:
             effects.append(CallCancelPause(self._call))
         return effects
 
-    def _pause(self, mode: PauseMode, called_for: str, *, clear: bool, users: bool) -> CallPause:
+    def _pause(self, mode: PauseMode, called_for: str, *, clear: bool, users: bool, root: str = "") -> CallPause:
         self._call += 1
         self.state, self.mode, self._cache_cleared, self._called_for = "pausing", mode, clear, called_for
-        return CallPause(self._call, mode, clear, users)
+        return CallPause(self._call, mode, clear, users, root)
 
     def _hold(self, holder: str, lease: float, now: float) -> None:
         self._holder, self.orphaned = holder, False

@@ -29,7 +29,7 @@ Generation = Literal["running", "pausing", "paused", "resuming"]
 SleepState = Literal["awake", "weights_only", "asleep_1", "asleep_2"]
 SleepLevel = Literal[1, 2]
 SleepTag = Literal["weights", "kv_cache"]
-KVPolicy = Literal["keep", "recompute"]
+KVPolicy = Literal["recompute", "keep", "reuse"]
 StagingKind = Literal["auto", "device", "host"]
 ErrorKind = Literal[
     "malformed",  # the frames or the message could not be read

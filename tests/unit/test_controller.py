@@ -25,6 +25,7 @@ from areal_vllm_ext.engine_core.effects import (
 )
 from areal_vllm_ext.engine_core.foreign_calls import ForeignCalls
 from areal_vllm_ext.engine_core.participant import Participant, ParticipantRequest
+from areal_vllm_ext.engine_core.prefix_root import PrefixRoot
 from areal_vllm_ext.observability.spans import SpanRecorder
 from areal_vllm_ext.protocol import (
     Ack,
@@ -74,6 +75,7 @@ class Engine:
         self.paused = False
         self.model_executor = Executor()
         self.scheduler = SimpleNamespace(reset_encoder_cache=lambda: None, requests={})
+        self.request_block_hasher = None
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True), lora_config=None)
 
     def pause_scheduler(self, mode: str = "abort", *, clear_cache: bool = True) -> None:
@@ -113,6 +115,7 @@ class Rig:
         controller = Controller.__new__(Controller)  # its endpoint would need sockets, and its engine a model
         controller._engine, controller._run_on_loop = self.engine, self.loop.append
         controller._idle_callback, controller._calls, controller._call_ids = None, {}, itertools.count()
+        controller._prefix_root = PrefixRoot(self.engine)
         controller._foreign = ForeignCalls(self.engine, lambda event: self.take(event(self.participant)), can_wait=True)
         controller._adapters = Adapters(self.engine)
         controller.endpoint = SimpleNamespace(  # type: ignore[assignment]
@@ -161,6 +164,18 @@ class Rig:
         for step in ("begin", "prepare"):
             self.ask(Prepare(epoch=1, update="u", buckets={0: 0}))
             self.take(self.participant.worker_done(WorkerDone(update="u", rank=0, step=step, manifest="m")))
+
+
+@pytest.mark.parametrize(
+    ("kv", "update", "root"), [("recompute", "u", "u"), ("keep", "u", "u"), ("reuse", "u", ""), ("recompute", "", "")]
+)
+def test_an_update_moves_the_root_of_the_prefix_cache_before_it_commits(kv: Any, update: str, root: str) -> None:
+    rig = Rig()
+    rig.prepare()
+    rig.ask(Pause(epoch=1, mode="keep", kv=kv, timeout=9.0, update=update))
+    assert rig.controller._prefix_root.root == ""
+    rig.step()
+    assert rig.controller._prefix_root.root == root
 
 
 def test_a_pause_and_a_resume() -> None:

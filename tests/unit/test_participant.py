@@ -205,7 +205,7 @@ def test_an_update_goes_from_begin_to_the_new_version() -> None:
     assert rig.state == ("prepared", "running")
     pause = rig.pause("keep", "recompute", update="u")
     assert rig.state == ("prepared", "pausing")
-    assert rig.calls == [CallPause(1, "keep", clear_cache=True)]
+    assert rig.calls == [CallPause(1, "keep", clear_cache=True, root="u")]
     rig.paused()
     assert rig.acked(pause)
     commit = rig.commit()

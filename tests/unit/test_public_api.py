@@ -153,7 +153,7 @@ def test_other_versions_are_refused(given: object) -> None:
     [
         ({"transport": "nccl"}, "transport must be one of 'auto', 'broadcast', 'ipc', 'shared_memory', not 'nccl'"),
         ({"mode": "stop"}, "mode must be one of 'abort', 'wait', 'keep', not 'stop'"),
-        ({"kv": "drop"}, "kv must be one of 'keep', 'recompute', not 'drop'"),
+        ({"kv": "drop"}, "kv must be one of 'recompute', 'keep', 'reuse', not 'drop'"),
         ({"staging": "disk"}, "staging must be one of .*, not 'disk'"),
         ({"bucket_mib": 1.5}, "bucket_mib must be an integer, not 1.5"),
         ({"bucket_mib": 0}, "bucket_mib must be above 0, not 0"),

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 import torch
@@ -90,11 +90,14 @@ def test_async_group_does_the_same(cluster: Cluster) -> None:
     cluster.assert_serves_trainers_weights()
 
 
-def test_prefix_cache_of_old_weights_is_not_used(cluster: Cluster, group: EngineGroup) -> None:
+@pytest.mark.parametrize("kv", ["recompute", "keep"])
+def test_prefix_cache_of_old_weights_is_not_used(
+    cluster: Cluster, group: EngineGroup, kv: Literal["recompute", "keep"]
+) -> None:
     long_prompt = [3 + i % 200 for i in range(300)]  # several full blocks, so that it is cached
     for rank in (0, 1):
         cluster.complete(rank, long_prompt)
-    with group.update(cluster.train(), timeout=60) as update:
+    with group.update(cluster.train(), timeout=60, kv=kv) as update:
         update.send(cluster.model)
     for rank in (0, 1):
         assert cluster.generated(rank, [long_prompt]) == cluster.oracle([long_prompt])
