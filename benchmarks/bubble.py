@@ -119,6 +119,7 @@ def main() -> int:
     for version in (1, 2):
         trainer.set(version)
         sets.append([(name, tensor.clone()) for name, tensor in trainer.weights()])
+    trainer.set(0)  # what the engines start from
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serving(trainer, place, options.logs, native=options.native))
         groups = connected(server, stack, options)
