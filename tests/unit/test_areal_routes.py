@@ -22,8 +22,11 @@ from safetensors.torch import save_file
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.client.group import AsyncEngineGroup
+from areal_vllm_ext.integrations.areal.limits import Limits
+from areal_vllm_ext.integrations.areal.names import outdated
 from areal_vllm_ext.integrations.areal.routes import attach
-from areal_vllm_ext.integrations.areal.session import Limits, Session
+from areal_vllm_ext.integrations.areal.session import Session
+from areal_vllm_ext.worker.adapters.store import AdapterStore
 from harness.torch_trainer import TorchTrainer, torch_trainer
 
 WORKERS = 4  # of two engines
@@ -183,7 +186,8 @@ def test_a_trainer_that_broadcasts(served: Served, group: EngineGroup, server: S
         assert "/areal_init_weights_update_group first" in server.refused("/areal_set_update_weight_meta", meta(first))
         server.ok("/areal_continue_generation")
 
-    # The trainer starts again, under the same name.
+
+def test_a_trainer_starts_again_under_the_same_name(served: Served, group: EngineGroup, server: Server) -> None:
     with torch_trainer(WORKERS + 1, GROUP) as trainer:
         join(server, trainer)
         new = weights(4)
@@ -193,6 +197,17 @@ def test_a_trainer_that_broadcasts(served: Served, group: EngineGroup, server: S
         server.ok("/areal_continue_generation")
         assert served.serves(new)
 
+        # A trainer that pauses again gives up what it began. Its group ends, so that no broadcast of it waits for ever.
+        server.ok("/areal_pause_generation")
+        send_bucket(server, trainer, buckets(weights(5))[0])
+        server.ok("/areal_pause_generation")
+        with pytest.raises(RuntimeError):
+            trainer.broadcast([torch.zeros(2_000_000)]).result(20)
+        server.ok("/areal_continue_generation")
+        assert served.serves(new)
+
+    with torch_trainer(WORKERS + 1, GROUP) as trainer:
+        join(server, trainer)
         # An update that lacks a tensor is a no at continue, on every engine.
         server.ok("/areal_pause_generation")
         send_bucket(server, trainer, buckets(weights(5))[0])
@@ -254,7 +269,7 @@ def test_calls_out_of_order_say_what_to_do(group: EngineGroup, server: Server) -
     assert "before" in server.refused("/areal_update_weights_xccl")
     server.ok("/areal_continue_generation")
     for path in ("/areal_set_update_weight_meta_lora", "/areal_update_weights_lora_xccl", "/areal_update_weights_lora"):
-        assert "use full weights" in server.refused(path, {"lora_name": "a"})
+        assert "weight_update_mode: disk" in server.refused(path, {"lora_name": "a"})
     assert generations(group) == before
 
 
@@ -363,3 +378,51 @@ def test_engines_that_sleep_wake_up_with_what_came_meanwhile(
     server.ok("/sleep")
     assert "nowhere" in server.refused("/areal_update_weights", {"model_path": str(tmp_path / "nowhere")})
     server.ok("/wake_up")
+
+
+def save_adapter(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """A directory as peft writes it."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"base_model.model.a.lora_A.weight": (2, 7), "base_model.model.a.lora_B.weight": (33, 2)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["a"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def test_an_adapter_from_disk_is_committed_at_continue_and_old_names_go(
+    served: Served, group: EngineGroup, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdapterStore, "load", lambda _, __, given, ___: dict(given))  # without vLLM's LoRA
+    served.adapters.clear()
+    for number in (101, 102, 103):
+        folder = tmp_path / str(number)
+        tensors = save_adapter(folder, number)
+        server.ok("/areal_pause_generation")
+        server.ok("/v1/load_lora_adapter", {"lora_path": str(folder), "lora_name": f"lora-v{number}"})
+        assert f"lora-v{number}" not in group.status()[0].adapters
+        for file in folder.iterdir():
+            file.unlink()
+        assert "unload x after" in server.refused("/v1/unload_lora_adapter", {"lora_name": "x"})
+        server.ok("/areal_continue_generation")
+        assert generations(group) == [("running", number)] * 2
+        for held in served.adapters.values():
+            given = held[f"lora-v{number}"]
+            assert sorted(given) == sorted(tensors)
+            assert all(torch.equal(given[name], tensor) for name, tensor in tensors.items())
+    assert [set(state.adapters) for state in group.status()] == [{"lora-v102", "lora-v103"}] * 2
+    server.ok("/v1/unload_lora_adapter", {"lora_name": "lora-v102"})
+    assert [set(state.adapters) for state in group.status()] == [{"lora-v103"}] * 2
+    server.ok("/areal_pause_generation")
+    assert "nowhere" in server.refused("/v1/load_lora_adapter", {"lora_path": "/nowhere", "lora_name": "lora-v104"})
+    assert {generation for generation, _ in generations(group)} == {"running"}
+    assert "nowhere" in server.refused("/areal_continue_generation")
+    server.ok("/v1/unload_lora_adapter", {"lora_name": "lora-v103"})
+
+
+def test_versions_of_an_adapter_that_are_not_needed_go() -> None:
+    assert outdated("a-v4", ["a-v1", "a-v2", "a-v3", "b-v1", "a", "a-v9", "a-b-v1"]) == ["a-v1", "a-v2"]
+    assert outdated("a-v10", ["a-v9", "a-v2"]) == ["a-v2"]
+    assert outdated("a", ["a-v1", "a-v2"]) == []

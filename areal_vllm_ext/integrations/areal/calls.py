@@ -48,6 +48,19 @@ class Disk(msgspec.Struct, frozen=True):
     model_path: Annotated[str, msgspec.Meta(min_length=1)]
 
 
+class LoadAdapter(msgspec.Struct, frozen=True):
+    """``/v1/load_lora_adapter``. The name is ``{adapter}-v{N}``, and so is that of the model in requests."""
+
+    lora_path: Annotated[str, msgspec.Meta(min_length=1)]
+    lora_name: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True):
+    """``/v1/unload_lora_adapter``."""
+
+    lora_name: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+
+
 def decode(kind: type[Call], body: bytes) -> Call:
     """Decode a body; fields that are not known are ignored, as AReaL's own server does.
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import Settings
 from ...errors import SettingsError
-from .calls import Disk, Init, Meta, Refused, decode
-from .session import Limits, Session
+from .calls import Disk, Init, LoadAdapter, Meta, Refused, UnloadAdapter, decode
+from .limits import Limits
+from .session import Session
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -50,6 +51,14 @@ async def _disk(session: Session, request: Request) -> str:
     return await session.disk(decode(Disk, await request.body()))
 
 
+async def _load_adapter(session: Session, request: Request) -> str:
+    return await session.load_adapter(decode(LoadAdapter, await request.body()))
+
+
+async def _unload_adapter(session: Session, request: Request) -> str:
+    return await session.unload_adapter(decode(UnloadAdapter, await request.body()).lora_name)
+
+
 async def _pause(session: Session, request: Request) -> str:  # noqa: ARG001 - its body is empty
     return await session.pause()
 
@@ -73,7 +82,9 @@ async def _wake_up(session: Session, request: Request) -> str:
 
 
 async def _lora(session: Session, request: Request) -> str:  # noqa: ARG001 - refused, whatever it says
-    raise Refused("LoRA adapters are not updated by AReaL's routes yet: use full weights (use_lora: false)")
+    raise Refused(
+        "LoRA adapters are not taken from a process group yet: set weight_update_mode: disk, or use_lora: false"
+    )
 
 
 HANDLERS: dict[str, Handler] = {
@@ -81,6 +92,8 @@ HANDLERS: dict[str, Handler] = {
     "/areal_set_update_weight_meta": _meta,
     "/areal_update_weights_xccl": _xccl,
     "/areal_update_weights": _disk,
+    "/v1/load_lora_adapter": _load_adapter,
+    "/v1/unload_lora_adapter": _unload_adapter,
     "/areal_pause_generation": _pause,
     "/areal_continue_generation": _continue,
     "/sleep": _sleep,

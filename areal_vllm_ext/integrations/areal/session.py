@@ -14,39 +14,24 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Literal
 
 from ...client.relay import Relay, TrainerGroup, join
 from ...errors import ArealError, UpdateInDoubt, WeightsTainted
-from .calls import Disk, Init, Meta, Refused
+from .calls import Disk, Init, LoadAdapter, Meta, Refused
 from .kept_files import KeptFiles
+from .limits import Limits
+from .names import outdated, version_of_adapter, version_of_path
 from .servers import Servers, followed
 
 if TYPE_CHECKING:
     from ...client.group import AsyncEngineGroup
+    from ...client.lora import AdapterSource
     from ...client.update import AsyncUpdate
     from ...protocol import SleepTag, Version
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
-
-_VERSION_OF_PATH = re.compile(r"weight_update_v(\d+)/*$")
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How long the trainer may take, in seconds.
-
-    Attributes:
-        join: until every rank of its process group is there.
-        idle: between two of its calls, from pause to continue. After it the update is given up and engines generate again.
-        update: for a whole update, as AReaL's own requests.
-    """
-
-    join: float = 300.0
-    idle: float = 600.0
-    update: float = 3600.0
 
 
 @dataclasses.dataclass
@@ -65,7 +50,7 @@ class _OpenUpdate:
 class Session:
     """One trainer's calls on one server. Several servers of one directory: the first of them acts, the others follow it."""
 
-    def __init__(self, engines: AsyncEngineGroup, own: tuple[str, int], limits: Limits = Limits()) -> None:
+    def __init__(self, engines: AsyncEngineGroup, own: tuple[str, int], limits: Limits) -> None:
         """
         Args:
             engines: the deployment.
@@ -80,7 +65,7 @@ class Session:
         self._paused = False
         # Why the last update failed. Continue answers it until the trainer begins again.
         self._failure = ""
-        # Whether the open update, or the last one, has asked workers to receive.
+        # Whether workers have been asked to receive tensors of an update that has not been committed.
         self._received = False
         # Whether engines sleep, and with what they wake up.
         self._asleep = False
@@ -109,6 +94,14 @@ class Session:
     async def disk(self, call: Disk) -> str:
         """Stage a checkpoint directory on every worker of every engine."""
         return await self._do(lambda: self._disk(call))
+
+    async def load_adapter(self, call: LoadAdapter) -> str:
+        """Stage a LoRA adapter from its directory, on every worker of every engine."""
+        return await self._do(lambda: self._load_adapter(call))
+
+    async def unload_adapter(self, name: str) -> str:
+        """Have every engine serve an adapter no longer."""
+        return await self._do(lambda: self._unload_adapter(name))
 
     async def resume(self) -> str:
         """Commit what was staged on every engine, or on none, and let them generate."""
@@ -262,8 +255,9 @@ class Session:
         await opened.relay.begin(list(self._groups.values()))
 
     async def _disk(self, call: Disk) -> str:
-        found = _VERSION_OF_PATH.search(call.model_path)
-        version = int(found[1]) if found else await self._next_version()
+        version = version_of_path(call.model_path)
+        if version is None:
+            version = await self._next_version()
         if leader := await self._servers.leader():
             self._servers.expect(version)
             return followed(leader)
@@ -287,6 +281,41 @@ class Session:
 
         await self._staging(stage)
         return f"version {version} is staged on every engine"
+
+    async def _load_adapter(self, call: LoadAdapter) -> str:
+        version = version_of_adapter(call.lora_name)
+        if version is None:
+            version = await self._next_version()
+        if leader := await self._servers.leader():
+            self._servers.expect(version)
+            return followed(leader)
+        adapters: dict[str, AdapterSource | None] = {call.lora_name: call.lora_path}
+        served = {name for state in await self._engines.status() for name in state.adapters}
+        adapters |= dict.fromkeys(outdated(call.lora_name, served))
+        if self._failure:
+            await self._hold()
+            self._failure = ""
+        if not self._paused:
+            await self._engines.update_weights(version=version, adapters=adapters, timeout=self._limits.update)
+            return f"every engine serves the adapter {call.lora_name}"
+
+        async def stage() -> None:
+            await self._give_up("another update begins")
+            opened = await self._enter(version)
+            await opened.update.change_adapters(adapters)
+            await opened.update.prepare()
+
+        await self._staging(stage)
+        return f"the adapter {call.lora_name} is staged on every engine"
+
+    async def _unload_adapter(self, name: str) -> str:
+        if leader := await self._servers.leader():
+            return followed(leader)
+        if self._open is not None:
+            raise Refused(f"an update is staged: unload {name} after /areal_continue_generation")
+        version = max(await self._next_version() - 1, 0)
+        await self._engines.update_weights(version=version, adapters={name: None}, timeout=self._limits.update)
+        return f"no engine serves the adapter {name}"
 
     async def _enter(self, version: Version) -> _OpenUpdate:
         update = self._engines.update(version, timeout=self._limits.update)
@@ -347,6 +376,9 @@ class Session:
     async def _give_up(self, reason: str) -> None:
         """Give up the open update, if any: every engine keeps its old weights."""
         opened, self._open = self._open, None
+        if self._received:  # workers leave the groups of an update that is given up
+            self._groups.clear()
+            self._received = False
         if opened is None:
             return
         try:
@@ -356,8 +388,6 @@ class Session:
 
     async def _fail(self, reason: str) -> None:
         """Give up the open update and let engines generate with their old weights. Continue answers ``reason``."""
-        if self._received:
-            self._groups.clear()  # workers leave the groups of an update that fails
         self._failure = reason
         await self._give_up(reason)
         try:
@@ -394,8 +424,7 @@ class Session:
         try:
             await self._engines.update_weights(kept.path, version=version, timeout=self._limits.update)
         finally:
-            # A second try would not find anything else in these files.
-            self._drop_kept()
+            self._drop_kept()  # a second try would find the same
 
     async def _sleeps(self) -> bool:
         return any(state.sleep.startswith("asleep") for state in await self._engines.status())
