@@ -11,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from ..vllm_patching import is_ours, patch_once
+from ..vllm_versions import present, ray_executors
 from .launch_facts import LAUNCH_FACTS_VARIABLE, LaunchFacts, leave_launch_facts
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def control_in_process_engines() -> None:
 
     patch_once(InprocClient, "__init__", in_process.start_control)
     patch_once(InprocClient, "get_output", lambda original: in_process.locked(in_process.with_aborted(original)))
-    for name in ("add_request", "abort_requests", "sleep", "wake_up", "collective_rpc", "set_weight_version"):
+    names = ("add_request", "abort_requests", "sleep", "wake_up", "collective_rpc")
+    for name in (*names, *present(InprocClient, "set_weight_version")):
         patch_once(InprocClient, name, in_process.locked)
     patch_once(InprocClient, "shutdown", in_process.stop_control)
 
@@ -116,8 +118,6 @@ def put_ray_workers_into_given_placement_group() -> None:
     group = os.environ.get("AREAL_VLLM_PLACEMENT_GROUP")
     if not group:
         return
-    from vllm.v1.executor.ray_executor import RayDistributedExecutor
-    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
@@ -130,7 +130,7 @@ def put_ray_workers_into_given_placement_group() -> None:
 
         return _init_executor
 
-    for owner in (RayDistributedExecutor, RayExecutorV2):
+    for owner in ray_executors():
         patch_once(owner, "_init_executor", make)
 
 

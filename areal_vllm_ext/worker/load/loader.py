@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...transport.base import Cancelled
+from ...vllm_versions import forget_loading_layers
 from .cpu_packing import ATTRIBUTE
 from .plan import LoadPlan, PlanRun
 from .proof import readable
@@ -247,7 +248,7 @@ def leave_reload(model: torch.nn.Module) -> None:
         if info.kernel_tensors is not None:
             layerwise._place_kernel_tensors(layer, info)  # noqa: SLF001 - as vLLM's own end of a reload does
         info.reset()
-    layerwise.LOADING_LAYERS.clear()
+    forget_loading_layers(layerwise)
     if hasattr(model, "_original_do_torchao_reload"):
         model._do_torchao_reload = model._original_do_torchao_reload  # noqa: SLF001
 

@@ -1,0 +1,57 @@
+"""This vLLM can be hooked: each patch applies to it. ``make matrix`` runs this file on every version that trainers pin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from areal_vllm_ext import plugin, vllm_versions
+from areal_vllm_ext.engine_core import hooks as engine_hooks
+from areal_vllm_ext.worker import hooks as worker_hooks
+
+PATCHES = (*engine_hooks.ENGINE_PATCHES, *worker_hooks.PLUGIN_PATCHES, *worker_hooks.WORKER_PATCHES)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
+def test_each_patch_applies(patch: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AREAL_VLLM_PLACEMENT_GROUP", "00" * 18)
+    patch()
+    patch()
+
+
+def test_the_plugin_registers() -> None:
+    plugin.register()
+    plugin.register()
+
+
+def test_an_executor_on_ray_is_known() -> None:
+    assert {executor.__name__ for executor in vllm_versions.ray_executors()} & {
+        "RayDistributedExecutor",
+        "RayExecutorV2",
+    }
+
+
+def test_a_module_that_cannot_be_imported_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_name: str) -> None:
+        raise ModuleNotFoundError("no module ray", name="ray")
+
+    monkeypatch.setattr(vllm_versions, "import_module", fails)
+    with pytest.raises(ModuleNotFoundError, match="no module ray"):
+        vllm_versions.ray_executors()
+
+
+def test_only_what_a_class_has_itself_is_present() -> None:
+    class Older:
+        def sleep(self) -> None: ...
+
+    assert vllm_versions.present(Older, "sleep") == ("sleep",)
+    assert vllm_versions.present(Older, "set_weight_version") == ()
+
+
+def test_a_reload_without_loading_layers_is_left() -> None:
+    vllm_versions.forget_loading_layers(SimpleNamespace())
+    layers = {1}
+    vllm_versions.forget_loading_layers(SimpleNamespace(LOADING_LAYERS=layers))
+    assert not layers
