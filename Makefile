@@ -5,7 +5,7 @@ JOBS := 2
 BIN := .venv/bin
 # Many images set it; each engine would then compile all of vLLM's modules again at its start, 25 seconds.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help set-up demo test test-unit test-deep test-models lint bench clean
+.PHONY: help set-up demo test test-unit test-deep test-integrations matrix test-models lint bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -29,6 +29,13 @@ test-unit: set-up ## Run the tests that start no vLLM: a first answer within 2 m
 test-deep: set-up ## Run the tests with many more hypothesis examples
 	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q -n $(JOBS) --timeout 7200 $(ARGS)
 
+test-integrations: set-up ## Run the tests with other packages (TRL), in .venv-integrations on top of .venv
+	@tools/set-up-integrations
+	@exec .venv-integrations/bin/python -m pytest -q $(ARGS) tests/with_packages
+
+matrix: set-up ## Test each vLLM that trainers pin, in an environment of its own (ARGS: versions; 3 to 9 GB at a time)
+	@exec $(BIN)/python tools/matrix $(ARGS)
+
 test-models: set-up ## Try updates on every family of models that vLLM serves, half an hour (ARGS: names of some)
 	@exec $(BIN)/python -m benchmarks.models $(ARGS)
 
@@ -43,6 +50,6 @@ bench: set-up ## Measure on this machine, an hour (ARGS: names of some; see benc
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## Remove all that the targets made, .venv too
-	flock .venv.lock rm -rf .venv
+	flock .venv.lock rm -rf .venv .venv-integrations .matrix
 	rm -rf build dist *.egg-info tools/*/build tools/*/*.egg-info .*_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

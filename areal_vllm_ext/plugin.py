@@ -30,10 +30,11 @@ def register_backends() -> None:
         from vllm.distributed.weight_transfer import factory
     except ImportError:
         return
-    for name, module, engine in (
-        ("WeightTransferEngineFactory", "worker_engine", "ArealWeightTransferEngine"),
-        ("WeightTransferTrainerFactory", "trainer", "ArealTrainerEngine"),
+    if not hasattr(factory, "WeightTransferTrainerFactory"):  # its worker engines are of another kind
+        return
+    for registry, module, engine in (
+        (factory.WeightTransferEngineFactory, "worker_engine", "ArealWeightTransferEngine"),
+        (factory.WeightTransferTrainerFactory, "trainer", "ArealTrainerEngine"),
     ):
-        if (registry := getattr(factory, name, None)) is not None:
-            with contextlib.suppress(ValueError):  # vLLM loads plugins more than once in some processes
-                registry.register_engine("areal", f"areal_vllm_ext.integrations.vllm.{module}", engine)
+        with contextlib.suppress(ValueError):  # vLLM loads plugins more than once in some processes
+            registry.register_engine("areal", f"areal_vllm_ext.integrations.vllm.{module}", engine)
