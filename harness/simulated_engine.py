@@ -129,6 +129,7 @@ class SimulatedEngine:
         live: digests of the weights that the workers serve.
         busy: how many requests for digests the workers refuse because of a commit.
         staged: called with the update's id at commit; a test with real receivers loads the tensors there.
+        fetched: the same for weights that were fetched from a peer, with the names of the fetch and of the peer's update.
     """
 
     def __init__(self, later: Later, shape: Shape) -> None:
@@ -146,6 +147,7 @@ class SimulatedEngine:
         self.version, self.model = shape.version, shape.model
         self.requests = 0
         self.staged: Callable[[str], None] = lambda _update: None
+        self.fetched: Callable[[str, str], None] = lambda _fetch, _update: None
         self.guarded = Guard()
         self.worker_ranks: Sequence[int] = (0,)
         self.method: Callable[[int, CallMethod], tuple[bytes, str, str]] = lambda _rank, effect: (
@@ -222,8 +224,12 @@ class SimulatedEngine:
         def done() -> None:
             error = self.errors.get("commit fetched", "")
             if not error:
-                assert not self.running
-                self.version = effect.version
+                try:
+                    assert not self.running
+                    self.fetched(effect.fetch, effect.update)
+                    self.version = effect.version
+                except Exception as problem:
+                    error = f"{type(problem).__name__}: {problem}"
             self.endpoint.post(lambda: self.endpoint.peering.returning.committed(error, time.monotonic()))
 
         self._later.call(self.seconds["commit"], done)
