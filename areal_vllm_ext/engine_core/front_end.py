@@ -7,7 +7,9 @@ utility call, when a name comes that it does not know, and otherwise once a seco
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import importlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
 _FRESH_SECONDS = 1.0
+_SERVING_MODULES = ("serve.engine.serving", "openai.engine.serving", "pooling.base.serving")
 
 
 class AdapterNames:
@@ -75,14 +78,24 @@ class AdapterNames:
             logger.warning("areal_vllm_ext: the engines do not say which adapters they serve: %s", error)
 
 
+def _model_checkers() -> list[type]:
+    """Return the classes that check the model of a request. They are in other modules from version to version."""
+    found = []
+    for name in _SERVING_MODULES:
+        with contextlib.suppress(ModuleNotFoundError):
+            module = importlib.import_module(f"vllm.entrypoints.{name}")
+            found += [one for one in vars(module).values() if isinstance(one, type) and "_check_model" in vars(one)]
+    if not found:
+        raise AttributeError("no class of vllm.entrypoints has _check_model")
+    return found
+
+
 def accept_adapter_names() -> None:
     """Patch the front end in this process.
 
     Not in every process that loads the plugin, because importing vLLM's HTTP front end takes long.
     """
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
-    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
-    from vllm.entrypoints.serve.engine.serving import BaseServing
 
     def check_first(original: Callable[..., Any]) -> Any:
         @functools.wraps(original)
@@ -102,6 +115,6 @@ def accept_adapter_names() -> None:
 
         return show_available_models
 
-    for owner in (BaseServing, PoolingBaseServing):
+    for owner in _model_checkers():
         patch_once(owner, "_check_model", check_first)
     patch_once(OpenAIServingModels, "show_available_models", ask_first)

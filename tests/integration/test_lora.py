@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from cluster import PROMPTS, TOKENS, start_cluster
+from cluster import PROMPTS, start_cluster
 
 from areal_vllm_ext import InvalidWeights, UpdateAborted
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from areal_vllm_ext import EngineGroup
 
+TOKENS = 8
 LONG = random.Random(1).choices(range(3, 100), k=305)  # many blocks of the prefix cache
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--max-cpu-loras", "2", "--max-model-len", "512")
 
@@ -55,10 +56,11 @@ def tokens_of(model: Any, prompt: list[int], tokens: int = TOKENS) -> list[int]:
 
 
 def assert_serves(cluster: Cluster, name: str, model: Any) -> None:
-    for prompt in (*PROMPTS, LONG):
+    for prompt in (PROMPTS[0], LONG):
         expected = tokens_of(model, prompt)
         for rank in (0, 1):
-            assert cluster.complete(rank, prompt, model=name)["token_ids"] == expected, (name, rank, len(prompt))
+            served = cluster.complete(rank, prompt, TOKENS, name)["token_ids"]
+            assert served == expected, (name, rank, len(prompt))
 
 
 def models(cluster: Cluster) -> set[str]:

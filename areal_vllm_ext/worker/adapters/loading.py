@@ -103,7 +103,7 @@ def _check_modules(manager: Any, helper: Any, names: list[str], rename: Any, ski
         if module == "experts":
             known.add(module)
     served = known
-    if manager.lora_config.target_modules is not None:
+    if getattr(manager.lora_config, "target_modules", None) is not None:
         wrapped = {name.rpartition(".")[2] for name in adapters.modules}
         served = {part for name in wrapped for part in adapters.packed_modules_mapping.get(name, [name])}
     for name in names:
@@ -143,7 +143,8 @@ def _check_pairs(
             continue
         module = path.removeprefix("base_model.model.")
         a, b = tuple(tensor.shape), tuple(tensors[f"{path}.lora_B.weight"].shape)
-        rank, _ = helper.get_rank_and_scaling(module)
+        # vLLM before 0.32 has one rank for all modules.
+        rank = helper.get_rank_and_scaling(module)[0] if hasattr(helper, "get_rank_and_scaling") else helper.r
         if len(b) != 2 or not a[0] == b[1] == rank:
             raise Unusable(f"{module} has lora_A {a} and lora_B {b}, and its configuration says rank {rank}")
         base = base_shape(f"{module}.weight")
