@@ -188,14 +188,14 @@ class Participant:
         return (update == self._given_up and self.error) or problem
 
     def _pause(self, caller: ReplyTo, message: Pause, now: float) -> list[Effect]:
-        if self.pauses.state == "resuming":
-            return self._refuse(caller, "busy", "the engine is resuming")
         prepared = self.update.begin.update if self.update and self.update_phase == "prepared" else ""
         if message.update and message.update != prepared:
             # Acknowledging this pause is a second vote: the coordinator commits as soon as all engines have paused, so
             # refuse it unless this engine can still commit.
             problem = self._cause(message.update, f"update {message.update} is not prepared here")
             return self._refuse(caller, "state", problem)
+        if self.pauses.state == "resuming":
+            return self._refuse(caller, "busy", "the engine is resuming")
         return self.pauses.pause(caller, message, now)
 
     def _keep_paused(self, caller: ReplyTo, message: KeepPaused, now: float) -> list[Effect]:

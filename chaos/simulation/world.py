@@ -24,7 +24,7 @@ from areal_vllm_ext.protocol import (
 from areal_vllm_ext.protocol.server import ReplyTo
 
 from .account import Account, Served
-from .base import IDS, brief, nothing, require
+from .base import IDS, Violation, brief, nothing, require
 from .client import Trainer
 from .coverage import Coverage
 from .engine import engine_info
@@ -270,6 +270,8 @@ class World:
         """
         self.coverage.message(engine.engine.participant, message)
         source = self._processes.get(caller.peer)
+        if isinstance(message, Abort) and source is not None:
+            self._aborts(source, engine, message)
         if self.not_promised or source is None or not isinstance(message, Abort | Commit | Resume):
             return
         passes, directory = self.network.passes, self.directory
@@ -286,6 +288,20 @@ class World:
                 self.not_promised = "an engine was frozen while others decided"
             if any(self.network.joined > recent or not (passes(source, one) and passes(one, source)) for one in behind):
                 self.not_promised = "a network was cut in two"
+
+    def _aborts(self, source: Process, engine: EngineProcess, message: Abort) -> None:
+        """Check that a client that aborts an update has not fenced an engine that commits or has committed it."""
+        p, passes = engine.engine.participant, self.network.passes
+        if p.update is None or p.update.begin.update != message.update or message.epoch < p.epoch:
+            return
+        for one in self.engines:
+            other = one.engine.participant
+            commits = (
+                other.update_phase == "committing" and other.update and other.update.begin.update == message.update
+            )
+            committed = (commits or other.last_update == message.update) and other.epoch == message.epoch
+            if committed and one.alive and not one.asleep and passes(source, one) and passes(one, source):
+                raise Violation("rule", f"{source.name} aborts on {engine.name} what {one.name} has committed")
 
     def begins(self, targets: set[str], *, drop_lost: bool) -> None:
         """Note that an update begins without engines that are alive, if the documentation says that they may go on serving.
