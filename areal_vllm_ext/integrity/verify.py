@@ -77,6 +77,7 @@ def compare(
             for tensor in worker.changed
         ]
     differences += _manifests(workers)
+    differences += _adapters(statuses)
     by_layout: dict[str, list[tuple[str, WorkerWeights]]] = collections.defaultdict(list)
     for name, worker in workers:
         by_layout[worker.layout].append((name, worker))
@@ -102,6 +103,16 @@ def _manifests(workers: list[tuple[str, WorkerWeights]]) -> Iterator[Difference]
     for name, worker in workers:
         if worker.manifest != usual:
             yield Difference(name, worker.rank, "", f"belong to another update than those on {holder}")
+
+
+def _adapters(statuses: Mapping[str, Status]) -> Iterator[Difference]:
+    """Yield adapters that an engine serves otherwise than most."""
+    held = {name: {one: it.manifest for one, it in status.adapters.items()} for name, status in statuses.items()}
+    for adapter in sorted({adapter for one in held.values() for adapter in one}):
+        usual, holder = _usual([(one.get(adapter), name) for name, one in held.items()])
+        for name, one in held.items():
+            if one.get(adapter) != usual:
+                yield Difference(name, 0, f"adapter {adapter}", f"is not as on {holder}")
 
 
 def _live(alike: list[tuple[str, WorkerWeights]]) -> Iterator[Difference]:

@@ -20,7 +20,7 @@ from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.errors import NotACheckpoint, RequestError
 from areal_vllm_ext.integrity import checkpoint, digest
 from areal_vllm_ext.integrity.verify import Verification, compare
-from areal_vllm_ext.protocol import DigestWeights, TensorMeta, WeightDigests, Weights, WorkerWeights
+from areal_vllm_ext.protocol import DigestWeights, ServedAdapter, TensorMeta, WeightDigests, Weights, WorkerWeights
 from areal_vllm_ext.worker import live_weights, startup
 from areal_vllm_ext.worker.live_weights import LiveWeights, WeightsChanged
 from areal_vllm_ext.worker.load import proof
@@ -43,15 +43,22 @@ def worker(rank: int = 0, **changes: Any) -> WorkerWeights:
 
 
 def verified(
-    *engines: WorkerWeights | tuple[WorkerWeights, ...], checkpoint: Any = None, taken: Any = None, **status: Any
+    *engines: WorkerWeights | tuple[WorkerWeights, ...],
+    checkpoint: Any = None,
+    taken: Any = None,
+    adapters: tuple[str, ...] = (),
+    **status: Any,
 ) -> Verification:
     answers = {
         f"engine {place}": WeightDigests(workers=one if isinstance(one, tuple) else (one,))
         for place, one in enumerate(engines)
     }
     statuses: Any = {
-        name: SimpleNamespace(**{"update_phase": "idle", "unproven": "", "error": ""} | status) for name in answers
+        name: SimpleNamespace(**{"update_phase": "idle", "unproven": "", "error": "", "adapters": {}} | status)
+        for name in answers
     }
+    for place, own in enumerate(adapters):
+        statuses[f"engine {place}"].adapters = {"math": ServedAdapter(1, own)} if own else {}
     return compare(answers, statuses, checkpoint, taken)
 
 
@@ -88,6 +95,14 @@ def test_only_workers_of_one_layout_are_compared_with_each_other() -> None:
 def test_engines_on_different_updates_are_named() -> None:
     result = verified(worker(), worker(), worker(manifest="other"))
     assert found(result) == ["engine 2, worker 0: the weights belong to another update than those on engine 0"]
+
+
+@pytest.mark.parametrize("other", ["m2", ""])
+def test_an_engine_with_another_adapter_is_named(other: str) -> None:
+    assert not verified(worker(), worker(), adapters=("m1", "m1")).differences
+    (difference,) = found(verified(worker(), worker(), worker(), adapters=("m1", other, "m1")))
+    assert "engine 1" in difference
+    assert "adapter math is not as on engine 0" in difference
 
 
 def test_tainted_weights_are_never_equal() -> None:
