@@ -159,6 +159,7 @@ class Fetching:
 
         Raises:
             Unlike: naming what differs.
+            RuntimeError: a value that is no weight is another one there.
         """
         context = self._context
         if offer.layout != context.live_weights.layout:
@@ -174,7 +175,8 @@ class Fetching:
         if differ := sorted(
             path for path in own.keys() | offer.attributes.keys() if own.get(path) != offer.attributes.get(path)
         ):
-            raise Unlike(f"{differ[0]} has another value there, and is no weight ({len(differ)} differ)")
+            # It may be what generation computes, and equal at the next attempt.
+            raise RuntimeError(f"{differ[0]} has another value there, and is no weight ({len(differ)} differ)")
 
     @staticmethod
     def _kinds(parts: dict[str, Part]) -> dict[str, tuple[str, object]]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ...protocol.peer_messages import HeldKind
 
 # Parts of a path that hold what generation computes.
-_COMPUTED = {"kv_cache", "kv_caches", "ssm_state", "conv_state"}
+_COMPUTED = {"kv_cache", "kv_caches", "ssm_state", "conv_state", "workspace"}
 # Multiplications of one call that reads packed weights: some milliseconds between two steps.
 _MOST_PRODUCTS = 1 << 28
 
