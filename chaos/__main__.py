@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--engines", type=int, default=0, help="of the simulation (default: 3; of a swarm 2 to 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the first round; each round has the next")
     parser.add_argument("--only", default="", help="only faults with this in their name")
+    parser.add_argument("--phase", default="", help="a real vLLM: only faults in phases with this in their name")
     parser.add_argument("--ignore", action="append", default=[], help='a kind of violation, such as "overrun"')
     parser.add_argument("--first", action="store_true", help="end at the first violation")
     parser.add_argument("--trace", action="store_true", help="tell every message of the simulation")

@@ -29,7 +29,10 @@ from .bad_wire import BadNamespaces
 from .real_deployment import RealDeployment, descriptors
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
-PHASES = ("begin", "receiving", "prepare", "pause", "commit", "resume")
+# "shadow": while workers build the new weights beside generation, which those of a MoE model on a CPU do in each update.
+PHASES = ("begin", "receiving", "prepare", "shadow", "pause", "commit", "resume")
+# When a fault strikes after its phase has begun, in seconds. A shadow takes longer than that.
+STRIKES_AFTER = {"shadow": (0.02, 0.15)}
 LEASE_SECONDS = 10.0
 # Longest time in which vLLM ends a deployment of which a worker was killed.
 ENDED_SECONDS = 30.0
@@ -82,7 +85,7 @@ class Round:
         self.deployment = deployment
         self.kind = kind
         self.dice = dice
-        self.outcome = Outcome(kind, phase, during=dice.random() < 0.5)
+        self.outcome = Outcome(kind, phase, during=dice.random() < 0.5 or phase == "shadow")
         head, headless = deployment.engines
         self.deed, _, victim = kind.partition(" ")
         self.trainer = deployment.trainers[0]
@@ -145,7 +148,7 @@ class Round:
 
     def update_under_fault(self) -> dict[str, Any] | None:
         """Update, strike and heal; returns the end of the update if it is known by then."""
-        trainer, phase = self.trainer, self.outcome.phase
+        trainer, phase = self.trainer, self.outcome.phase.replace("shadow", "prepare")
         if self.kind in QUALITY:
             self.strike()
         trainer.send(version=self.version, timeout=TIMEOUT, stop_at=phase)
@@ -158,7 +161,7 @@ class Round:
                 return line
         if self.outcome.during:
             trainer.send(go=True)
-            time.sleep(self.dice.uniform(0.0, 0.02))
+            time.sleep(self.dice.uniform(*STRIKES_AFTER.get(self.outcome.phase, (0.0, 0.02))))
         self.strike()
         if not self.outcome.during:
             trainer.send(go=True)
@@ -217,7 +220,8 @@ class Round:
 def choose(options: argparse.Namespace, dice: random.Random) -> list[tuple[str, str]]:
     """Return pairs of fault and phase: every fault in turn, over all phases; faults that kill engines come last."""
     kinds = [kind for kind in KINDS if options.only in kind]
-    phases = {kind: collections.deque(dice.sample(PHASES, len(PHASES))) for kind in kinds}
+    possible = [phase for phase in PHASES if options.phase in phase]
+    phases = {kind: collections.deque(dice.sample(possible, len(possible))) for kind in kinds}
     chosen = []
     for index in range(options.rounds):
         kind = kinds[index % len(kinds)]
