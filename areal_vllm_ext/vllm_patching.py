@@ -85,6 +85,6 @@ def _apply(patches: Iterable[Callable[[], None]]) -> str:
         except Exception as error:
             return (
                 f"vLLM {vllm_version} cannot be hooked: patch {patch.__name__} failed ({type(error).__name__}: {error}); "
-                "use vLLM 0.32, or an areal-vllm-ext made for yours"
+                "use a vLLM that docs/compatibility.md lists, or an areal-vllm-ext made for yours"
             )
     return ""

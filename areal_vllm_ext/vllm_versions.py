@@ -28,3 +28,9 @@ def ray_executors() -> list[type]:
 def forget_loading_layers(layerwise: Any) -> None:
     """Empty vLLM's set of layers whose reload has begun; 0.19 has none."""
     getattr(layerwise, "LOADING_LAYERS", set()).clear()
+
+
+def set_device(worker: Any) -> None:
+    """Note in a worker where its model is; a CPU worker of 0.19 does not."""
+    if worker.device is None:
+        worker.device = worker.model_runner.device

@@ -18,8 +18,10 @@ class WorkerExtension:
 
     def areal_attach(self: Any, endpoint: str, token: str) -> None:
         """Start the receiver thread, and connect it to this engine's endpoint at ``endpoint`` with ``token``."""
+        from ..vllm_versions import set_device
         from .receiver import Receiver
 
+        set_device(self)
         self._areal_receiver = Receiver(self, endpoint, token)
 
     def areal_free_memory(self: Any) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ transformers = Lazily("transformers")
 vllm_state = Lazily("vllm.distributed.parallel_state")
 vllm_config = Lazily("vllm.config")
 vllm_utils = Lazily("vllm.model_executor.model_loader.utils")
-vllm_ties = Lazily("vllm.model_executor.model_loader.weight_tying")
+VLLM_TIES = "vllm.model_executor.model_loader.weight_tying"
 vllm_loader = Lazily("vllm.model_executor.model_loader")
 vllm_reload = Lazily("vllm.model_executor.model_loader.reload.inplace")
 vllm_args = Lazily("vllm.engine.arg_utils")
@@ -159,7 +160,8 @@ class Kind:
             vllm_state.initialize_model_parallel(1, 1)
         self.live = live = self.built()
         live.load_weights(iter(self.files.items()))
-        vllm_ties.maybe_retie_word_embeddings(live, self.config.model_config)
+        if find_spec(VLLM_TIES):  # 0.19 ties nothing again
+            Lazily(VLLM_TIES).maybe_retie_word_embeddings(live, self.config.model_config)
         self.dry = DryModel.of(SimpleNamespace(vllm_config=self.config, get_model=lambda: live))
 
     def intake(self, folder: Path | None = None) -> Intake:

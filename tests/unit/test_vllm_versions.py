@@ -55,3 +55,12 @@ def test_a_reload_without_loading_layers_is_left() -> None:
     layers = {1}
     vllm_versions.forget_loading_layers(SimpleNamespace(LOADING_LAYERS=layers))
     assert not layers
+
+
+def test_a_worker_without_a_device_gets_its_models() -> None:
+    worker = SimpleNamespace(device=None, model_runner=SimpleNamespace(device="cpu"))
+    vllm_versions.set_device(worker)
+    assert worker.device == "cpu"
+    worker.model_runner.device = "other"
+    vllm_versions.set_device(worker)
+    assert worker.device == "cpu"
