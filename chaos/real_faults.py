@@ -251,11 +251,11 @@ def play(options: argparse.Namespace) -> dict[str, object]:
         key_file = str(folder / "cluster.key")
         security.write_key(key_file)
         stack.enter_context(namespaces.inside("a"))
-        while waiting:
+        while waiting and time.monotonic() - started < options.seconds:
             deployments += 1
             deployment = RealDeployment(folder / str(deployments), namespaces, key_file, options.moe)
             with deployment.up():
-                while waiting:
+                while waiting and time.monotonic() - started < options.seconds:
                     kind, phase = waiting.popleft()
                     one = Round(deployment, kind, phase, dice).run()
                     done.append(one)
@@ -268,7 +268,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
     totals: dict[str, object] = {"faults": len(done)}
     for kind in VIOLATIONS:
         totals[kind] = sum(what.startswith(kind) for one in done for what in one.violations)
-    totals["max_overrun_s"] = max(one.overrun_s for one in done)
+    totals["max_overrun_s"] = max((one.overrun_s for one in done), default=0.0)
     totals["deployments"] = deployments
     totals["answers_checked"] = sum(answers.values())
     totals["seconds"] = round(time.monotonic() - started)
