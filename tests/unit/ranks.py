@@ -135,6 +135,23 @@ def rows(opened: Any, seed: int, _: Connection) -> None:
     opened.send(parts(seed))
 
 
+def adapter_tensors(seed: int) -> dict[str, torch.Tensor]:
+    return {f"layer.{part}": torch.arange(12.0).view(4, 3) + seed for part in ("lora_A", "lora_B")}
+
+
+def with_adapter(opened: Any, seed: int, _: Connection) -> None:
+    """Weights, and an adapter of which each rank has rows."""
+    opened.send(parts(seed))
+    adapter_alone(opened, seed, _)
+
+
+def adapter_alone(opened: Any, seed: int, _: Connection) -> None:
+    mesh = init_device_mesh("cpu", (SIZE,))
+    sharded = {name: distribute_tensor(one, mesh, [Shard(0)]) for name, one in adapter_tensors(seed).items()}
+    opened.send_adapter("math", (sharded, {"r": 4}))
+    opened.remove_adapter("old")
+
+
 def columns(opened: Any, seed: int, _: Connection) -> None:
     opened.send(parts(seed, dim=1))
 

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from ranks import Ranks
+import torch
+from ranks import Ranks, adapter_tensors
 from real_receivers import Served, assert_untouched, checkpoint, served, shared_engines, weights
 
 from areal_vllm_ext.protocol import timing
+from areal_vllm_ext.worker.adapters.store import AdapterStore
 
 if TYPE_CHECKING:
     from harness.simulated_engine import Deployment
@@ -70,6 +72,19 @@ def test_weights_are_gathered_where_they_are_sharded_and_every_rank_has_the_resu
 ) -> None:
     for seed in (1, 2):
         assert_works(ranks, served, seed, work, bucket)
+
+
+@pytest.mark.parametrize("work", ["with_adapter", "adapter_alone"])
+def test_an_adapter_is_gathered_too(ranks: Ranks, served: Served, work: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdapterStore, "load", lambda _, __, given, ___: dict(given))
+    outcomes = ranks.both(work, **options(7))
+    assert [outcome[:2] for outcome in outcomes] == [("", "7")] * 2
+    assert served.adapters
+    for held in served.adapters.values():
+        assert all(torch.equal(held["math"][name], one) for name, one in adapter_tensors(7).items())
+    for engine in served.deployment.engines.values():
+        assert list(engine.endpoint.participant.adapters) == ["math"]
+        engine.endpoint.participant.adapters = {}
 
 
 FAILURES = {
