@@ -171,13 +171,20 @@ class Transaction:
         gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered,
     ) -> None:
         """Copy an adapter into host memory; it is sent when the block is left. See ``AsyncUpdate.send_adapter``."""
-        self.check_open("send_adapter")
+        self._check_changeable("send_adapter")
         self.adapters.add(name, copied(name, source, gather))
 
     def remove_adapter(self, name: str) -> None:
         """Note that the engines are to serve an adapter no longer. See ``AsyncUpdate.remove_adapter``."""
-        self.check_open("remove_adapter")
+        self._check_changeable("remove_adapter")
         self.adapters.remove(checked_name(name))
+
+    def _check_changeable(self, method: str) -> None:
+        """Raise ArealError outside of the update's block, and after its votes."""
+        self.check_open(method)
+        driver = getattr(self, "driver", None)  # rank 0 has one
+        if driver and driver.coordinator and driver.coordinator.phase not in ("begin", "send"):
+            raise ArealError(f"update.{method}(...) was called after update.prepare(): call it before")
 
     def check_open(self, method: str = "send") -> None:
         """Raise ArealError outside of the update's block."""

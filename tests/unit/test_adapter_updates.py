@@ -25,7 +25,7 @@ from real_receivers import (  # noqa: F401 - fixtures
     weights,
 )
 
-from areal_vllm_ext import AsyncEngineGroup, EngineGroup, InvalidWeights, UpdateAborted
+from areal_vllm_ext import ArealError, AsyncEngineGroup, EngineGroup, InvalidWeights, UpdateAborted
 from areal_vllm_ext.cli.group import _print_states as print_states
 from areal_vllm_ext.worker.adapters.store import AdapterStore
 
@@ -140,6 +140,8 @@ def test_an_update_of_adapters_can_be_held_after_the_votes(served: Served, group
     with group.update(1, timeout=20) as update:
         update.send_adapter("math", adapter(1))
         update.prepare()
+        with pytest.raises(ArealError, match=r"send_adapter.* was called after update.prepare\(\)"):
+            update.send_adapter("code", adapter(2))
         assert served.adapters == {} or all(state.adapters == {} for state in group.status())
     assert_brought(served, math=1)
 
