@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 # First what needs engines that have had no update yet; last what kills them.
-_ORDER = ("test_start", "test_verify", "test_call", "test_fuzz_engines", "test_dense", "test_returning", "test_killed")
+_ORDER = ("test_start", "test_verify", "test_call", "test_fuzz_engines", "test_dense", "test_killed")
 
 
 @pytest.hookimpl(trylast=True)
