@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # An engine that generates shares the interpreter's lock with such work, and waits for it again and again in each step. So the
-# work rests for most of the time: it takes five times as long then, and lengthens a step by at most a fifth.
-_WORK_SECONDS, _REST_SECONDS = 5e-4, 2e-3
+# work rests for most of the time: it takes nine times as long then. A rest of 2 ms was felt more, one of 7 ms no less: see
+# docs/performance.md.
+_WORK_SECONDS, _REST_SECONDS = 5e-4, 4e-3
 
 
 class Pace:
