@@ -16,6 +16,7 @@ from areal_vllm_ext.engine_core.adapters import Adapters
 from areal_vllm_ext.engine_core.controller import Controller
 from areal_vllm_ext.engine_core.effects import (
     CallCommit,
+    CallCommitFetched,
     CallPause,
     CallResume,
     CallSleep,
@@ -42,6 +43,7 @@ from areal_vllm_ext.protocol import (
     WakeUp,
     WorkerDone,
 )
+from areal_vllm_ext.protocol.peer_messages import ReadPacked
 from areal_vllm_ext.protocol.server import ReplyTo
 
 if TYPE_CHECKING:
@@ -292,3 +294,33 @@ def test_a_sleep_that_failed_on_a_worker_is_woken_up() -> None:
     rig.step()
     assert rig.answers[woken] == Ack()
     assert "wake up" in rig.engine.model_executor.done
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_what_was_fetched_becomes_live_on_a_paused_engine_only(paused: bool) -> None:
+    rig = Rig()
+    errors: list[str] = []
+    rig.controller.endpoint.peering = SimpleNamespace(  # type: ignore[assignment]
+        returning=SimpleNamespace(committed=lambda error, _: errors.append(error) or [])
+    )
+    versions: list[str] = []
+    rig.engine.set_weight_version = versions.append  # type: ignore[attr-defined]
+    rig.engine.paused = paused
+    rig.controller.commit_fetched(CallCommitFetched("fetch", "v7", "u7"))
+    rig.step()
+    if paused:
+        assert errors == [""]
+        assert rig.engine.model_executor.done == ["areal_commit_fetched"]
+        assert versions == ["v7"]
+        assert rig.controller._prefix_root.root == "u7", "no request uses keys and values of other weights"
+    else:
+        assert "the engine runs" in errors[0]
+        assert rig.engine.model_executor.done == []
+
+
+def test_a_packed_weight_is_read_on_the_loop() -> None:
+    rig = Rig()
+    rig.controller.read_packed(ReadPacked(fetch="fetch", rank=0, layer="lm_head", start=0, count=1))
+    assert rig.engine.model_executor.done == []
+    rig.step()
+    assert rig.engine.model_executor.done == ["areal_read_packed"]
