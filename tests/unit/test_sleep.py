@@ -18,6 +18,7 @@ from waiting import eventually
 
 from areal_vllm_ext import EngineGroup, PauseFailed, RequestError, SleepFailed, UpdateAborted
 from areal_vllm_ext.cli import main
+from areal_vllm_ext.engine_core import elsewhere
 from areal_vllm_ext.engine_core.effects import CallPause, CallResume, CallSleep, CallWakeUp, Effect, Reply
 from areal_vllm_ext.engine_core.participant import Participant, ParticipantRequest
 from areal_vllm_ext.engine_core.status import status_of
@@ -425,8 +426,8 @@ def test_a_sleep_that_failed_half_way_is_over_when_another_user_woke_the_engine_
     rig.pause()
     rig.ask(sleep())
     rig.done("a worker ran out of memory")
-    rig.take(rig.participant.woke_elsewhere([]))
-    rig.take(rig.participant.slept_elsewhere(["weights", "kv_cache"], 1, ran=False))
+    rig.take(elsewhere.woke(rig.participant, []))
+    rig.take(elsewhere.slept(rig.participant, ["weights", "kv_cache"], 1, ran=False))
     assert rig.kind(rig.ask(sleep())) == "Ack"
 
 
