@@ -177,6 +177,9 @@ def test_engines_that_all_restart_serve_again(ready: Deployment, key_file: Path)
         update(group, 1, timeout=5)
         for rank in (0, 1):
             ready.stop_engine(rank)
+        ready.stop_directory()  # it may have heard of the update
+        ready.start_directory(port=int(ready.directory.rsplit(":", 1)[1]))
+        for rank in (0, 1):
             ready.start_engine(rank)
         now = {engine.endpoint.address for engine in ready.engines.values()}
         eventually(lambda: {engine.address for engine in group.engines()} == now)
