@@ -174,7 +174,7 @@ MUTANTS = {
     "the directory recovers": [(DIRECTORY, "return needs_recovery and", "return False and")],
     "other users wait for an update": [("engine_core/status.py", "return Guard(update, ", 'return Guard("", ')],
     "other users resume no stale weights": [
-        (FOREIGN, "if self._unfit: self._report", "if False: self._report"),
+        (FOREIGN, "if self._unfit: self._report", "if False:\n                self._report"),
         ("engine_core/elsewhere.py", "unfit = (p.tainted or p.stale) and", "unfit = False and"),
     ],
     "what is fetched is of the group's last update": [
