@@ -89,7 +89,7 @@ def test_no_process_goes_on_without_the_hook(enabled: None, monkeypatch: pytest.
         raise AttributeError("vLLM has no such method")
 
     monkeypatch.setattr(hooks, "ENGINE_PATCHES", (absent,))
-    with pytest.raises(HookError, match=r"cannot be hooked: patch absent failed .*; use vLLM"):
+    with pytest.raises(HookError, match=r"cannot be hooked: patch absent failed .*; use a vLLM"):
         plugin.register()
     monkeypatch.delenv("AREAL_VLLM_ENABLE")
     plugin.register()  # it may be an engine that has nothing to do with this package

@@ -19,8 +19,6 @@ file_limit.WANTED_FILES = {wanted}
 file_limit.raise_file_limit()
 """
 REGISTER = """
-import sys, types
-sys.modules["areal_vllm_ext.engine_core.hooks"] = types.SimpleNamespace(install=lambda: None)  # it imports vLLM
 from areal_vllm_ext import plugin
 plugin.register()
 """
