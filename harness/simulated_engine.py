@@ -120,6 +120,7 @@ class SimulatedEngine:
             ``prepare``) takes; 0 without an entry.
         errors: by call or step that fails, its error message.
         calls: the calls of the endpoint, in order.
+        root: of the prefix cache.
         orders: the orders to the first worker, in order.
         worker_ranks: of the workers that answer a call of a user's method.
         method: what a worker answers to such a call, in msgpack, or an exception's type and message; its arguments.
@@ -136,6 +137,7 @@ class SimulatedEngine:
         self.seconds: dict[str, float] = collections.defaultdict(float)
         self.errors: dict[str, str] = {}
         self.calls: list[str] = []
+        self.root = ""
         self.orders: list[protocol.WorkerOrder] = []
         self.commits: list[tuple[Version, bool]] = []
         self.manifest = ""
@@ -166,6 +168,7 @@ class SimulatedEngine:
     def pause(self, effect: CallPause) -> None:
         call = effect.call
         self.calls.append(f"pause {effect.mode}{' clear' if effect.clear_cache else ''}")
+        self.root = effect.root or self.root
         self._pausing = call
 
         def done() -> None:

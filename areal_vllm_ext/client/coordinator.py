@@ -162,7 +162,7 @@ class Coordinator:
         assert self.phase == "send", self.phase
         self._manifest, self._hold = manifest or None, hold
         if not units.weights:
-            self.kv = "keep"  # each version of an adapter has keys and values of its own
+            self.kv = "reuse"  # each version of an adapter has keys and values of its own
         self.phase, self._awaited = "prepare", set(self.members)
         prepare = Prepare(epoch=0, update=self.update, buckets=dict(buckets), base=base, kept=kept, units=units)
         return {name: msgspec.structs.replace(prepare, epoch=member.epoch) for name, member in self.members.items()}

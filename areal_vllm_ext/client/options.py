@@ -39,8 +39,9 @@ class UpdateOptions(TypedDict, total=False):
             a worker runs on the trainer's own GPU, or if the only worker's GPU can read the trainer's memory; otherwise it
             takes ``broadcast``. A checkpoint directory is read from disk, whatever the transport.
         mode: how engines pause for the commit, see ``pause``. Default: ``keep``.
-        kv: ``recompute`` (the default) drops cached keys and values, because they come from the old weights. ``keep``
-            reuses them, so that requests in flight mix both versions.
+        kv: ``recompute`` (the default) drops cached keys and values, because they come from the old weights. With
+            ``keep``, requests in flight go on with theirs and so mix both versions, but no later request finds them. With
+            ``reuse``, later requests may.
         bucket_mib: size of the buckets in which tensors travel. Default with NCCL: a quarter of the weights, at least 128
             and at most 1024. Default otherwise: 256 from GPUs, 32 from host memory.
         staging: where workers stage the new weights until the commit: on their ``device``, in ``host`` memory, or on the

@@ -75,6 +75,7 @@ def test_adapters_alone_leave_base_weights_as_they_are(
     result = group.update_weights(version=1, adapters={"math": adapter(1), "code": adapter(2)}, timeout=20)
     assert_brought(served, math=1, code=2)
     assert all(held == {} for held in served.weights.values())
+    assert {engine.root for engine in served.deployment.engines.values()} == {""}, "cached prefixes stay valid"
     assert result.adapters == {"math": 1, "code": 1}
     assert result.nbytes > 0
     print_states(group.status())
@@ -96,6 +97,7 @@ def test_weights_and_adapters_come_in_one_update(
     assert served.serves(weights(1))
     assert_brought(served, math=1)
     assert result.adapters == {"math": "both"}
+    assert "" not in {engine.root for engine in served.deployment.engines.values()}
     group.update_weights(source, version="base", timeout=20, **options)
     assert_brought(served)
     assert [dict(state.adapters) for state in group.status()] == [{"math": "both"}] * 2
