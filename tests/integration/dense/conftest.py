@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 # First what needs engines that have had no update yet; last what kills them.
-_ORDER = ("test_start", "test_verify", "test_call", "test_fuzz_engines", "test_dense", "test_killed")
+_ORDER = ("test_start", "test_verify", "test_call", "test_fuzz_engines", "test_dense", "test_areal", "test_killed")
 
 
 @pytest.hookimpl(trylast=True)
@@ -35,7 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     damage = folder / "damage"
     damage.mkdir()
     path = os.pathsep.join(filter(None, (str(_FOLDER), os.environ.get("PYTHONPATH"))))
-    env = {"PYTHONPATH": path, "AREAL_TEST_DAMAGE": str(damage)}
+    env = {"PYTHONPATH": path, "AREAL_TEST_DAMAGE": str(damage), "VLLM_PLUGINS": "areal_vllm_ext,areal_routes"}
     extension = "corruptible.CorruptibleWorker"
     # The check of each file sees nothing of a deployment that ends after the last of them.
     with nothing_left(), start_cluster(folder, moe=False, worker_extension=extension, env=env) as running:

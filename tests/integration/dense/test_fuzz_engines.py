@@ -72,7 +72,8 @@ def test_bad_frames_cost_real_engines_nothing(cluster: Cluster, group: EngineGro
             assert len(group.status()) == 2
             assert time.monotonic() - asked < 3
         before = before or memory(engines[1].pid)  # the first time warms up
-    ratio = max(under_fire) / max(quiet)
+    # Pair by pair, because what else this machine does changes from one to the next.
+    ratio = max(fired / calm for calm, fired in zip(quiet, under_fire, strict=True))
     print(f"tokens/s: quiet {quiet}, under fire {under_fire}")  # noqa: T201 - a measurement
     assert ratio > SLOWEST
     assert memory(engines[1].pid) - before < MORE_MEMORY
