@@ -6,12 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.v1.worker.worker_base import WorkerBase
+from lazily import Lazily
 
 from areal_vllm_ext import HookError, SettingsError, plugin, vllm_patching
 from areal_vllm_ext.engine_core import hooks
 from areal_vllm_ext.worker import extension, user_methods
 from areal_vllm_ext.worker.extension import WorkerExtension
+
+base = Lazily("vllm.v1.worker.worker_base")
 
 
 class Theirs:
@@ -25,11 +27,9 @@ class Both(Theirs, WorkerExtension):
     """What a user writes instead of the variable."""
 
 
-class Worker(WorkerBase):
-    """A worker as vLLM makes it, without a model."""
-
-    def __init__(self, extension: str = "") -> None:
-        super().__init__(extension)  # type: ignore[arg-type]
+def worker_of(extension: str = "", *mixed: type) -> Any:
+    """A worker as vLLM makes it, without a model; ``mixed``: classes that it also is."""
+    return type("Worker", (base.WorkerBase, *mixed), {})(extension)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     def __init__(self: Any, extension: str) -> None:
         self.vllm_config = _config(extension)
 
-    monkeypatch.setattr(WorkerBase, "__init__", __init__)
+    monkeypatch.setattr(base.WorkerBase, "__init__", __init__)
     monkeypatch.setattr(vllm_patching, "missing_because", "")
     plugin.register()
 
@@ -54,18 +54,18 @@ def _config(extension: str) -> Any:
 
 
 def test_a_worker_with_a_foreign_extension_gets_our_methods(enabled: None) -> None:
-    worker: Any = Worker(f"{__name__}.Theirs")
+    worker = worker_of(f"{__name__}.Theirs")
     ours = [name for name in vars(WorkerExtension) if name.startswith("areal_")]
     assert len(ours) > 3
     assert all(callable(getattr(worker, name)) for name in ours)
-    assert not hasattr(WorkerBase, "areal_attach"), (
+    assert not hasattr(base.WorkerBase, "areal_attach"), (
         "so the extension of another engine in this process has no collision"
     )
     assert vllm_patching.is_ours(worker.vllm_config)
 
 
 def test_without_the_variable_a_worker_is_left_alone() -> None:
-    worker = Worker(f"{__name__}.Theirs")
+    worker = worker_of(f"{__name__}.Theirs")
     assert not hasattr(worker, "areal_attach")
     assert not vllm_patching.is_ours(worker.vllm_config)
 
@@ -75,11 +75,9 @@ def test_a_class_of_both_needs_no_variable() -> None:
 
 
 def test_methods_of_the_foreign_extension_can_be_called(enabled: None) -> None:
-    class Mixed(Worker, Theirs):
-        pass
-
-    assert user_methods.call(Mixed(f"{__name__}.Theirs"), "theirs", b"\x90", 99)[1:] == ("", "")
-    _, kind, message = user_methods.call(Worker(), "theirs", b"\x90", 99)
+    mixed = worker_of(f"{__name__}.Theirs", Theirs)
+    assert user_methods.call(mixed, "theirs", b"\x90", 99)[1:] == ("", "")
+    _, kind, message = user_methods.call(worker_of(), "theirs", b"\x90", 99)
     assert kind == "LookupError"
     assert "have no worker extension: define it in a class" in message
 
@@ -98,7 +96,7 @@ def test_no_process_goes_on_without_the_hook(enabled: None, monkeypatch: pytest.
 def test_a_worker_whose_process_is_not_hooked_is_not_made(enabled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_patching, "missing_because", "vLLM 1.0 cannot be hooked")
     with pytest.raises(HookError, match="cannot be hooked"):
-        Worker()
+        worker_of()
 
 
 @pytest.mark.parametrize("value", ["yes", "true", "2"])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from vllm import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.request import Request, RequestStatus
+from lazily import Lazily
 
 from areal_vllm_ext.engine_core.prefix_root import PrefixRoot
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+vllm, hashing = Lazily("vllm"), Lazily("vllm.utils.hashing")
+cache, requests = Lazily("vllm.v1.core.kv_cache_utils"), Lazily("vllm.v1.request")
 
 BLOCK = 16
 
@@ -20,17 +23,17 @@ class Engine:
     """Where vLLM's EngineCore hashes requests and hands them to its scheduler."""
 
     def __init__(self) -> None:
-        init_none_hash(sha256)
-        self.request_block_hasher: Any = get_request_block_hasher(BLOCK, sha256)
+        cache.init_none_hash(hashing.sha256)
+        self.request_block_hasher: Any = cache.get_request_block_hasher(BLOCK, hashing.sha256)
         self.scheduler = SimpleNamespace(requests={}, add_request=self._schedule)
 
     def _schedule(self, request: Request) -> None:
         self.scheduler.requests[request.request_id] = request
 
     def received(self, name: str, tokens: int = 40, salt: str | None = None) -> Request:
-        sampling = SamplingParams(max_tokens=100)
+        sampling = vllm.SamplingParams(max_tokens=100)
         hasher = self.request_block_hasher
-        return Request(name, list(range(tokens)), sampling, None, cache_salt=salt, block_hasher=hasher)
+        return requests.Request(name, list(range(tokens)), sampling, None, cache_salt=salt, block_hasher=hasher)
 
     def request(self, name: str, tokens: int = 40, salt: str | None = None) -> Request:
         request = self.received(name, tokens, salt)
@@ -82,9 +85,9 @@ def test_a_users_salt_still_separates(engine: Engine, root: PrefixRoot) -> None:
 def test_a_request_that_has_begun_keeps_its_root(engine: Engine, root: PrefixRoot) -> None:
     """Its blocks mix two weights: who starts later must not find them, also the one that the update cuts in two."""
     begun = engine.request("a", tokens=BLOCK + 4)
-    begun.status, begun.num_computed_tokens = RequestStatus.RUNNING, BLOCK + 4
+    begun.status, begun.num_computed_tokens = requests.RequestStatus.RUNNING, BLOCK + 4
     short = engine.request("b", tokens=BLOCK - 4)
-    short.status, short.num_computed_tokens = RequestStatus.RUNNING, BLOCK - 4
+    short.status, short.num_computed_tokens = requests.RequestStatus.RUNNING, BLOCK - 4
     root.move("u")
     begun.append_output_token_ids(list(range(BLOCK + 4, 2 * BLOCK)))
     short.append_output_token_ids(list(range(BLOCK - 4, BLOCK)))
@@ -94,12 +97,10 @@ def test_a_request_that_has_begun_keeps_its_root(engine: Engine, root: PrefixRoo
     assert not set(later.block_hashes) & {*begun.block_hashes, *short.block_hashes}
 
 
-@pytest.mark.parametrize("status", [RequestStatus.WAITING, RequestStatus.PREEMPTED])
-def test_a_request_with_nothing_computed_moves_to_the_new_root(
-    engine: Engine, root: PrefixRoot, status: RequestStatus
-) -> None:
+@pytest.mark.parametrize("status", ["WAITING", "PREEMPTED"])
+def test_a_request_with_nothing_computed_moves_to_the_new_root(engine: Engine, root: PrefixRoot, status: str) -> None:
     waiting = engine.request("a")
-    waiting.status = status
+    waiting.status = requests.RequestStatus[status]
     root.move("u")
     assert waiting.block_hashes == engine.request("b").block_hashes
 
@@ -113,7 +114,7 @@ def test_a_request_that_was_received_before_and_added_after_moves_too(engine: En
 
 def test_a_request_whose_blocks_come_from_another_engine_is_left_alone(engine: Engine, root: PrefixRoot) -> None:
     remote = engine.request("a")
-    remote.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+    remote.status = requests.RequestStatus.WAITING_FOR_REMOTE_KVS
     before = list(remote.block_hashes)
     root.move("u")
     assert remote.block_hashes == before
