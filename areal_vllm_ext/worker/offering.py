@@ -105,11 +105,15 @@ class Offering:
         except Exception as error:
             logger.info("areal_vllm_ext: this worker cannot offer its weights", exc_info=True)
             self._failure = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
+            if self._sink is not None:
+                self._sink.free()
             self._report(WorkerOffered(fetch=fetch, rank=rank, error=self._failure))
             return
         sink = self._sink
         assert sink is not None
         try:
+            if self._over.is_set():  # it was ended before it could listen
+                return
             sink.accept(fetch)
             with background.on_side_stream(self._context.device):
                 self._send_all(sink)
