@@ -20,7 +20,6 @@ import torch
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node
-from areal_vllm_ext.protocol import security
 from harness.network import Namespaces, missing
 
 from .sizes import TrainerModel
@@ -207,10 +206,7 @@ def serving(
             if problem := missing():
                 raise RuntimeError(problem)
             namespaces = Namespaces()
-            stack.callback(namespaces.remove)
-            namespaces.make()
-            key_file = str(folder / "cluster.key")
-            security.write_key(key_file)
+            key_file = stack.enter_context(namespaces.secured(folder))
             host = namespaces.addresses["a"]
             env |= {"AREAL_VLLM_KEY_FILE": key_file}
             node = dataclasses.replace(
@@ -219,7 +215,6 @@ def serving(
                 prefix=namespaces.prefix("b"),
                 env={"GLOO_SOCKET_IFNAME": namespaces.links["b"]},
             )
-            stack.enter_context(namespaces.inside("a"))
             stack.enter_context(_variable("GLOO_SOCKET_IFNAME", namespaces.links["a"]))
         else:
             stack.enter_context(_variable("GLOO_SOCKET_IFNAME", "lo"))

@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from areal_vllm_ext.protocol import security
 from harness.report import described
 
 from .bad_wire import BadNamespaces
@@ -246,11 +245,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-faults-")))
         namespaces = BadNamespaces()
-        stack.callback(namespaces.remove)
-        namespaces.make()
-        key_file = str(folder / "cluster.key")
-        security.write_key(key_file)
-        stack.enter_context(namespaces.inside("a"))
+        key_file = stack.enter_context(namespaces.secured(folder))
         while waiting and time.monotonic() - started < options.seconds:
             deployments += 1
             deployment = RealDeployment(folder / str(deployments), namespaces, key_file, options.moe)

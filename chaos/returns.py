@@ -5,7 +5,7 @@
 One replica stays. Another one, of a head and a headless node, loses its headless engine in each round. vLLM takes no single
 engine back, so the replica is restarted, as a supervisor would do. Both of its engines start with the weights of the
 checkpoint, fetch the group's from a peer, and must then generate Hugging Face's tokens. The last line is JSON. Exits with 1 if
-a promise was broken. Needs root, ``ip`` and ``/dev/net/tun``.
+a promise was broken. Needs root and ``ip``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from areal_vllm_ext import EngineGroup, EngineState
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
-from areal_vllm_ext.protocol import security
 from harness.network import Namespaces
 from harness.report import described
 
@@ -89,11 +88,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-returns-")))
         namespaces = Namespaces()
-        stack.callback(namespaces.remove)
-        namespaces.make()
-        key_file = str(folder / "cluster.key")
-        security.write_key(key_file)
-        stack.enter_context(namespaces.inside("a"))
+        key_file = stack.enter_context(namespaces.secured(folder))
         model = folder / "model"
         make_model(model)
         weights = Weights(str(model))

@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from areal_vllm_ext.protocol import security
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -55,6 +57,18 @@ class Namespaces:
         for name in self.names.values():
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("netns", "del", name)
+
+    @contextlib.contextmanager
+    def secured(self, folder: Path) -> Iterator[str]:
+        """Make both nodes and a cluster's key in ``folder``, move the caller to ``a``, and give the path of the key."""
+        key_file = str(folder / "cluster.key")
+        try:
+            self.make()
+            security.write_key(key_file)
+            with self.inside("a"):
+                yield key_file
+        finally:
+            self.remove()
 
     def prefix(self, node: str) -> list[str]:
         """Return the words before a command that run it on ``node``."""

@@ -244,8 +244,7 @@ class Controller:
             self.endpoint.post(lambda: self.endpoint.participant.commit_done(error, seconds, loaded, unproven))
 
         def on_loop() -> None:
-            if not self.is_paused():
-                raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
+            self._check_paused()
             units, numbers = effect.units, self._adapters.numbers_of(effect.units)
             kept = self._adapters.in_use_after(units, numbers)
             answers = self._engine.collective_rpc("areal_commit", args=(effect.update, units.weights, numbers, kept))
@@ -263,8 +262,7 @@ class Controller:
             self.endpoint.post(lambda: self.endpoint.peering.returning.committed(error, time.monotonic()))
 
         def on_loop() -> None:
-            if not self.is_paused():
-                raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
+            self._check_paused()
             self._engine.collective_rpc("areal_commit_fetched", args=(effect.fetch, effect.update))
             self._drop_caches(values=True, encoders=True, root=effect.update)
             self._foreign.discarded = ""
@@ -347,6 +345,10 @@ class Controller:
         return running, waiting
 
     # On the engine's loop
+
+    def _check_paused(self) -> None:
+        if not self.is_paused():
+            raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
 
     def _set_version(self, version: Version) -> None:
         """Let outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call."""

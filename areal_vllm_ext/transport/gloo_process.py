@@ -117,7 +117,7 @@ class GlooGroup:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # an order that nobody reads any more
+                with contextlib.suppress(OSError):  # the process had not read its last order
                     pipe.close()
         self._log.close()
         os.close(self._memory)

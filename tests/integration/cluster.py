@@ -15,7 +15,6 @@ import torch
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import WORKER_EXTENSION, Deployment, Node
 from areal_vllm_ext.demo.model import make_model
-from areal_vllm_ext.protocol import security
 from harness.network import Namespaces, missing
 
 Pending = Future[dict[str, Any]]
@@ -147,10 +146,7 @@ def start_cluster(
             nodes = [Node(), Node()]
         else:
             namespaces = Namespaces()
-            stack.callback(namespaces.remove)
-            namespaces.make()
-            key_file = str(folder / "cluster.key")
-            security.write_key(key_file)
+            key_file = stack.enter_context(namespaces.secured(folder))
             nodes = [
                 Node(
                     address=namespaces.addresses[node],
@@ -159,7 +155,6 @@ def start_cluster(
                 )
                 for node in ("a", "b")
             ]
-            stack.enter_context(namespaces.inside("a"))
         deployment = stack.enter_context(
             Deployment(
                 folder / "model",

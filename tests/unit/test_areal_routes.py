@@ -80,7 +80,7 @@ def test_a_trainer_that_broadcasts(served: Served, group: EngineGroup, server: S
             assert served.serves(new)
             assert generations(group) == [("running", before + step)] * 2  # type: ignore[operator]
 
-        # A second bucket that does not fit: nobody moves, and continue keeps failing.
+        # A second bucket does not fit: every engine keeps its weights, and continue fails each time.
         serving_now, wrong = dict(served.weights), weights(3)
         server.ok("/areal_pause_generation")
         first, second = buckets(wrong)

@@ -15,7 +15,7 @@ import torch
 from engine_infos import engine_info
 from real_receivers import Served, assert_untouched, checkpoint, group, served, shared_engines, weights
 
-from areal_vllm_ext import AsyncEngineGroup, EngineGroup, InvalidWeights, UpdateAborted
+from areal_vllm_ext import AsyncEngineGroup, EngineGroup, InvalidWeights, UpdateAborted, UpdateResult
 from areal_vllm_ext.client import transaction as transactions
 from areal_vllm_ext.client.sending import Sending
 from areal_vllm_ext.client.sinks import Sinks
@@ -163,6 +163,19 @@ def test_a_block_that_is_left_while_its_update_begins_is_aborted(deployment: Dep
     assert all(engine.endpoint.participant.update is None for engine in deployment.engines.values())
 
 
+async def update_that_commits(client: AsyncEngineGroup) -> asyncio.Future[UpdateResult]:
+    """Begin an update; returns it when its commits are about to be sent."""
+    committing = asyncio.Event()
+
+    def on_phase(phase: str) -> None:
+        if phase == "commit":
+            committing.set()
+
+    update = asyncio.ensure_future(client.update_weights("/nowhere", version=1, timeout=20, on_phase=on_phase))
+    await committing.wait()
+    return update
+
+
 def test_an_update_that_is_cancelled_while_engines_commit_is_committed_and_raises(
     deployment: Deployment, key_file: Path
 ) -> None:
@@ -171,14 +184,7 @@ def test_an_update_that_is_cancelled_while_engines_commit_is_committed_and_raise
 
     async def run() -> None:
         async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as client:
-            committing = asyncio.Event()
-
-            def on_phase(phase: str) -> None:
-                if phase == "commit":
-                    committing.set()
-
-            update = asyncio.ensure_future(client.update_weights("/nowhere", version=1, timeout=20, on_phase=on_phase))
-            await committing.wait()
+            update = await update_that_commits(client)
             await asyncio.sleep(0.1)
             update.cancel()
             await asyncio.wait([update])
@@ -195,14 +201,7 @@ def test_a_second_cancellation_ends_an_update_that_waits_for_commits(deployment:
 
     async def run() -> None:
         async with AsyncEngineGroup.connect(deployment.directory, key_file=key_file) as client:
-            committing = asyncio.Event()
-
-            def on_phase(phase: str) -> None:
-                if phase == "commit":
-                    committing.set()
-
-            update = asyncio.ensure_future(client.update_weights("/nowhere", version=1, timeout=20, on_phase=on_phase))
-            await committing.wait()
+            update = await update_that_commits(client)
             await asyncio.sleep(0)  # until the commits are sent
             update.cancel()
             await asyncio.wait([update], timeout=0.3)

@@ -16,6 +16,11 @@ class Refused(Exception):
     """A call that is answered with status 400; the message says what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """Return what went wrong, as AReaL's log shows it."""
+    return " ".join((str(error) or type(error).__name__).split())
+
+
 class Init(msgspec.Struct, frozen=True):
     """``/areal_init_weights_update_group``."""
 

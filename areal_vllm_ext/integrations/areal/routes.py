@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import Settings
 from ...errors import SettingsError
-from .calls import Disk, Init, LoadAdapter, Meta, Refused, UnloadAdapter, decode
+from .calls import Disk, Init, LoadAdapter, Meta, Refused, UnloadAdapter, decode, one_line
 from .limits import Limits
 from .session import Session
 
@@ -113,7 +113,7 @@ def attach(app: FastAPI) -> None:
                 message = await handler(request.app.state.areal_session, request)
             except Exception as error:
                 # A cause that is unknown here must not look like success either.
-                problem = " ".join((str(error) or type(error).__name__).split())
+                problem = one_line(error)
                 logger.warning("areal_vllm_ext: %s: %s", path, problem, exc_info=not isinstance(error, Refused))
                 return JSONResponse({"success": False, "message": problem}, status_code=400)
             return JSONResponse({"success": True, "message": message})

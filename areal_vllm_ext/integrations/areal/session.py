@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ...client.relay import Relay, TrainerGroup, join
 from ...errors import ArealError, UpdateInDoubt, WeightsTainted
-from .calls import Disk, Init, LoadAdapter, Meta, Refused
+from .calls import Disk, Init, LoadAdapter, Meta, Refused, one_line
 from .kept_files import KeptFiles
 from .limits import Limits
 from .names import outdated, version_of_adapter, version_of_path
@@ -329,7 +329,7 @@ class Session:
             await work()
         except Exception as error:
             told = isinstance(error, (WeightsTainted, UpdateInDoubt))  # their messages say what engines serve
-            await self._fail(_one_line(error) if told else _old_weights(_one_line(error)))
+            await self._fail(one_line(error) if told else _old_weights(one_line(error)))
             raise Refused(self._failure) from error
 
     async def _resume(self) -> str:
@@ -419,8 +419,7 @@ class Session:
         return f"every engine has woken up: {', '.join(tags) or 'all of it'}"
 
     async def _wake_up_with(self, kept: KeptFiles, version: Version) -> None:
-        """Wake the weights' memory up, and put the weights there that came during the sleep."""
-        await self._engines.wake_up(["weights"])
+        """Put the weights there that came during the sleep: an update wakes the weights' memory up."""
         try:
             await self._engines.update_weights(kept.path, version=version, timeout=self._limits.update)
         finally:
@@ -444,7 +443,3 @@ class Session:
 
 def _old_weights(problem: str) -> str:
     return f"{problem}; every engine keeps its old weights: pause and send again"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())
