@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,6 +52,8 @@ def test_one_that_ends_before_it_listens_waits_for_no_worker() -> None:
     reports: list[WorkerOffered] = []
     one = offering(reports.append)
     one.end()
+    started = time.monotonic()
     one._run()
+    assert time.monotonic() - started < 5.0, "it would wait for 10 s"
     assert reports[-1].offer is not None
     assert_closed(reports[-1].offer.address)
