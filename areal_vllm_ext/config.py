@@ -127,7 +127,7 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         SettingsError: the text is no such address.
     """
-    if (found := _ADDRESS.fullmatch(address)) and 0 < int(found["port"]) <= 65_535:
+    if isinstance(address, str) and (found := _ADDRESS.fullmatch(address)) and 0 < int(found["port"]) <= 65_535:
         if found["name"]:
             return found["name"], int(found["port"])
         with contextlib.suppress(ValueError):

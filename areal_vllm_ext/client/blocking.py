@@ -190,7 +190,7 @@ class EngineGroup:
         self._thread.run(self._group.forget(replica, dp_rank, timeout=timeout))
 
     def close(self) -> None:
-        """Close the connections and end the thread. Engines keep running."""
+        """Close the connections and end the thread. See ``AsyncEngineGroup.close``."""
         if self._thread.is_alive:
             self._thread.run(self._group.close())
             self._thread.close()

@@ -28,6 +28,7 @@ from .options import (
     Options,
     check_choice,
     checked_count,
+    checked_path,
     checked_seconds,
     checked_version,
 )
@@ -98,7 +99,7 @@ class AsyncEngineGroup:
         """
         settings = Settings.load()
         directory = address or settings.directory or "tcp://127.0.0.1:29700"
-        file = os.fspath(key_file) if key_file else settings.key_file
+        file = checked_path("key_file", key_file) if key_file else settings.key_file
 
         def key_for(host: str) -> security.ClusterKey:
             return key or security.key_for(host, file)
@@ -241,7 +242,7 @@ class AsyncEngineGroup:
         """
         check_choice("level", level, protocol.SleepLevel)
         check_choice("mode", mode, PauseMode)
-        await sleeping.sleep(self._commander, level, mode, checked_seconds(timeout))
+        await sleeping.sleep(self._commander, 1 if level == 1 else 2, mode, checked_seconds(timeout))
 
     async def wake_up(self, tags: Sequence[SleepTag] | None = None, *, timeout: float = PAUSE_SECONDS) -> None:
         """Bring weights and KV cache of every engine back to its device.
@@ -359,7 +360,8 @@ class AsyncEngineGroup:
         """
         from .verifying import verify
 
-        return await verify(self._commander, checkpoint, checked_seconds(timeout))
+        path = None if checkpoint is None else checked_path("checkpoint", checkpoint)
+        return await verify(self._commander, path, checked_seconds(timeout))
 
     async def call(self, method: str, *arguments: Any, timeout: float = CALL_SECONDS, lease: bool = True) -> CallResult:
         """Call a method of your own worker extension on every worker of every engine, headless ones too.
@@ -405,7 +407,12 @@ class AsyncEngineGroup:
         await self._commander.forget(replica, dp_rank, checked_seconds(timeout))
 
     async def close(self) -> None:
-        """Close the connections. Engines keep running."""
+        """Close the connections. Engines keep running.
+
+        A call that has not ended loses its lease at once, so that other clients need not wait for it. What an update has
+        begun is aborted or committed everywhere, by the next client or by the directory.
+        """
+        await self._commander.close()
         self._sinks.drop()
         self._pause_lease.stop()
         self._link.close()

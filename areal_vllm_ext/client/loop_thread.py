@@ -48,7 +48,9 @@ class LoopThread:
             )
         if not self.is_alive:
             work.close()
-            raise ArealError("this group is closed")
+            raise ArealError(
+                "this group is closed, or this process was forked from the one that connected: connect again"
+            )
         outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
         task: asyncio.Task[None] | None = None
 

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import InvalidWeights, NotACheckpoint
 from ..integrity import digest
-from ..integrity.safetensors_file import SafetensorsFile
+from ..integrity.safetensors_file import SafetensorsFile, read_file
 from ..protocol import Adapter, TensorMeta, Units
 from .modules import Named, gathered
 from .names import without_wrappers
@@ -196,7 +196,7 @@ def _wrapped(model: Any) -> Any:
 
 def _of_directory(name: str, path: Path) -> tuple[list[Named], str]:
     try:
-        config = json.loads((path / "adapter_config.json").read_text())
+        config = json.loads(read_file(path / "adapter_config.json"))
         with contextlib.closing(SafetensorsFile(path / "adapter_model.safetensors")) as file:
             return [(key, file.read(key)) for key in file.tensors], _encoded(name, config)
     except (OSError, ValueError, NotACheckpoint) as error:

@@ -117,7 +117,7 @@ class Options:
 def check_choice(name: str, value: object, literal: object) -> None:
     """Raise ValueError if ``value`` is not one of the choices of a ``Literal``."""
     choices = get_args(literal)
-    if value not in choices:
+    if value not in choices or isinstance(value, bool):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
 
 
@@ -132,6 +132,8 @@ def checked_seconds(value: float, name: str = "timeout", longest: float = MAX_SE
         seconds = float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}") from None
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
     if not 0 < seconds <= longest:  # not a number is neither
         raise ValueError(f"{name} must be seconds above 0 and at most {longest:.0f}, not {value!r}")
     return seconds
@@ -148,9 +150,23 @@ def checked_count(name: str, value: object) -> int:
         count = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
     if count <= 0:
         raise ValueError(f"{name} must be above 0, not {value!r}")
     return count
+
+
+def checked_path(name: str, value: object) -> str:
+    """Return the text of a path.
+
+    Raises:
+        TypeError: ``value`` is no path.
+    """
+    try:
+        return os.fsdecode(os.fspath(value))  # type: ignore[call-overload, no-any-return]
+    except TypeError:
+        raise TypeError(f"{name} must be a path, not {value!r}") from None
 
 
 def checked_version(value: object) -> Version:

@@ -71,6 +71,8 @@ def _unsendable_reason(value: object) -> str | None:
         return None
     if not isinstance(value, torch.Tensor):
         return f"is {_kind(value)}, not a tensor: leave it out, or give torch.as_tensor(...) of it"
+    if getattr(value, "fake_mode", None) is not None:
+        return "is a FakeTensor, so it has no values: give the real one"
     if value.is_meta:
         return "is on the meta device, so it has no values: load or gather it first"
     if value.layout != torch.strided:

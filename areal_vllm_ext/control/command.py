@@ -92,6 +92,7 @@ class Commander:
         self._lock = CommandLock()
         # Renews the lease of the running command, and the time until which no other client can have taken it.
         self._renew: Callable[[float], Awaitable[None]] | None = None
+        self._give_back: Callable[[], Awaitable[None]] | None = None
         self._certain_until = 0.0
         self._renewed = 0.0
         # Engines that were lost in an update of this group, and when. The group goes on without them until they are back.
@@ -167,6 +168,11 @@ class Commander:
         except RequestError:
             return False
         return True
+
+    async def close(self) -> None:
+        """Give back the lease of a command that has not ended. Its epoch is lower than the next client's, which recovers."""
+        if self._give_back is not None:
+            await self._give_back()
 
     @property
     def lease_age(self) -> float:
@@ -314,17 +320,22 @@ class Commander:
                 with contextlib.suppress(EngineUnreachable, RequestError):
                     await renew(_LEASE_SECONDS / 4)
 
-        self._renew = renew
-        renewal = asyncio.create_task(keep_renewing())
-        try:
-            yield lease.epoch, lease.engines or protocol.Engines(alive=())
-        finally:
+        async def give_back() -> None:
+            self._give_back = None
             renewal.cancel()
             with contextlib.suppress(EngineUnreachable, RequestError):
                 in_time = time.monotonic() < ends
                 await self.link.request(
                     self.directory, protocol.ReleaseLease(epoch=lease.epoch), 0.5 if in_time else 0.1
                 )
+
+        self._renew, self._give_back = renew, give_back
+        renewal = asyncio.create_task(keep_renewing())
+        try:
+            yield lease.epoch, lease.engines or protocol.Engines(alive=())
+        finally:
+            if self._give_back is give_back:
+                await give_back()
 
     async def _acquire(self, ends: float) -> protocol.Lease:
         """Ask for the lease until the directory grants it.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..errors import NotACheckpoint
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import SafetensorsFile, read_file
 
 if TYPE_CHECKING:
     import os
@@ -54,7 +54,7 @@ def names_of_files(directory: Path) -> list[str]:
             )
         return present
     try:
-        named = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        named = sorted(set(msgspec.json.decode(read_file(index), type=_Index).weight_map.values()))
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
         raise NotACheckpoint(f"{index} is no safetensors index: {error}") from None
     if not named:

@@ -40,6 +40,23 @@ _LONGEST_HEADER = 100 << 20  # safetensors' own limit
 _READ_BYTES = 1 << 30
 
 
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a small file. Nothing else is read: not a pipe, which would block, nor a device, which has no end.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file of that size.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST_HEADER:
+            raise OSError(f"it is no regular file of at most {_LONGEST_HEADER >> 20} MiB")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(_LONGEST_HEADER)
+    finally:
+        os.close(descriptor)
+
+
 class _Entry(msgspec.Struct):
     dtype: str
     shape: tuple[int, ...]

@@ -205,7 +205,7 @@ def _not_connected(
     absent = [name for rank, name in workers.items() if rank not in connected]
     more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
     return (
-        f"{len(absent)} of {len(workers)} workers did not connect to {address} within {timeout:.1f} s "
+        f"{len(absent)} of {len(workers)} workers did not connect to {address} within {max(timeout, 0.0):.1f} s "
         f"({', '.join(absent[:3])}{more}): can they reach that address?"
     )
 

@@ -366,6 +366,19 @@ def test_a_pipe_is_refused_without_waiting_for_a_writer(folder: Path) -> None:
         SafetensorsFile(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize("index", ["pipe", "device"])
+def test_an_index_that_is_no_file_is_refused_without_reading_it(sharded: Path, index: str) -> None:
+    """A pipe would block, and a device has no end."""
+    path = sharded / "model.safetensors.index.json"
+    path.unlink()
+    if index == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(NotACheckpoint, match="no regular file"):
+        Checkpoint(sharded)
+
+
 @pytest.mark.parametrize("offsets", [[0, 3], [4, 0], [-4, 0]])
 def test_a_tensor_of_another_size_than_its_shape_is_refused(folder: Path, offsets: list[int]) -> None:
     encoded = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()

@@ -616,6 +616,16 @@ def test_a_closed_group_says_so(deployment: Deployment, key_file: Path) -> None:
         group.status()
 
 
+def test_a_group_that_is_closed_inside_a_block_keeps_no_lease(
+    deployment: Deployment, group: EngineGroup, key_file: Path
+) -> None:
+    other = EngineGroup.connect(deployment.directory, key_file=key_file)
+    with pytest.raises(ArealError, match="this group is closed"), other.update(1, timeout=30):
+        other.close()
+    assert seconds(lambda: update(group, 2, timeout=20)) < 4
+    assert versions(deployment) == [2, 2]
+
+
 def test_a_group_leaves_no_thread_and_no_socket_behind(deployment: Deployment, key_file: Path) -> None:
     def open_now() -> tuple[int, int]:
         return threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))

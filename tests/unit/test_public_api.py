@@ -6,6 +6,7 @@ import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import areal_vllm_ext
 from areal_vllm_ext import AsyncEngineGroup, EngineGroup
 from areal_vllm_ext.client.options import Options, UpdateOptions, checked_seconds, checked_version
+from areal_vllm_ext.errors import SettingsError
 
 HEAVY = ("torch", "numpy", "vllm", "rich", "transformers")
 
@@ -124,7 +126,7 @@ def test_a_timeout_that_no_clock_has_is_refused(seconds: float) -> None:
                 call(timeout=seconds)
 
 
-@pytest.mark.parametrize("value", [None, "soon", [1]])
+@pytest.mark.parametrize("value", [None, "soon", "5", [1], True])
 def test_a_timeout_that_is_no_number_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match=r"^timeout must be a number of seconds, not "):
         checked_seconds(value)  # type: ignore[arg-type]
@@ -149,6 +151,21 @@ def test_other_versions_are_refused(given: object) -> None:
 
 
 @pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda group: group.sleep(True), "level must be one of 1, 2, not True"),
+        (lambda group: group.wait_ready(True), "engines must be an integer, not True"),
+        (lambda group: group.verify(5), "checkpoint must be a path, not 5"),
+        (lambda _: EngineGroup.connect(b"tcp://127.0.0.1:1"), "b'tcp://127.0.0.1:1' is not an address"),  # type: ignore[arg-type]
+        (lambda _: EngineGroup.connect(key_file=3), "key_file must be a path, not 3"),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_arguments_are_named(call: Callable[[EngineGroup], object], message: str) -> None:
+    with EngineGroup.connect() as group, pytest.raises((TypeError, ValueError, SettingsError), match=message):
+        call(group)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"transport": "nccl"}, "transport must be one of 'auto', 'broadcast', 'ipc', 'shared_memory', not 'nccl'"),
@@ -156,6 +173,7 @@ def test_other_versions_are_refused(given: object) -> None:
         ({"kv": "drop"}, "kv must be one of 'recompute', 'keep', 'reuse', not 'drop'"),
         ({"staging": "disk"}, "staging must be one of .*, not 'disk'"),
         ({"bucket_mib": 1.5}, "bucket_mib must be an integer, not 1.5"),
+        ({"bucket_mib": True}, "bucket_mib must be an integer, not True"),
         ({"bucket_mib": 0}, "bucket_mib must be above 0, not 0"),
         ({"keep_buffers": 1}, "keep_buffers must be True or False, not 1"),
         ({"drop_lost": "yes"}, "drop_lost must be True or False, not 'yes'"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lazily import Lazily
+from torch._subclasses import FakeTensorMode
 
 from areal_vllm_ext import InvalidWeights
 from areal_vllm_ext.client.weights import Checker, named_weights
@@ -247,6 +248,7 @@ NOT_TENSORS = {
     "none": ({"a": None}, "a is None, not a tensor"),
     "nested": ({"model": PLAIN}, "model is a mapping, not a tensor: give the state dict inside it"),
     "numpy": ({"a": np.zeros(3)}, "a is ndarray, not a tensor"),
+    "fake": ({"a": FakeTensorMode().from_tensor(torch.zeros(2, 3))}, "a is a FakeTensor, so it has no values"),
     "meta": ({"a": torch.zeros(2, 3, device="meta")}, "a is on the meta device, so it has no values"),
     "sparse": ({"a": torch.eye(3).to_sparse()}, "a is sparse"),
     "csr": ({"a": torch.eye(3).to_sparse_csr()}, "a is sparse"),
