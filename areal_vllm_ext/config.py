@@ -121,7 +121,7 @@ def _text(source: str, name: str, value: object) -> str:
     return value
 
 
-def split_address(address: str) -> tuple[str, int]:
+def split_address(address: object) -> tuple[str, int]:
     """Return host and port of ``tcp://host:port``.
 
     Raises:

@@ -2,7 +2,8 @@
 
     python -m chaos.mutants [--rounds 6000] [--ignore overrun] [--check]
 
-Each mutant must break a promise within ``--rounds`` rounds. ``--check`` only says whether each guard is found in the code.
+Each mutant must break a promise within ``--rounds`` rounds. Where random rounds seldom meet its guard, it must fail the test
+that ``TESTS`` names. ``--check`` only says whether each guard is found in the code.
 Exits with 1 where a mutant survives.
 """
 
@@ -102,7 +103,8 @@ MUTANTS = {
     "a successor resumes no stale engine": [(RECOVERY, "if name in current", "if True")],
     "a healed engine resumes": [(COMMAND, "or bool(self.status.paused_for)", "")],
     "a group goes on without lost engines only if all have agreed": [
-        (COMMAND, "raise EnginesMissing(missing) engines", "pass\n                    engines")
+        (COMMAND, "raise EnginesMissing(missing) engines", "pass\n                    engines"),
+        (COMMAND, "raise EnginesMissing(missing) await asyncio", "return\n            await asyncio"),
     ],
     "an engine that is behind pauses": [(PARTICIPANT, "if committed_epoch > self.committed_epoch:", "if False:")],
     "a joining engine hears of the last update": [(DIRECTORY, "heard >= heard_again or _is_lost", "True or _is_lost")],
@@ -181,6 +183,9 @@ MUTANTS = {
         (RETURNING, '== (self._epoch, "idle", "awake")', '== (status.committed_epoch, "idle", "awake")'),
         (OFFERS, "p.joined and p.committed_epoch == epoch", "True"),
     ],
+    "an engine that has fetched serves only when nothing newer can be committed": [
+        (PARTICIPANT, "if not self.stale or not settled or self.update_phase", "if not self.stale or self.update_phase")
+    ],
     "what is fetched does not become live within an update": [
         (RETURNING, "if engine is None or not self._may_fetch:", "if engine is None:")
     ],
@@ -207,21 +212,60 @@ MUTANTS = {
 
 # Faults for mutants that few rounds reveal; every other mutant meets all faults.
 ONLY = {"an engine pauses only for a prepared update": "clock drift"}
+# Mutants that random rounds seldom reveal, and the test that does.
+TESTS = {
+    "if none has committed, none does": "test_recovery.py::test_an_update_that_nobody_committed_is_aborted_everywhere",
+    "if one has committed, all do": "test_recovery.py::test_an_update_that_one_engine_committed_is_committed_everywhere",
+    "if one is committing, all do": (
+        "test_recovery.py::test_an_update_that_one_engine_is_switching_to_is_not_aborted_elsewhere"
+    ),
+    "a group goes on without lost engines only if all have agreed": "test_command.py",
+    "a joining engine hears of the last update": (
+        "test_directory.py::test_nobody_joins_while_a_client_is_at_work_nor_before_all_have_told_what_it_did"
+    ),
+    "no engine that is behind is resumed by a user": "test_scenarios.py",
+    "a healed engine resumes": "test_command.py",
+    "an engine that is behind pauses within an update, too": (
+        "test_participant.py::test_a_pause_that_times_out_does_not_set_stale_weights_running"
+    ),
+    "no engine that is behind is resumed after an abort": (
+        "test_coordinator.py::test_an_engine_that_is_behind_runs_only_after_a_commit"
+    ),
+    "a group does not go on without an engine that may run": "test_scenarios.py",
+    "a group goes on without a dropped engine only if the directory has lost it, too": "test_command.py",
+    "a group goes on without a dropped engine only until that is heard again": "test_scenarios.py",
+    "an engine that has not joined takes part in no update": (
+        "test_participant.py::test_an_engine_takes_part_in_nothing_before_it_has_joined"
+    ),
+    "time stands still for a directory that is stopped": (
+        "test_directory.py::test_a_directory_that_was_stopped_settles_before_an_engine_joins"
+    ),
+    "recovery waits for engines that are joining": "test_command.py",
+    "a pause that is over its time stands where weights are unfit": (
+        "test_participant.py::test_a_pause_that_times_out_does_not_set_stale_weights_running"
+    ),
+    "a tainted engine does not run when no engine is ahead": (
+        "test_participant.py::test_a_tainted_engine_does_not_run_again_when_nobody_is_ahead_any_more"
+    ),
+    "a late renewal does not bring a released lease back": (
+        "test_lease.py::test_a_renewal_that_comes_after_the_release_does_not_bring_the_lease_back"
+    ),
+    "a user's pause that ended while weights were stale ends with the update": (
+        "test_participant.py::test_a_users_pause_that_ended_while_the_weights_were_stale_ends_with_the_next_update"
+    ),
+    "a client that was stopped asks for its lease before it commits": "test_scenarios.py",
+    "an engine that has fetched serves only when nothing newer can be committed": "test_scenarios.py",
+    "what is fetched does not become live within an update": "test_returning.py::test_an_update_ends_a_fetch",
+}
 # Mutants that take many updates, or faults of the swarm.
 SWARM = {
     "an engine says why it gave an update up",
     "what is fetched is of the group's last update",
-    "what is fetched does not become live within an update",
     "all workers have fetched",
     "a stale engine asks for its group's weights",
     "an engine that lacks an adapter gets it",
-    "recovery waits for engines that are joining",
-    "a pause that is over its time stands where weights are unfit",
-    "a group goes on without a dropped engine only until that is heard again",
     "a group does not go on without an engine that was back",
-    "an engine that has not joined takes part in no update",
     "an update that is committed does not begin again",
-    "time stands still for a directory that is stopped",
 }
 
 
@@ -244,18 +288,24 @@ def mutate(package: Path, edits: list[tuple[str, str, str]]) -> str:
 def play(name: str, edits: list[tuple[str, str, str]], options: argparse.Namespace) -> tuple[bool, str]:
     """Play rounds with a mutant; returns whether it was found, and how."""
     with tempfile.TemporaryDirectory() as folder:
-        for package in ("areal_vllm_ext", "chaos", "harness"):
+        for package in ("areal_vllm_ext", "chaos", "harness", "tests"):
             shutil.copytree(ROOT / package, Path(folder, package), ignore=shutil.ignore_patterns("__pycache__"))
         if problem := mutate(Path(folder, "areal_vllm_ext"), edits):
             return False, problem
         if options.check:
             return True, "is there"
+        environment = {**os.environ, "PYTHONPATH": folder}
+        if test := TESTS.get(name):
+            shutil.copy(ROOT / "pyproject.toml", folder)
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/unit/{test}"]
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+            return done.returncode == 1 and bool(failed), (failed or ["SURVIVES"])[0][:200]
         which = "--swarm" if name in SWARM else "--simulated"
         command = [sys.executable, "-m", "chaos", which, "--first", "--rounds", options.rounds]
         command += ["--only", ONLY.get(name, "")]
         for kind in options.ignore:
             command += ["--ignore", kind]
-        environment = {**os.environ, "PYTHONPATH": folder}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return False, "SURVIVES"
@@ -269,10 +319,13 @@ def main() -> int:
     parser.add_argument("--rounds", default="6000", help="at most, for each guard")
     parser.add_argument("--ignore", action="append", default=[], help="a kind of violation that does not count")
     parser.add_argument("--only", default="", help="only guards with this in their name")
+    parser.add_argument("--tests", action="store_true", help="only guards that a test shows")
     parser.add_argument("--check", action="store_true", help="only check that each guard is in the code")
     options = parser.parse_args()
     survived = 0
-    chosen = {name: edits for name, edits in MUTANTS.items() if options.only in name}
+    chosen = {
+        name: edits for name, edits in MUTANTS.items() if options.only in name and (name in TESTS or not options.tests)
+    }
     for name, edits in chosen.items():
         found, how = play(name, edits, options)
         survived += not found

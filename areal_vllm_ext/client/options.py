@@ -164,7 +164,7 @@ def checked_path(name: str, value: object) -> str:
         TypeError: ``value`` is no path.
     """
     try:
-        return os.fsdecode(os.fspath(value))  # type: ignore[call-overload, no-any-return]
+        return os.fsdecode(os.fspath(value))  # type: ignore[call-overload]
     except TypeError:
         raise TypeError(f"{name} must be a path, not {value!r}") from None
 

@@ -6,7 +6,8 @@ with fixed delays, so the same code always gives the same text. The text leaves 
 renewals of a lease.
 
     engines N                                     start N engines and their directory
-    update V [by T] [within S s] [until MOMENT]   the trainer T (``trainer``) updates to version V
+    update V [by T] [without lost engines] [within S s] [until MOMENT]
+                                                  the trainer T (``trainer``) updates to version V
     continue [by T] [until MOMENT]                let that update go on, to its end
     pause | resume [by T]                         the trainer T calls ``group.pause()`` or ``group.resume()``
     crash | restart | freeze | thaw PLACE         PLACE: ``engine 1``, ``trainer``, ``directory``
@@ -15,6 +16,7 @@ renewals of a lease.
     join                                          end all cuts
     fail PLACE                                    the next call of vLLM on this engine fails
     wait S s | wait until engines serve           let time pass
+    wait until engine N has V                     wait until its weights are version V
 
 MOMENT is a phase of the update whose requests have just been sent (``begin``, ``receiving``, ``prepare``, ``pause``,
 ``commit``, ``resume``), or a state of an engine: ``engine 0 has committed``, ``engine 0 is paused``.
@@ -117,10 +119,11 @@ class Player:
         self.world.run(until=JOIN_SECONDS)
         self.world.on_send = self._on_send
 
-    def _update(self, version: str, by: str | None, seconds: str | None, moment: str | None) -> None:
+    def _update(self, version: str, by: str | None, drops: str | None, seconds: str | None, moment: str | None) -> None:
         phases: list[str] = []
         trainer = self._trainer(by)
-        self.calls[trainer.name] = trainer.update(version, float(seconds or 20), on_phase=phases.append)
+        timeout = float(seconds or 20)
+        self.calls[trainer.name] = trainer.update(version, timeout, phases.append, drop_lost=bool(drops))
         self._run_update(trainer.name, moment, phases)
 
     def _continue(self, by: str | None, moment: str | None) -> None:
@@ -196,6 +199,10 @@ class Player:
         )
         self._say(f"{world.now - started:.1f} s later")
 
+    def _wait_until_fetched(self, rank: str, version: str) -> None:
+        world, process = self._world, self._world.engines[int(rank)]
+        world.run(until=world.now + LONGEST_WAIT, done=lambda: process.engine.version == version)
+
     def _process(self, place: str) -> Process:
         world = self._world
         if place == "directory":
@@ -206,7 +213,7 @@ class Player:
 
     COMMANDS: dict[str, Callable[..., None]] = {  # noqa: RUF012, the methods above, not shared state
         r"engines (\d+)": _engines,
-        r"update (\S+)(?: by (\S+))?(?: within (\S+) s)?(?: until (.+))?": _update,
+        r"update (\S+)(?: by (\S+))?( without lost engines)?(?: within (\S+) s)?(?: until (.+))?": _update,
         r"continue(?: by (\S+))?(?: until (.+))?": _continue,
         r"(pause|resume)(?: by (\S+))?": _command,
         r"(crash|restart|freeze|thaw|fail) (.+)": _happen,
@@ -215,6 +222,7 @@ class Player:
         r"join": _join,
         r"wait (\S+) s": _wait,
         r"wait until engines serve": _wait_until_serving,
+        r"wait until engine (\d+) has (\S+)": _wait_until_fetched,
     }
 
     # Output

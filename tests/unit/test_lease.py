@@ -117,6 +117,14 @@ def test_the_holder_from_before_a_restart_keeps_the_lease_by_renewing_it() -> No
     assert epoch_of(ask(restarted, "waiting", 103.0, waited=7.5)) == 42
 
 
+def test_a_renewal_that_comes_after_the_release_does_not_bring_the_lease_back() -> None:
+    leases = Leases(0.0)
+    epoch = epoch_of(ask(leases, "holder", 1.0))
+    leases.release(epoch, 2.0)
+    assert isinstance(leases.renew(RenewLease(epoch=epoch, holder="holder", seconds=10.0), 2.1), Error)
+    assert epoch_of(ask(leases, "next", 2.2)) == epoch + 1
+
+
 def test_at_most_so_many_wait() -> None:
     leases = Leases(0.0)
     ask(leases, "holder", 0.0)
