@@ -28,6 +28,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes for the simulation")
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more rounds after this time")
+    parser.add_argument(
+        "--update",
+        choices=("weights", "asleep"),
+        default="weights",
+        help="a real vLLM: what updates are, or when they come: while the engines sleep (default: %(default)s)",
+    )
     parser.add_argument("--moe", action="store_true", help="a MoE model in the real vLLM")
     parser.add_argument("--engines", type=int, default=0, help="of the simulation (default: 3; of a swarm 2 to 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the first round; each round has the next")

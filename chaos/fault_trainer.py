@@ -1,7 +1,8 @@
 """The trainer process of the fault rounds: it updates the engines on command and reports every phase.
 
 It reads one line of JSON for each update: ``version``, ``timeout``, and ``stop_at``, the phase before which the trainer
-waits for another line. It prints one line of JSON for each phase, and one for the end: ``outcome`` and ``seconds``.
+waits for another line. It prints one line of JSON for each phase, and one for the end: ``outcome`` and ``seconds``. A line with
+``call`` puts the engines to sleep or wakes them up instead.
 
 The weights follow from the version alone, so any process can make the model of a version.
 """
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.client.weights import named_weights
+from areal_vllm_ext.protocol import SleepLevel
 
 
 class Weights:
@@ -41,6 +43,19 @@ def report(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
+def call(group: EngineGroup, name: str, timeout: float, level: SleepLevel = 1) -> None:
+    """Put the engines to sleep or wake them up, and report how that ended."""
+    started, outcome = time.monotonic(), "done"
+    try:
+        if name == "sleep":
+            group.sleep(level, timeout=timeout)
+        else:
+            group.wake_up(timeout=timeout)
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}"
+    report(outcome=outcome, seconds=time.monotonic() - started)
+
+
 def main() -> None:
     directory, key_file, model_dir = sys.argv[1:]
     weights = Weights(model_dir)
@@ -48,6 +63,9 @@ def main() -> None:
     report(ready=True)
     for line in sys.stdin:
         order = json.loads(line)
+        if "call" in order:
+            call(group, order.pop("call"), **order)
+            continue
 
         stops = [order["stop_at"]]
 

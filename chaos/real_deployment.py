@@ -22,6 +22,7 @@ from areal_vllm_ext.demo.deployment import Deployment, Node
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from areal_vllm_ext.errors import ArealError
 from areal_vllm_ext.protocol import EngineInfo, Status, security
+from harness import cpu_sleep
 
 from .bad_wire import BadNamespaces
 from .fault_trainer import Weights
@@ -84,18 +85,22 @@ class RealDeployment:
     """A deployment of two nodes, two trainers, and the oracle.
 
     Attributes:
+        sleeps: whether the engines have a sleep mode.
         trainers: the trainer whose update meets the fault, and the trainer that updates afterwards.
         observer: asks the engines all the time, and knows every update.
     """
 
     observer: Observer
 
-    def __init__(self, folder: Path, namespaces: BadNamespaces, key_file: str, moe: bool) -> None:
+    def __init__(
+        self, folder: Path, namespaces: BadNamespaces, key_file: str, *, moe: bool = False, sleeps: bool = False
+    ) -> None:
         self.model_dir = folder / "model"
         make_model(self.model_dir, moe=moe)
         self.weights = Weights(str(self.model_dir))
         self.namespaces = namespaces
         self.key_file = key_file
+        self.sleeps = sleeps
         self.version = 0
         self.trainers: list[TrainerProcess] = []
         self._expected: dict[int, list[list[int]]] = {}
@@ -107,7 +112,13 @@ class RealDeployment:
             )
             for node in ("a", "b")
         ]
-        self.deployment = Deployment(self.model_dir, nodes, log_dir=folder / "logs", vllm_args=["--enable-scale-out"])
+        self.deployment = Deployment(
+            self.model_dir,
+            nodes,
+            log_dir=folder / "logs",
+            vllm_args=["--enable-scale-out", *(cpu_sleep.ARGUMENTS if sleeps else ())],
+            env=cpu_sleep.environment(folder / "plugin") if sleeps else {},
+        )
 
     @contextlib.contextmanager
     def up(self) -> Iterator[None]:
@@ -175,11 +186,21 @@ class RealDeployment:
 
         return asyncio.run(ask())
 
-    def wait_serving(self, engines: list[EngineInfo], ends: float) -> tuple[dict[int, Status | None], str]:
-        """Wait until all ``engines`` run on one version; returns their statuses, and the problem if they do not."""
+    def wait_serving(
+        self, engines: list[EngineInfo], ends: float, *, discarded: bool = False
+    ) -> tuple[dict[int, Status | None], str]:
+        """Wait until all ``engines`` run on one version; returns their statuses, and the problem if they do not.
+
+        Args:
+            engines: see above.
+            ends: when to give up.
+            discarded: whether they may also be tainted, all of them, because a sleep has discarded their weights.
+        """
         while True:
             statuses = self.statuses(engines, timeout=1.0)
             problem = problem_of(statuses)
+            if discarded and all(status and status.update_phase == "tainted" for status in statuses.values()):
+                problem = ""
             if not problem or problem.startswith("mixed") or time.monotonic() > ends:
                 return statuses, problem
             time.sleep(0.1)
@@ -210,6 +231,12 @@ class RealDeployment:
         """Replace the first trainer, which was killed, by the second."""
         self.trainers.pop(0)
         self.trainers.append(self._start_trainer())
+
+    def call(self, name: str, **options: object) -> dict[str, Any]:
+        """Let the second trainer put the engines to sleep or wake them up; returns how that ended."""
+        trainer = self.trainers[1]
+        trainer.send(call=name, timeout=30.0, **options)
+        return trainer.await_end(40.0) or {"outcome": "hangs", "seconds": 40.0}
 
     def fresh_update(self) -> dict[str, Any]:
         """Update with the second trainer, without faults; returns the end of the update."""

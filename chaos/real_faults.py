@@ -4,6 +4,8 @@ A round starts an update, lets a fault strike before or during one phase of the 
 engines that are left answer, serve one version, and generate that version's tokens as Hugging Face does. A fresh update by
 another trainer works. Nothing is left behind. Meanwhile every engine is asked without a break, and the history of all updates
 and answers of a deployment must be that of one register. Rounds share a deployment until a fault kills an engine.
+
+With ``--update asleep`` the engines sleep when the update comes, and wake up when the fault has ended.
 """
 
 from __future__ import annotations
@@ -62,7 +64,11 @@ VIOLATIONS = ("mixed_versions", "hangs", "wrong_tokens", "leftovers", "overruns"
 
 @dataclasses.dataclass
 class Outcome:
-    """The result of a round: one line of the table."""
+    """The result of a round: one line of the table.
+
+    Attributes:
+        slept: the level of the engines' sleep; 0 if they were awake.
+    """
 
     fault: str
     phase: str
@@ -70,6 +76,7 @@ class Outcome:
     outcome: str = ""
     version: object = None
     serves_again_s: float = 0.0
+    slept: int = 0
     overrun_s: float = 0.0
     violations: list[str] = dataclasses.field(default_factory=list)
 
@@ -125,6 +132,8 @@ class Round:
             self.deployment.namespaces.set_quality()
 
     def run(self) -> Outcome:
+        if self.deployment.sleeps:
+            self.sleep()
         outcome, started = self.outcome, time.monotonic()
         end = self.update_under_fault()
         healed = time.monotonic()
@@ -138,12 +147,25 @@ class Round:
             outcome.overrun_s = round(max(end["seconds"] - TIMEOUT, 0.0), 2)
             if outcome.overrun_s > OVERRUN_SECONDS:
                 outcome.violated("overruns", f"took {end['seconds']:.1f} s of {TIMEOUT:.0f} s")
+        if outcome.slept:
+            self.wake_up()
         self.check_engines(healed)
         for what in self.deployment.observer.problems():
             outcome.violated("wrong_histories", what)
         if self.kind == "kill trainer":
             self.deployment.replace_trainer()
         return outcome
+
+    def sleep(self) -> None:
+        """Put the engines to sleep before the update."""
+        self.outcome.slept = self.dice.choice([1, 2])
+        if (end := self.deployment.call("sleep", level=self.outcome.slept))["outcome"] != "done":
+            self.outcome.violated("hangs", f"a sleep: {end}")
+
+    def wake_up(self) -> None:
+        """Wake the engines up after the update and its fault."""
+        if (end := self.deployment.call("wake up"))["outcome"] != "done":
+            self.outcome.violated("hangs", f"a waking: {end}")
 
     def update_under_fault(self) -> dict[str, Any] | None:
         """Update, strike and heal; returns the end of the update if it is known by then."""
@@ -174,7 +196,7 @@ class Round:
         """Check the engines that are left, before another trainer comes."""
         deployment, outcome = self.deployment, self.outcome
         ends = max(healed + SERVES_AGAIN_SECONDS, time.monotonic() + 1.0)
-        statuses, problem = deployment.wait_serving(self.left, ends)
+        statuses, problem = deployment.wait_serving(self.left, ends, discarded=outcome.slept == 2)
         outcome.serves_again_s = round(time.monotonic() - healed, 2)
         versions = {status.version for status in statuses.values() if status}
         outcome.version = sorted(map(str, versions))
@@ -219,6 +241,8 @@ class Round:
 def choose(options: argparse.Namespace, dice: random.Random) -> list[tuple[str, str]]:
     """Return pairs of fault and phase: every fault in turn, over all phases; faults that kill engines come last."""
     kinds = [kind for kind in KINDS if options.only in kind]
+    if options.update == "asleep":  # engines that are left wake up with the others only
+        kinds = [kind for kind in kinds if not kills_engine(kind)]
     possible = [phase for phase in PHASES if options.phase in phase]
     phases = {kind: collections.deque(dice.sample(possible, len(possible))) for kind in kinds}
     chosen = []
@@ -248,7 +272,9 @@ def play(options: argparse.Namespace) -> dict[str, object]:
         key_file = stack.enter_context(namespaces.secured(folder))
         while waiting and time.monotonic() - started < options.seconds:
             deployments += 1
-            deployment = RealDeployment(folder / str(deployments), namespaces, key_file, options.moe)
+            deployment = RealDeployment(
+                folder / str(deployments), namespaces, key_file, moe=options.moe, sleeps=options.update == "asleep"
+            )
             with deployment.up():
                 while waiting and time.monotonic() - started < options.seconds:
                     kind, phase = waiting.popleft()
@@ -274,6 +300,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
 
 def report(one: Outcome) -> None:
     moment = f"{one.phase}, {'during' if one.during else 'before'} it" if one.phase != "all" else "all of it"
+    moment += f", slept at level {one.slept}" if one.slept else ""
     print(
         f"{one.fault:14s} {moment:22s} {one.outcome[:60]:60s} on {one.version}, serves after {one.serves_again_s:5.2f} s, "
         f"overrun {one.overrun_s:5.2f} s: {'; '.join(one.violations) or 'ok'}",

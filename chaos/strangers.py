@@ -2,8 +2,9 @@
 
     python -m chaos.strangers --frames 1000000 --connections 100000
 
-Two engines with their directory run in one process, a trainer in another. The ports are: each engine's endpoint, the
-directory, the listener where workers connect to the trainer, and the launcher's lifeline. Several processes send bad frames
+Two engines with their directory run in one process, a trainer in another (``attacked_trainer.py``). The ports are: each
+engine's endpoint, the directory, the listener where workers connect to the trainer, the one where a worker fetches a peer's
+weights, the gloo process of a worker in a trainer's own group, and the launcher's lifeline. Several processes send bad frames
 (malformed, absurd, repeated, replayed, of a wrong key) to the ZeroMQ ports, and open strange TCP connections (silent, reset,
 garbage, other protocols, half a handshake, a recorded session) to all of them. Meanwhile the trainer updates the engines.
 
@@ -13,13 +14,10 @@ The last line is JSON. Exits with 1 if an engine, the trainer or an update faile
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
-import queue
 import random
-import secrets
 import socket
 import struct
 import subprocess
@@ -27,132 +25,37 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from areal_vllm_ext import EngineGroup
-from areal_vllm_ext.process.lifeline import LifelineAddress, Lifelines, connect
 from areal_vllm_ext.protocol import security
 from harness import bad_frames, simulated_engine
 from harness.report import described
 
-T = TypeVar("T")
+from .attacked_trainer import Trainer
 
 # Allocators and bounded caches; what is kept of each frame or connection would be more.
 _MORE_MEMORY_BYTES = 48 << 20
 _MORE_FILES = 20
-_UPDATE_TIMEOUT_SECONDS = 30.0
 _SETTLE_SECONDS = 2.0
 _PATIENCE_SECONDS = 9.0  # longer than any port waits for a stranger
 _HELD_CONNECTIONS = 200
 _FRAMES_OF_A_PEER = 2000
 
 
-class Trainer:
-    """Updates engines without end, and offers the ports of a trainer and of a launcher. Runs in a process of its own."""
-
-    def __init__(self, directory: str, key_file: str) -> None:
-        self._directory, self._key_file = directory, key_file
-        self._stopping = threading.Event()
-        self.facts: dict[str, Any] = {"updates": 0, "longest_update_s": 0.0, "rendezvous": 0, "lifelines_lost": 0}
-
-    def run(self) -> None:
-        """Work until standard input is closed; lines on standard output are the ports, then the facts."""
-        ports: queue.Queue[dict[str, int]] = queue.Queue()
-        threads = [threading.Thread(target=self._serve, args=(ports,)), threading.Thread(target=self._update)]
-        for thread in threads:
-            thread.start()
-        print(json.dumps(ports.get()), flush=True)
-        sys.stdin.read()
-        self._stopping.set()
-        for thread in threads:
-            thread.join()
-        print(json.dumps(self.facts), flush=True)
-
-    def _update(self) -> None:
-        with EngineGroup.connect(self._directory, key_file=self._key_file) as group:
-            engines = len(group.wait_ready(2, timeout=60))
-            version = 0
-            while not self._stopping.is_set():
-                version += 1
-                started = time.monotonic()
-                try:
-                    with group.update(version, timeout=_UPDATE_TIMEOUT_SECONDS) as update:
-                        update.send("/nowhere")
-                    states = group.status(timeout=10.0)
-                    assert [state.version for state in states] == [version] * engines, states
-                except Exception as error:
-                    self.facts.setdefault("errors", []).append(f"{type(error).__name__}: {error}")
-                self.facts["updates"] += 1
-                self.facts["longest_update_s"] = max(
-                    self.facts["longest_update_s"], round(time.monotonic() - started, 2)
-                )
-                time.sleep(0.05)
-
-    def _serve(self, ports: queue.Queue[dict[str, int]]) -> None:
-        asyncio.run(self._lifeline(ports))
-
-    async def _lifeline(self, ports: queue.Queue[dict[str, int]]) -> None:
-        lost: list[str] = []
-        address = await Lifelines(lost.append).listen("127.0.0.1")
-        watch = await connect(LifelineAddress(address.host, address.port, address.token), "node", lambda: None)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            rendezvous = probe.getsockname()[1]
-        ports.put({"lifeline": address.port, "rendezvous": rendezvous})
-        await asyncio.to_thread(self._rendezvous, rendezvous)
-        self.facts["lifelines_lost"] = len(lost)
-        watch.cancel()
-
-    def _rendezvous(self, port: int) -> None:
-        """Let two workers connect at the same port again and again."""
-        from areal_vllm_ext.transport import tcp_connect  # imports torch, which the strangers do without
-
-        while not self._stopping.is_set():
-            token = secrets.token_hex(16)
-            try:
-                listener = _listener_at(tcp_connect.Listener, port)
-                workers = [
-                    threading.Thread(target=self._be_worker, args=(listener.address, token, rank)) for rank in (1, 2)
-                ]
-                for worker in workers:
-                    threading.Timer(0.3, worker.start).start()  # strangers are faster
-                connected = listener.accept_all(token, {1: "one", 2: "two"}, 20.0, self._stopping.is_set)
-                for connection in connected.values():
-                    connection.close()
-                for worker in workers:
-                    worker.join()
-                self.facts["rendezvous"] += 1
-            except Exception as error:
-                if not self._stopping.is_set():
-                    self.facts.setdefault("errors", []).append(f"rendezvous: {type(error).__name__}: {error}")
-
-    def _be_worker(self, address: str, token: str, rank: int) -> None:
-        from areal_vllm_ext.transport import tcp_connect
-
-        with contextlib.suppress(Exception):  # the other end says more
-            tcp_connect.connect(address, token, rank, 20.0, self._stopping.is_set).close()
-
-
-def _listener_at(make: Callable[[str], T], port: int) -> T:
-    """Return a listener at a known port, so that strangers find it; an update's port is random."""
-    create = socket.create_server
-
-    def at_port(address: tuple[str, int], **options: Any) -> socket.socket:
-        return create((address[0], port), **options)
-
-    socket.create_server = at_port  # type: ignore[assignment]
-    try:
-        return make("127.0.0.1")
-    finally:
-        socket.create_server = create
-
-
 class Stranger:
     """Opens connections that never become any."""
 
-    def __init__(self, ports: list[int], recorded: bytes, seed: int) -> None:
-        self._ports, self._recorded = ports, recorded
+    def __init__(self, ports: list[int], patient: int, recorded: bytes, seed: int) -> None:
+        """
+        Args:
+            ports: to connect to.
+            patient: one of them, whose owner closes no silent connection.
+            recorded: what an honest client once sent.
+            seed: decides what is said.
+        """
+        self._ports, self._patient, self._recorded = ports, patient, recorded
         self._random = random.Random(seed)
         self._held: list[socket.socket] = []
         self.refused = self.outstayed = 0
@@ -176,7 +79,7 @@ class Stranger:
                 while one.recv(4096):
                     pass
             except TimeoutError:
-                self.outstayed += 1
+                self.outstayed += one.getpeername()[1] != self._patient
             except OSError:
                 pass  # reset
             one.close()
@@ -326,6 +229,7 @@ def attack(frames: int, connections: int, processes: int = 2, seed: int = 0) -> 
                 "--seed": seed + number,
                 "--addresses": ",".join(addresses),
                 "--ports": ",".join(map(str, listening)),
+                "--patient": str(ports["gloo"]),
                 "--key-file": key_file,
                 "--recorded": str(folder / "recorded"),
             }
@@ -350,7 +254,8 @@ def attack(frames: int, connections: int, processes: int = 2, seed: int = 0) -> 
         summary = samples.summary()
         problems += [f"{outstayed} silent connections were never closed"] if outstayed else []
         problems += [*grown(summary), *facts.get("errors", [])]
-        if facts.get("lifelines_lost") or not facts.get("updates") or not facts.get("rendezvous"):
+        idle = [name for name in ("updates", "rendezvous", "fetches", "gloo_broadcasts") if not facts.get(name)]
+        if facts.get("lifelines_lost") or idle:
             problems.append(f"the trainer's ports did not work: {facts}")
         return {
             "frames": frames,
@@ -379,7 +284,7 @@ def _be_strangers(options: argparse.Namespace) -> None:
     """Send frames from one thread, and open connections from another."""
     key, addresses = security.read_key(options.key_file), options.addresses.split(",")
     ports = [int(port) for port in options.ports.split(",")]
-    stranger = Stranger(ports, Path(options.recorded).read_bytes(), options.seed)
+    stranger = Stranger(ports, int(options.patient), Path(options.recorded).read_bytes(), options.seed)
     knocking = threading.Thread(target=stranger.knock, args=(options.connections,))
     knocking.start()
     for number, address in enumerate(addresses):
@@ -399,7 +304,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="attackers at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write the facts here")
-    for name in ("--be-trainer", "--key-file", "--addresses", "--ports", "--recorded"):
+    for name in ("--be-trainer", "--key-file", "--addresses", "--ports", "--patient", "--recorded"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--be-strangers", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

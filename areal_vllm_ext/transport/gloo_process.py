@@ -84,6 +84,11 @@ class GlooGroup:
             self.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """Process id of the process in which gloo runs."""
+        return self._process.pid
+
     def start(
         self, buffer: torch.Tensor, spans: Sequence[Span], timeout: float, cancelled: Callable[[], bool]
     ) -> GlooWork:
