@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 
+from .vllm_versions import load_endpoint_plugins
+
 
 def register() -> None:
     """Put the hooks in place. Inert unless an engine has our ``--worker-extension-cls``, or AREAL_VLLM_ENABLE is 1.
@@ -20,6 +22,7 @@ def register() -> None:
     raise_file_limit()
     vllm_patching.install_patches((*hooks.ENGINE_PATCHES, *PLUGIN_PATCHES))
     register_backends()
+    load_endpoint_plugins()
     if vllm_patching.is_enabled():
         vllm_patching.require(())
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
 
@@ -34,3 +38,40 @@ def set_device(worker: Any) -> None:
     """Note in a worker where its model is; a CPU worker of 0.19 does not."""
     if worker.device is None:
         worker.device = worker.model_runner.device
+
+
+def load_endpoint_plugins() -> None:
+    """Have the API server of this process load plugins of the group ``vllm.endpoint_plugins``; vLLM 0.19 knows none.
+
+    As in later versions, VLLM_PLUGINS must name them, and their routes take precedence over vLLM's.
+    """
+    from vllm import plugins
+
+    server: Any = sys.modules.get("vllm.entrypoints.openai.api_server")
+    wanted = os.environ.get("VLLM_PLUGINS", "").split(",")
+    found = [one for one in entry_points(group="vllm.endpoint_plugins") if one.name in wanted]
+    # Engines and workers do not import the API server.
+    if hasattr(plugins, "load_endpoint_plugins") or not found or server is None:
+        return
+    build, initialize = server.build_app, server.init_app_state
+    if hasattr(build, "__wrapped__"):
+        return
+
+    @functools.wraps(build)
+    def build_app(*args: Any, **kwargs: Any) -> Any:
+        app = build(*args, **kwargs)
+        routes = app.router.routes
+        before = len(routes)
+        app.state.areal_endpoint_plugins = [one.load()() for one in found]
+        for plugin in app.state.areal_endpoint_plugins:
+            plugin.attach_router(app)
+        routes[:] = routes[before:] + routes[:before]
+        return app
+
+    @functools.wraps(initialize)
+    async def init_app_state(engine_client: Any, state: Any, args: Any, *more: Any, **kwargs: Any) -> None:
+        await initialize(engine_client, state, args, *more, **kwargs)
+        for plugin in getattr(state, "areal_endpoint_plugins", ()):
+            await plugin.init_state(engine_client, state, args)
+
+    server.build_app, server.init_app_state = build_app, init_app_state

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -64,3 +67,45 @@ def test_a_worker_without_a_device_gets_its_models() -> None:
     worker.model_runner.device = "other"
     vllm_versions.set_device(worker)
     assert worker.device == "cpu"
+
+
+class Plugin:
+    """A plugin of vLLM's API server whose route vLLM has too."""
+
+    def attach_router(self, app: Any) -> None:
+        app.get("/route")(lambda: "the plugin's")
+
+    async def init_state(self, engine_client: Any, state: Any, _args: Any) -> None:
+        state.client = engine_client
+
+
+def test_a_vllm_without_endpoint_plugins_loads_those_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastapi import APIRouter, FastAPI
+    from fastapi.testclient import TestClient
+    from vllm import plugins
+
+    def build_app() -> FastAPI:
+        app, router = FastAPI(), APIRouter()
+        router.get("/route")(lambda: "vLLM's")
+        app.include_router(router)
+        return app
+
+    async def init_app_state(_engine_client: Any, state: Any, _args: Any) -> None:
+        state.initialized = True
+
+    server = SimpleNamespace(build_app=build_app, init_app_state=init_app_state)
+    monkeypatch.delattr(plugins, "load_endpoint_plugins", raising=False)
+    monkeypatch.setitem(sys.modules, "vllm.entrypoints.openai.api_server", server)
+    found = [SimpleNamespace(name=name, load=lambda: Plugin) for name in ("one", "other")]
+    monkeypatch.setattr(vllm_versions, "entry_points", lambda **_: found)
+
+    vllm_versions.load_endpoint_plugins()
+    assert server.build_app is build_app, "VLLM_PLUGINS names none"
+    monkeypatch.setenv("VLLM_PLUGINS", "areal_vllm_ext,one")
+    vllm_versions.load_endpoint_plugins()
+    vllm_versions.load_endpoint_plugins()
+    app = server.build_app()
+    assert len(app.state.areal_endpoint_plugins) == 1
+    assert TestClient(app).get("/route").json() == "the plugin's"
+    asyncio.run(server.init_app_state("client", app.state, None))
+    assert (app.state.initialized, app.state.client) == (True, "client")
