@@ -176,9 +176,15 @@ class Delivery:
         """
         return asyncio.run_coroutine_threadsafe(self._driver.begin(senders, self.stagings()), self._context.loop)
 
-    def record(self, sender: int, report: SendReport) -> None:
-        """Record what a sender has sent, after the last one has sent its share."""
-        self.complete = True
+    def record(self, sender: int, report: SendReport, *, complete: bool = True) -> None:
+        """Record what a sender has sent, after the last one has sent its share.
+
+        Args:
+            sender: its number.
+            report: what it has sent.
+            complete: whether base weights are among it.
+        """
+        self.complete = complete
         self.buckets[sender] = self.buckets.get(sender, 0) + report.buckets
         self.nbytes += report.nbytes
         self.unchanged += report.unchanged

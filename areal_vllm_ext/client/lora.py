@@ -54,6 +54,11 @@ class SentAdapter:
     def pairs(self) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         return ((meta, self.tensors[meta.name]) for meta, _ in self.entries)
 
+    @property
+    def is_relayed(self) -> bool:
+        """Whether its tensors go from a trainer to the workers without passing through this process."""
+        return not self.entries
+
 
 class AdapterChanges:
     """What one update does to the engines' adapters.
@@ -147,6 +152,18 @@ def copied(
     metas = [TensorMeta(key, str(one.dtype).removeprefix("torch."), tuple(one.shape)) for key, one in tensors.items()]
     entries = list(zip(metas, digest.digests_of(tensors.values()), strict=True))
     return SentAdapter(Adapter(name, config, digest.adapter_manifest(config, entries)), tensors, entries)
+
+
+def relayed(name: str, config: Mapping[str, Any], update: str) -> SentAdapter:
+    """Return an adapter whose tensors a trainer without this package sends to the workers itself.
+
+    Nobody announces digests of them. So its manifest is the id of its update, which no other version has, and the workers'
+    votes are compared with each other.
+
+    Raises:
+        InvalidWeights: no adapter can be called so.
+    """
+    return SentAdapter(Adapter(checked_name(name), _encoded(name, config), f"update {update}"), {}, [])
 
 
 def adapter_parts(name: str, source: AdapterSource) -> tuple[list[Named], str]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import uuid
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import InvalidWeights
 from ..protocol import Bucket, Segment, Sender, TensorMeta, TorchGroup
 from ..transport.buckets import packed_layout
+from .lora import relayed
 from .sending import Sending, SendReport
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Relay:
 
     def __init__(self, update: AsyncUpdate) -> None:
         self.buckets = 0
+        self._weights = False  # whether base weights are among them
         self._transaction = update.transaction
         self._senders: dict[str, tuple[int, Sending]] = {}
 
@@ -126,8 +128,30 @@ class Relay:
         assert driver.coordinator is not None
         await driver.run(driver.coordinator.give_up(""))
 
-    async def receive(self, group: str, tensors: Sequence[TensorMeta]) -> None:
+    def bring_adapter(self, name: str, config: Mapping[str, Any], removed: Iterable[str]) -> None:
+        """Note that the update brings a LoRA adapter, whose tensors ``receive`` receives.
+
+        Args:
+            name: the adapter's.
+            config: peft's.
+            removed: adapters that the engines need not serve any more.
+
+        Raises:
+            InvalidWeights: the name is none, or the update brings an adapter of this name already.
+        """
+        coordinator = self._transaction.driver.coordinator
+        assert coordinator is not None
+        self._transaction.adapters.add(name, relayed(name, config, coordinator.update))
+        for one in removed:
+            self._transaction.remove_adapter(one)
+
+    async def receive(self, group: str, tensors: Sequence[TensorMeta], adapter: str = "") -> None:
         """Receive what the trainer broadcasts to ``group``; returns when every worker of every engine has staged it.
+
+        Args:
+            group: the trainer's group.
+            tensors: what it broadcasts, in this order.
+            adapter: whose tensors these are; empty for base weights.
 
         Raises:
             UpdateAborted: an engine failed; the message names it.
@@ -137,11 +161,19 @@ class Relay:
         _, sending = self._senders[group]
         segments, nbytes = packed_layout([Segment(meta, 0) for meta in tensors])
         report = sending.report
-        bucket = Bucket(epoch=0, update=coordinator.update, index=report.buckets, nbytes=nbytes, segments=segments)
+        bucket = Bucket(
+            epoch=0,
+            update=coordinator.update,
+            index=report.buckets,
+            nbytes=nbytes,
+            segments=segments,
+            adapter=adapter,
+        )
         report.buckets += 1
         report.nbytes += nbytes
         await sending.announce(bucket)
         self.buckets += 1
+        self._weights = self._weights or not adapter
 
     async def prepare(self) -> None:
         """Ask for the votes on all that has arrived. Leaving the update's block commits.
@@ -154,5 +186,6 @@ class Relay:
             raise InvalidWeights("no tensor has arrived")
         delivery = self._transaction.delivery
         for number, sending in self._senders.values():
-            delivery.record(number, SendReport(sending.report.buckets, sending.report.nbytes, [], 0))
+            report = SendReport(sending.report.buckets, sending.report.nbytes, [], 0)
+            delivery.record(number, report, complete=self._weights)
         await self._transaction.prepare()

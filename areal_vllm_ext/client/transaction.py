@@ -269,7 +269,7 @@ class Transaction:
             changes.bring_to(self._differing, self._sinks.adapters)
         except InvalidWeights as error:
             raise UpdateAborted(self.context.given_up(str(error))) from None
-        adapters = [one for one in changes.sent.values() if one.entries]
+        adapters = [one for one in changes.sent.values() if not one.is_relayed]
 
         def send() -> None:
             with self.errors_of_sending():
@@ -309,10 +309,13 @@ class Transaction:
         elif changed := self.sharing.changed():
             await run(coordinator.give_up(changed))
         else:
-            # From disk there is no manifest: then the engines' votes are only compared with each other.
+            # From disk, or from a trainer's own process group, there is no manifest: then the engines' votes are only
+            # compared with each other.
             base = coordinator.base if delivery.unchanged else ""
             units, manifest = self.adapters.units(weights=delivery.complete), delivery.manifest
-            if manifest or not units.weights:
+            if any(one.is_relayed for one in self.adapters.sent.values()):
+                manifest = ""
+            elif manifest or not units.weights:
                 manifest = digest.units_manifest(manifest, {one.name: one.manifest for one in units.adapters})
             kept = () if base else delivery.kept
             await run(coordinator.sent(delivery.buckets, manifest, base, kept, units, hold=hold))
@@ -377,7 +380,9 @@ class Transaction:
             self._sinks.sent = {meta.name: (meta, value) for meta, value in self.delivery.entries}
             self._sinks.sent_manifest = self.delivery.manifest
         known = self._sinks.adapters | self.adapters.sent
-        self._sinks.adapters = {name: one for name, one in known.items() if name not in self.adapters.removed}
+        self._sinks.adapters = {
+            name: one for name, one in known.items() if name not in self.adapters.removed and not one.is_relayed
+        }
 
     async def _write_trace(self, path: str | os.PathLike[str]) -> None:
         """Write the trace. What is missing is logged; it never fails the update."""

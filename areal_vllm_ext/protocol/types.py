@@ -243,7 +243,8 @@ class Staging(Payload):
 class Adapter(Payload):
     """A LoRA adapter that an update brings.
 
-    ``config`` is peft's configuration, in JSON. ``manifest`` is that of the configuration and all tensors.
+    ``config`` is peft's configuration, in JSON. ``manifest`` is that of the configuration and all tensors. If they come from a
+    trainer that announces no digests, it names the update instead, and only the workers' votes are compared.
     """
 
     name: Name

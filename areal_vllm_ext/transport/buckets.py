@@ -231,6 +231,11 @@ def filled_buckets(
         yield bucket
 
 
+def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
+    """Return a tensor's name, dtype and shape."""
+    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
 def nbytes_of(meta: TensorMeta) -> int:
     """Return the size of a tensor."""
     dtype: torch.dtype = getattr(torch, meta.dtype)

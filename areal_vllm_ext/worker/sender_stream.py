@@ -223,7 +223,10 @@ class SenderStream:
         spans, track, self._step = update.spans, self._track, order.step
         if not order.digests:
             with spans.span(track, self._step):
-                update.add_loaded(unpacked.tensors, unchecked=source.unchecked)
+                if order.adapter:
+                    update.adapters.add(order.adapter, unpacked.tensors)
+                else:
+                    update.add_loaded(unpacked.tensors, unchecked=source.unchecked)
             update.received[self._number] += 1
             update.report(self._step)
             return

@@ -15,10 +15,10 @@ from .. import errors
 from ..errors import NotACheckpoint
 from ..integrity import checkpoint, digest
 from ..observability.spans import SpanRecorder
-from ..protocol import TensorMeta, WorkerDone
+from ..protocol import WorkerDone
 from ..transport import host_memory
 from ..transport.base import Cancelled
-from ..transport.buckets import UnpackedBucket, first_non_finite
+from ..transport.buckets import UnpackedBucket, first_non_finite, meta_of
 from . import staging
 from .adapters.staged import StagedAdapters
 from .load.shadow import BuildOptions, Refused
@@ -365,11 +365,6 @@ class StagedUpdate:
         """
         if any(int(shown) != stamp for stamp, shown in self.stamps.items()):
             raise RuntimeError("the trainer revoked its memory before it was loaded: update this engine again")
-
-
-def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
-    """Return a tensor's name, dtype and shape."""
-    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 def batches(pairs: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:

@@ -7,23 +7,35 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from areal_server import Server, serving
 from real_receivers import Served, checkpoint, group, served, shared_engines, weights  # noqa: F401 - fixtures
 from safetensors.torch import save_file
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.integrations.areal.limits import Limits
 from areal_vllm_ext.integrations.areal.names import outdated
+from areal_vllm_ext.worker.adapters.staged import StagedAdapters
 from areal_vllm_ext.worker.adapters.store import AdapterStore
+from harness.areal_server import LIMITS, Server
+from harness.areal_server import serving as serving_for
 from harness.torch_trainer import TorchTrainer, torch_trainer
 
 WORKERS = 4  # of two engines
 GROUP = "update_weight_group"
+
+
+def serving(
+    served: Served, key_file: Path, own: tuple[str, int] | None = None, limits: Limits = LIMITS
+) -> AbstractContextManager[Server]:
+    """A server for the first engine, or ``own``."""
+    infos = [engine.endpoint.info for engine in served.deployment.engines.values()]
+    first = min((info.replica, info.dp_rank) for info in infos)
+    return serving_for(served.deployment.directory, key_file, own or first, limits)
 
 
 @pytest.fixture
@@ -184,8 +196,9 @@ def test_calls_out_of_order_say_what_to_do(group: EngineGroup, server: Server) -
     server.ok("/areal_pause_generation")
     assert "before" in server.refused("/areal_update_weights_xccl")
     server.ok("/areal_continue_generation")
-    for path in ("/areal_set_update_weight_meta_lora", "/areal_update_weights_lora_xccl", "/areal_update_weights_lora"):
-        assert "weight_update_mode: disk" in server.refused(path, {"lora_name": "a"})
+    assert "/areal_set_update_weight_meta before" in server.refused(
+        "/areal_update_weights_lora_xccl", {"lora_name": "a"}
+    )
     assert generations(group) == before
 
 
@@ -200,6 +213,8 @@ def test_calls_out_of_order_say_what_to_do(group: EngineGroup, server: Server) -
         ("/areal_set_update_weight_meta", {**meta(weights(0)), "shapes": [[-1]] * 5}, ">= 0"),
         ("/wake_up?tags=everything", {}, "everything cannot be woken up"),
         ("/sleep?level=3", {}, "no sleep of level 3"),
+        ("/areal_set_update_weight_meta_lora", meta(weights(0)), "missing required field `lora_name`"),
+        ("/areal_update_weights_lora", {"lora_name": "a"}, "missing required field `lora_model_path`"),
     ],
 )
 def test_bodies_that_do_not_fit_are_refused(
@@ -336,6 +351,100 @@ def test_an_adapter_from_disk_is_committed_at_continue_and_old_names_go(
     assert {generation for generation, _ in generations(group)} == {"running"}
     assert "nowhere" in server.refused("/areal_continue_generation")
     server.ok("/v1/unload_lora_adapter", {"lora_name": "lora-v103"})
+
+
+def adapter_tensors(seed: int) -> dict[str, torch.Tensor]:
+    """As a trainer with peft's model has them: the adapter's name is in theirs."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"base_model.model.a.lora_A.default.weight": (2, 7), "base_model.model.a.lora_B.default.weight": (33, 2)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def adapter_meta(tensors: dict[str, torch.Tensor], name: str, group: str = GROUP, **more: Any) -> dict[str, Any]:
+    lora = {"lora_name": name, "lora_int_id": 1, "lora_target_modules": "all-linear", "lora_rank": 2, "lora_alpha": 4}
+    return meta(tensors, group) | lora | {"lora_bias": "none", "base_model_name": "m"} | more
+
+
+def send_adapter(server: Server, trainer: TorchTrainer, tensors: dict[str, torch.Tensor], name: str) -> None:
+    sent = trainer.broadcast(list(tensors.values()))
+    body = adapter_meta(tensors, name, trainer.name)
+    server.ok("/areal_set_update_weight_meta_lora", body)
+    server.ok("/areal_update_weights_lora_xccl", body)
+    sent.result(20)
+
+
+def assert_hold(served: Served, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    assert len(served.adapters) == WORKERS
+    for held in served.adapters.values():
+        given = {tensor.replace(".default", ""): value for tensor, value in tensors.items()}
+        assert sorted(held[name]) == sorted(given)
+        assert all(torch.equal(held[name][tensor], value) for tensor, value in given.items())
+
+
+def test_an_adapter_by_a_process_group_is_committed_at_continue(
+    served: Served, group: EngineGroup, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdapterStore, "load", lambda _, __, given, ___: dict(given))  # without vLLM's LoRA
+    served.adapters.clear()
+    with torch_trainer(WORKERS + 1, GROUP) as trainer:
+        join(server, trainer)
+        for number in (201, 202, 203):
+            tensors = adapter_tensors(number)
+            server.ok("/areal_pause_generation")
+            for name, tensor in tensors.items():  # a bucket each
+                send_adapter(server, trainer, {name: tensor}, f"lora-v{number}")
+            assert f"lora-v{number}" not in group.status()[0].adapters, "nothing is committed before continue"
+            server.ok("/areal_continue_generation")
+            assert_hold(served, f"lora-v{number}", tensors)
+            assert generations(group) == [("running", number)] * 2
+        assert [set(state.adapters) for state in group.status()] == [{"lora-v202", "lora-v203"}] * 2
+        assert served.weights == {worker: {} for worker in served.weights}, "base weights stay"
+
+        # The same name again brings other tensors; then base weights by the same group.
+        tensors = adapter_tensors(9)
+        server.ok("/areal_pause_generation")
+        send_adapter(server, trainer, tensors, "lora-v203")
+        server.ok("/areal_continue_generation")
+        assert_hold(served, "lora-v203", tensors)
+        server.ok("/areal_pause_generation")
+        for bucket in buckets(weights(33)):
+            send_bucket(server, trainer, bucket)
+        server.ok("/areal_continue_generation")
+        assert served.serves(weights(33))
+        assert [set(state.adapters) for state in group.status()] == [{"lora-v202", "lora-v203"}] * 2
+
+        # A bucket of the same adapter with another configuration ends the update, everywhere.
+        server.ok("/areal_pause_generation")
+        send_adapter(server, trainer, tensors, "lora-v204")
+        trainer.broadcast(list(tensors.values()))
+        server.ok("/areal_set_update_weight_meta_lora", adapter_meta(tensors, "lora-v204", lora_rank=3))
+        assert "another configuration" in (problem := server.refused("/areal_update_weights_lora_xccl"))
+        for _ in range(3):
+            assert server.refused("/areal_continue_generation") == problem
+        assert {generation for generation, _ in generations(group)} == {"running"}
+        assert [set(state.adapters) for state in group.status()] == [{"lora-v202", "lora-v203"}] * 2
+    for name in ("lora-v202", "lora-v203"):
+        server.ok("/v1/unload_lora_adapter", {"lora_name": name})
+
+
+def test_workers_that_got_other_tensors_of_an_adapter_commit_none(
+    served: Served, group: EngineGroup, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No digests are announced, so votes are compared with each other."""
+    monkeypatch.setattr(AdapterStore, "load", lambda _, __, given, ___: dict(given))
+    add, calls = StagedAdapters.add, iter(range(100))
+
+    def add_wrong(self: StagedAdapters, adapter: str, tensors: dict[str, torch.Tensor], contents: Any = None) -> None:
+        add(self, adapter, {name: one + (next(calls) == 0) for name, one in tensors.items()}, contents)
+
+    monkeypatch.setattr(StagedAdapters, "add", add_wrong)
+    with torch_trainer(WORKERS + 1, GROUP) as trainer:
+        join(server, trainer)
+        server.ok("/areal_pause_generation")
+        send_adapter(server, trainer, adapter_tensors(1), "lora-v301")
+        assert "holds other weights" in server.refused("/areal_continue_generation")
+        assert [set(state.adapters) for state in group.status()] == [set()] * 2
+        assert {generation for generation, _ in generations(group)} == {"running"}
 
 
 def test_versions_of_an_adapter_that_are_not_needed_go() -> None:

@@ -15,6 +15,7 @@ from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.integrity.digest import Contents
 from areal_vllm_ext.observability import fault_points
 from areal_vllm_ext.transport.base import Cancelled
+from areal_vllm_ext.transport.buckets import meta_of
 from areal_vllm_ext.worker import hooks
 from areal_vllm_ext.worker.live_weights import LiveWeights
 from areal_vllm_ext.worker.load import apart, proof
@@ -24,7 +25,6 @@ from areal_vllm_ext.worker.load.plan import PlanRun
 from areal_vllm_ext.worker.load.shadow import BuildOptions, Refused, Shadow
 from areal_vllm_ext.worker.load.written import wrong_in
 from areal_vllm_ext.worker.residency import Residency
-from areal_vllm_ext.worker.staged_update import meta_of
 
 Weights = dict[str, torch.Tensor]
 PLANNED = {"dense", "tied", "biases"}

@@ -16,13 +16,13 @@ import torch
 pytest.importorskip("areal", reason="AReaL is in .venv-integrations: make test-integrations")
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from areal_server import Server, serving
 from real_receivers import WORKERS, Served, awaiting_workers, connected
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import make_model
 from areal_vllm_ext.protocol import security, timing
+from harness.areal_server import Server, serving
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -108,7 +108,11 @@ def assert_serve(served: Served, model: torch.nn.Module, group: EngineGroup, ver
 
 def test_every_worker_gets_what_areal_trained(engines: Served, model: torch.nn.Module, tmp_path: Path) -> None:
     key_file = tmp_path / "cluster.key"
-    with serving(engines, key_file) as server, connected(engines.deployment, key_file) as group:
+    first = min((one.endpoint.info.replica, one.endpoint.info.dp_rank) for one in engines.deployment.engines.values())
+    with (
+        serving(engines.deployment.directory, key_file, first) as server,
+        connected(engines.deployment, key_file) as group,
+    ):
         trainer = Trainer(tmp_path / "model", server, tmp_path)
         try:
             for version in (1, 2):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from ...protocol import TensorMeta
 
 Size = Annotated[int, msgspec.Meta(ge=0)]
+AdapterName = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Call = TypeVar("Call", bound=msgspec.Struct)
 
 
@@ -47,6 +48,32 @@ class Meta(msgspec.Struct, frozen=True):
         ]
 
 
+class AdapterMeta(Meta, frozen=True):
+    """``/areal_set_update_weight_meta_lora``, and the same again as ``/areal_update_weights_lora_xccl``."""
+
+    lora_name: AdapterName
+    lora_rank: Annotated[int, msgspec.Meta(ge=1)]
+    lora_alpha: float
+    lora_target_modules: list[str] | str
+    lora_bias: str = "none"
+
+    def tensors(self) -> list[TensorMeta]:
+        """Return them under the names that peft saves: its modules have the name of their adapter in theirs."""
+        metas = Meta.tensors(self)
+        return [msgspec.structs.replace(meta, name=meta.name.replace(".default.weight", ".weight")) for meta in metas]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """peft's configuration."""
+        return {
+            "peft_type": "LORA",
+            "r": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "target_modules": self.lora_target_modules,
+            "bias": self.lora_bias,
+        }
+
+
 class Disk(msgspec.Struct, frozen=True):
     """``/areal_update_weights``."""
 
@@ -57,13 +84,20 @@ class LoadAdapter(msgspec.Struct, frozen=True):
     """``/v1/load_lora_adapter``. The name is ``{adapter}-v{N}``, and so is that of the model in requests."""
 
     lora_path: Annotated[str, msgspec.Meta(min_length=1)]
-    lora_name: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    lora_name: AdapterName
+
+
+class LoadAdapterForAreal(msgspec.Struct, frozen=True):
+    """``/areal_update_weights_lora``: the same under another name."""
+
+    lora_model_path: Annotated[str, msgspec.Meta(min_length=1)]
+    lora_name: AdapterName
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True):
     """``/v1/unload_lora_adapter``."""
 
-    lora_name: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    lora_name: AdapterName
 
 
 def decode(kind: type[Call], body: bytes) -> Call:

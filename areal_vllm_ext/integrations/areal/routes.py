@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import Settings
 from ...errors import SettingsError
-from .calls import Disk, Init, LoadAdapter, Meta, Refused, UnloadAdapter, decode, one_line
+from .calls import (
+    AdapterMeta,
+    Disk,
+    Init,
+    LoadAdapter,
+    LoadAdapterForAreal,
+    Meta,
+    Refused,
+    UnloadAdapter,
+    decode,
+    one_line,
+)
 from .limits import Limits
 from .session import Session
 
@@ -28,12 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
-_LORA = (
-    "/areal_set_update_weight_meta_lora",
-    "/areal_update_weights_lora_xccl",
-    "/areal_update_weights_lora",
-)
-
 
 async def _init(session: Session, request: Request) -> str:
     return await session.init(decode(Init, await request.body()))
@@ -43,7 +48,11 @@ async def _meta(session: Session, request: Request) -> str:
     return await session.meta(decode(Meta, await request.body()))
 
 
-async def _xccl(session: Session, request: Request) -> str:  # noqa: ARG001 - its body is empty
+async def _adapter_meta(session: Session, request: Request) -> str:
+    return await session.meta(decode(AdapterMeta, await request.body()))
+
+
+async def _xccl(session: Session, request: Request) -> str:  # noqa: ARG001 - it says what was announced, or nothing
     return await session.xccl()
 
 
@@ -53,6 +62,11 @@ async def _disk(session: Session, request: Request) -> str:
 
 async def _load_adapter(session: Session, request: Request) -> str:
     return await session.load_adapter(decode(LoadAdapter, await request.body()))
+
+
+async def _load_adapter_for_areal(session: Session, request: Request) -> str:
+    call = decode(LoadAdapterForAreal, await request.body())
+    return await session.load_adapter(LoadAdapter(call.lora_model_path, call.lora_name))
 
 
 async def _unload_adapter(session: Session, request: Request) -> str:
@@ -81,24 +95,20 @@ async def _wake_up(session: Session, request: Request) -> str:
     return await session.wake_up([tag for tag in known if tag in tags])
 
 
-async def _lora(session: Session, request: Request) -> str:  # noqa: ARG001 - refused, whatever it says
-    raise Refused(
-        "LoRA adapters are not taken from a process group yet: set weight_update_mode: disk, or use_lora: false"
-    )
-
-
 HANDLERS: dict[str, Handler] = {
     "/areal_init_weights_update_group": _init,
     "/areal_set_update_weight_meta": _meta,
     "/areal_update_weights_xccl": _xccl,
+    "/areal_set_update_weight_meta_lora": _adapter_meta,
+    "/areal_update_weights_lora_xccl": _xccl,
     "/areal_update_weights": _disk,
+    "/areal_update_weights_lora": _load_adapter_for_areal,
     "/v1/load_lora_adapter": _load_adapter,
     "/v1/unload_lora_adapter": _unload_adapter,
     "/areal_pause_generation": _pause,
     "/areal_continue_generation": _continue,
     "/sleep": _sleep,
     "/wake_up": _wake_up,
-    **dict.fromkeys(_LORA, _lora),
 }
 
 

@@ -4,47 +4,33 @@
     pause ──▶ disk ──▶ continue                        a checkpoint directory
     sleep ──▶ pause ──▶ disk ──▶ continue ──▶ wake_up  the same, while a trainer on the same GPUs works
 
-Tensors are staged at ``xccl`` and ``disk``; ``continue`` commits. Engines that sleep cannot stage, so the directory is kept,
-and they are updated as they wake up. The session decides nothing about safety: it is a client of ``AsyncEngineGroup``, whose
+Tensors are staged at ``xccl`` and ``disk``; ``continue`` commits. A LoRA adapter comes by either way. Engines that sleep cannot
+stage (``asleep.py``). The session decides nothing about safety: it is a client of ``AsyncEngineGroup``, whose
 engines vote, commit and recover as for any other. One task does one call after the other.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Literal
 
 from ...client.relay import Relay, TrainerGroup, join
 from ...errors import ArealError, UpdateInDoubt, WeightsTainted
-from .calls import Disk, Init, LoadAdapter, Meta, Refused, one_line
-from .kept_files import KeptFiles
+from .asleep import SleepingEngines
+from .calls import AdapterMeta, Disk, Init, LoadAdapter, Meta, Refused, one_line
 from .limits import Limits
 from .names import outdated, version_of_adapter, version_of_path
+from .open_update import OpenUpdate
 from .servers import Servers, followed
 
 if TYPE_CHECKING:
     from ...client.group import AsyncEngineGroup
     from ...client.lora import AdapterSource
-    from ...client.update import AsyncUpdate
     from ...protocol import SleepTag, Version
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
-
-
-@dataclasses.dataclass
-class _OpenUpdate:
-    """An update between its first call and continue."""
-
-    update: AsyncUpdate
-    version: Version
-    relay: Relay | None = None  # None: from disk
-
-    @property
-    def is_empty(self) -> bool:
-        return self.relay is not None and not self.relay.buckets
 
 
 class Session:
@@ -61,15 +47,13 @@ class Session:
         self._servers = Servers(engines, own)
         self._groups: dict[str, TrainerGroup] = {}
         self._announced: Meta | None = None
-        self._open: _OpenUpdate | None = None
+        self._open: OpenUpdate | None = None
         self._paused = False
         # Why the last update failed. Continue answers it until the trainer begins again.
         self._failure = ""
         # Whether workers have been asked to receive tensors of an update that has not been committed.
         self._received = False
-        # Whether engines sleep, and with what they wake up.
-        self._asleep = False
-        self._kept: tuple[KeptFiles, Version] | None = None
+        self._sleeping = SleepingEngines(engines, limits.update)
         self._calls: asyncio.Queue[tuple[Callable[[], Awaitable[str]], asyncio.Future[str]]] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
@@ -136,7 +120,7 @@ class Session:
         """Do one call after the other. An update's block is entered and left by one task."""
         try:
             while True:
-                busy = not self._asleep and (self._paused or self._open is not None)
+                busy = not self._sleeping.asleep and (self._paused or self._open is not None)
                 try:
                     work, answer = await asyncio.wait_for(self._calls.get(), self._limits.idle if busy else None)
                 except asyncio.TimeoutError:
@@ -149,7 +133,7 @@ class Session:
                     answer.set_exception(error)
         finally:
             await self._give_up("the server ends")
-            self._drop_kept()
+            self._sleeping.drop_kept()
 
     async def _forsaken(self) -> None:
         """End what a trainer has left open."""
@@ -202,7 +186,7 @@ class Session:
         self._failure, self._announced, self._servers.expected = "", None, None
         if leader := await self._servers.leader():
             return followed(leader)
-        if await self._sleeps():
+        if await self._sleeping.sleeps():
             return "every engine sleeps, and none generates"
         await self._hold()
         if self._groups:
@@ -217,7 +201,7 @@ class Session:
     async def _meta(self, call: Meta) -> str:
         self._check_no_failure()
         if leader := await self._servers.leader():
-            self._servers.expect(await self._next_version())
+            self._servers.expect(await self._version_of(call))
             return followed(leader)
         if call.group_name not in self._groups:
             raise Refused(
@@ -240,19 +224,20 @@ class Session:
         return f"{len(call.names)} tensors are staged on every engine"
 
     async def _receive(self, call: Meta) -> None:
-        if self._open is None or self._open.relay is None:
-            await self._begin_relay()
-        assert self._open is not None
-        assert self._open.relay is not None
+        version = await self._version_of(call) if isinstance(call, AdapterMeta) else None
+        opened = self._open
+        if opened is None or opened.relay is None or (opened.is_empty and version not in (None, opened.version)):
+            opened = await self._begin_relay(version)
         self._received = True
-        await self._open.relay.receive(call.group_name, call.tensors())
+        await opened.receive(call, self._not_needed_with)
 
-    async def _begin_relay(self) -> None:
+    async def _begin_relay(self, version: Version | None = None) -> OpenUpdate:
         """Open an update that takes tensors of every group."""
         await self._give_up("another update begins")
-        opened = await self._enter(await self._next_version())
+        opened = await self._enter(await self._next_version() if version is None else version)
         opened.relay, self._received = Relay(opened.update), False
         await opened.relay.begin(list(self._groups.values()))
+        return opened
 
     async def _disk(self, call: Disk) -> str:
         version = version_of_path(call.model_path)
@@ -261,10 +246,9 @@ class Session:
         if leader := await self._servers.leader():
             self._servers.expect(version)
             return followed(leader)
-        if await self._sleeps():
-            self._drop_kept()
+        if await self._sleeping.sleeps():
             self._failure = ""
-            self._kept = await asyncio.to_thread(KeptFiles, call.model_path), version
+            await self._sleeping.keep(call.model_path, version)
             return f"version {version} is kept until the engines wake up"
         if self._failure:  # AReaL tries three times; the failure has ended its pause
             await self._hold()
@@ -317,13 +301,23 @@ class Session:
         await self._engines.update_weights(version=version, adapters={name: None}, timeout=self._limits.update)
         return f"no engine serves the adapter {name}"
 
-    async def _enter(self, version: Version) -> _OpenUpdate:
+    async def _not_needed_with(self, name: str) -> set[str]:
+        """Return the adapters to remove when adapter ``name`` comes by a process group.
+
+        They are its old versions, and what only some engines have because one was restarted: no process can send it again.
+        """
+        states = await self._engines.status()
+        known = {adapter for state in states for adapter in state.adapters}
+        partly = {adapter for adapter in known if any(adapter not in state.adapters for state in states)}
+        return {*outdated(name, known), *partly} - {name}
+
+    async def _enter(self, version: Version) -> OpenUpdate:
         update = self._engines.update(version, timeout=self._limits.update)
         await update.__aenter__()
-        self._open = _OpenUpdate(update, version)
+        self._open = OpenUpdate(update, version)
         return self._open
 
-    async def _staging(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def _staging(self, work: Callable[[], Awaitable[object]]) -> None:
         """Do a step of an update. If it fails, the update is given up, and engines generate with their old weights."""
         try:
             await work()
@@ -340,7 +334,7 @@ class Session:
             except Refused as error:
                 self._failure = str(error)
                 raise
-        if await self._sleeps():
+        if await self._sleeping.sleeps():
             return "every engine sleeps; it generates when it is awake"
         if self._open is not None and self._open.is_empty:
             await self._give_up("no tensors came")
@@ -402,38 +396,21 @@ class Session:
         if leader := await self._servers.leader():
             return followed(leader)
         await self._give_up("the engines fall asleep")
-        await self._engines.sleep(level)
-        self._asleep = True
+        await self._sleeping.sleep(level)
         return "every engine sleeps"
 
     async def _wake_up(self, tags: list[SleepTag]) -> str:
         if leader := await self._servers.leader():
             return followed(leader)
-        if self._kept is None or tags == ["kv_cache"]:
-            await self._engines.wake_up(tags or None)
-        else:
-            await self._wake_up_with(*self._kept)
-            if tags != ["weights"]:
-                await self._engines.wake_up()
-        self._asleep = await self._sleeps()
+        await self._sleeping.wake_up(tags)
         return f"every engine has woken up: {', '.join(tags) or 'all of it'}"
 
-    async def _wake_up_with(self, kept: KeptFiles, version: Version) -> None:
-        """Put the weights there that came during the sleep: an update wakes the weights' memory up."""
-        try:
-            await self._engines.update_weights(kept.path, version=version, timeout=self._limits.update)
-        finally:
-            self._drop_kept()  # a second try would find the same
-
-    async def _sleeps(self) -> bool:
-        return any(state.sleep.startswith("asleep") for state in await self._engines.status())
-
-    def _drop_kept(self) -> None:
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            kept[0].remove()
-
     # Versions
+
+    async def _version_of(self, call: Meta) -> int:
+        """Return the version that tensors of a process group bring."""
+        version = version_of_adapter(call.lora_name) if isinstance(call, AdapterMeta) else None
+        return await self._next_version() if version is None else version
 
     async def _next_version(self) -> int:
         """Return the version after the highest that an engine serves. A trainer's process group tells none."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import errors
 from ...integrity import digest
-from ...transport.buckets import first_non_finite
+from ...transport.buckets import first_non_finite, meta_of
 from .loading import Unusable
 
 if TYPE_CHECKING:
@@ -32,27 +32,42 @@ class StagedAdapters:
         self.models: dict[str, Any] = {}
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
         self._contents: dict[str, Contents] = {}
+        # Those of a trainer that announces no digests.
+        self._unannounced: set[str] = set()
         self._lock = threading.Lock()
 
-    def add(self, adapter: str, tensors: Mapping[str, torch.Tensor], contents: Contents) -> None:
-        """Stage tensors of ``adapter`` that have arrived and were compared with ``contents``."""
+    def add(self, adapter: str, tensors: Mapping[str, torch.Tensor], contents: Contents | None = None) -> None:
+        """Stage tensors of ``adapter`` that have arrived.
+
+        Args:
+            adapter: its name.
+            tensors: its tensors, or some of them.
+            contents: what they were compared with; None if the trainer announces no digests.
+        """
         if name := first_non_finite(tensors.items()):
             raise ValueError(f"adapter {adapter}: {name} holds NaN or infinite values")
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        if contents is None:
+            metas = [meta_of(name, tensor) for name, tensor in copied.items()]
+            values = digest.digests_of(copied.values())
+            contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}
+            self._unannounced.add(adapter)
         with self._lock:
             self._tensors.setdefault(adapter, {}).update(copied)
             self._contents.setdefault(adapter, {}).update(contents)
 
     def vote(self, units: Units, store: AdapterStore, intake: Intake) -> dict[str, str]:
-        """Check that all adapters are here, and that this worker can serve them. Returns their manifests.
+        """Check that all adapters are here, and that this worker can serve them. Returns the manifest of each.
 
         Raises:
             RuntimeError: tensors are missing, or others than the trainer's.
             ValueError: this worker cannot serve one of them; the message names it and the cause.
         """
+        manifests: dict[str, str] = {}
         for unit in units.adapters:
             contents = self._contents.get(unit.name, {})
-            if digest.adapter_manifest(unit.config, contents.values()) != unit.manifest:
+            manifests[unit.name] = digest.adapter_manifest(unit.config, contents.values())
+            if unit.name not in self._unannounced and manifests[unit.name] != unit.manifest:
                 raise RuntimeError(
                     f"adapter {unit.name} arrived with other tensors than were sent: {errors.SEND_AGAIN}"
                 )
@@ -60,7 +75,7 @@ class StagedAdapters:
                 self.models[unit.name] = store.load(unit.config, self._tensors.pop(unit.name, {}), intake)
             except Unusable as reason:
                 raise ValueError(f"nothing was applied: adapter {unit.name}: {reason}") from None
-        return {unit.name: unit.manifest for unit in units.adapters}
+        return manifests
 
     def free(self) -> None:
         self.models, self._tensors, self._contents = {}, {}, {}

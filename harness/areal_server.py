@@ -1,4 +1,4 @@
-"""A server with AReaL's routes over HTTP, before engines that really receive, stage and commit (``real_receivers.py``)."""
+"""A server with AReaL's routes over HTTP, in this process, before the engines of a deployment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,10 +19,8 @@ from areal_vllm_ext.client.group import AsyncEngineGroup
 from areal_vllm_ext.integrations.areal.limits import Limits
 from areal_vllm_ext.integrations.areal.routes import attach
 from areal_vllm_ext.integrations.areal.session import Session
-from harness.torch_trainer import TorchTrainer
 
-if TYPE_CHECKING:
-    from real_receivers import Served
+from .torch_trainer import TorchTrainer
 
 LIMITS = Limits(join=60.0)
 
@@ -34,12 +32,12 @@ def _healthy() -> dict[str, str]:
 class Server:
     """A server with AReaL's routes, and AReaL's client: a new connection for each call."""
 
-    def __init__(self, served: Served, key_file: Path, own: tuple[str, int], limits: Limits) -> None:
+    def __init__(self, directory: str, key_file: Path | str | None, own: tuple[str, int], limits: Limits) -> None:
         self.session: Session | None = None
         app = FastAPI(lifespan=self._lifespan)
         attach(app)
         app.add_api_route("/health", _healthy)
-        self._connect = lambda: AsyncEngineGroup.connect(served.deployment.directory, key_file=key_file)
+        self._connect = lambda: AsyncEngineGroup.connect(directory, key_file=key_file)
         self._own, self._limits = own, limits
         self._server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning"))
         self._thread = threading.Thread(target=self._server.run)
@@ -96,12 +94,10 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    served: Served, key_file: Path, own: tuple[str, int] | None = None, limits: Limits = LIMITS
+    directory: str, key_file: Path | str | None, own: tuple[str, int], limits: Limits = LIMITS
 ) -> Iterator[Server]:
-    first = min(
-        (engine.endpoint.info.replica, engine.endpoint.info.dp_rank) for engine in served.deployment.engines.values()
-    )
-    server = Server(served, key_file, own or first, limits)
+    """Serve for the engines of a directory, as the server of the engine ``own`` (replica, DP rank)."""
+    server = Server(directory, key_file, own, limits)
     try:
         yield server
     finally:
