@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -48,6 +49,9 @@ SCOPE_OF = {f"tests/unit/test_{name}.py": scope for scope, names in _SCOPES.item
 # The tests with real engines, the longest scopes first. Those of a folder share what they start.
 _ENGINES = "tests/integration/"
 _LONGEST = ("launcher", "dense", "in_process", "test_moe.py", "test_load_balancing.py")
+
+# Each process of a run collects all tests, and these take seconds of CPU to import.
+_LARGE = {"transformers", "vllm"}
 
 _deselected: collections.Counter[str] = collections.Counter()
 
@@ -103,10 +107,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Iterator[None]:
-    """Fail a file that is skipped as a whole in CI."""
+    """Fail a file that is skipped as a whole in CI, or that imports a large module when it is collected."""
+    before = _LARGE & sys.modules.keys()
     report = yield
     if CI and report.skipped:
         _fail(report)
+    if imported := (_LARGE & sys.modules.keys()) - before:
+        report.outcome = "failed"
+        report.longrepr = f"imports {', '.join(sorted(imported))} when it is collected: use lazily.Lazily"
     return report
 
 

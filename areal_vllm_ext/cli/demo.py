@@ -27,6 +27,6 @@ def add_to(commands: Commands) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .. import demo
+    from ..demo.train import run
 
-    return demo.run(moe=options.moe, steps=options.steps, seed=options.seed, keep_logs=options.keep_logs)
+    return run(moe=options.moe, steps=options.steps, seed=options.seed, keep_logs=options.keep_logs)

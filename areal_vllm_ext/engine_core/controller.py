@@ -16,8 +16,6 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.sched.interface import PauseState
-
 from ..config import Settings, split_address
 from ..control.directory_server import DirectoryServer
 from ..errors import HookError, SettingsError
@@ -376,6 +374,8 @@ class Controller:
         """Undo a pause that has not completed; return False if none is pending."""
         if self._idle_callback not in self._idle_callbacks:
             return False
+        from vllm.v1.core.sched.interface import PauseState
+
         self._idle_callbacks.remove(self._idle_callback)
         self._idle_callback = None
         # The same as vLLM's resume, but without its barrier over the DP ranks, which a pending pause forbids.

@@ -79,3 +79,11 @@ def test_only_a_gpu_may_be_missing_in_ci(tests: Path) -> None:
     assert code == 1
     assert lines[-1].startswith("1 failed, 2 passed, 2 skipped")
     assert any("test_of_a_tool" in line and "skipped in CI" in line and "needs iproute2" in line for line in lines)
+
+
+def test_a_file_that_imports_a_large_module_when_it_is_collected_fails(tests: Path) -> None:
+    (tests / "unit" / "vllm.py").touch()  # stands in for it: that one takes seconds
+    (tests / "unit" / "test_slow.py").write_text("import vllm\n\ndef test_it():\n    pass\n")
+    code, lines = run(tests, "tests/unit/test_slow.py")
+    assert code == 2
+    assert "imports vllm when it is collected: use lazily.Lazily" in lines
