@@ -79,7 +79,7 @@ class Offers:
             return _refuse(caller, "state", reason)
         if message.fetch in self._offers:
             return _refuse(caller, "state", "this offer is made already")
-        if len(self._offers) >= _MOST_OFFERS:
+        if sum(not offer.failure for offer in self._offers.values()) >= _MOST_OFFERS:
             return _refuse(caller, "busy", f"{_MOST_OFFERS} engines fetch from it already")
         ends = now + min(max(message.timeout, 0.0), _LONGEST_SECONDS)
         self._offers[message.fetch] = _Offer(caller, message.committed_epoch, ends)

@@ -11,7 +11,8 @@ from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.config import Settings
-from areal_vllm_ext.engine_core.effects import AskDirectory, AskPeer, CallCommitFetched, Order
+from areal_vllm_ext.engine_core.effects import AskDirectory, AskPeer, CallCommitFetched, Order, Reply
+from areal_vllm_ext.engine_core.offers import Offers
 from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.engine_core.returning import Returning
 from areal_vllm_ext.engine_core.status import beat_of, status_of
@@ -25,6 +26,7 @@ from areal_vllm_ext.protocol.peer_messages import (
     WeightsFetched,
     WeightsOffered,
     WorkerOffer,
+    WorkerOffered,
 )
 from areal_vllm_ext.protocol.server import ReplyTo
 from chaos.simulation import engine_info
@@ -265,6 +267,24 @@ def test_a_failed_commit_taints() -> None:
     rig.returning.committed("RuntimeError: no memory", rig.now)
     assert "could not be made live: RuntimeError: no memory" in rig.participant.tainted
     assert rig.tick(60.0) == []
+
+
+def test_an_offer_that_failed_leaves_its_place_to_others() -> None:
+    participant = Participant("v1", frozenset((0, 1)))
+    participant.joined = True
+    offers = Offers(participant)
+    caller = ReplyTo(b"peer", b"1")
+
+    def ask(fetch: str) -> Message:
+        message = OfferWeights(fetch=fetch, committed_epoch=participant.committed_epoch, timeout=10.0)
+        (effect,) = offers.ask(caller, message, NOW)
+        return effect.message if isinstance(effect, Order) else effect.answer  # type: ignore[union-attr]
+
+    assert [type(ask(name)) for name in ("a", "b")] == [OfferWeights, OfferWeights]
+    assert ask("c") == Error(kind="busy", message="2 engines fetch from it already")
+    offers.worker_offered(WorkerOffered(fetch="a", rank=1, error="no port is free"), NOW)
+    assert isinstance(ask("c"), OfferWeights)
+    assert isinstance(ask("d"), Error)
 
 
 def test_an_engine_can_be_told_to_fetch_nothing() -> None:
