@@ -1,7 +1,8 @@
 # Each target does the set-up that it needs (tools/set-up); when that stands already, it starts at once.
 SHELL := bash
-# Processes that run tests side by side; 0: one process, which shows what tests print.
-JOBS := 2
+# Processes that run tests side by side, because most tests wait more than they compute. Two of them run the tests with real
+# engines (tests/conftest.py). 0: one process, which shows what tests print.
+JOBS := 4
 BIN := .venv/bin
 # Many images set it; each engine would then compile all of vLLM's modules again at its start, 25 seconds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -21,8 +22,6 @@ demo: set-up ## Train a model while a head and a headless engine generate (ARGS=
 test: set-up ## Run all tests, some on real vLLM engines (ARGS="-k pause": some of them)
 	@exec $(BIN)/pytest -q -n $(JOBS) $(ARGS)
 
-# They wait more than they compute.
-test-unit: JOBS := 4
 test-unit: set-up ## Run the tests that start no vLLM: a first answer within 2 minutes
 	@exec $(BIN)/pytest -q -n $(JOBS) tests/unit $(ARGS)
 

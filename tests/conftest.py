@@ -48,6 +48,8 @@ _LONG = (
 SCOPE_OF = {f"tests/unit/test_{name}.py": scope for scope, names in _SCOPES.items() for name in names}
 # The tests with real engines, the longest scopes first. Those of a folder share what they start.
 _ENGINES = "tests/integration/"
+# How many workers run them at a time: two engines of a group take 6 GB, and their start takes both cores.
+_MOST_WITH_ENGINES = 2
 _LONGEST = ("launcher", "dense", "in_process", "test_moe.py", "test_load_balancing.py")
 
 # Each process of a run collects all tests, and these take seconds of CPU to import.
@@ -65,6 +67,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
             return _engines_of(file) or SCOPE_OF.get(file, file)
+
+        def _assign_work_unit(self, node: Any) -> None:
+            """Give the next scope to a worker; end the worker instead if the scope needs engines and two others are left."""
+            first_test = next(iter(next(iter(self.workqueue.values()))))
+            others = [one for one in self.nodes if one is not node and not one.shutting_down]
+            if _engines_of(first_test.partition("::")[0]) and len(others) >= _MOST_WITH_ENGINES:
+                node.shutdown()
+            else:
+                super()._assign_work_unit(node)
 
     config.option.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
     return FileScheduling(config, log)

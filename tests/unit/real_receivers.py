@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.protocol import security, timing
+from areal_vllm_ext.worker.load.dry_load import DryModel
 from areal_vllm_ext.worker.receiver import Receiver
 from harness.simulated_engine import Deployment, Shape, SimulatedEngine, deployed
 
@@ -40,10 +42,7 @@ class Served:
         # How many sent to each worker.
         self.senders: dict[tuple[int, int], int] = {}
         for number, engine in deployment.engines.items():
-            self.receivers[number] = [
-                Receiver(one, engine.endpoint.address, engine.endpoint.attach_token)
-                for one in self.workers_of(number, checkpoint, key_file)
-            ]
+            self.receivers[number] = [receiver(one, engine) for one in self.workers_of(number, checkpoint, key_file)]
             engine.staged = self.commit(number, engine)
         deployment.wait_attached()
 
@@ -71,6 +70,12 @@ class Served:
 
     def staging_is_free(self) -> bool:
         return all(receiver.reception is None for receivers in self.receivers.values() for receiver in receivers)
+
+
+def receiver(worker: Any, engine: SimulatedEngine) -> Receiver:
+    """Start the receiver of a stand-in. vLLM builds no model of it; to try takes seconds, because vLLM is imported."""
+    with mock.patch.object(DryModel, "of", return_value=None):
+        return Receiver(worker, engine.endpoint.address, engine.endpoint.attach_token)
 
 
 def worker(rank: int, checkpoint: Path, key_file: Path) -> Any:

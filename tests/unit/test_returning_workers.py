@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from real_commits import Engines
-from real_receivers import checkpoint, connected, send, weights  # noqa: F401
+from real_receivers import checkpoint, connected, receiver, send, weights  # noqa: F401
 from waiting import eventually
 
 from areal_vllm_ext.worker.extension import WorkerExtension
-from areal_vllm_ext.worker.receiver import Receiver
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +30,7 @@ class Returning(Engines):
         engine = self.deployment.start_engine(number)
         workers = self.workers_of(number, folder, key_file)
         for one in workers:
-            one._areal_receiver = Receiver(one, engine.endpoint.address, engine.endpoint.attach_token)
+            one._areal_receiver = receiver(one, engine)
         engine.staged = self.commit(number, engine)
 
         def commit_fetched(fetch: str, update: str) -> None:
