@@ -11,7 +11,7 @@ from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.config import Settings
-from areal_vllm_ext.engine_core.effects import AskDirectory, AskPeer, CallCommitFetched, Order, Reply
+from areal_vllm_ext.engine_core.effects import AskDirectory, AskPeer, CallCommitFetched, Order
 from areal_vllm_ext.engine_core.offers import Offers
 from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.engine_core.returning import Returning
