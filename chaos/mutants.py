@@ -193,6 +193,11 @@ MUTANTS = {
         (RETURNING, "if self._participant.workers - set(self._fetched):", "if False:"),
         (RETURNING, "if ended.manifests != self._fetched:", "if False:"),
     ],
+    "the group's adapters are fetched": [
+        (RETURNING, "adapters=manifests_of(self._adapters)", "adapters={}"),
+        (RETURNING, "!= wanted for worker in", "!= {} for worker in"),
+        (OFFERS, "if message.adapters != manifests_of(self._participant.adapters):", "if False:"),
+    ],
     "a stale engine asks for its group's weights": [(RETURNING, "return [AskDirectory(Discover())]", "return []")],
     "unfit base weights are not healed by an adapter": [
         (PARTICIPANT, "self.tainted or self.stale or self.foreign) and not message.units.weights", '"") and True'),
@@ -262,6 +267,7 @@ SWARM = {
     "an engine says why it gave an update up",
     "what is fetched is of the group's last update",
     "all workers have fetched",
+    "the group's adapters are fetched",
     "a stale engine asks for its group's weights",
     "an engine that lacks an adapter gets it",
     "a group does not go on without an engine that was back",

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from areal_vllm_ext.client.state import UpdateResult
-from areal_vllm_ext.engine_core.returning import manifests_of
 from areal_vllm_ext.errors import ArealError, UpdateAborted
 from areal_vllm_ext.protocol import PauseMode
 
@@ -288,7 +287,6 @@ class Round:
             and not (one.tainted or one.stale or one.foreign)
             and one.update is None
             and one.sleep.is_awake
-            and manifests_of(one.adapters) == manifests_of(p.adapters)  # which are not fetched
             for one in others
         )
 

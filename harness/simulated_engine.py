@@ -56,6 +56,7 @@ from areal_vllm_ext.protocol import (
 from areal_vllm_ext.protocol.peer_messages import (
     EndOffer,
     FetchWeights,
+    HeldAdapter,
     OfferWeights,
     ReadPacked,
     WeightsFetched,
@@ -130,7 +131,7 @@ class SimulatedEngine:
         live: digests of the weights that the workers serve.
         busy: how many requests for digests the workers refuse because of a commit.
         staged: called with the update's id at commit; a test with real receivers loads the tensors there.
-        fetched: the same for weights that were fetched from a peer, with the names of the fetch and of the peer's update.
+        fetched: the same for weights that were fetched from a peer.
     """
 
     def __init__(self, later: Later, shape: Shape) -> None:
@@ -149,7 +150,7 @@ class SimulatedEngine:
         self.version, self.model = shape.version, shape.model
         self.requests = 0
         self.staged: Callable[[str], None] = lambda _update: None
-        self.fetched: Callable[[str, str], None] = lambda _fetch, _update: None
+        self.fetched: Callable[[CallCommitFetched], None] = lambda _effect: None
         self.guarded = Guard()
         self.worker_ranks: Sequence[int] = (0,)
         self.method: Callable[[int, CallMethod], tuple[bytes, str, str]] = lambda _rank, effect: (
@@ -229,7 +230,7 @@ class SimulatedEngine:
             if not error:
                 try:
                     assert not self.running
-                    self.fetched(effect.fetch, effect.update)
+                    self.fetched(effect)
                     self.version = effect.version
                 except Exception as problem:
                     error = f"{type(problem).__name__}: {problem}"
@@ -379,7 +380,10 @@ class Workers:
         error = engine.errors.get(type(message).__name__, "")
         match message:
             case OfferWeights():
-                offer = WorkerOffer(rank=rank, layout=f"rank {rank}", address="", held=())
+                adapters = tuple(
+                    HeldAdapter(protocol.Adapter(name, "{}", one), ()) for name, one in message.adapters.items()
+                )
+                offer = WorkerOffer(rank=rank, layout=f"rank {rank}", address="", held=(), adapters=adapters)
                 return WorkerOffered(fetch=message.fetch, rank=rank, offer=None if error else offer, error=error)
             case FetchWeights():
                 return WeightsFetched(fetch=message.fetch, rank=rank, manifest="all", error=error)

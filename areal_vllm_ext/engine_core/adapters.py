@@ -11,14 +11,15 @@ import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ..protocol import Adapter, Units
 from .output_versions import OutputVersions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from vllm.lora.request import LoRARequest
 
-    from ..protocol import Adapter, Units
+    from ..protocol import ServedAdapter
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
@@ -57,6 +58,11 @@ class Adapters:
             engine.add_request = self._adding(engine.add_request)
         engine.areal_adapters = lambda: dict(self.versions)  # for front ends, by vLLM's utility calls
 
+    def units_of(self, served: Mapping[str, ServedAdapter]) -> Units:
+        """Return the change after which exactly the adapters ``served`` are here."""
+        brought = tuple(Adapter(name, "", one.manifest) for name, one in served.items())
+        return Units(adapters=brought, removed=tuple(name for name in self._current if name not in served))
+
     def numbers_of(self, units: Units) -> dict[str, int]:
         """Return a number for each adapter that an update brings."""
         return {unit.name: self._numbers.get(_version_of(unit)) or next(self._next_number) for unit in units.adapters}
@@ -72,8 +78,8 @@ class Adapters:
         }
         return tuple(current | running | set(numbers.values()))
 
-    def commit(self, units: Units, numbers: dict[str, int], kept: tuple[int, ...], version: str) -> None:
-        """Let requests that come from now on use what every worker has committed."""
+    def commit(self, units: Units, numbers: dict[str, int], kept: tuple[int, ...], versions: Mapping[str, str]) -> None:
+        """Let requests that come from now on use what every worker has committed; ``versions`` by the adapters' names."""
         from vllm.lora.request import LoRARequest
 
         before = {one.lora_name for one in self._current.values()}
@@ -84,7 +90,7 @@ class Adapters:
             own = _version_of(unit)
             self._numbers[own] = numbers[unit.name]
             self._current[unit.name] = LoRARequest(own, numbers[unit.name], BY_VERSION)
-            self.versions[unit.name] = version
+            self.versions[unit.name] = versions[unit.name]
         self._numbers = {own: number for own, number in self._numbers.items() if number in kept}
         replaced = before - {one.lora_name for one in self._current.values()}
         self._outputs.keep(str(getattr(self._engine, "_weight_version", "")), replaced)

@@ -246,7 +246,7 @@ class Controller:
             units, numbers = effect.units, self._adapters.numbers_of(effect.units)
             kept = self._adapters.in_use_after(units, numbers)
             answers = self._engine.collective_rpc("areal_commit", args=(effect.update, units.weights, numbers, kept))
-            self._adapters.commit(units, numbers, kept, str(effect.version))
+            self._adapters.commit(units, numbers, kept, {name: str(effect.version) for name in numbers})
             if units.weights:
                 self._foreign.discarded = ""
             loaded, unproven = ("; ".join(filter(None, dict.fromkeys(each))) for each in zip(*answers, strict=True))
@@ -261,7 +261,12 @@ class Controller:
 
         def on_loop() -> None:
             self._check_paused()
-            self._engine.collective_rpc("areal_commit_fetched", args=(effect.fetch, effect.update))
+            units = self._adapters.units_of(effect.adapters)
+            numbers = self._adapters.numbers_of(units)
+            kept = self._adapters.in_use_after(units, numbers)
+            self._engine.collective_rpc("areal_commit_fetched", args=(effect.fetch, effect.update, numbers, kept))
+            versions = {name: str(one.version) for name, one in effect.adapters.items()}
+            self._adapters.commit(units, numbers, kept, versions)
             self._drop_caches(values=True, encoders=True, root=effect.update)
             self._foreign.discarded = ""
             self._set_version(effect.version)

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 from ..protocol import WEIGHTS_ONLY, Units
 
 if TYPE_CHECKING:
-    from ..protocol import Answer, Discover, GetStatus, PauseMode, SleepLevel, SleepTag, Version, WorkerOrder
+    from collections.abc import Mapping
+
+    from ..protocol import (
+        Answer,
+        Discover,
+        GetStatus,
+        PauseMode,
+        ServedAdapter,
+        SleepLevel,
+        SleepTag,
+        Version,
+        WorkerOrder,
+    )
     from ..protocol.peer_messages import EndOffer, OfferWeights, ReadPacked
     from ..protocol.server import ReplyTo
 
@@ -72,11 +84,15 @@ class CallCommit:
 
 @dataclasses.dataclass(frozen=True)
 class CallCommitFetched:
-    """Make live what every worker has fetched from a peer, and set the engine's version; report to ``Returning.committed``."""
+    """Make live what every worker has fetched from a peer, and set the engine's version; report to ``Returning.committed``.
+
+    ``adapters``: all that the engine serves afterwards, by name.
+    """
 
     fetch: str
     version: Version
     update: str
+    adapters: Mapping[str, ServedAdapter] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..protocol import Error
 from ..protocol.peer_messages import EndOffer, OfferEnded, OfferWeights, ReadPacked, WeightsOffered
 from .effects import CallReadPacked, Effect, Order, Reply
+from .returning import manifests_of
 
 if TYPE_CHECKING:
     from ..protocol import ErrorKind
@@ -77,6 +78,8 @@ class Offers:
         """Offer what is served; ``caller`` is answered when all workers listen."""
         if reason := self._unfit(message.committed_epoch):
             return _refuse(caller, "state", reason)
+        if message.adapters != manifests_of(self._participant.adapters):
+            return _refuse(caller, "state", "it serves other adapters")
         if message.fetch in self._offers:
             return _refuse(caller, "state", "this offer is made already")
         if sum(not offer.failure for offer in self._offers.values()) >= _MOST_OFFERS:

@@ -70,6 +70,7 @@ class Returning:
         self._unlike: dict[str, str] = {}  # peers of another layout, by incarnation, and what differs
         self._fetch = ""
         self._peer: EngineInfo | None = None
+        self._adapters: dict[str, ServedAdapter] = {}  # that the peer serves
         self._offer: WeightsOffered | None = None
         self._fetched: dict[int, str] = {}
 
@@ -150,26 +151,38 @@ class Returning:
         ]
         if not current:
             return self._give_up("no engine of this version is idle: waiting for one, or for an update", now)
-        holders = {status.weights: engine for engine, status in current}
+        holders = {
+            (status.weights, *sorted(manifests_of(status.adapters).items())): engine for engine, status in current
+        }
         if len(holders) > 1:
             names = " and ".join(engine.name for engine in list(holders.values())[:2])
-            return self._give_up(f"{names} serve different weights as this version: run areal-vllm verify", now)
-        if any(manifests_of(status.adapters) != manifests_of(self._participant.adapters) for _, status in current):
-            return self._give_up("the group serves LoRA adapters, which no peer hands over: send an update", now)
-        like = [engine for engine, _ in current if engine.incarnation not in self._unlike]
+            return self._give_up(
+                f"{names} serve different weights or adapters as this version: run areal-vllm verify", now
+            )
+        like = [one for one in current if one[0].incarnation not in self._unlike]
         if not like:
             why = self._unlike[current[0][0].incarnation]
             return self._give_up(f"no engine of equal layout serves this version ({why}): send an update", now)
-        self._peer = like[self._attempts % len(like)]
+        self._peer, status = like[self._attempts % len(like)]
+        self._adapters = dict(status.adapters)
         self._fetch = self._new_name()
         self._go_on("offering", now)
-        return [self._ask(self._peer, OfferWeights(fetch=self._fetch, committed_epoch=self._epoch, timeout=self._left))]
+        order = OfferWeights(
+            fetch=self._fetch,
+            committed_epoch=self._epoch,
+            timeout=self._left,
+            adapters=manifests_of(self._adapters),
+        )
+        return [self._ask(self._peer, order)]
 
     def _read(self, offer: WeightsOffered, now: float) -> list[Effect]:
         assert self._peer is not None
         _, status = self._statuses[self._peer.incarnation]
         if offer.weights != status.weights:
             return self._give_up("its weights changed while it was asked", now)
+        wanted = manifests_of(self._adapters)
+        if any({one.unit.name: one.unit.manifest for one in worker.adapters} != wanted for worker in offer.workers):
+            return self._give_up("its workers offer other adapters than it serves", now)
         self._offer = offer
         self._go_on("reading", now)
         return [Order(FetchWeights(fetch=self._fetch, peer=self._peer.name, offers=offer.workers, timeout=self._left))]
@@ -195,7 +208,7 @@ class Returning:
             return self._give_up("other bytes arrived than it sent", now)
         self._go_on("committing", now)
         self._participant.update_phase = "committing"
-        return [CallCommitFetched(self._fetch, self._offer.version, self._offer.update)]
+        return [CallCommitFetched(self._fetch, self._offer.version, self._offer.update, self._adapters)]
 
     def committed(self, error: str, now: float) -> list[Effect]:
         """Every worker has made the fetched weights live, or one failed and left a partly loaded set of weights."""
@@ -208,6 +221,7 @@ class Returning:
         else:
             p.weights, p.loaded, p.unproven = offer.weights, f"peer: {peer.name}", offer.unproven
             p.committed_epoch, p.version, p.last_update = self._epoch, offer.version, offer.update
+            p.adapters = self._adapters
             p.foreign = p.error = p.fetching = ""
             p.stale = f"version {p.version} was fetched from {peer.name}, and waits until no client commits a newer one"
         self._offer = self._peer = None

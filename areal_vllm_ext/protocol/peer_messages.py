@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from .types import Epoch, Message, Name, Payload, Rank, Seconds, TensorMeta, Version
+from .types import Adapter, Epoch, Message, Name, Payload, Rank, Seconds, TensorMeta, Version
 
 HeldKind = Literal[
     "tensor",  # a parameter or buffer
@@ -34,12 +34,22 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     digest: int | None = None
 
 
+class HeldAdapter(Payload):
+    """A LoRA adapter that a worker serves: what it is, and peft's tensors with the digests that they had when they came.
+
+    They are numbered after those of ``held``.
+    """
+
+    unit: Adapter
+    tensors: tuple[tuple[TensorMeta, int], ...]
+
+
 class WorkerOffer(Payload):
     """What one worker offers, to the worker of equal ``layout`` that connects to ``address`` (``host:port``).
 
     ``attributes``: digests of further tensors in the model, which are not sent and must be equal. ``contents``: the
     checkpoint's tensors behind them; None for those that the engine was started with. ``compared``: whether these are known to
-    be live.
+    be live. ``adapters``: those that were asked for.
     """
 
     rank: Rank
@@ -49,17 +59,20 @@ class WorkerOffer(Payload):
     attributes: dict[str, int] = msgspec.field(default_factory=dict)
     contents: tuple[tuple[TensorMeta, int], ...] | None = None
     compared: bool = False
+    adapters: tuple[HeldAdapter, ...] = ()
 
 
 class OfferWeights(Message):
     """Ask an engine to let this engine's workers read what it serves, if the update of ``committed_epoch`` brought that.
 
-    ``fetch`` is random: workers prove to each other that they know it.
+    ``fetch`` is random: workers prove to each other that they know it. ``adapters``: the manifests of the adapters that it
+    serves, by name.
     """
 
     fetch: Name
     committed_epoch: Epoch
     timeout: Seconds
+    adapters: dict[Name, str] = msgspec.field(default_factory=dict)
 
 
 class EndOffer(Message):

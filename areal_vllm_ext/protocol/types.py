@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 REQUEST_ID_BYTES = 16
 NO_SLEEP_MODE = "this engine was started without vLLM's sleep mode: start it with --enable-sleep-mode, on a GPU"
 

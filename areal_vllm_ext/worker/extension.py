@@ -42,13 +42,21 @@ class WorkerExtension:
         step = context.native_transfer.step(method)
         return context.rank, *user_methods.call(self, method, arguments, longest_answer, step)
 
-    def areal_commit_fetched(self: Any, fetch: str, update: str) -> None:
+    def areal_commit_fetched(
+        self: Any, fetch: str, update: str, numbers: dict[str, int] | None = None, kept: tuple[int, ...] = ()
+    ) -> None:
         """Make live what was fetched from a peer, which ``update`` brought there. Runs while the engine is paused.
+
+        Args:
+            fetch: its name.
+            update: its id.
+            numbers: by which requests ask for the adapters that were fetched.
+            kept: the numbers of all adapters that requests may still ask for.
 
         Raises:
             RuntimeError: it was given up, or the live weights are not what was fetched.
         """
-        self._areal_receiver.peers.commit(fetch, update)
+        self._areal_receiver.peers.commit(fetch, update, numbers or {}, kept)
 
     def areal_read_packed(self: Any, rank: int, fetch: str, layer: str, start: int, count: int) -> None:
         """Read columns of a packed weight for a fetch, on the worker of this rank. Runs on the worker's own thread."""
@@ -77,7 +85,7 @@ class WorkerExtension:
         receiver.context.native_transfer.abandon()  # left by a trainer that is gone
         try:
             loaded = _commit_weights(receiver, update) if weights else ("", "")
-            receiver.context.adapters.commit(receiver.staged(update).adapters.models, numbers or {}, kept)
+            receiver.context.adapters.commit(receiver.staged(update).adapters.voted, numbers or {}, kept)
             return loaded
         finally:
             receiver.discard(update)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..integrity import digest
+from ..protocol import Units
 from ..protocol.peer_messages import FetchWeights, WeightsFetched
 from ..transport import host_memory
 from ..transport.base import Cancelled
+from ..transport.buckets import nbytes_of
 from ..transport.peer import PeerSource, Refused
 from . import background
+from .adapters.staged import StagedAdapters
 from .load import kernel_format, proof
 from .load.cpu_packing import ATTRIBUTE
 from .memory import free_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
     from ..protocol.peer_messages import WorkerOffer
     from .context import WorkerContext
@@ -54,6 +58,7 @@ class Fetching:
         self._arrived: dict[str, torch.Tensor] = {}
         self._digests: dict[str, int] = {}
         self._packed: dict[str, object] = {}
+        self._adapters = StagedAdapters()
         self._complete = False
 
     def start(self) -> None:
@@ -66,10 +71,19 @@ class Fetching:
         if self._source is not None:
             self._source.shut_down()
         self._complete = False
-        self._arrived, self._packed = {}, {}
+        self._free()
 
-    def commit(self, update: str) -> None:
+    def _free(self) -> None:
+        self._arrived, self._packed = {}, {}
+        self._adapters.free()
+
+    def commit(self, update: str, numbers: Mapping[str, int], kept: Collection[int]) -> None:
         """Make what was fetched live. Runs on the worker's own thread while its engine is paused.
+
+        Args:
+            update: that brought it to the peer.
+            numbers: by which requests ask for its adapters.
+            kept: the numbers of all adapters that requests may still ask for.
 
         Raises:
             RuntimeError: not all is here, or what is live afterwards is not what arrived.
@@ -94,6 +108,7 @@ class Fetching:
             self._compare(live)
             context.live_weights.set_written(None)
             context.live_weights.set_fetched(proof.digests_of_model(context.model), compared=offer.compared)
+        context.adapters.commit(self._adapters.voted, numbers, kept)
 
     def _compare(self, live: dict[str, Part]) -> None:
         """Compare what is live now with what arrived, tensor by tensor."""
@@ -120,7 +135,7 @@ class Fetching:
             return
         except Unlike as problem:
             error, unlike = str(problem), True
-        except (Refused, RuntimeError, TimeoutError) as problem:
+        except (Refused, RuntimeError, TimeoutError, ValueError) as problem:
             error = str(problem)
         except Exception as problem:
             logger.warning("areal_vllm_ext: weights could not be fetched from a peer", exc_info=True)
@@ -129,7 +144,7 @@ class Fetching:
             if self._source is not None:
                 self._source.close()
         if error:
-            self._arrived, self._packed = {}, {}
+            self._free()
         self._report(
             WeightsFetched(fetch=self.name, rank=self._context.rank, manifest=manifest, error=error, unlike=unlike)
         )
@@ -141,11 +156,13 @@ class Fetching:
         self._offer = offer
         self._check_alike(offer)
         needed = sum(part.nbytes for part in self._parts.values()) + _RESERVE_BYTES
+        needed += sum(nbytes_of(meta) for one in offer.adapters for meta, _ in one.tensors)
         if (free := free_bytes(torch.device("cpu"))) < needed:
             raise RuntimeError(
                 f"the host has no room for the weights: {needed >> 20} MiB are needed, {free >> 20} MiB are free"
             )
         self._source = PeerSource(offer.address, self.name, self._over.is_set)
+        self._fetch_adapters(self._source, offer)
         for number, held in enumerate(offer.held):
             if self._over.is_set():
                 raise Cancelled
@@ -153,6 +170,28 @@ class Fetching:
             memory = host_memory.zeros(part.nbytes)
             self._source.fetch(number, memoryview(memory.numpy()), self._ends)  # type: ignore[arg-type]
             self._take(held.tensor.name, part, memory, held.digest)
+
+    def _fetch_adapters(self, source: PeerSource, offer: WorkerOffer) -> None:
+        """Read the adapters, and make what the store serves. First, because one that cannot be served here costs little.
+
+        Raises:
+            RuntimeError: other bytes arrived than the peer was sent.
+            ValueError: this worker cannot serve one of them.
+        """
+        numbers = itertools.count(len(offer.held))
+        for one in offer.adapters:
+            tensors = dict[str, torch.Tensor]()
+            for meta, expected in one.tensors:
+                memory = torch.empty(nbytes_of(meta), dtype=torch.uint8)
+                source.fetch(next(numbers), memoryview(memory.numpy()), self._ends)  # type: ignore[arg-type]
+                if digest.digests_of([memory]) != [expected]:
+                    raise RuntimeError(
+                        f"adapter {one.unit.name}: {meta.name} arrived with other bytes than the peer got"
+                    )
+                tensors[meta.name] = memory.view(kernel_format.dtype_of(meta)).view(meta.shape)
+            self._adapters.add(one.unit.name, tensors)
+        units = Units(adapters=tuple(one.unit for one in offer.adapters))
+        self._adapters.vote(units, self._context.adapters, self._context.intake)
 
     def _check_alike(self, offer: WorkerOffer) -> None:
         """Check that each tensor of the peer has a place here.

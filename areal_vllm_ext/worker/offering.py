@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..integrity import digest
-from ..protocol.peer_messages import Held, OfferWeights, ReadPacked, WorkerOffer, WorkerOffered, WorkerOfferEnded
+from ..protocol.peer_messages import (
+    Held,
+    HeldAdapter,
+    OfferWeights,
+    ReadPacked,
+    WorkerOffer,
+    WorkerOffered,
+    WorkerOfferEnded,
+)
 from ..transport.base import Cancelled, PeerLost
 from ..transport.peer import PeerSink
 from . import background
@@ -58,6 +66,7 @@ class Offering:
         self._parts: dict[str, Part] = {}
         self._names: list[str] = []
         self._digests: dict[str, int] = {}
+        self._of_adapters: list[torch.Tensor] = []
         self._failure = ""
         # Columns of a packed weight, which the worker's own thread reads.
         self._columns: tuple[str, int, torch.Tensor] | None = None
@@ -134,6 +143,8 @@ class Offering:
             self._parts = kernel_format.parts(model, made)
             attributes = kernel_format.elsewhere(model, made)
         self._names = list(self._parts)
+        adapters = context.adapters.find(self._order.adapters)
+        self._of_adapters = [tensor for one in adapters for tensor in one.tensors.values()]
         self._sink = PeerSink(self._host)
         return WorkerOffer(
             rank=context.rank,
@@ -143,12 +154,19 @@ class Offering:
             attributes=attributes,
             contents=None if served.contents is None else tuple(served.contents.values()),
             compared=served.compared,
+            adapters=tuple(
+                HeldAdapter(one.unit, tuple(one.contents[name] for name in one.tensors)) for one in adapters
+            ),
         )
 
     def _send_all(self, sink: PeerSink) -> None:
         while (number := sink.next_request()) is not None:
-            if number >= len(self._names):
+            if number >= len(self._names) + len(self._of_adapters):
                 raise OfferOver(f"there is no tensor {number}")
+            if number >= len(self._names):
+                tensor = self._of_adapters[number - len(self._names)]
+                sink.send(tensor.nbytes, self._paced(_slices(kernel_format.bytes_of(tensor))))
+                continue
             name = self._names[number]
             part, known = self._parts[name], self._known(self._served, name)
             self._check()

@@ -12,7 +12,7 @@ from .fetching import Fetching
 from .offering import Offering
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Mapping
 
     from ..protocol.messages import PeerOrder, PeerReport
     from .context import WorkerContext
@@ -51,8 +51,8 @@ class Peers:
                     self._fetching.cancel()
                     self._fetching = None
 
-    def commit(self, fetch: str, update: str) -> None:
-        """Make what was fetched live.
+    def commit(self, fetch: str, update: str, numbers: Mapping[str, int], kept: Collection[int]) -> None:
+        """Make what was fetched live. See ``Fetching.commit``.
 
         Raises:
             RuntimeError: it was given up, or the live weights are not what was fetched.
@@ -61,7 +61,7 @@ class Peers:
         if fetching is None or fetching.name != fetch:
             raise RuntimeError(f"worker {self._context.rank} has not fetched these weights")
         try:
-            fetching.commit(update)
+            fetching.commit(update, numbers, kept)
         finally:
             self._fetching = None
 

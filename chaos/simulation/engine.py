@@ -32,6 +32,7 @@ from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol import (
     Abort,
     Ack,
+    Adapter,
     Answer,
     Begin,
     Bucket,
@@ -52,6 +53,7 @@ from areal_vllm_ext.protocol.peer_messages import (
     EndFetch,
     EndOffer,
     FetchWeights,
+    HeldAdapter,
     OfferWeights,
     WeightsFetched,
     WorkerOffer,
@@ -353,6 +355,8 @@ class Engine:
             one = len(pieces) == 1
             self.weights = pieces.pop() if one else f"mixture of {sorted(map(str, pieces))}"
             self.version = call.version if one else self.weights
+            # All workers have all adapters: each compares them with what the peer says that it serves.
+            self.adapters = dict(self.fetched[0].adapters or {}) if self.fetched[0] is not None else {}
             self.reloaded, self.foreign.discarded = False, ""
         self.fetched = [None] * len(self.fetched)
         self.outcomes.append(lambda: self.returning.committed("did not fit" if fails else "", self.clock()))
@@ -448,7 +452,9 @@ class Engine:
         match order:
             case OfferWeights():
                 digest = str(self.weights)
-                offer = WorkerOffer(rank=rank, layout=digest, address=self.info.address, held=())
+                found = {name: one for name, one in order.adapters.items() if self.adapters.get(name) == one}
+                adapters = tuple(HeldAdapter(Adapter(name, "{}", one), ()) for name, one in found.items())
+                offer = WorkerOffer(rank=rank, layout=digest, address=self.info.address, held=(), adapters=adapters)
                 self.offered[order.fetch, rank] = []
                 error = "out of memory" if fails else ""
                 self.reports.append(

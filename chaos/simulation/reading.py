@@ -20,12 +20,15 @@ class Reading:
 
     Attributes:
         pieces: the version of the peer's weights at the moment when each was read.
+        adapters: the manifests of the peer's adapters, by name, at the moment when they were read.
     """
 
     def __init__(self, order: FetchWeights, rank: int, now: float) -> None:
         (offer,) = (offer for offer in order.offers if offer.rank == rank)
         self.fetch, self.rank, self.address, self.digest = order.fetch, rank, offer.address, offer.layout
+        self.offered = {one.unit.name: one.unit.manifest for one in offer.adapters}
         self.pieces: list[Version] = []
+        self.adapters: dict[str, str] | None = None
         self.started = now
 
     @property
@@ -45,5 +48,9 @@ def read(reading: Reading, peer: Engine | None, now: float) -> str:
         return "the peer has ended its offer"
     if str(piece) != reading.digest:
         return "other bytes arrived than were offered"
+    if reading.adapters is None:
+        reading.adapters = {name: one for name, one in peer.adapters.items() if name in reading.offered}
+        if reading.adapters != reading.offered:
+            return "other adapters arrived than were offered"
     reading.pieces.append(piece)
     return ""

@@ -32,6 +32,12 @@ from areal_vllm_ext.worker.extension import WorkerExtension
 from areal_vllm_ext.worker.load import proof
 
 FROZEN = ("embed", "layer.0")
+EVERY_NUMBER = range(100)
+
+
+def numbers_of(adapters: Iterable[str]) -> dict[str, int]:
+    """By which requests would ask for adapters."""
+    return {name: number for number, name in enumerate(sorted(adapters))}
 
 
 class Model(torch.nn.Module):
@@ -110,8 +116,13 @@ class Engines(Served):
     def commit(self, number: int, engine: Any) -> Any:
         def commit(update: str) -> None:
             assert not engine.running
+            units = engine.endpoint.participant.update.units
+            numbers = numbers_of(one.name for one in units.adapters)
             with ThreadPoolExecutor(WORKERS) as pool:
-                for future in [pool.submit(WorkerExtension.areal_commit, one, update) for one in self.workers[number]]:
+                for future in [
+                    pool.submit(WorkerExtension.areal_commit, one, update, units.weights, numbers, EVERY_NUMBER)
+                    for one in self.workers[number]
+                ]:
                     future.result()
 
         return commit

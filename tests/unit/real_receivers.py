@@ -55,7 +55,8 @@ class Served:
             for rank, receiver in enumerate(self.receivers[number]):
                 assert not engine.running
                 self.weights[number, rank] = dict(receiver.staged(update).tensors)
-                self.adapters[number, rank] = dict(receiver.staged(update).adapters.models)
+                voted = receiver.staged(update).adapters.voted
+                self.adapters[number, rank] = {name: one.model for name, one in voted.items()}
                 self.senders[number, rank] = len(receiver.reception.streams) if receiver.reception else 0
                 receiver.discard(update)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lazily import Lazily
-from vllm_models import LoadedWorker, checkpoint
+from vllm_models import adapted, checkpoint, lora_slots, lora_worker, same_slots
 
 from areal_vllm_ext import InvalidWeights
 from areal_vllm_ext.client.lora import SentAdapter, copied
@@ -30,32 +30,10 @@ transformers = Lazily("transformers")
 NUMBER = 1 << 30
 
 
-def trained(seed: int = 0, **options: Any) -> Any:
-    """A PeftModel whose adapter changes the model."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("dense"), dtype=torch.float32)
-    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj"]} | options
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return adapted
-
-
-@pytest.fixture(scope="module")
-def lora_worker() -> Any:
+@pytest.fixture(scope="module", name="lora_worker")
+def one_worker() -> Any:
     """What is asked of a worker that serves LoRA."""
-    from vllm.config import set_current_vllm_config
-    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
-
-    worker: Any = LoadedWorker(checkpoint("dense"), enable_lora=True, max_lora_rank=8, max_loras=1, max_cpu_loras=2)
-    worker.model_runner = LoRAModelRunnerMixin()
-    worker.model_runner.lora_config = worker.vllm_config.lora_config
-    worker.model_runner.get_model = worker.get_model
-    with set_current_vllm_config(worker.vllm_config):
-        worker._model = worker.model_runner.load_lora_model(worker._model, worker.vllm_config, worker.device)
-    return worker
+    return lora_worker()
 
 
 @pytest.fixture
@@ -85,7 +63,7 @@ def staged(adapter: SentAdapter, store: AdapterStore, intake: Intake) -> Any:
     update = StagedAdapters()
     update.add(adapter.unit.name, adapter.tensors, {meta.name: (meta, value) for meta, value in adapter.entries})
     update.vote(Units(weights=False, adapters=(adapter.unit,)), store, intake)
-    return update.models[adapter.unit.name]
+    return update.voted[adapter.unit.name]
 
 
 def request(number: int, path: str = "areal-vllm-ext:nothing") -> Any:
@@ -94,73 +72,60 @@ def request(number: int, path: str = "areal-vllm-ext:nothing") -> Any:
     return LoRARequest("math", number, path)
 
 
-def slots(runner: Any) -> dict[str, list[torch.Tensor]]:
-    """What vLLM computes with, in its only slot."""
-    manager = runner.lora_manager._adapter_manager
-    return {
-        name: [one[0].clone() for one in (*module.lora_a_stacked, *module.lora_b_stacked)]
-        for name, module in manager.modules.items()
-    }
-
-
-def same(one: dict[str, list[torch.Tensor]], other: dict[str, list[torch.Tensor]]) -> bool:
-    return all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
-
-
 def test_an_adapter_from_memory_is_what_vllm_reads_from_disk(
     store: AdapterStore, runner: Any, intake: Intake, tmp_path: Path
 ) -> None:
-    adapted = trained()
-    adapted.save_pretrained(tmp_path)
+    model = adapted()
+    model.save_pretrained(tmp_path)
     runner.add_lora(request(1, str(tmp_path)))
-    expected = slots(runner)
+    expected = lora_slots(runner)
     assert any(tensor.any() for tensors in expected.values() for tensor in tensors)
-    before = copy.deepcopy(peft.get_peft_model_state_dict(adapted))
-    for source in (adapted, str(tmp_path), (peft.get_peft_model_state_dict(adapted), adapted.peft_config["default"])):
+    before = copy.deepcopy(peft.get_peft_model_state_dict(model))
+    for source in (model, str(tmp_path), (peft.get_peft_model_state_dict(model), model.peft_config["default"])):
         adapter = copied("math", source)
         unchanged = copy.deepcopy(adapter.tensors)
         store.commit({"math": staged(adapter, store, intake)}, {"math": NUMBER}, (NUMBER,))
         runner.add_lora(request(NUMBER))
-        assert same(slots(runner), expected)
+        assert same_slots(lora_slots(runner), expected)
         assert all(torch.equal(unchanged[name], tensor) for name, tensor in adapter.tensors.items())
         runner.remove_lora(NUMBER)
-    assert all(torch.equal(before[name], one) for name, one in peft.get_peft_model_state_dict(adapted).items())
+    assert all(torch.equal(before[name], one) for name, one in peft.get_peft_model_state_dict(model).items())
 
 
 def test_an_adapter_is_the_same_after_vllm_dropped_it(store: AdapterStore, runner: Any, intake: Intake) -> None:
-    models = {name: staged(copied(name, trained(seed)), store, intake) for seed, name in enumerate(("a", "b", "c"))}
+    models = {name: staged(copied(name, adapted(seed)), store, intake) for seed, name in enumerate(("a", "b", "c"))}
     numbers = {name: NUMBER + place for place, name in enumerate(models)}
     store.commit(models, numbers, tuple(numbers.values()))
     seen = {}
     for name in ("a", "b", "c", "a", "b", "c"):  # vLLM keeps two of them
         runner.add_lora(request(numbers[name]))
-        seen.setdefault(name, slots(runner))
-        assert same(slots(runner), seen[name])
-    assert not same(seen["a"], seen["b"])
+        seen.setdefault(name, lora_slots(runner))
+        assert same_slots(lora_slots(runner), seen[name])
+    assert not same_slots(seen["a"], seen["b"])
 
 
 def test_adapters_outlast_a_base_update_without_their_directory(
     store: AdapterStore, runner: Any, intake: Intake, tmp_path: Path
 ) -> None:
-    trained(5).save_pretrained(tmp_path)
+    adapted(5).save_pretrained(tmp_path)
     runner.add_lora(request(1, str(tmp_path)))  # another user's, through /v1/load_lora_adapter
-    foreign = slots(runner)
+    foreign = lora_slots(runner)
     shutil.rmtree(tmp_path)
-    store.commit({"math": staged(copied("math", trained()), store, intake)}, {"math": NUMBER}, (NUMBER,))
+    store.commit({"math": staged(copied("math", adapted()), store, intake)}, {"math": NUMBER}, (NUMBER,))
     runner.add_lora(request(NUMBER))
-    ours = slots(runner)
+    ours = lora_slots(runner)
     runner.pin_lora(NUMBER)
     runner.reset_lora_state()
     runner.add_lora(request(NUMBER))
-    assert same(slots(runner), ours)
+    assert same_slots(lora_slots(runner), ours)
     assert NUMBER in runner.lora_manager._adapter_manager._registered_adapters.pinned_items
     runner.remove_lora(NUMBER)  # pinned, so it holds the only slot
     runner.add_lora(request(1, str(tmp_path)))
-    assert same(slots(runner), foreign)
+    assert same_slots(lora_slots(runner), foreign)
 
 
 def test_what_no_request_asks_for_is_dropped(store: AdapterStore, runner: Any, intake: Intake) -> None:
-    model = staged(copied("math", trained()), store, intake)
+    model = staged(copied("math", adapted()), store, intake)
     store.commit({"math": model}, {"math": NUMBER}, (NUMBER,))
     runner.add_lora(request(NUMBER))
     store.commit({"math": model}, {"math": NUMBER + 1}, (NUMBER, NUMBER + 1))
@@ -174,15 +139,15 @@ def test_what_no_request_asks_for_is_dropped(store: AdapterStore, runner: Any, i
 def test_after_discarded_device_memory_an_adapter_is_copied_again(
     store: AdapterStore, runner: Any, intake: Intake
 ) -> None:
-    store.commit({"math": staged(copied("math", trained()), store, intake)}, {"math": NUMBER}, (NUMBER,))
+    store.commit({"math": staged(copied("math", adapted()), store, intake)}, {"math": NUMBER}, (NUMBER,))
     runner.add_lora(request(NUMBER))
-    expected = slots(runner)
+    expected = lora_slots(runner)
     for module in runner.lora_manager._adapter_manager.modules.values():
         for tensor in (*module.lora_a_stacked, *module.lora_b_stacked):
             tensor.fill_(7)  # as after vLLM's sleep of level 2
     store.forget_device()
     runner.add_lora(request(NUMBER))
-    assert same(slots(runner), expected)
+    assert same_slots(lora_slots(runner), expected)
 
 
 def longer(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
@@ -230,8 +195,8 @@ def renamed(old: str, new: str) -> Callable[[dict[str, torch.Tensor], dict[str, 
 def test_what_vllm_cannot_serve_is_a_no_that_names_adapter_and_cause(
     store: AdapterStore, intake: Intake, change: Any, cause: str
 ) -> None:
-    adapted = trained()
-    tensors, config = dict(peft.get_peft_model_state_dict(adapted)), adapted.peft_config["default"].to_dict()
+    model = adapted()
+    tensors, config = dict(peft.get_peft_model_state_dict(model)), model.peft_config["default"].to_dict()
     change(tensors, config)
     with pytest.raises(ValueError, match=f"nothing was applied: adapter math: .*{cause}"):
         staged(copied("math", (tensors, config)), store, intake)
@@ -239,11 +204,11 @@ def test_what_vllm_cannot_serve_is_a_no_that_names_adapter_and_cause(
 
 def test_an_engine_without_lora_says_how_to_start_it(intake: Intake) -> None:
     with pytest.raises(ValueError, match="adapter math: this engine was started without --enable-lora"):
-        staged(copied("math", trained()), AdapterStore(SimpleNamespace()), intake)
+        staged(copied("math", adapted()), AdapterStore(SimpleNamespace()), intake)
 
 
 def test_tensors_that_changed_on_the_way_are_a_no(store: AdapterStore, intake: Intake) -> None:
-    adapter, update = copied("math", trained()), StagedAdapters()
+    adapter, update = copied("math", adapted()), StagedAdapters()
     contents = {meta.name: (meta, value) for meta, value in adapter.entries}
     contents.pop(next(iter(contents)))
     update.add("math", adapter.tensors, contents)
@@ -252,20 +217,20 @@ def test_tensors_that_changed_on_the_way_are_a_no(store: AdapterStore, intake: I
 
 
 def test_an_adapter_is_copied_as_it_is_when_it_is_given() -> None:
-    adapted = trained()
-    adapter = copied("math", adapted)
+    model = adapted()
+    adapter = copied("math", model)
     with torch.no_grad():
-        for parameter in adapted.parameters():
+        for parameter in model.parameters():
             parameter.zero_()
     assert all(tensor.any() for tensor in adapter.tensors.values())
     assert digest.digests_of(adapter.tensors.values()) == [value for _, value in adapter.entries]
 
 
 def test_the_models_adapter_of_that_name_is_sent_else_the_active_one() -> None:
-    adapted = trained()
-    adapted.add_adapter("other", peft.LoraConfig(r=2, target_modules=["k_proj"]))
-    assert json.loads(copied("other", adapted).unit.config)["r"] == 2
-    assert json.loads(copied("math", adapted).unit.config)["r"] == 4
+    model = adapted()
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["k_proj"]))
+    assert json.loads(copied("other", model).unit.config)["r"] == 2
+    assert json.loads(copied("math", model).unit.config)["r"] == 4
 
 
 @pytest.mark.parametrize(

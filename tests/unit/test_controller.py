@@ -39,6 +39,7 @@ from areal_vllm_ext.protocol import (
     Prepare,
     Resume,
     Sender,
+    ServedAdapter,
     Sleep,
     WakeUp,
     WorkerDone,
@@ -306,12 +307,14 @@ def test_what_was_fetched_becomes_live_on_a_paused_engine_only(paused: bool) -> 
     versions: list[str] = []
     rig.engine.set_weight_version = versions.append  # type: ignore[attr-defined]
     rig.engine.paused = paused
-    rig.controller.commit_fetched(CallCommitFetched("fetch", "v7", "u7"))
+    adapters = {"math": ServedAdapter(version="v3", manifest="m")}
+    rig.controller.commit_fetched(CallCommitFetched("fetch", "v7", "u7", adapters))
     rig.step()
     if paused:
         assert errors == [""]
         assert rig.engine.model_executor.done == ["areal_commit_fetched"]
         assert versions == ["v7"]
+        assert rig.controller._adapters.versions == {"math": "v3"}
         assert rig.controller._prefix_root.root == "u7", "no request uses keys and values of other weights"
     else:
         assert "the engine runs" in errors[0]

@@ -65,7 +65,7 @@ class Engine:
         units = Units(False, tuple(Adapter(name, "{}", one) for name, one in manifests.items()), removed)
         numbers = self.adapters.numbers_of(units)
         kept = self.adapters.in_use_after(units, numbers)
-        self.adapters.commit(units, numbers, kept, str(version))
+        self.adapters.commit(units, numbers, kept, dict.fromkeys(numbers, str(version)))
         self._weight_version = str(version)
         return kept
 

@@ -11,10 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_models import FAMILIES, LoadedWorker, checkpoint, saved, trained, weights_of
+from vllm_models import (
+    FAMILIES,
+    LoadedWorker,
+    adapted,
+    checkpoint,
+    lora_slots,
+    lora_worker,
+    same_slots,
+    saved,
+    trained,
+    weights_of,
+)
 
+from areal_vllm_ext.client.lora import copied
 from areal_vllm_ext.integrity import digest
-from areal_vllm_ext.protocol import TensorMeta
+from areal_vllm_ext.protocol import TensorMeta, Units
 from areal_vllm_ext.protocol.peer_messages import (
     EndFetch,
     EndOffer,
@@ -27,6 +39,7 @@ from areal_vllm_ext.protocol.peer_messages import (
     WorkerOfferEnded,
 )
 from areal_vllm_ext.worker import fetching
+from areal_vllm_ext.worker.adapters.staged import StagedAdapters
 from areal_vllm_ext.worker.context import WorkerContext
 from areal_vllm_ext.worker.load import proof
 from areal_vllm_ext.worker.peers import Peers
@@ -34,13 +47,14 @@ from areal_vllm_ext.worker.peers import Peers
 pytestmark = pytest.mark.timeout(300)
 
 FETCH = "a random name"
+NUMBER = 1 << 30
 
 
 class Worker:
     """A worker with a real model, whose reports are answered here as by an engine."""
 
-    def __init__(self, folder: Any, transposed: tuple[str, ...] = ()) -> None:
-        self.loaded = LoadedWorker(folder)
+    def __init__(self, folder: Any, transposed: tuple[str, ...] = (), *, lora: bool = False) -> None:
+        self.loaded = lora_worker(folder=folder) if lora else LoadedWorker(folder)
         for name in transposed:
             weight = self.loaded.get_model().get_parameter(name)
             weight.data = weight.data.t().contiguous().t()
@@ -58,14 +72,33 @@ class Worker:
             elif isinstance(report, kind):
                 return report
 
-    def offer(self) -> WorkerOffer:
-        self.peers.order(OfferWeights(fetch=FETCH, committed_epoch=1, timeout=60.0))
+    def offer(self, **adapters: str) -> WorkerOffer:
+        self.peers.order(OfferWeights(fetch=FETCH, committed_epoch=1, timeout=60.0, adapters=adapters))
         offered = self.expect(WorkerOffered)
         assert offered.offer is not None, offered.error
         return offered.offer
 
     def begin(self, offer: WorkerOffer) -> None:
         self.peers.order(FetchWeights(fetch=FETCH, peer="DP rank 0", offers=(offer,), timeout=60.0))
+
+    def commit(self) -> None:
+        self.peers.commit(FETCH, "u1", {"math": NUMBER}, (NUMBER,))
+
+    def bring(self, model: Any) -> str:
+        """Bring an adapter as an update does; returns its manifest."""
+        adapter, update, store = copied("math", model), StagedAdapters(), self.context.adapters
+        update.add("math", adapter.tensors, {meta.name: (meta, value) for meta, value in adapter.entries})
+        update.vote(Units(weights=False, adapters=(adapter.unit,)), store, self.context.intake)
+        store.commit(update.voted, {"math": NUMBER}, (NUMBER,))
+        return adapter.unit.manifest
+
+    def slots(self) -> dict[str, list[torch.Tensor]]:
+        """What vLLM computes with after a request for the adapter."""
+        from vllm.lora.request import LoRARequest
+
+        runner: Any = self.loaded.model_runner
+        runner.add_lora(LoRARequest("math", NUMBER, "nowhere"))
+        return lora_slots(runner)
 
     def served(self) -> dict[str, int]:
         model = self.loaded.get_model()
@@ -102,9 +135,43 @@ def test_a_worker_serves_what_its_peer_serves(two: tuple[Worker, Worker]) -> Non
     peer.peers.order(EndOffer(fetch=FETCH))
     ended = peer.expect(WorkerOfferEnded)
     assert (ended.error, ended.manifest) == ("", fetched.manifest)
-    stale.peers.commit(FETCH, "u1")
+    stale.commit()
     assert stale.served() == expected
     assert peer.served() == expected
+
+
+def test_a_worker_serves_the_adapter_of_its_peer() -> None:
+    folder = checkpoint("dense")
+    with saved(trained(weights_of(folder), 1), folder) as other:
+        peer, stale = Worker(other, lora=True), Worker(folder, lora=True)
+        manifest = peer.bring(adapted(3))
+        slots = peer.slots()  # so that the adapter lies in its model
+        expected = peer.served()
+        fetched = fetch(peer, stale, peer.offer(math=manifest))
+        assert not fetched.error
+        stale.commit()
+        assert stale.served() == expected
+        assert same_slots(stale.slots(), slots)
+        assert any(tensor.any() for tensors in slots.values() for tensor in tensors)
+        # It can be a peer itself.
+        (found,) = stale.context.adapters.find({"math": manifest})
+        assert found.unit.manifest == digest.adapter_manifest(found.unit.config, found.contents.values())
+
+
+def test_a_worker_that_cannot_serve_the_adapter_reads_no_weights() -> None:
+    folder = checkpoint("dense")
+    peer, stale = Worker(folder, lora=True), Worker(folder)
+    fetched = fetch(peer, stale, peer.offer(math=peer.bring(adapted(3))))
+    assert "adapter math: this engine was started without --enable-lora" in fetched.error
+    assert not fetched.unlike, "a later update may remove the adapter"
+    peer.peers.order(EndOffer(fetch=FETCH))
+    assert peer.expect(WorkerOfferEnded).error == "not all of its tensors were sent"
+
+
+def test_an_adapter_that_the_peers_worker_does_not_have_is_no_offer() -> None:
+    peer = Worker(checkpoint("dense"))
+    peer.peers.order(OfferWeights(fetch=FETCH, committed_epoch=1, timeout=60.0, adapters={"math": "m"}))
+    assert peer.expect(WorkerOffered).error == "it does not have adapter math"
 
 
 def test_damaged_bytes_are_refused(two: tuple[Worker, Worker]) -> None:
@@ -116,7 +183,7 @@ def test_damaged_bytes_are_refused(two: tuple[Worker, Worker]) -> None:
     fetched = fetch(peer, stale, offer)
     assert fetched.error == "model.norm.weight arrived with other bytes than the peer serves since its last commit"
     with pytest.raises(RuntimeError, match="has not fetched all weights"):
-        stale.peers.commit(FETCH, "u1")
+        stale.commit()
     assert stale.served() == before
 
 
@@ -132,7 +199,7 @@ def test_weights_that_lie_transposed_are_fetched_and_compared(damaged: bool) -> 
         fetched = fetch(peer, stale, offer)
         assert fetched.error == (f"{name} has changed since it was loaded" if damaged else "")
         if not damaged:
-            stale.peers.commit(FETCH, "u1")
+            stale.commit()
             assert stale.served() == expected
 
 
@@ -184,7 +251,7 @@ def test_an_attribute_that_a_load_makes_is_fetched(two: tuple[Worker, Worker]) -
     stale.loaded.get_model().model.projection = torch.zeros(3)
     peer.context.loader.made = ("model.projection",)
     assert not fetch(peer, stale, peer.offer()).error
-    stale.peers.commit(FETCH, "u1")
+    stale.commit()
     assert torch.equal(stale.loaded.get_model().model.projection, torch.ones(3))
     assert stale.context.loader.made == ("model.projection",)
 
@@ -194,7 +261,7 @@ def test_a_fetch_that_is_given_up_commits_nothing(two: tuple[Worker, Worker]) ->
     assert not fetch(peer, stale, peer.offer()).error
     stale.peers.order(EndFetch(fetch=FETCH, reason="an update began"))
     with pytest.raises(RuntimeError, match="has not fetched these weights"):
-        stale.peers.commit(FETCH, "u1")
+        stale.commit()
 
 
 def test_a_peer_that_is_gone_is_named(two: tuple[Worker, Worker]) -> None:
@@ -225,7 +292,7 @@ def test_what_follows_a_fetch_is_compared_with_it(two: tuple[Worker, Worker]) ->
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert not fetch(peer, stale, peer.offer()).error
-    stale.peers.commit(FETCH, "u1")
+    stale.commit()
     described = stale.context.live_weights.describe(contents=False)
     assert described.manifest == digest.manifest(contents.values())
     assert described.live == peer.context.live_weights.describe(contents=False).live

@@ -11,16 +11,17 @@ from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.config import Settings
-from areal_vllm_ext.engine_core.effects import AskDirectory, AskPeer, CallCommitFetched, Order
+from areal_vllm_ext.engine_core.effects import AskDirectory, AskPeer, CallCommitFetched, Order, Reply
 from areal_vllm_ext.engine_core.offers import Offers
 from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.engine_core.returning import Returning
 from areal_vllm_ext.engine_core.status import beat_of, status_of
-from areal_vllm_ext.protocol import Begin, Disk, Engines, Error, Sender, Sleep, Status
+from areal_vllm_ext.protocol import Adapter, Begin, Disk, Engines, Error, Sender, ServedAdapter, Sleep, Status
 from areal_vllm_ext.protocol.peer_messages import (
     EndFetch,
     EndOffer,
     FetchWeights,
+    HeldAdapter,
     OfferEnded,
     OfferWeights,
     WeightsFetched,
@@ -131,6 +132,71 @@ def test_it_serves_the_groups_version_once_nothing_newer_can_be_committed() -> N
     assert (p.stale, p.generation) == ("", "running")
 
 
+MATH = ServedAdapter(version="v0", manifest="m")
+
+
+def offered(*adapters: tuple[str, str]) -> WeightsOffered:
+    """An offer whose workers have these adapters."""
+    held = tuple(HeldAdapter(Adapter(name, "{}", manifest), ()) for name, manifest in adapters)
+    workers = tuple(msgspec.structs.replace(worker, adapters=held) for worker in OFFER.workers)
+    return msgspec.structs.replace(OFFER, workers=workers)
+
+
+def up_to_offer(rig: Rig, **adapters: ServedAdapter) -> AskPeer:
+    rig.tick()
+    asks = rig.returning.engines(Engines(alive=(rig.me, *rig.peers)), rig.now)
+    (offer,) = rig.statuses(asks, adapters=adapters)
+    assert isinstance(offer, AskPeer)
+    return offer
+
+
+def test_it_gets_the_adapters_that_its_peer_serves_and_no_others() -> None:
+    rig = Rig()
+    rig.participant.adapters = {"old": ServedAdapter(version="v0", manifest="o")}
+    offer = up_to_offer(rig, math=MATH)
+    assert isinstance(offer.message, OfferWeights)
+    assert offer.message.adapters == {"math": "m"}
+    assert orders(rig.returning.answered(offer.number, offered(("math", "m")), rig.now), FetchWeights)
+    (ask,) = [*rig.fetched(0), *rig.fetched(1)]
+    assert isinstance(ask, AskPeer)
+    (commit,) = rig.returning.answered(ask.number, OfferEnded(manifests={0: "m0", 1: "m1"}), rig.now)
+    assert isinstance(commit, CallCommitFetched)
+    assert commit.adapters == {"math": MATH}
+    assert set(rig.participant.adapters) == {"old"}, "nothing is live yet"
+    rig.returning.committed("", rig.now)
+    assert rig.participant.adapters == {"math": MATH}
+
+
+@pytest.mark.parametrize("held", [(), (("math", "another"),), (("math", "m"), ("code", "c"))])
+def test_workers_that_offer_other_adapters_are_not_read(held: tuple[tuple[str, str], ...]) -> None:
+    rig = Rig()
+    offer = up_to_offer(rig, math=MATH)
+    assert not orders(rig.returning.answered(offer.number, offered(*held), rig.now), FetchWeights)
+    assert "its workers offer other adapters than it serves" in rig.participant.fetching
+
+
+def test_engines_with_different_adapters_are_no_peers() -> None:
+    rig = Rig()
+    rig.tick()
+    one, other = rig.returning.engines(Engines(alive=(rig.me, *rig.peers)), rig.now)
+    assert rig.statuses([one]) == []
+    assert rig.statuses([other], adapters={"math": MATH}) == []
+    assert "serve different weights or adapters as this version" in rig.participant.fetching
+
+
+def test_an_engine_offers_the_adapters_that_it_serves() -> None:
+    peer = Participant("v1", frozenset((0, 1)))
+    peer.committed_epoch, peer.adapters = EPOCH, {"math": MATH}
+    offers, caller = Offers(peer), ReplyTo(b"engine", b"1")
+    wanted = OfferWeights(fetch="f", committed_epoch=EPOCH, timeout=9)
+    (refused,) = offers.ask(caller, wanted, NOW)
+    assert isinstance(refused, Reply)
+    assert isinstance(refused.answer, Error)
+    assert refused.answer.message == "it serves other adapters"
+    (order,) = offers.ask(caller, msgspec.structs.replace(wanted, adapters={"math": "m"}), NOW)
+    assert isinstance(order, Order)
+
+
 def test_it_stays_stale_where_the_group_has_gone_on_meanwhile() -> None:
     rig = Rig()
     rig.up_to_commit()
@@ -234,7 +300,7 @@ def test_engines_that_differ_are_no_peers() -> None:
     one, other = rig.returning.engines(Engines(alive=(rig.me, *rig.peers)), rig.now)
     assert rig.statuses([one]) == []
     assert rig.statuses([other], weights="another manifest") == []
-    assert "serve different weights as this version" in rig.participant.fetching
+    assert "serve different weights or adapters as this version" in rig.participant.fetching
 
 
 def test_silence_ends_an_attempt_and_another_peer_is_next() -> None:

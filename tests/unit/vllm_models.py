@@ -134,6 +134,52 @@ class LoadedWorker:
             reload_weights(self.vllm_config, self._model, weights_iterator, None, True)
 
 
+def lora_worker(family: str = "dense", folder: Path | None = None, **options: Any) -> LoadedWorker:
+    """Return a worker whose model serves adapters, as vLLM's own model runner has it."""
+    _initialise()
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    settings = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "max_cpu_loras": 2} | options
+    worker: Any = LoadedWorker(folder or checkpoint(family), **settings)
+    runner: Any = LoRAModelRunnerMixin()
+    runner.lora_config, runner.get_model = worker.vllm_config.lora_config, worker.get_model
+    worker.model_runner = runner
+    with set_current_vllm_config(worker.vllm_config):
+        worker._model = runner.load_lora_model(worker._model, worker.vllm_config, worker.device)
+    return worker  # type: ignore[no-any-return]
+
+
+def adapted(seed: int = 0, family: str = "dense", **options: Any) -> Any:
+    """Return a PeftModel whose adapter changes the model."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj"]} | options
+    with_adapter = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in with_adapter.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return with_adapter
+
+
+def lora_slots(runner: Any) -> dict[str, list[torch.Tensor]]:
+    """Return what vLLM computes with, in its only slot."""
+    modules = runner.lora_manager._adapter_manager.modules
+    return {
+        name: [one[0].clone() for one in (*module.lora_a_stacked, *module.lora_b_stacked)]
+        for name, module in modules.items()
+    }
+
+
+def same_slots(one: dict[str, list[torch.Tensor]], other: dict[str, list[torch.Tensor]]) -> bool:
+    """Return whether two models compute with the same adapter."""
+    return all(torch.equal(a, b) for name in one for a, b in zip(one[name], other[name], strict=True))
+
+
 @contextlib.contextmanager
 def saved(weights: Mapping[str, torch.Tensor], like: Path) -> Iterator[Path]:
     """Yield a checkpoint of ``weights`` with the configuration of another."""

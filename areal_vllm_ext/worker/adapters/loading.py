@@ -30,7 +30,7 @@ def load(
     Args:
         manager: the worker's ``lora_manager``.
         config: peft's configuration, in JSON.
-        tensors: peft's tensors, in memory that nothing else uses.
+        tensors: peft's tensors, which stay as they are.
         base_shape: returns the shape of a tensor of the base weights, or None if it is not known.
 
     Raises:
@@ -56,7 +56,7 @@ def load(
     try:
         lora = manager._lora_model_cls.from_lora_tensors(  # noqa: SLF001
             lora_model_id=1,  # until it is committed
-            tensors=_local(adapters, tensors),
+            tensors=_local(adapters, _own(tensors)),
             peft_helper=helper,
             device="cpu",
             dtype=manager.lora_config.lora_dtype,
@@ -68,7 +68,7 @@ def load(
             if check := getattr(adapters, name, None):
                 check(lora)
         for layer in lora.loras.values():
-            layer.optimize()  # scales lora_b here, so that no later step writes to these tensors
+            layer.optimize()  # scales lora_b here, so that no later step writes to the tensors
         _try(adapters, lora)
     except (ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
         raise Unusable(f"vLLM does not take it: {type(error).__name__}: {error}") from error
@@ -80,6 +80,11 @@ def fresh(lora: Any, number: int) -> Any:
     copied = lora.clone(number)
     copied.loras = {name: copy.copy(layer) for name, layer in lora.loras.items()}
     return copied
+
+
+def _own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors of which vLLM may scale all but lora_A, which it only reads."""
+    return {name: tensor if ".lora_A." in name else tensor.clone() for name, tensor in tensors.items()}
 
 
 def _local(adapters: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

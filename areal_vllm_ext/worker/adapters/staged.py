@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import errors
 from ...integrity import digest
 from ...transport.buckets import first_non_finite, meta_of
 from .loading import Unusable
+from .store import StoredAdapter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class StagedAdapters:
-    """The adapters that one update brings.
+    """The adapters that one update or fetch brings.
 
     Attributes:
-        models: what the store has made of them, by name; set by the vote.
+        voted: what the store serves of them, by name; set by the vote.
     """
 
     def __init__(self) -> None:
-        self.models: dict[str, Any] = {}
+        self.voted: dict[str, StoredAdapter] = {}
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
         self._contents: dict[str, Contents] = {}
         # Those of a trainer that announces no digests.
@@ -65,17 +66,18 @@ class StagedAdapters:
         """
         manifests: dict[str, str] = {}
         for unit in units.adapters:
-            contents = self._contents.get(unit.name, {})
+            contents, tensors = self._contents.get(unit.name, {}), self._tensors.pop(unit.name, {})
             manifests[unit.name] = digest.adapter_manifest(unit.config, contents.values())
             if unit.name not in self._unannounced and manifests[unit.name] != unit.manifest:
                 raise RuntimeError(
                     f"adapter {unit.name} arrived with other tensors than were sent: {errors.SEND_AGAIN}"
                 )
             try:
-                self.models[unit.name] = store.load(unit.config, self._tensors.pop(unit.name, {}), intake)
+                model = store.load(unit.config, tensors, intake)
             except Unusable as reason:
                 raise ValueError(f"nothing was applied: adapter {unit.name}: {reason}") from None
+            self.voted[unit.name] = StoredAdapter(unit, contents, tensors, model)
         return manifests
 
     def free(self) -> None:
-        self.models, self._tensors, self._contents = {}, {}, {}
+        self.voted, self._tensors, self._contents = {}, {}, {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .loading import Unusable, fresh, load, shape_in
 
@@ -18,19 +18,37 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ...integrity.digest import Contents
+    from ...protocol import Adapter
     from ..load.intake import Intake
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
 
 
+class StoredAdapter(NamedTuple):
+    """An adapter as it came, which a peer can be given, and as vLLM serves it.
+
+    Attributes:
+        unit: what it is.
+        contents: what each of peft's tensors is, and its digest.
+        tensors: peft's tensors, which nothing writes to.
+        model: vLLM's ``LoRAModel`` of it.
+    """
+
+    unit: Adapter
+    contents: Contents
+    tensors: dict[str, torch.Tensor]
+    model: Any
+
+
 class AdapterStore:
-    """The adapters of one worker. Everything but ``load`` runs on the worker's own thread."""
+    """The adapters of one worker. Everything but ``load`` and ``find`` runs on the worker's own thread."""
 
     def __init__(self, worker: Any) -> None:
         runner: Any = getattr(worker, "model_runner", None)
         # None if the engine was started without --enable-lora.
         self._manager: Any = getattr(runner, "lora_manager", None)
-        self._models: dict[int, Any] = {}
+        self._stored: dict[int, StoredAdapter] = {}
         if self._manager is None:
             return
         self._load_from_path = self._manager._load_adapter  # noqa: SLF001
@@ -39,11 +57,11 @@ class AdapterStore:
             runner.reset_lora_state = functools.wraps(reset)(functools.partial(self._keep_over, reset))
 
     def load(self, config: str, tensors: dict[str, torch.Tensor], intake: Intake) -> Any:
-        """Make an adapter that ``commit`` takes. Safe on any thread.
+        """Make vLLM's model of an adapter. Safe on any thread.
 
         Args:
             config: peft's configuration, in JSON.
-            tensors: peft's tensors, in memory that nothing else uses.
+            tensors: peft's tensors, which stay as they are.
             intake: what the base model takes.
 
         Raises:
@@ -53,18 +71,29 @@ class AdapterStore:
             raise Unusable("this engine was started without --enable-lora")
         return load(self._manager, config, tensors, shape_in(intake.known, intake.find))
 
-    def commit(self, models: Mapping[str, Any], numbers: Mapping[str, int], kept: Collection[int]) -> None:
+    def find(self, wanted: Mapping[str, str]) -> list[StoredAdapter]:
+        """Return the adapters with these manifests, by name. Safe on any thread.
+
+        Raises:
+            RuntimeError: one of them is not here.
+        """
+        here = {(one.unit.name, one.unit.manifest): one for one in list(self._stored.values())}
+        if missing := [name for name, manifest in wanted.items() if (name, manifest) not in here]:
+            raise RuntimeError(f"it does not have adapter {missing[0]}")
+        return [here[key] for key in wanted.items()]
+
+    def commit(self, adapters: Mapping[str, StoredAdapter], numbers: Mapping[str, int], kept: Collection[int]) -> None:
         """Serve adapters from now on. This cannot fail.
 
         Args:
-            models: what ``load`` returned, by name.
+            adapters: by name.
             numbers: by which the engine's requests will ask for them.
             kept: all numbers that requests may still ask for; other adapters are dropped.
         """
-        for name, model in models.items():
-            self._models[numbers[name]] = model
-        for number in [one for one in self._models if one not in kept]:
-            del self._models[number]
+        for name, adapter in adapters.items():
+            self._stored[numbers[name]] = adapter
+        for number in [one for one in self._stored if one not in kept]:
+            del self._stored[number]
             self._manager.remove_adapter(number)
 
     def forget_device(self) -> None:
@@ -74,8 +103,8 @@ class AdapterStore:
                 self._manager._adapter_manager.deactivate_adapter(number)  # noqa: SLF001
 
     def _load_for_request(self, request: Any) -> Any:
-        model = self._models.get(request.lora_int_id)
-        return self._load_from_path(request) if model is None else fresh(model, request.lora_int_id)
+        stored = self._stored.get(request.lora_int_id)
+        return self._load_from_path(request) if stored is None else fresh(stored.model, request.lora_int_id)
 
     def _keep_over(self, reset: Any) -> None:
         """Run vLLM's ``reset_lora_state``, which drops all adapters because base weights were replaced, and keep them."""

@@ -22,8 +22,15 @@ if TYPE_CHECKING:
 
     from torch.multiprocessing.reductions import StorageWeakRef
 
-# What modules hold besides their weights, or only hold for others.
-_NOT_COMPARED = {"_parameters", "_buffers", "_modules", "_do_torchao_reload", "_original_do_torchao_reload"}
+# What modules hold besides their weights, or only hold for others. ``lora_manager`` holds adapters.
+_NOT_COMPARED = {
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_do_torchao_reload",
+    "_original_do_torchao_reload",
+    "lora_manager",
+}
 # Objects of these packages describe, communicate or time. They hold no weights.
 _PACKAGES = (
     "vllm.config.",
