@@ -12,7 +12,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
 from ...errors import RequestError
-from .updates import Syncs, SyncSettings
+from ..syncs import Syncs, SyncSettings, warn_unless_tested
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,11 @@ class ArealVLLMClient(VLLMClient):  # type: ignore[misc]
         self._require().send(collected)
 
     def update_named_param(self, name: str, weights: torch.Tensor) -> None:
-        """Update one tensor: inside ``weight_update`` with the others, otherwise it alone, and all others stay."""
+        """Update one tensor: inside ``weight_update`` with the others, otherwise it alone.
+
+        Raises:
+            UpdateAborted: it came alone, and an engine cannot keep the others; on a CPU none can.
+        """
         if self._collected is not None:
             self._collected.append((name, weights.detach()))
         else:
@@ -99,6 +103,7 @@ def use_areal(directory: str = "", **settings: Any) -> type[ArealVLLMClient]:
     Raises:
         ImportError: this TRL has no such client.
     """
+    warn_unless_tested("trl", "1.16.0")
     if missing := [name for name in _REPLACED if not hasattr(VLLMClient, name)]:
         from trl import __version__ as trl_version
 

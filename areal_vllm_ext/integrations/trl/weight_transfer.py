@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RequestError
-from .updates import Syncs, SyncSettings
+from ..syncs import Syncs, SyncSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
