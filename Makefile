@@ -28,7 +28,7 @@ test-unit: set-up ## Run the tests that start no vLLM: a first answer within 2 m
 test-deep: set-up ## Run the tests with many more hypothesis examples
 	@HYPOTHESIS_PROFILE=nightly exec $(BIN)/pytest -q -n $(JOBS) --timeout 7200 $(ARGS)
 
-test-integrations: set-up ## Run the tests with other packages (TRL, AReaL), in .venv-integrations on top of .venv
+test-integrations: set-up ## Run the tests with other packages (trainers, AReaL), in .venv-integrations on top of .venv
 	@tools/set-up-integrations
 	@exec .venv-integrations/bin/python -m pytest -q $(ARGS) tests/with_packages
 

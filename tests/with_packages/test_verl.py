@@ -1,0 +1,116 @@
+"""verl's own manager, actor worker and rollout worker in Ray, with the backend ``areal`` by configuration only."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is in .venv-integrations: make test-integrations")
+
+import ray
+from omegaconf import OmegaConf
+from rollout_server import Server
+from served import assert_serve, connected, serving_model, train, worker_path
+from verl.checkpoint_engine import CheckpointEngineManager, CheckpointEngineWorker
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.import_utils import load_class_from_fqn
+from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.rollout import RolloutReplica
+from verl_workers import Actor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray, whose workers import what this process imports."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside other tests its workers would starve
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": worker_path(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}},
+    )
+    yield
+    ray.shutdown()
+
+
+class Replica(RolloutReplica):  # type: ignore[misc, no-any-unimported]
+    """verl's replica, whose server is a ``Server``."""
+
+    async def launch_servers(self) -> None:
+        raise NotImplementedError
+
+
+def workers(count: int, cls: type, **arguments: Any) -> Any:
+    pool = RayResourcePool([count], use_gpu=False, max_colocate_count=1)
+    return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=RayClassWithInitArgs(ray.remote(cls), **arguments))
+
+
+def test_every_engine_gets_what_verl_trained(cluster: None, tmp_path: Path) -> None:
+    with serving_model(tmp_path) as (served, model, key_file), connected(served.deployment, key_file) as group:
+        settings = {"directory": served.deployment.directory, "key_file": str(key_file), "engines": 2, "timeout": 60}
+        config = omega_conf_to_dataclass(
+            OmegaConf.create(
+                {
+                    "_target_": "verl.workers.config.CheckpointEngineConfig",
+                    "backend": "areal",
+                    "custom_backend_module": "areal_vllm_ext.integrations.verl",
+                    "engine_kwargs": {"areal": settings},
+                }
+            )
+        )
+        rollout = RolloutConfig(name="vllm", tensor_model_parallel_size=1, checkpoint_engine=config)
+        model_config = HFModelConfig(
+            path=str(tmp_path / "model"), load_tokenizer=False, override_config={"attn_implementation": "eager"}
+        )
+        actors = workers(2, Actor, path=str(tmp_path / "model"), config=config)
+        rollouts = workers(1, CheckpointEngineWorker, rollout_config=rollout, model_config=model_config, replica_rank=0)
+        server = ray.remote(Server).options(name="vllm_server_0_0").remote()
+        replica = Replica(0, rollout, model_config, gpus_per_node=1)
+        replica.workers, replica.servers = rollouts.workers, [server]
+
+        def calls() -> list[tuple[str, Any]]:
+            found: list[tuple[str, Any]] = ray.get(server.take_calls.remote())
+            return found
+
+        def trained(seed: int, breaks: bool = False) -> None:
+            actors.train(seed, breaks)
+            train(model, seed)
+
+        # verl's own manager, as its trainers v1 make it: it aborts requests, and no loader of verl is called.
+        manager = CheckpointEngineManager(config, actors, [replica])
+        trained(1)
+        metrics = manager.update_weights(global_steps=7)
+        assert set(metrics) == {"timing_s/areal_update", "timing_s/areal_pause"}
+        assert_serve(served, model, group, 7)
+        assert [name for name, _ in calls()] == [
+            "abort_all_requests",
+            "release_kv_cache",
+            "set_global_steps",
+            "resume_kv_cache",
+            "resume_generation",
+        ]
+        # Ours aborts none.
+        ours = load_class_from_fqn("areal_vllm_ext.integrations.verl.ArealCheckpointEngineManager")
+        manager = ours(config, actors, [replica])
+        trained(2)
+        manager.update_weights(global_steps=8)
+        assert_serve(served, model, group, 8)
+        assert calls() == [("set_global_steps", 8), ("resume_kv_cache", None)]
+        # A tensor that does not fit: refused on both ranks, old weights serve, and no rank is left in a collective.
+        actors.train(3, breaks=True)
+        with pytest.raises(ray.exceptions.RayTaskError, match=r"has shape|shape"):
+            manager.update_weights(global_steps=9)
+        assert_serve(served, model, group, 8)
+        train(model, 3)
+        trained(4)
+        manager.update_weights(global_steps=9)
+        assert_serve(served, model, group, 9)
