@@ -20,6 +20,9 @@ class _Terminated(KeyboardInterrupt):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; without ``arguments``, that of this process's command line."""
     own_process = arguments is None
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before this process began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - for as long as the process lives
     try:
         if own_process:
             signal.signal(signal.SIGTERM, _terminate)

@@ -135,7 +135,7 @@ def _version(text: str) -> Version:
 def _json_or_text(text: str) -> object:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

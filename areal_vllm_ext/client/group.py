@@ -29,6 +29,7 @@ from .options import (
     check_choice,
     checked_count,
     checked_path,
+    checked_rank,
     checked_seconds,
     checked_version,
 )
@@ -404,7 +405,8 @@ class AsyncEngineGroup:
             EngineUnreachable: the directory does not answer.
             RequestError: an engine is alive, or the directory does not know the replica.
         """
-        await self._commander.forget(replica, dp_rank, checked_seconds(timeout))
+        rank = None if dp_rank is None else checked_rank("dp_rank", dp_rank)
+        await self._commander.forget(replica, rank, checked_seconds(timeout))
 
     async def close(self) -> None:
         """Close the connections. Engines keep running.

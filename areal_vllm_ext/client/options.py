@@ -28,6 +28,7 @@ LATE_SECONDS = 0.2
 MAX_SECONDS = 1e7
 MAX_LEASE_SECONDS = 300.0
 _MAX_NAME_BYTES = 4096
+_MAX_RANK = 2**31 - 1
 
 
 class UpdateOptions(TypedDict, total=False):
@@ -146,15 +147,31 @@ def checked_count(name: str, value: object) -> int:
         TypeError: ``value`` is no integer.
         ValueError: ``value`` is not above 0.
     """
+    if (count := _integer(name, value)) <= 0:
+        raise ValueError(f"{name} must be above 0, not {value!r}")
+    return count
+
+
+def checked_rank(name: str, value: object) -> int:
+    """Return ``value`` as the number of a rank.
+
+    Raises:
+        TypeError: ``value`` is no integer.
+        ValueError: no rank has this number.
+    """
+    if not 0 <= (rank := _integer(name, value)) <= _MAX_RANK:
+        raise ValueError(f"{name} must be from 0 to {_MAX_RANK}, not {value!r}")
+    return rank
+
+
+def _integer(name: str, value: object) -> int:
     try:
-        count = operator.index(value)  # type: ignore[arg-type]
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, not {value!r}")
-    if count <= 0:
-        raise ValueError(f"{name} must be above 0, not {value!r}")
-    return count
+    return number
 
 
 def checked_path(name: str, value: object) -> str:

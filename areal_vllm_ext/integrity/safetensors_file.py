@@ -98,6 +98,8 @@ class SafetensorsFile:
         (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
         if length > _LONGEST_HEADER:
             raise NotACheckpoint(f"{self.path} is not a safetensors file")
+        if 8 + length > found.st_size:
+            raise NotACheckpoint(f"{self.path} is truncated within its header; wait until it is completely written")
         header = msgspec.json.decode(os.pread(self._descriptor, length, 8), type=dict[str, msgspec.Raw])
         header.pop("__metadata__", None)
         entries = {}

@@ -366,6 +366,13 @@ def test_a_pipe_is_refused_without_waiting_for_a_writer(folder: Path) -> None:
         SafetensorsFile(folder / "model.safetensors")
 
 
+def test_a_file_that_ends_within_its_header_is_truncated(folder: Path) -> None:
+    """Also where what there is of the header is valid."""
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 10) + b"{}")
+    with pytest.raises(NotACheckpoint, match="truncated within its header"):
+        Checkpoint(folder)
+
+
 @pytest.mark.parametrize("index", ["pipe", "device"])
 def test_an_index_that_is_no_file_is_refused_without_reading_it(sharded: Path, index: str) -> None:
     """A pipe would block, and a device has no end."""

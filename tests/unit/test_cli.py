@@ -18,6 +18,7 @@ import pytest
 import zmq
 
 from areal_vllm_ext.cli import main
+from areal_vllm_ext.cli.group import _json_or_text
 from areal_vllm_ext.cli.parser import build
 from areal_vllm_ext.protocol import directory_decoder, security
 from areal_vllm_ext.protocol.server import Server
@@ -355,6 +356,18 @@ def test_pause_and_resume(deployment: Deployment, key_file: Path, capsys: pytest
 @pytest.mark.parametrize(("text", "version"), [("5", 5), ("0", 0), ("007", "007"), ("step-5", "step-5"), ("٣", "٣")])
 def test_a_version_of_digits_is_a_number(text: str, version: object) -> None:
     assert build().parse_args(["update", "--from", ".", "--to-version", text]).to_version == version
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_standard_stream_that_is_closed_is_no_traceback(tmp_path: Path, closed: str) -> None:
+    command = f'"{sys.executable}" -m areal_vllm_ext.cli keygen "{tmp_path}/k" {closed}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_text_that_is_nested_too_deep_for_json_is_text() -> None:
+    text = "[" * 100_000
+    assert _json_or_text(text) == text
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:

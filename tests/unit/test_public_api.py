@@ -154,6 +154,8 @@ def test_other_versions_are_refused(given: object) -> None:
     ("call", "message"),
     [
         (lambda group: group.sleep(True), "level must be one of 1, 2, not True"),
+        (lambda group: group.forget("r", -1), "dp_rank must be from 0 to 2147483647, not -1"),
+        (lambda group: group.forget("r", 10**20), "dp_rank must be from 0 to 2147483647, not 1000"),
         (lambda group: group.wait_ready(True), "engines must be an integer, not True"),
         (lambda group: group.verify(5), "checkpoint must be a path, not 5"),
         (lambda _: EngineGroup.connect(b"tcp://127.0.0.1:1"), "b'tcp://127.0.0.1:1' is not an address"),  # type: ignore[arg-type]
