@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+from .options import checked_mapping
 from .transaction import CANNOT_PICKLE
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Update:
 
     def change_adapters(self, adapters: Mapping[str, AdapterSource | None]) -> None:
         """See ``AsyncUpdate.change_adapters``."""
-        for name, source in adapters.items():
+        for name, source in checked_mapping("adapters", adapters).items():
             if source is None:
                 self.remove_adapter(name)
             else:

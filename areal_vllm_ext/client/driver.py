@@ -189,7 +189,9 @@ class Driver:
         if on_phase := self._context.options.on_phase:
             try:
                 on_phase(phase)
-            except Exception:
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # sys.exit() too: what this update has begun, it must end
                 logger.exception("on_phase(%r) failed; the update to version %s goes on", phase, self._context.version)
         if phase == "pause":
             self.pause_started = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
 T = TypeVar("T")
+logger = logging.getLogger("vllm.areal_vllm_ext")
 
 # Time after Ctrl-C for the clean-up of what was interrupted.
 _INTERRUPTED_SECONDS = 2.0
@@ -93,6 +95,14 @@ class LoopThread:
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     try:
-        loop.run_forever()
+        while True:
+            try:
+                loop.run_forever()
+                break
+            except (KeyboardInterrupt, SystemExit):
+                # Raised by the user's own code in a task, which has it as its outcome. Others still wait for this loop.
+                logger.warning(
+                    "areal_vllm_ext: a group's event loop goes on after an exit of the process", exc_info=True
+                )
     finally:
         loop.close()

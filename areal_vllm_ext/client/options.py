@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, get_args
 
 from ..protocol import KVPolicy, PauseMode, StagingKind, Version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+M = TypeVar("M", bound=Mapping[str, Any])
 Transport = Literal["auto", "broadcast", "ipc", "shared_memory"]
 Senders = Literal["rank0", "partitioned", "colocated"]
 
@@ -172,6 +174,18 @@ def _integer(name: str, value: object) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     return number
+
+
+def checked_mapping(name: str, value: M) -> M:
+    """Return ``value`` if it is a mapping.
+
+    Raises:
+        TypeError: it is none.
+    """
+    given: object = value
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must be a mapping of names to sources, not {value!r}")
+    return value
 
 
 def checked_path(name: str, value: object) -> str:

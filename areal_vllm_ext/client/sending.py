@@ -186,6 +186,11 @@ class Sending:
         memory = functools.partial(self._memory, sink)
         buckets = filled_buckets(self._copied, bucket_bytes, memory, self._persistent, sink.filled)
         for filled in self._spans.each("sending", "fill", buckets):
+            if self._context.left <= 0:
+                late = -self._context.left
+                raise TimeoutError(
+                    f"the source of the tensors took that long: the next ones came {late:.1f} s after it"
+                )
             if (bucket := self._described(update, sink, filled)) is not None:
                 self._start(sink, bucket, filled.filled, lock)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NoReturn
 
+from .options import checked_mapping
 from .transaction import CANNOT_PICKLE
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class AsyncUpdate:
 
     async def change_adapters(self, adapters: Mapping[str, AdapterSource | None]) -> None:
         """Send or, where the source is None, remove several adapters; see ``send_adapter``."""
-        for name, source in adapters.items():
+        for name, source in checked_mapping("adapters", adapters).items():
             await (self.remove_adapter(name) if source is None else self.send_adapter(name, source))
 
     async def __aenter__(self) -> AsyncUpdate:

@@ -69,6 +69,11 @@ def assert_brought(served: Served, **expected: int) -> None:
             assert all(torch.equal(given[key], one) for key, one in tensors(seed).items())
 
 
+def test_adapters_that_are_no_mapping_are_named(group: EngineGroup) -> None:
+    with pytest.raises(TypeError, match="adapters must be a mapping of names to sources, not 'a'"):
+        group.update_weights(version=1, adapters="a", timeout=10)  # type: ignore[arg-type]
+
+
 def test_adapters_alone_leave_base_weights_as_they_are(
     served: Served, group: EngineGroup, capsys: pytest.CaptureFixture[str]
 ) -> None:

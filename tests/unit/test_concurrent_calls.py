@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -202,16 +203,23 @@ def test_on_phase_that_asks_its_own_group_is_refused_at_once_and_the_update_goes
     assert versions(deployment) == [1, 1]
 
 
-@pytest.mark.parametrize("failing", ["begin", "prepare", "pause", "commit", "resume"])
+@pytest.mark.parametrize(
+    ("failing", "error"),
+    [*((phase, KeyError) for phase in ("begin", "prepare", "pause", "commit", "resume")), ("commit", SystemExit)],
+)
 def test_on_phase_that_fails_is_logged_and_hides_no_outcome(
-    deployment: Deployment, group: EngineGroup, failing: str, caplog: pytest.LogCaptureFixture
+    deployment: Deployment,
+    group: EngineGroup,
+    failing: str,
+    error: type[BaseException],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     phases: list[str] = []
 
     def on_phase(phase: str) -> None:
         phases.append(phase)
         if phase == failing:
-            raise KeyError("a bug of the user's")
+            raise error("a bug of the user's")
 
     result = group.update_weights("/checkpoint", version=1, timeout=20, on_phase=on_phase)
     assert (result.version, len(result.engines)) == (1, 2)
@@ -219,3 +227,15 @@ def test_on_phase_that_fails_is_logged_and_hides_no_outcome(
     assert versions(deployment) == [1, 1]
     assert f"on_phase('{failing}') failed" in caplog.text
     assert "a bug of the user's" in caplog.text
+
+
+def test_an_exit_in_a_groups_event_loop_does_not_end_it(group: EngineGroup) -> None:
+    async def exits() -> None:
+        await asyncio.create_task(leaves())
+
+    async def leaves() -> None:
+        sys.exit("a task of the user's")
+
+    with pytest.raises(SystemExit, match="a task of the user's"):
+        group._thread.run(exits())
+    assert len(group.status()) == 2

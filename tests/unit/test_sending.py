@@ -352,7 +352,9 @@ def test_a_trainer_that_stalls_is_given_up_and_the_next_one_works(
                 time.sleep(1.2)
             yield name, tensor
 
-    with pytest.raises(UpdateAborted):
+    with pytest.raises(
+        UpdateAborted, match=r"the source of the tensors took that long: the next ones came 0\.\d s after"
+    ):
         send(group, stalling(), timeout=1.0, transport=transport)
     assert_untouched(served)
     send(group, new)
