@@ -4,8 +4,9 @@
 
 One replica stays. Another one, of a head and a headless node, loses its headless engine in each round. vLLM takes no single
 engine back, so the replica is restarted, as a supervisor would do. Both of its engines start with the weights of the
-checkpoint, fetch the group's from a peer, and must then generate Hugging Face's tokens. The last line is JSON. Exits with 1 if
-a promise was broken. Needs root and ``ip``.
+checkpoint, fetch the group's from a peer, and must then generate Hugging Face's tokens. They are asked from the first moment
+on: no answer may come from the checkpoint's weights. The last line is JSON. Exits with 1 if a promise was broken. Needs root
+and ``ip``.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ from harness.network import Namespaces
 from harness.report import described
 
 from .fault_trainer import Weights
+from .real_history import Observer
 
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
 TOKENS = 16
 BACK_SECONDS = 10.0
+# For answers with the version of each token.
+ARGUMENTS = ("--enable-scale-out",)
+VIOLATIONS = ("hangs", "wrong_tokens", "untrue_outcomes", "wrong_histories")
 STAYS, RETURNS = "stays", "returns"
 
 
@@ -54,8 +59,10 @@ def returned(group: EngineGroup) -> dict[int, EngineState]:
     return {state.dp_rank: state for state in group.status() if state.replica == RETURNS}
 
 
-def play_round(group: EngineGroup, deployment: Deployment, version: int, expected: list[list[int]]) -> Outcome:
-    """Wait until both engines serve, compare their tokens, and kill the headless one."""
+def play_round(
+    group: EngineGroup, deployment: Deployment, observer: Observer, version: int, expected: list[list[int]]
+) -> Outcome:
+    """Wait until both engines serve, compare their tokens and what they answered before, and kill the headless one."""
     outcome, seen, back = Outcome([], [], []), dict[int, float](), dict[int, float]()
     ends = time.monotonic() + 400.0
     while len(back) < 2 and time.monotonic() < ends:
@@ -76,6 +83,7 @@ def play_round(group: EngineGroup, deployment: Deployment, version: int, expecte
     for rank in (0, 1):
         if completions.greedy(PROMPTS, tokens=TOKENS, engine=rank) != expected:
             outcome.violations.append(f"wrong_tokens: DP rank {rank}")
+    outcome.violations += [f"wrong_histories: {what}" for what in observer.problems()]
     (headless,) = (engine for engine in group.engines() if engine.replica == RETURNS and engine.headless)
     os.kill(headless.pid, signal.SIGKILL)
     return outcome
@@ -92,22 +100,37 @@ def play(options: argparse.Namespace) -> dict[str, object]:
         model = folder / "model"
         make_model(model)
         weights = Weights(str(model))
-        stays = Deployment(model, [node(namespaces, "a", key_file, AREAL_VLLM_REPLICA=STAYS)], log_dir=folder / STAYS)
+        stays = Deployment(
+            model,
+            [node(namespaces, "a", key_file, AREAL_VLLM_REPLICA=STAYS)],
+            log_dir=folder / STAYS,
+            vllm_args=ARGUMENTS,
+        )
         stack.enter_context(stays)
         stays.wait(timeout=400, report=lambda _: None)
         with EngineGroup.connect(stays.directory, key_file=key_file) as trainer:
+            started = time.monotonic()
             trainer.update_weights(weights.set(1), version=1, timeout=60)
+            ended = time.monotonic()
         expected = greedy_tokens(weights.set(1), PROMPTS, TOKENS)
         env = {"AREAL_VLLM_REPLICA": RETURNS, "AREAL_VLLM_DIRECTORY": stays.directory}
         nodes = [node(namespaces, name, key_file, **env) for name in ("b", "a")]
+        answers = 0
         for number in range(options.rounds):
-            deployment = Deployment(model, nodes, log_dir=folder / str(number))
-            with deployment, EngineGroup.connect(stays.directory, key_file=key_file) as watching:
-                done.append(play_round(watching, deployment, 1, expected))
+            deployment = Deployment(model, nodes, log_dir=folder / str(number), vllm_args=ARGUMENTS)
+            observer = Observer(deployment.url, (0, 1), weights)
+            observer.wrote(1, started, ended, "committed")
+            with deployment, observer, EngineGroup.connect(stays.directory, key_file=key_file) as watching:
+                done.append(play_round(watching, deployment, observer, 1, expected))
+            answers += observer.count
             print(f"round {number}: {done[-1]}", flush=True)
     problems = [what for one in done for what in one.violations]
-    totals: dict[str, object] = {"rounds": len(done), "slowest_back_s": max(max(one.back_s) for one in done)}
-    for kind in ("hangs", "wrong_tokens", "untrue_outcomes"):
+    totals: dict[str, object] = {
+        "rounds": len(done),
+        "answers_checked": answers,
+        "slowest_back_s": max(max(one.back_s) for one in done),
+    }
+    for kind in VIOLATIONS:
         totals[kind] = sum(what.startswith(kind) for what in problems)
     table = described({"totals": totals, "rounds": [dataclasses.asdict(one) for one in done]})
     if options.out:
@@ -121,7 +144,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the table of rounds here")
     totals = play(parser.parse_args())
     print(json.dumps(totals))
-    return int(any(totals[kind] for kind in ("hangs", "wrong_tokens", "untrue_outcomes")))
+    return int(any(totals[kind] for kind in VIOLATIONS))
 
 
 if __name__ == "__main__":

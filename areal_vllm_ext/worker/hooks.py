@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import vllm_patching
@@ -46,6 +47,27 @@ def _extend(worker: Any) -> None:
     for name, method in vars(WorkerExtension).items():
         if not name.startswith("__"):
             setattr(worker, name, types.MethodType(method, worker))
+
+
+def find_kernels_beside_odd_objects() -> None:
+    """Let an engine start on a CPU in a process that has imported numba.
+
+    Bug: without Triton, each start of a CPU worker looks through all modules for kernels (``_rebind_kernels``), and takes
+    the ``__dict__`` of every object for a dictionary. That of llvmlite's ``ffi.lib`` is a function: AttributeError:
+    '_lib_fn_wrapper' object has no attribute 'get'. Trigger: numba, with which this package computes digests, so a second
+    ``LLM`` in one process. Cure: an object of that kind holds no kernel.
+    Checked on: 0.31.0, 0.32.0; earlier versions have no such search.
+    """
+    try:
+        from vllm.triton_utils import dispatcher
+    except ImportError:
+        return
+
+    def attributes(value: Any) -> Mapping[str, Any]:
+        found: object = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = attributes
 
 
 def repack_cpu_experts_on_reload() -> None:
@@ -144,8 +166,8 @@ WORKER_PATCHES: tuple[Callable[[], None], ...] = (
 )
 
 
-# Applied when vLLM loads the plugin, because without the slot nothing of ours is imported later.
-PLUGIN_PATCHES: tuple[Callable[[], None], ...] = (extend_workers_without_the_slot,)
+# Applied when vLLM loads the plugin: without the slot nothing of ours is imported later, and a worker comes after its kernels.
+PLUGIN_PATCHES: tuple[Callable[[], None], ...] = (extend_workers_without_the_slot, find_kernels_beside_odd_objects)
 
 
 def require() -> None:

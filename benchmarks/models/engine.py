@@ -21,6 +21,7 @@ SETTINGS: dict[str, Any] = {
     "max_model_len": 256,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 256,
+    "kv_cache_memory_bytes": 1 << 27,
     "disable_log_stats": True,
 }
 

@@ -53,6 +53,7 @@ _ROUTED = {
     "n_group": 1,
     "topk_group": 1,
 }
+_BLIP = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,26 +388,27 @@ FAMILIES: dict[str, Family] = {
         task="embed",
         engine={"runner": "pooling"},
     ),
-    "paligemma": Family(
-        "PaliGemma",
-        {
-            "text_config": _TOKENS | _SHAPE | {"model_type": "gemma", "vocab_size": len(VOCABULARY) + 2048},
-            "vision_config": {
-                "model_type": "siglip_vision_model",
-                "hidden_size": 64,
-                "intermediate_size": 96,
+    "blip2": Family(
+        "Blip2",
+        dict.fromkeys(_TOKENS, ...)
+        | {
+            "vision_config": _BLIP | {"image_size": images.SIDE, "patch_size": images.PATCH},
+            "qformer_config": _BLIP
+            | {"encoder_hidden_size": 64, "vocab_size": len(VOCABULARY), "cross_attention_frequency": 1},
+            "text_config": _TOKENS
+            | {
+                "model_type": "opt",
+                "vocab_size": len(VOCABULARY) + 16,
+                "hidden_size": 128,
+                "word_embed_proj_dim": 128,
+                "ffn_dim": 96,
                 "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "image_size": images.SIDE,
-                "patch_size": images.PATCH,
-                "projection_dim": 128,
-                "vision_use_head": False,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 512,
             },
+            "num_query_tokens": images.QUERY_TOKENS,
             "image_token_index": images.IMAGE_TOKEN,
-            "projection_dim": 128,
-            "hidden_size": 128,
-            "vocab_size": ...,
-            "pad_token_id": VOCABULARY.index(PAD),
+            "image_text_hidden_size": 64,
         },
         bare=True,
         head="ForConditionalGeneration",

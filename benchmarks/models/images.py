@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from areal_vllm_ext.demo.model import UNKNOWN, VOCABULARY, make_tokenizer
+from areal_vllm_ext.demo.model import VOCABULARY, make_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PROMPT = "red0 green1 ."
 IMAGE_TOKEN = len(VOCABULARY)
-SIDE, PATCH = 32, 8
+SIDE, PATCH, QUERY_TOKENS = 32, 8, 4
 
 
 def processor() -> Any:
-    """Return a processor of PaliGemma's kind with the demo's tokenizer."""
-    from transformers import PaliGemmaProcessor, SiglipImageProcessor
+    """Return BLIP-2's processor with the demo's tokenizer. Unlike most, it needs no torchvision, which has no CPU build."""
+    from transformers import Blip2Processor, BlipImageProcessor
 
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "bos_token": UNKNOWN})
-    images = SiglipImageProcessor(size={"height": SIDE, "width": SIDE})
-    images.image_seq_length = (SIDE // PATCH) ** 2
-    return PaliGemmaProcessor(image_processor=images, tokenizer=tokenizer)
+    images = BlipImageProcessor(size={"height": SIDE, "width": SIDE})
+    return Blip2Processor(images, make_tokenizer(), num_query_tokens=QUERY_TOKENS)
 
 
 def save_processor(folder: Path) -> None:

@@ -27,8 +27,9 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
 folder = sys.argv[1]
-llm = LLM(folder, enforce_eager=True, max_model_len=512, dtype="float32", kv_cache_memory_bytes=1 << 26,
-          worker_extension_cls="areal_vllm_ext.worker.WorkerExtension")
+SETTINGS = dict(enforce_eager=True, max_model_len=512, dtype="float32", kv_cache_memory_bytes=1 << 26,
+                worker_extension_cls="areal_vllm_ext.worker.WorkerExtension")
+llm = LLM(folder, **SETTINGS)
 """
 
 SETTINGS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,3 +109,17 @@ def test_a_vllm_without_endpoint_plugins_loads_those_that_are_named(monkeypatch:
     assert TestClient(app).get("/route").json() == "the plugin's"
     asyncio.run(server.init_app_state("client", app.state, None))
     assert (app.state.initialized, app.state.client) == (True, "client")
+
+
+def test_kernels_are_found_beside_an_object_whose_dict_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llvmlite's library answers every attribute with a function, ``__dict__`` too."""
+    dispatcher = pytest.importorskip("vllm.triton_utils.dispatcher")
+    binding = pytest.importorskip("llvmlite.binding.ffi")
+    assert not isinstance(vars(binding.lib), dict), "this test needs an object of that kind"
+    worker_hooks.find_kernels_beside_odd_objects()
+    kernel, override = object(), object()
+    module = ModuleType("holds_a_kernel")
+    module.kernel = kernel  # type: ignore[attr-defined]
+    monkeypatch.setattr(dispatcher, "sys", SimpleNamespace(modules={"odd": binding, "kernels": module}))
+    dispatcher._rebind_kernels([(kernel, override)])
+    assert module.kernel is override

@@ -7,16 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from warm_python import START, run
 
 from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import make_model
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
@@ -32,7 +29,7 @@ prompt = [10, 20, 30]
 def oracle(tokens=16):
     return model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[0, len(prompt):].tolist()
 
-def generate(tokens=16):
+def generate(tokens=16, llm=llm):
     options = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     return llm.generate(TokensPrompt(prompt_token_ids=prompt), options, use_tqdm=False)[0].outputs[0]
 
@@ -80,12 +77,21 @@ with EngineGroup.connect() as group:
     group.pause("abort")
     thread.join(20)
     group.resume()
+    # Another engine in this process, which has imported what the first one's digests need.
+    second = LLM(folder, **SETTINGS)
+    group.wait_ready(engines=2, timeout=30)
+    facts["names"] = len({state.replica for state in group.status()})
+    train()
+    group.update_weights(model, version="three", timeout=60)
+    facts["both"] = [state.version for state in group.status()]
+    facts["both right"] = [list(generate(llm=one).token_ids) == oracle() for one in (llm, second)]
+    facts["equal"] = group.verify().equal
 print(json.dumps(facts))
 """
 )
 
 
-def test_engine_in_the_users_process_is_updated_between_its_steps(tmp_path: Path) -> None:
+def test_engines_in_the_users_process_are_updated_between_their_steps(tmp_path: Path) -> None:
     make_model(tmp_path)
     done = run(UPDATE, tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -97,6 +103,7 @@ def test_engine_in_the_users_process_is_updated_between_its_steps(tmp_path: Path
     assert facts.get("aborted") == "abort"
     # Processed inputs do not depend on weights, and vLLM's front end keeps the other half of their cache.
     assert facts["dropped"] == ["reset_encoder_cache", "reset_prefix_cache"]
+    assert (facts["names"], facts["both"], facts["both right"], facts["equal"]) == (2, ["three"] * 2, [True] * 2, True)
     assert [text for text in ("one", "two") if any(text in str(span) for span in facts["spans"])] == ["one", "two"]
 
 
@@ -174,6 +181,44 @@ def test_engines_of_an_external_launcher_are_one_replica(tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts == {"loaded": True, "engines": [[0, "one"], [1, "one"]], "equal": True, "updated": True}
+
+
+VISION = """
+import json, sys
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+sys.path.insert(0, (folder / "root").read_text())
+from areal_vllm_ext import EngineGroup
+from benchmarks.models.engine import Engine, distance
+from benchmarks.models.families import FAMILIES
+from benchmarks.models.trainer import Trainer
+
+family = FAMILIES["blip2"]
+trainer = Trainer(family)
+trainer.set("zero")
+engine = Engine(family, trainer.save(folder / "zero"), updatable=True)
+core = engine.llm.llm_engine.engine_core.engine_core
+facts = {"loaded": distance(engine.says(), trainer.says()) < 1e-3}
+with EngineGroup.connect() as group:
+    group.wait_ready(engines=1, timeout=30)
+    for weights in ("one", "two"):
+        trainer.set(weights)
+        group.update_weights(trainer.model, version=weights, timeout=60)
+        facts[weights] = distance(engine.says(), trainer.says()) < 1e-3
+    facts["equal"] = group.verify().equal
+facts["kept in both halves"] = core.mm_receiver_cache is not None
+print(json.dumps(facts))
+"""
+
+
+def test_an_image_that_was_seen_before_an_update_is_answered_with_the_new_weights(tmp_path: Path) -> None:
+    """vLLM keeps processed images in two halves, front end and engine, which an update leaves alone; not what they became."""
+    (tmp_path / "root").write_text(str(Path(__file__).parents[3]))
+    done = run(VISION, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts == {"loaded": True, "one": True, "two": True, "equal": True, "kept in both halves": True}
 
 
 @pytest.mark.parametrize(
