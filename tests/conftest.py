@@ -120,14 +120,14 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     """Fail a file that is skipped as a whole in CI, or that imports a large module when it is collected.
 
-    The tests with other packages run apart, and those packages import what they need.
+    Tests with a real vLLM and with other packages run apart, and import what they need.
     """
     before = _LARGE & sys.modules.keys()
     report = yield
     if CI and report.skipped:
         _fail(report)
     imported = (_LARGE & sys.modules.keys()) - before
-    if imported and "with_packages" not in collector.nodeid:
+    if imported and "unit" in collector.nodeid:
         report.outcome = "failed"
         report.longrepr = f"imports {', '.join(sorted(imported))} when it is collected: use lazily.Lazily"
     return report

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from ..protocol.security import ClusterKey
     from .blocking_update import Update
     from .calls import CallResult
-    from .drafts import DraftSource
     from .lora import AdapterSource
     from .options import UpdateOptions
     from .state import EngineState, UpdateResult
@@ -117,21 +116,16 @@ class EngineGroup:
         return result
 
     def verify(
-        self,
-        checkpoint: str | os.PathLike[str] | None = None,
-        *,
-        draft: str | os.PathLike[str] | None = None,
-        timeout: float = VERIFY_SECONDS,
+        self, checkpoint: str | os.PathLike[str] | None = None, *, timeout: float = VERIFY_SECONDS
     ) -> Verification:
         """Compare what the engines serve. See ``AsyncEngineGroup.verify``."""
-        return self._thread.run(self._group.verify(checkpoint, draft=draft, timeout=timeout))
+        return self._thread.run(self._group.verify(checkpoint, timeout=timeout))
 
     def update_weights(
         self,
         weights: WeightSource | str | os.PathLike[str] | None = None,
         *,
         version: Version,
-        draft: DraftSource | None = None,
         adapters: Mapping[str, AdapterSource | None] | None = None,
         timeout: float = UPDATE_SECONDS,
         dtype: str | torch.dtype | None = None,
@@ -149,7 +143,7 @@ class EngineGroup:
             with opened as update:
                 update.change_adapters(adapters or {})
                 if weights is not None:
-                    update.send(weights, dtype=dtype, draft=draft)
+                    update.send(weights, dtype=dtype)
         return update.result
 
     def update(

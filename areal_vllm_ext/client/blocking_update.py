@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..protocol import Version
-    from .drafts import DraftSource
     from .loop_thread import LoopThread
     from .lora import AdapterSource
     from .state import UpdateResult
@@ -39,15 +38,9 @@ class Update:
         """What the update took; set once its block has been left."""
         return self._transaction.result
 
-    def send(
-        self,
-        weights: WeightSource | str | os.PathLike[str],
-        *,
-        dtype: str | torch.dtype | None = None,
-        draft: DraftSource | None = None,
-    ) -> None:
+    def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> None:
         """See ``AsyncUpdate.send``. The tensors are handled in the caller's thread, on its current device and stream."""
-        self._transaction.send(weights, dtype, draft)
+        self._transaction.send(weights, dtype)
 
     def prepare(self) -> None:
         """See ``AsyncUpdate.prepare``."""

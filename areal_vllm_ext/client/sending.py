@@ -66,7 +66,6 @@ class Sending:
         *,
         first: int = 0,
         adapter: str = "",
-        draft: bool = False,
     ) -> None:
         """
         Args:
@@ -75,9 +74,8 @@ class Sending:
             sender: this sender's number in the update.
             first: how many buckets this sender has sent before.
             adapter: whose tensors these are; empty for base weights.
-            draft: whether they are the drafter's.
         """
-        self._first, self._adapter, self._draft = first, adapter, draft
+        self._first, self._adapter = first, adapter
         self.report = SendReport(0, 0, [], 0)
         self._context, self._engines, self._sender = context, engines, sender
         self._spans = context.spans
@@ -269,9 +267,7 @@ class Sending:
 
     def _numbered(self, bucket: Bucket) -> Bucket:
         """Return ``bucket`` with the next index, and count it."""
-        numbered = msgspec.structs.replace(
-            bucket, index=self._first + self.report.buckets, adapter=self._adapter, draft=self._draft
-        )
+        numbered = msgspec.structs.replace(bucket, index=self._first + self.report.buckets, adapter=self._adapter)
         self.report.buckets += 1
         self.report.nbytes += bucket.nbytes
         return numbered

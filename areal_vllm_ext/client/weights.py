@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator,
 from typing import Literal
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from ..errors import InvalidWeights
 from ..integrity import checkpoint
@@ -74,8 +73,6 @@ def _unsendable_reason(value: object) -> str | None:
         return f"is {_kind(value)}, not a tensor: leave it out, or give torch.as_tensor(...) of it"
     if getattr(value, "fake_mode", None) is not None:
         return "is a FakeTensor, so it has no values: give the real one"
-    if is_lazy(value):
-        return "is not initialized, so it has no values: call its module once"
     if value.is_meta:
         return "is on the meta device, so it has no values: load or gather it first"
     if value.layout != torch.strided:
@@ -112,7 +109,6 @@ class Checker:
 
     Attributes:
         second_names: compares what comes under two names of one tensor.
-        set_aside: called with each tensor that has an engines' name, also with those that are not sent.
     """
 
     def __init__(self, taken: Weights, engine_dtype: str, dtype: str | torch.dtype | None) -> None:
@@ -129,7 +125,6 @@ class Checker:
         self._dtypes = (engine_dtype,)
         self._cast = checked_cast(dtype)
         self._tied: set[str] = set()
-        self.set_aside: Callable[[str, torch.Tensor], None] = lambda _name, _tensor: None
 
     def check(self, weights: Iterable[Named], *, partial: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """Yield the tensors to send.
@@ -157,10 +152,8 @@ class Checker:
     def renamed(self, weights: Iterable[Named]) -> Iterator[Named]:
         """Yield ``weights`` under the engines' names, without what is no part of what engines serve."""
         for name, tensor in weights:
-            if (known := self._names.find(name)) is None:
-                continue
-            self.set_aside(known, tensor)
-            if known not in self._optional and known not in self._ties:
+            known = self._names.find(name)
+            if known is not None and known not in self._optional and known not in self._ties:
                 yield known, tensor
 
     def _checked(self, weights: Iterable[Named], *, partial: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:

@@ -7,6 +7,7 @@ began with. Nothing reads the path.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from typing import TYPE_CHECKING, Any
@@ -50,10 +51,10 @@ class Adapters:
         self._numbers: dict[str, int] = {}
         self._outputs = OutputVersions(engine)
         config = engine.vllm_config.lora_config
-        # Adapters of other users that the workers have for certain, because vLLM has dropped none since.
-        self._loaded: set[int] = set()
-        self._capacity: int = (config.max_cpu_loras or config.max_loras) if config else 0
+        # Adapters of other users that every worker keeps in host memory, whatever vLLM drops, until the next one is loaded.
+        self._kept: set[int] = set()
         if config is not None:
+            engine.add_lora = self._loading(engine.add_lora)
             engine.preprocess_add_request = self._before(engine.preprocess_add_request)
             engine.add_request = self._adding(engine.add_request)
         engine.areal_adapters = lambda: dict(self.versions)  # for front ends, by vLLM's utility calls
@@ -139,28 +140,49 @@ class Adapters:
                 request.lora_request = current
                 request.block_hashes = []
                 request.update_block_hashes()
-            self._note(current)
+            # Now, where a failure is this request's only. Later it would end the engine.
+            number = current.lora_int_id
+            if number < _FIRST_NUMBER and (number not in self._kept or current.load_inplace):
+                self._load(current)
         except Exception as error:
             logger.warning("areal_vllm_ext: request %s cannot be served: %s", request.request_id, error)
             return False
         return True
 
-    def _note(self, wanted: LoRARequest) -> None:
-        """Have an adapter of another user loaded now, where a failure is this request's only. Later it would end the engine."""
-        number = wanted.lora_int_id
-        if number in self._loaded and not wanted.load_inplace:
-            return
-        if number < _FIRST_NUMBER:
-            self._engine.model_executor.add_lora(wanted)
-        if len(self._loaded) >= self._capacity:
-            self._loaded.clear()  # vLLM may drop one
-        self._loaded.add(number)
+    def _load(self, wanted: LoRARequest) -> bool:
+        """Have the workers load an adapter of another user, and keep those that requests which wait or run may need."""
+        needed = {wanted.lora_int_id} | {
+            request.lora_request.lora_int_id
+            for request in self._engine.scheduler.requests.values()
+            if request.lora_request is not None
+        }
+        self._kept = set()  # where one worker fails, others may have dropped some
+        kept = self._engine.model_executor.collective_rpc("areal_load_adapter", args=(wanted, tuple(needed)))
+        self._kept = set.intersection(*map(set, kept))
+        return True
+
+    def _loading(self, add: Callable[[LoRARequest], bool]) -> Callable[[LoRARequest], bool]:
+        @functools.wraps(add)  # vLLM reads the signature
+        def add_lora(lora_request: LoRARequest) -> bool:
+            if lora_request.lora_name in self._current:
+                raise ValueError(belongs_to_the_group(lora_request.lora_name))
+            return self._load(lora_request)
+
+        return add_lora
 
     def _answer_error(self, request: Any) -> None:
         if send := getattr(self._engine, "_send_error_outputs_to_client", None):
             send([request.request_id], request.client_index)
             return
         raise UnknownAdapter(f"adapter {request.lora_request.lora_name} cannot be served, see the log")
+
+
+def belongs_to_the_group(name: str) -> str:
+    """Return why another user cannot load or unload an adapter of this name."""
+    return (
+        f"adapter {name} belongs to the group, because an update brought it to every engine: replace or remove it by an "
+        f'update (adapters={{"{name}": ...}})'
+    )
 
 
 def _version_of(unit: Adapter) -> str:

@@ -12,10 +12,11 @@ import functools
 import importlib
 import logging
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from ..vllm_patching import is_ours, patch_once
-from .adapters import BY_NAME
+from .adapters import BY_NAME, belongs_to_the_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,11 @@ class AdapterNames:
         elif time.monotonic() - self._asked > _FRESH_SECONDS and self._asking is None:
             self._asking = asyncio.create_task(self.ask())
             self._asking.add_done_callback(self._answered)
+
+    async def refusal(self, name: str) -> str:
+        """Return why this front end must not load or unload an adapter of this name; empty if it may."""
+        await self.ask()
+        return belongs_to_the_group(name) if name in self._ours else ""
 
     async def ask(self) -> None:
         """Ask the engines for the adapters that all of them serve."""
@@ -95,7 +101,7 @@ def accept_adapter_names() -> None:
 
     Not in every process that loads the plugin, because importing vLLM's HTTP front end takes long.
     """
-    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.openai.models import serving
 
     def check_first(original: Callable[..., Any]) -> Any:
         @functools.wraps(original)
@@ -115,6 +121,19 @@ def accept_adapter_names() -> None:
 
         return show_available_models
 
+    def refuse_the_groups(original: Callable[..., Any]) -> Any:
+        @functools.wraps(original)
+        async def change_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            if (names := AdapterNames.of(self)) and (refusal := await names.refusal(request.lora_name)):
+                return serving.create_error_response(
+                    message=refusal, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST
+                )
+            return await original(self, request, *args, **kwargs)
+
+        return change_lora_adapter
+
     for owner in _model_checkers():
         patch_once(owner, "_check_model", check_first)
-    patch_once(OpenAIServingModels, "show_available_models", ask_first)
+    patch_once(serving.OpenAIServingModels, "show_available_models", ask_first)
+    for name in ("load_lora_adapter", "unload_lora_adapter"):
+        patch_once(serving.OpenAIServingModels, name, refuse_the_groups)

@@ -61,7 +61,6 @@ def status_of(
         free_memory=participant.sleep.free_memory,
         runs_when_awake=participant.pauses.runs_when_awake,
         adapters=participant.adapters,
-        draft_version=participant.draft_version,
     )
 
 

@@ -42,6 +42,11 @@ class WorkerExtension:
         step = context.native_transfer.step(method)
         return context.rank, *user_methods.call(self, method, arguments, longest_answer, step)
 
+    def areal_load_adapter(self: Any, wanted: Any, needed: tuple[int, ...]) -> tuple[int, ...]:
+        """Load an adapter of another user, see ``AdapterStore.load_other``. Runs on the worker's own thread."""
+        kept: tuple[int, ...] = self._areal_receiver.context.adapters.load_other(self.add_lora, wanted, needed)
+        return kept
+
     def areal_commit_fetched(
         self: Any, fetch: str, update: str, numbers: dict[str, int] | None = None, kept: tuple[int, ...] = ()
     ) -> None:
@@ -104,10 +109,7 @@ def _commit_weights(receiver: Receiver, update: str) -> tuple[str, str]:
     shadow = staged.shadow if staged.shadow is not None and context.loader.fits_shadow(staged.shadow) else None
     if reason := context.residency.asleep_reason() if planned or shadow else context.residency.absent_reason():
         raise NotResident(f"worker {context.rank} applied nothing: {reason}")
-    staged.draft.check_fits()
-    with context.live_weights.committing(staged.manifest, update, draft=bool(staged.draft)):
-        if staged.draft:
-            context.live_weights.set_draft(*staged.draft.commit())
+    with context.live_weights.committing(staged.manifest, update):
         if shadow is not None and not planned:
             with spans.span(track, "load"):
                 context.live_weights.set_written(context.loader.load_shadow(shadow, weights))

@@ -6,9 +6,11 @@ import copy
 import json
 import random
 import shutil
+import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -27,12 +29,13 @@ if TYPE_CHECKING:
 TOKENS = 8
 LONG = random.Random(1).choices(range(3, 100), k=305)  # many blocks of the prefix cache
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--max-cpu-loras", "2", "--max-model-len", "512")
+SPANS = ("--enable-scale-out",)  # a route whose answers say which version they are of
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}  # for the routes of other users
-    with start_cluster(tmp_path_factory.mktemp("lora"), moe=False, vllm_args=LORA, env=env) as running:
+    with start_cluster(tmp_path_factory.mktemp("lora"), moe=False, vllm_args=(*LORA, *SPANS), env=env) as running:
         yield running
 
 
@@ -68,11 +71,79 @@ def models(cluster: Cluster) -> set[str]:
         return {one["id"] for one in json.load(answer)["data"]}
 
 
-def post(cluster: Cluster, route: str, **body: object) -> None:
-    request = urllib.request.Request(
-        cluster.deployment.url + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    urllib.request.urlopen(request, timeout=60).close()
+def post(cluster: Cluster, route: str, rank: int = 0, **body: object) -> bytes:
+    headers = {"Content-Type": "application/json", "X-data-parallel-rank": str(rank)}
+    request = urllib.request.Request(cluster.deployment.url + route, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read()  # type: ignore[no-any-return]
+
+
+def batch_of(model: Any, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The tokens of prompts of one length."""
+    generated = model.generate(input_ids=torch.tensor(prompts), max_new_tokens=tokens, do_sample=False)
+    return generated[:, len(prompts[0]) :].tolist()  # type: ignore[no-any-return]
+
+
+class Answer(NamedTuple):
+    """What a request was answered, and the version that the answer claims."""
+
+    prompt: list[int]
+    version: str
+    tokens: list[int]
+    finished: str
+
+
+def ask(cluster: Cluster, rank: int, prompt: list[int], tokens: int) -> Answer:
+    sampling = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0.0}
+    body = {"model": "math", "token_ids": prompt, "sampling_params": sampling}
+    (choice,) = json.loads(post(cluster, "/inference/v1/generate", rank, **body))["choices"]
+    (span,) = choice["weight_versions"]
+    assert (span["start"], span["end"]) == (0, len(choice["token_ids"])), "one version made all of it"
+    return Answer(prompt, span["version"], choice["token_ids"], choice["finish_reason"])
+
+
+def test_32_requests_in_flight_have_the_tokens_of_the_version_that_they_claim(
+    cluster: Cluster, group: EngineGroup
+) -> None:
+    """Half of them run on the old version when an adapter is replaced; then half run when it is replaced and they are ended."""
+    old, new = adapted(cluster, 20), adapted(cluster, 21)
+    prompts = [[3 + 5 * number, 40, 7, 90 - number] for number in range(8)]
+
+    def asked(pool: ThreadPoolExecutor, tokens: int) -> list[Future[Answer]]:
+        """A request of each prompt to each engine; all are in flight."""
+        before = {state.dp_rank: state.requests for state in group.status()}
+        futures = [pool.submit(ask, cluster, rank, prompt, tokens) for prompt in prompts for rank in (0, 1)]
+        ends = time.monotonic() + 30
+        while any(state.requests != before[state.dp_rank] + len(prompts) for state in group.status()):
+            assert time.monotonic() < ends, "the requests are not in flight, or over already"
+        return futures
+
+    group.update_weights(version=20, adapters={"math": old})
+    cluster.wait_idle(group)
+    with ThreadPoolExecutor(32) as pool:
+        on_old = asked(pool, 120)
+        group.pause("keep")
+        assert not any(future.done() for future in on_old)
+        group.update_weights(version=21, adapters={"math": new})
+        on_new = asked(pool, 120)
+        group.resume()
+        answers = {"20": [one.result(120) for one in on_old], "21": [one.result(120) for one in on_new]}
+        for version, model in (("20", old), ("21", new)):
+            expected = dict(zip(map(tuple, prompts), batch_of(model, prompts, 120), strict=True))
+            for answer in answers[version]:
+                assert (answer.version, answer.finished) == (version, "length")
+                assert answer.tokens == expected[tuple(answer.prompt)]
+
+        ended = asked(pool, 500)
+        group.update_weights(version=22, adapters={"math": old}, mode="abort")
+        answers["21"] = [future.result(60) for future in ended]
+        longest = max(len(answer.tokens) for answer in answers["21"])
+        expected = dict(zip(map(tuple, prompts), batch_of(new, prompts, longest), strict=True))
+        for answer in answers["21"]:
+            assert (answer.version, answer.finished) == ("21", "abort")
+            assert 0 < len(answer.tokens) < 500
+            assert answer.tokens == expected[tuple(answer.prompt)][: len(answer.tokens)]
+    assert_serves(cluster, "math", old)
 
 
 def test_adapters_are_added_replaced_and_removed_with_and_without_weights(
@@ -148,20 +219,47 @@ def test_what_cannot_be_served_is_a_no_and_the_old_adapter_stays(cluster: Cluste
 
 def test_other_users_adapters_end_no_engine(cluster: Cluster, group: EngineGroup, tmp_path: Path) -> None:
     theirs = adapted(cluster, 9)
-    theirs.save_pretrained(tmp_path / "theirs")
+    for name, seed in (("theirs", 9), ("one", 12), ("two", 13)):
+        adapted(cluster, seed).save_pretrained(tmp_path / name)
     post(cluster, "/v1/load_lora_adapter", lora_name="theirs", lora_path=str(tmp_path / "theirs"))
     assert_serves(cluster, "theirs", theirs)
+    # While requests wait for it, its directory goes, and two others take its place in vLLM's memory.
+    cluster.wait_idle(group)
+    group.pause("keep")
+    waiting = [cluster.start(rank, PROMPTS[0], TOKENS, "theirs") for rank in (0, 1)]
+    cluster.wait_in_flight(group, 0, 1)
     shutil.rmtree(tmp_path / "theirs")
+    for name in ("one", "two"):
+        post(cluster, "/v1/load_lora_adapter", lora_name=name, lora_path=str(tmp_path / name))
+    group.resume()
+    for future in waiting:
+        assert future.result(60)["token_ids"] == tokens_of(theirs, PROMPTS[0])
     cluster.train()
     group.update_weights(cluster.model, version=12)  # vLLM would drop it, and end with the next request
     assert_serves(cluster, "theirs", adapted(cluster, 9))
-    # Two others take its place in vLLM's memory; then a request for it is an error, and no more.
-    group.update_weights(version=13, adapters={"math": adapted(cluster, 10), "code": adapted(cluster, 11)})
-    for name, seed in (("math", 10), ("code", 11)):
+    # Others take its place again; then a request for it is an error, and no more.
+    for name, seed in (("one", 12), ("two", 13)):
+        post(cluster, "/v1/load_lora_adapter", lora_name=name, lora_path=str(tmp_path / name), load_inplace=True)
         assert_serves(cluster, name, adapted(cluster, seed))
     for rank in (0, 1):
         with pytest.raises(urllib.error.HTTPError):
             cluster.complete(rank, PROMPTS[0], model="theirs")
     cluster.assert_serves_trainers_weights()
     assert len(group.status()) == 2
-    assert_serves(cluster, "math", adapted(cluster, 10))
+
+
+def test_other_users_change_no_adapter_of_the_group(cluster: Cluster, group: EngineGroup, tmp_path: Path) -> None:
+    ours = adapted(cluster, 14)
+    adapted(cluster, 15).save_pretrained(tmp_path / "theirs")
+    group.update_weights(version=14, adapters={"math": ours})
+    loads = {"lora_name": "math", "lora_path": str(tmp_path / "theirs"), "load_inplace": True}
+    for route, body in (("/v1/load_lora_adapter", loads), ("/v1/unload_lora_adapter", {"lora_name": "math"})):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(cluster, route, **body)
+        assert refused.value.code == 400
+        assert "adapter math belongs to the group" in json.load(refused.value)["error"]["message"]
+    assert_serves(cluster, "math", ours)
+    group.update_weights(version=15, adapters={"math": None})
+    post(cluster, "/v1/load_lora_adapter", **loads)
+    assert_serves(cluster, "math", adapted(cluster, 15))
+    post(cluster, "/v1/unload_lora_adapter", lora_name="math")

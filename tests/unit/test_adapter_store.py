@@ -124,6 +124,44 @@ def test_adapters_outlast_a_base_update_without_their_directory(
     assert same_slots(lora_slots(runner), foreign)
 
 
+def test_an_adapter_of_another_user_that_requests_wait_for_outlasts_its_directory_and_vllms_cache(
+    store: AdapterStore, runner: Any, tmp_path: Path
+) -> None:
+    def load(number: int, *needed: int, inplace: bool = False) -> set[int]:
+        from vllm.lora.request import LoRARequest
+
+        wanted = LoRARequest(f"n{number}", number, str(tmp_path / str(number)), load_inplace=inplace)
+        return set(store.load_other(runner.add_lora, wanted, (number, *needed)))
+
+    for number in (1, 2, 3):
+        adapted(number).save_pretrained(tmp_path / str(number))
+    assert load(1) == {1}
+    expected = lora_slots(runner)
+    shutil.rmtree(tmp_path / "1")
+    assert load(2, 1) == {1, 2}
+    assert load(3, 1) == {1, 2, 3}
+    assert runner.list_loras() == {2, 3}
+    for _ in range(2):  # as when the request is scheduled, and again after two others
+        runner.add_lora(request(1, str(tmp_path / "1")))
+        assert same_slots(lora_slots(runner), expected)
+        load(2, 1)
+        load(3, 1)
+    # Its files have changed.
+    before = lora_slots(runner)
+    adapted(7).save_pretrained(tmp_path / "3")
+    load(3)
+    assert same_slots(lora_slots(runner), before)
+    assert load(3, inplace=True) == {2, 3}, "no request needs the first any more"
+    assert not same_slots(lora_slots(runner), before)
+    shutil.rmtree(tmp_path / "3")
+    with pytest.raises(Exception, match=str(tmp_path)):
+        load(3, inplace=True)
+    load(2)
+    runner.add_lora(request(3, str(tmp_path / "3")))
+    with pytest.raises(Exception, match=str(tmp_path)):
+        load(1)
+
+
 def test_what_no_request_asks_for_is_dropped(store: AdapterStore, runner: Any, intake: Intake) -> None:
     model = staged(copied("math", adapted()), store, intake)
     store.commit({"math": model}, {"math": NUMBER}, (NUMBER,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import queue
 from types import SimpleNamespace
 from typing import Any
@@ -38,18 +39,27 @@ class Engine:
     def __init__(self) -> None:
         self.vllm_config = SimpleNamespace(lora_config=SimpleNamespace(max_cpu_loras=2, max_loras=1))
         self.scheduler = SimpleNamespace(requests={})
-        self.model_executor = SimpleNamespace(add_lora=self.add_lora)
+        self.model_executor = SimpleNamespace(collective_rpc=self.load_on_workers)
         self.loaded: list[int] = []
+        self.needed: set[int] = set()
+        self.kept: list[tuple[int, ...]] = []  # by each worker
         self.added: list[Request] = []
         self.errors: list[str] = []
         self._weight_version = "start"
         self.output_queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.adapters = Adapters(self)
 
-    def add_lora(self, wanted: Any) -> None:
+    def add_lora(self, lora_request: Any) -> bool:
+        raise AssertionError("it is replaced")
+
+    def load_on_workers(self, method: str, args: tuple[Any, tuple[int, ...]]) -> list[tuple[int, ...]]:
+        wanted, needed = args
+        assert method == "areal_load_adapter"
         if wanted.lora_path == "/gone":
             raise RuntimeError("No adapter found for /gone")
         self.loaded.append(wanted.lora_int_id)
+        self.needed = set(needed)
+        return self.kept or [needed, needed]
 
     def preprocess_add_request(self, request: Any) -> tuple[Request, int]:
         return Request(request.lora_request), 0
@@ -165,10 +175,41 @@ def test_another_users_adapter_is_loaded_before_its_request_can_end_the_engine()
     assert engine.loaded == [1], "the workers have it"
     engine.add_request(engine.hears(lora("lost", 2, "/gone")))
     assert engine.errors == ["r"]
-    for number in (3, 4):  # vLLM keeps two, so it may have dropped the first
-        engine.add_request(engine.hears(lora(f"n{number}", number, "/there")))
+    engine.add_request(engine.hears(lora("theirs", 1, "/there")))
+    assert engine.loaded == [1, 1], "a worker may have dropped it when another one failed"
+    engine.kept = [(1, 3), (3,)]
+    engine.add_request(engine.hears(lora("n3", 3, "/there")))
+    engine.add_request(engine.hears(lora("n3", 3, "/there")))
+    assert engine.loaded == [1, 1, 3]
     engine.add_request(engine.hears(lora("theirs", 1, "/gone")))
-    assert engine.errors == ["r", "r"]
+    assert engine.errors == ["r", "r"], "one worker has dropped it"
+
+
+def test_workers_keep_another_users_adapter_that_requests_still_need() -> None:
+    engine = Engine()
+    waiting = engine.hears(lora("theirs", 1, "/there"))
+    engine.add_request(waiting)
+    engine.scheduler.requests = {"r": waiting, "base": engine.hears(None)}
+    for number in (2, 3):  # vLLM keeps two, so it drops the first
+        engine.add_request(engine.hears(lora(f"n{number}", number, "/there")))
+        assert engine.needed == {1, number}
+    assert engine.add_lora(lora("n4", 4, "/there")), "through vLLM's own route"
+    assert engine.needed == {1, 4}
+    engine.scheduler.requests = {}
+    assert engine.add_lora(lora("n5", 5, "/there"))
+    assert engine.needed == {5}
+
+
+def test_another_user_cannot_load_an_adapter_of_the_groups_name() -> None:
+    engine = Engine()
+    engine.commit(math="one")
+    with pytest.raises(ValueError, match="adapter math belongs to the group, because an update brought it"):
+        engine.add_lora(lora("math", 1, "/there"))
+    assert engine.loaded == []
+    # vLLM makes a request of what comes over its wire by the annotation.
+    assert list(inspect.signature(engine.add_lora).parameters) == ["lora_request"]
+    engine.commit(removed=("math",))
+    assert engine.add_lora(lora("math", 1, "/there"))
 
 
 class FrontEnd:
@@ -219,6 +260,20 @@ def test_a_front_end_asks_for_a_name_that_it_does_not_know_and_forgets_removed_o
         await names.look_up("math")  # answered with what is known, and asked meanwhile
         await asyncio.sleep(0.01)
         assert models.lora_requests == {"theirs": theirs}
+
+    asyncio.run(run())
+
+
+def test_a_front_end_changes_no_adapter_of_the_group() -> None:
+    async def run() -> None:
+        models: Any = FrontEnd()
+        models.served = [{"math": "1"}, {"math": "1"}]
+        names = AdapterNames.of(models)
+        assert names is not None
+        assert "adapter math belongs to the group" in await names.refusal("math")
+        assert await names.refusal("theirs") == ""
+        models.served = [{}, {}]
+        assert await names.refusal("math") == "", "an update has removed it"
 
     asyncio.run(run())
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .loading import Unusable, fresh, load, shape_in
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     import torch
 
@@ -49,6 +49,8 @@ class AdapterStore:
         # None if the engine was started without --enable-lora.
         self._manager: Any = getattr(runner, "lora_manager", None)
         self._stored: dict[int, StoredAdapter] = {}
+        # Of other users' adapters, what vLLM has read from a path, by number: those that vLLM or a request still needs.
+        self._others: dict[int, Any] = {}
         if self._manager is None:
             return
         self._load_from_path = self._manager._load_adapter  # noqa: SLF001
@@ -96,6 +98,34 @@ class AdapterStore:
             del self._stored[number]
             self._manager.remove_adapter(number)
 
+    def load_other(self, add: Callable[[Any], object], wanted: Any, needed: Collection[int]) -> tuple[int, ...]:
+        """Load an adapter of another user now, where a failure ends nothing.
+
+        It is kept in host memory like all that vLLM's cache has or requests need, whatever becomes of their directories. The
+        others are dropped.
+
+        Args:
+            add: vLLM's ``add_lora``.
+            wanted: names the adapter and its path.
+            needed: the numbers of all that requests of this engine may still ask for.
+
+        Returns:
+            the numbers of those that are kept, until this is called again.
+
+        Raises:
+            Exception: vLLM's own; the adapter cannot be read or served.
+        """
+        before = self._others.pop(wanted.lora_int_id, None) if wanted.load_inplace else None
+        try:
+            add(wanted)
+        except Exception:
+            if before is not None:
+                self._others[wanted.lora_int_id] = before
+            raise
+        here = {*needed, *self._manager.list_adapters()}
+        self._others = {number: model for number, model in self._others.items() if number in here}
+        return tuple(self._others)
+
     def forget_device(self) -> None:
         """Have vLLM copy each adapter to the device again before it is used: the device's memory was discarded."""
         if self._manager is not None:
@@ -104,7 +134,13 @@ class AdapterStore:
 
     def _load_for_request(self, request: Any) -> Any:
         stored = self._stored.get(request.lora_int_id)
-        return self._load_from_path(request) if stored is None else fresh(stored.model, request.lora_int_id)
+        if stored is not None:
+            return fresh(stored.model, request.lora_int_id)
+        if request.lora_int_id not in self._others:
+            model = self._others[request.lora_int_id] = self._load_from_path(request)
+            for layer in model.loras.values():
+                layer.optimize()  # as in ``load``
+        return fresh(self._others[request.lora_int_id], request.lora_int_id)
 
     def _keep_over(self, reset: Any) -> None:
         """Run vLLM's ``reset_lora_state``, which drops all adapters because base weights were replaced, and keep them."""
