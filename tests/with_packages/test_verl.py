@@ -1,4 +1,4 @@
-"""verl's own manager, actor worker and rollout worker in Ray, with the backend ``areal`` by configuration only."""
+"""verl's own manager, replica, actor worker and rollout worker in Ray, with the backend ``areal`` by configuration only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, Ra
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.import_utils import load_class_from_fqn
 from verl.workers.config import HFModelConfig, RolloutConfig
-from verl.workers.rollout import RolloutReplica
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
 from verl_workers import Actor
 
 if TYPE_CHECKING:
@@ -40,13 +40,6 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
-
-
-class Replica(RolloutReplica):  # type: ignore[misc, no-any-unimported]
-    """verl's replica, whose server is a ``Server``."""
-
-    async def launch_servers(self) -> None:
-        raise NotImplementedError
 
 
 def workers(count: int, cls: type, **arguments: Any) -> Any:
@@ -74,11 +67,11 @@ def test_every_engine_gets_what_verl_trained(cluster: None, tmp_path: Path) -> N
         actors = workers(2, Actor, path=str(tmp_path / "model"), config=config)
         rollouts = workers(1, CheckpointEngineWorker, rollout_config=rollout, model_config=model_config, replica_rank=0)
         server = ray.remote(Server).options(name="vllm_server_0_0").remote()
-        replica = Replica(0, rollout, model_config, gpus_per_node=1)
+        replica = vLLMReplica(0, rollout, model_config, gpus_per_node=1)
         replica.workers, replica.servers = rollouts.workers, [server]
 
-        def calls() -> list[tuple[str, Any]]:
-            found: list[tuple[str, Any]] = ray.get(server.take_calls.remote())
+        def calls() -> tuple[list[str], int]:
+            found: tuple[list[str], int] = ray.get(server.take_calls.remote())
             return found
 
         def trained(seed: int, breaks: bool = False) -> None:
@@ -91,20 +84,18 @@ def test_every_engine_gets_what_verl_trained(cluster: None, tmp_path: Path) -> N
         metrics = manager.update_weights(global_steps=7)
         assert set(metrics) == {"timing_s/areal_update", "timing_s/areal_pause"}
         assert_serve(served, model, group, 7)
-        assert [name for name, _ in calls()] == [
-            "abort_all_requests",
-            "release_kv_cache",
-            "set_global_steps",
-            "resume_kv_cache",
-            "resume_generation",
-        ]
+        before, after = (
+            ["wait_for_requests_to_drain", "release_kv_cache"],
+            ["resume_kv_cache", "resume_engine_generation"],
+        )
+        assert calls() == (["abort_all_requests", *before, "set_global_steps", *after, "open_submission_gate"], 7)
         # Ours aborts none.
         ours = load_class_from_fqn("areal_vllm_ext.integrations.verl.ArealCheckpointEngineManager")
         manager = ours(config, actors, [replica])
         trained(2)
         manager.update_weights(global_steps=8)
         assert_serve(served, model, group, 8)
-        assert calls() == [("set_global_steps", 8), ("resume_kv_cache", None)]
+        assert calls() == (["set_global_steps", "resume_kv_cache"], 8)
         # A tensor that does not fit: refused on both ranks, old weights serve, and no rank is left in a collective.
         actors.train(3, breaks=True)
         with pytest.raises(ray.exceptions.RayTaskError, match=r"has shape|shape"):
