@@ -75,10 +75,13 @@ class Syncs:
         """
         settings = self._settings
         merged: dict[str, Any] = {**settings.options, **options}
-        self.version += 1  # also after a failure, so that no two updates have one name
+        if version is None:
+            version = self.version + 1
+        if isinstance(version, int):
+            self.version = version  # also after a failure, so that no two updates have one name
         result = self.group.update_weights(
             weights,
-            version=self.version if version is None else version,
+            version=version,
             timeout=settings.timeout,
             process_group=self._ranks,
             senders=settings.senders,

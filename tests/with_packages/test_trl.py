@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -114,6 +115,31 @@ def test_the_weight_transfer_of_async_grpo(served: Served) -> None:
         transfer.resume()
         assert served.is_exact()
     transfer.destroy()
+
+
+def test_a_colocated_trainer_is_the_sender(tmp_path: Path) -> None:
+    """TRL's own generation object, but for its ``LLM``: the engines are others that really receive."""
+    from accelerate import Accelerator
+    from served import assert_serve, connected, serving_model, train
+    from trl.generation import vllm_generation
+
+    calls: list[list[str]] = []
+    with serving_model(tmp_path) as (engines, model, key_file), connected(engines.deployment, key_file) as group:
+        for _ in range(2):  # the second call replaces the first's settings, and wraps nothing twice
+            use_areal(engines.deployment.directory, key_file=str(key_file), engines=2, timeout=60)
+        generation = vllm_generation.VLLMGeneration.__new__(vllm_generation.VLLMGeneration)
+        generation.mode, generation.enable_sleep_mode, generation.tensor_parallel_size = "colocate", True, 1
+        generation.model, generation.accelerator = model, Accelerator(cpu=True)
+        generation._dist = vllm_generation.DistributedBackend(generation.accelerator)
+        generation.llm = SimpleNamespace(wake_up=lambda *, tags: calls.append(tags))
+        generation._llm_weights_sleeping = True
+        for version in (1, 2):
+            train(model, version)
+            generation.sync_weights()
+            assert_serve(engines, model, group, version)
+        generation._areal_syncs.close()
+        assert calls == [["weights"]] * 2
+        assert not generation._llm_weights_sleeping
 
 
 def test_the_example_trains_until_the_reward_rises() -> None:

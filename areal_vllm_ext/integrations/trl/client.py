@@ -13,6 +13,7 @@ from trl.generation.vllm_client import VLLMClient
 
 from ...errors import RequestError
 from ..syncs import Syncs, SyncSettings, warn_unless_tested
+from . import colocated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,4 +117,5 @@ def use_areal(directory: str = "", **settings: Any) -> type[ArealVLLMClient]:
 
     Client.settings = SyncSettings(directory=directory, **settings)
     vllm_generation.VLLMClient = Client
+    colocated.replace(vllm_generation.VLLMGeneration, Client.settings)
     return Client
