@@ -30,8 +30,18 @@ Strike = Callable[[World, random.Random], Fault]
 def one_way(world: World, dice: random.Random) -> Fault:
     """Lose all messages from one place to another."""
     places = ["directory", *(engine.place for engine in world.engines), *(one.place for one in world.trainers[-2:])]
-    link = tuple(dice.sample(places, 2))
-    return Fault(lambda: world.network.blocked.add(link), lambda: world.network.blocked.discard(link))
+    source, target = dice.sample(places, 2)
+
+    def strike() -> None:
+        world.log("fault", f"nothing passes from {source} to {target}")
+        world.network.blocked.add((source, target))
+
+    def heal() -> None:
+        world.log("fault", f"all passes from {source} to {target}")
+        world.network.blocked.discard((source, target))
+        world.network.joined = world.now
+
+    return Fault(strike, heal)
 
 
 def stuck(world: World, dice: random.Random) -> Fault:

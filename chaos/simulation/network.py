@@ -16,7 +16,7 @@ class Network:
         late_seconds: how late a late message is, on average.
         cut: the places on one side of a partition; messages do not cross to the other side.
         blocked: pairs of places; messages from the first to the second do not arrive.
-        joined: the true time at which cuts ended last.
+        joined: the true time at which cuts ended last, also those of one way.
         held: messages that a cut link will deliver once it is joined.
     """
 
