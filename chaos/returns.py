@@ -1,12 +1,13 @@
-"""Kill -9 of a headless engine, again and again: it must be back, and serve its group's version, while no trainer runs.
+"""Kill -9 of a headless engine, again and again: it must be back, and serve its group's version.
 
-    python -m chaos.returns [--rounds 10] [--out FILE]
+    python -m chaos.returns [--rounds 10] [--updates] [--out FILE]
 
 One replica stays. Another one, of a head and a headless node, loses its headless engine in each round. vLLM takes no single
 engine back, so the replica is restarted, as a supervisor would do. Both of its engines start with the weights of the
 checkpoint, fetch the group's from a peer, and must then generate Hugging Face's tokens. They are asked from the first moment
-on: no answer may come from the checkpoint's weights. The last line is JSON. Exits with 1 if a promise was broken. Needs root
-and ``ip``.
+on: no answer may come from the checkpoint's weights. With ``--updates`` a trainer comes in every second round as soon as the
+directory knows both engines again, and updates the group while they fetch. The last line is JSON. Exits with 1 if a promise
+was broken. Needs root and ``ip``.
 """
 
 from __future__ import annotations
@@ -59,27 +60,65 @@ def returned(group: EngineGroup) -> dict[int, EngineState]:
     return {state.dp_rank: state for state in group.status() if state.replica == RETURNS}
 
 
+class Trainer:
+    """Updates the group.
+
+    Attributes:
+        version: of its last update.
+        writes: its updates, for the histories: version, begin and end.
+    """
+
+    def __init__(self, group: EngineGroup, weights: Weights) -> None:
+        self.version = 0
+        self.writes: list[tuple[int, float, float]] = []
+        self._group, self._weights = group, weights
+
+    def update(self) -> None:
+        self.version += 1
+        started = time.monotonic()
+        self._group.update_weights(self._weights.set(self.version), version=self.version, timeout=60)
+        self.writes.append((self.version, started, time.monotonic()))
+
+    def tokens(self) -> list[list[int]]:
+        """Return what an engine must answer now."""
+        return greedy_tokens(self._weights.set(self.version), PROMPTS, TOKENS)
+
+
 def play_round(
-    group: EngineGroup, deployment: Deployment, observer: Observer, version: int, expected: list[list[int]]
+    group: EngineGroup, deployment: Deployment, observer: Observer, trainer: Trainer, *, updates: bool
 ) -> Outcome:
-    """Wait until both engines serve, compare their tokens and what they answered before, and kill the headless one."""
+    """Wait until both engines serve, compare their tokens and what they answered before, and kill the headless one.
+
+    Args:
+        group: watches the engines.
+        deployment: of the engines that return.
+        observer: asks them.
+        trainer: knows what they must serve.
+        updates: whether ``trainer`` updates as soon as both engines are known again.
+    """
+    trains = updates
     outcome, seen, back = Outcome([], [], []), dict[int, float](), dict[int, float]()
     ends = time.monotonic() + 400.0
-    while len(back) < 2 and time.monotonic() < ends:
+    while (len(back) < 2 or updates) and time.monotonic() < ends:
         deployment.check()
+        if updates and len(seen) == 2:
+            updates = False
+            trainer.update()
+            observer.wrote(*trainer.writes[-1], "committed")
         for rank, state in returned(group).items():
             if state.generation == "unreachable":
                 continue
             seen.setdefault(rank, time.monotonic())
-            if (state.version, state.generation, state.update_phase) == (version, "running", "idle"):
+            if (state.version, state.generation, state.update_phase) == (trainer.version, "running", "idle"):
                 back.setdefault(rank, time.monotonic() - seen[rank])
         time.sleep(0.05)
     outcome.back_s = [round(back.get(rank, float("inf")), 2) for rank in (0, 1)]
     outcome.violations += [f"hangs: back after {one} s" for one in outcome.back_s if one > BACK_SECONDS]
     outcome.loaded = [state.loaded for _, state in sorted(returned(group).items())]
-    outcome.violations += [f"untrue_outcomes: loaded by {one}" for one in outcome.loaded if "peer: " not in one]
+    if not trains:
+        outcome.violations += [f"untrue_outcomes: loaded by {one}" for one in outcome.loaded if "peer: " not in one]
     deployment.wait(timeout=400, report=lambda _: None)
-    completions = Completions(deployment.url, timeout=60)
+    completions, expected = Completions(deployment.url, timeout=60), trainer.tokens()
     for rank in (0, 1):
         if completions.greedy(PROMPTS, tokens=TOKENS, engine=rank) != expected:
             outcome.violations.append(f"wrong_tokens: DP rank {rank}")
@@ -108,20 +147,19 @@ def play(options: argparse.Namespace) -> dict[str, object]:
         )
         stack.enter_context(stays)
         stays.wait(timeout=400, report=lambda _: None)
-        with EngineGroup.connect(stays.directory, key_file=key_file) as trainer:
-            started = time.monotonic()
-            trainer.update_weights(weights.set(1), version=1, timeout=60)
-            ended = time.monotonic()
-        expected = greedy_tokens(weights.set(1), PROMPTS, TOKENS)
+        trainer = Trainer(stack.enter_context(EngineGroup.connect(stays.directory, key_file=key_file)), weights)
+        trainer.update()
         env = {"AREAL_VLLM_REPLICA": RETURNS, "AREAL_VLLM_DIRECTORY": stays.directory}
         nodes = [node(namespaces, name, key_file, **env) for name in ("b", "a")]
         answers = 0
         for number in range(options.rounds):
             deployment = Deployment(model, nodes, log_dir=folder / str(number), vllm_args=ARGUMENTS)
             observer = Observer(deployment.url, (0, 1), weights)
-            observer.wrote(1, started, ended, "committed")
+            for write in trainer.writes:
+                observer.wrote(*write, "committed")
             with deployment, observer, EngineGroup.connect(stays.directory, key_file=key_file) as watching:
-                done.append(play_round(watching, deployment, observer, 1, expected))
+                updates = options.updates and number % 2 == 1
+                done.append(play_round(watching, deployment, observer, trainer, updates=updates))
             answers += observer.count
             print(f"round {number}: {done[-1]}", flush=True)
     problems = [what for one in done for what in one.violations]
@@ -141,6 +179,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a headless engine again and again; a peer brings it back.")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--updates", action="store_true", help="let a trainer update in every second round")
     parser.add_argument("--out", type=Path, help="write the table of rounds here")
     totals = play(parser.parse_args())
     print(json.dumps(totals))
