@@ -206,11 +206,19 @@ class StagedUpdate:
         digests = {name: value for name, (_, value) in contents.items()}
         if self._slices_only and not shared and run.fits and copies is not None:
             run.partial = True
-            run.add(copies.compacted(self.context.memory.pool.empty), digests)
+            run.add(copies.moved(self.context.memory.pool.empty), digests)
             return False
         self.tensors.update(bucket.tensors)
+        if copies is not None and copies.across and self._has_room(sum(one.nbytes for _, one in copies.across)):
+            copies = copies.moved(self.context.memory.pool.empty, across=True)
+            if self.context.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()  # the commit reads on another stream
         run.add(copies, digests)
         return True
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Return whether this worker's device has room for ``nbytes`` beside what is staged."""
+        return staging.fits(nbytes * self.begin.staging.on_device, self.context.device)
 
     # The vote
 

@@ -61,6 +61,11 @@ def choose(staging: Staging, nbytes: int, of_shard: int, device: torch.device, b
     raise RuntimeError(f"staging='{staging.kind}' needs {', or '.join(lacks)}: {_alternative(staging, device)}")
 
 
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Return whether ``device`` has room for ``nbytes`` that an update uses besides, if they are free."""
+    return nbytes <= free_bytes(device) - (_DEVICE_RESERVE if device.type != "cpu" else 0)
+
+
 def _alternative(staging: Staging, device: torch.device) -> str:
     if device.type == "cpu" or staging.kind == "auto":
         return "free memory on the engine's host, or start the engine with less of it for its KV cache"

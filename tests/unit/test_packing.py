@@ -132,7 +132,7 @@ def test_only_parts_of_a_shard_are_kept_of_what_is_packed() -> None:
     for name, tensor in weights.items():
         parts = plan.copies_of({name: tensor})
         assert parts
-        bound.add(parts.compacted(lambda nbytes: (taken.append(nbytes), torch.empty(nbytes, dtype=torch.uint8))[1]))
+        bound.add(parts.moved(lambda nbytes: (taken.append(nbytes), torch.empty(nbytes, dtype=torch.uint8))[1]))
         tensor.fill_(7)
     bound.copy()
     assert equal(model, staged(SHAPES, 2))

@@ -211,7 +211,7 @@ def test_parts_are_kept_without_the_tensors_that_they_are_of() -> None:
     ):
         together = plan.copies_of({name: weights[name] for name in names})
         assert together
-        bound.add(together.compacted(memory), digests_of(weights))
+        bound.add(together.moved(memory), digests_of(weights))
         for name in names:
             weights[name].fill_(7)  # its memory has another use by now
     assert bound.complete
@@ -224,6 +224,35 @@ def test_parts_are_kept_without_the_tensors_that_they_are_of() -> None:
     assert sum(one.numel() for one in taken) == plan.slices_nbytes
     all_of_it = made(lambda: of(layer=Layer(4, 4, loaders={"w": whole})))
     assert not recorded(all_of_it, staged({"w": (4, 4)}, 1)).of_a_shard
+
+
+def test_what_runs_across_its_target_is_turned_round_before_the_commit() -> None:
+    def turned(param: torch.Tensor, loaded: torch.Tensor) -> None:
+        param.data.copy_(loaded.transpose(0, 1))
+
+    def build() -> torch.nn.Module:
+        loaders = {"turned": turned}
+        return of(turned=Layer(HIDDEN, FFN, loaders=loaders), plain=Layer(FFN, HIDDEN, loaders={"plain": whole}))
+
+    shapes = {"turned": (FFN, HIDDEN), "plain": (FFN, HIDDEN)}
+    model = made(build)
+    plan = recorded(model, staged(shapes, 1))
+    weights = staged(shapes, 2)
+    twin = fresh(build, weights)
+    batch = plan.copies_of(weights)
+    assert batch
+    assert [source.data_ptr() for _, source in batch.across] == [weights["turned"].data_ptr()]
+    moved = batch.moved(lambda nbytes: torch.empty(nbytes, dtype=torch.uint8), across=True)
+    assert moved.across == []
+    assert all(target.stride() == source.stride() for target, source in moved.pairs)
+    bound = PlanRun(plan)
+    bound.add(moved, digests_of(weights))
+    weights["turned"].fill_(7)  # the commit does not read it
+    bound.copy()
+    assert same(model, twin)
+    assert wrong_in(bound.written) == []
+    model.turned.weight.data[3, 4] += 1
+    assert wrong_in(bound.written) == ["turned"]
 
 
 def test_every_written_element_of_live_memory_can_be_compared() -> None:

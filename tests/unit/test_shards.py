@@ -17,22 +17,24 @@ from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.protocol import Staging, security
 from areal_vllm_ext.worker import staging
 from areal_vllm_ext.worker.load.copying import Copies
+from areal_vllm_ext.worker.load.strides import runs_across
 
 HALVED = ("embed", "norm")
+TURNED = "layer.1"
 
 
 class Half(torch.nn.Module):
-    """One of two ranks: half of the rows of what can be halved, all of the rest."""
+    """One of two ranks: half of the rows of what can be halved, all of the rest, one tensor of it transposed."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
         self.rank = rank
         for name, shape in SHAPES.items():
-            own = (shape[0] // WORKERS, *shape[1:]) if name in HALVED else shape
+            own = (shape[0] // WORKERS, *shape[1:]) if name in HALVED else shape[::-1] if name == TURNED else shape
             self.register_parameter(name.replace(".", "_"), torch.nn.Parameter(torch.zeros(own), requires_grad=False))
 
     def own(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.chunk(WORKERS)[self.rank] if name in HALVED else tensor
+        return tensor.chunk(WORKERS)[self.rank] if name in HALVED else tensor.T if name == TURNED else tensor
 
     def part(self, name: str) -> torch.Tensor:
         return self.get_parameter(name.replace(".", "_")).data
@@ -104,6 +106,30 @@ def test_only_a_rank_s_parts_are_kept(shards: Shards, group: EngineGroup) -> Non
     assert staged_at_commit(shards, group, 2, bucket_bytes=1) == [set()] * len(shards.ranks)
     assert staged_at_commit(shards, group, 3, keep_buffers=True) == [set()] * len(shards.ranks)
     assert not any(one.receiver.context.memory.kept for one in shards.ranks)
+    assert group.verify().equal
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_tensors_that_lie_across_are_turned_round_before_the_pause_if_there_is_room(
+    shards: Shards, group: EngineGroup, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    for one in shards.ranks:
+        monkeypatch.setattr(one.receiver.context.loader._plan, "of_a_shard", False)
+    monkeypatch.setattr(staging, "fits", lambda *_: room)
+    across: list[int] = []
+
+    def on_phase(phase: str) -> None:
+        if phase == "commit":
+            pairs = [zip(*kind, strict=True) for kind in all_copies()]
+            across.append(sum(runs_across(*pair) for kind in pairs for pair in kind))
+
+    def all_copies() -> list[Any]:
+        return [kind for one in shards.ranks for kind in one.receiver.reception.staged.run._copies._batches.values()]
+
+    with group.update(2, timeout=20.0, on_phase=on_phase) as update:
+        update.send(weights(2))
+    assert across == [0 if room else len(shards.ranks)]
+    assert shards.serve(weights(2))
     assert group.verify().equal
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ...transport.buckets import aligned, tensor_at, view_as
+from ...transport.buckets import aligned, view_as
 from .copying import Copies
 from .cpu_packing import ATTRIBUTE, IncomingWeight, Packing, pack
-from .strides import Copy, StridedSlice, storage_key
+from .strides import Copy, StridedSlice, dense_strides, runs_across, storage_key
 from .targets import LiveTarget
 from .written import Written, written_by
 
@@ -125,6 +125,7 @@ class LoadPlan:
         pairs: list[Pair] = []
         to_pack: ToPack = {}
         slices: list[Slice] = []
+        across: list[Pair] = []
         for name, tensor in tensors.items():
             if self.sources.get(name) != (tensor.dtype, tensor.shape):
                 return None
@@ -133,9 +134,11 @@ class LoadPlan:
                 pairs.append((view, source))
                 if part is not None or view.dtype != tensor.dtype:
                     slices.append((name, view, source))
+                if part is not None and view.device == source.device and runs_across(view, source):
+                    across.append((view, source))
             for packing, copy in self._packed.get(name, ()):
                 to_pack.setdefault(packing, []).append((copy, tensor))
-        return CopyBatch(self, frozenset(tensors), pairs, Copies(pairs), to_pack, slices)
+        return CopyBatch(self, frozenset(tensors), pairs, Copies(pairs), to_pack, slices, across)
 
     def fits(self, model: torch.nn.Module) -> bool:
         """Return whether ``model`` still has the tensors that the plan was recorded on, at the same addresses."""
@@ -154,6 +157,7 @@ class CopyBatch(NamedTuple):
     """The copies that a plan makes of some incoming tensors.
 
     ``copies`` are ``pairs``, prepared. ``slices`` are those whose live bytes differ from the tensor's: slices and casts.
+    ``across`` are those pairs whose neighbours in memory differ, of which a copy takes five times as long.
     """
 
     plan: LoadPlan
@@ -162,19 +166,23 @@ class CopyBatch(NamedTuple):
     copies: Copies
     packed: ToPack
     slices: list[Slice]
+    across: list[Pair]
 
     def written(self, digests: Mapping[str, int]) -> Written:
         """Return the live memory that these copies write. ``digests``: of the incoming tensors."""
         return written_by(self.names, self.plan.whole, self.slices, digests)
 
-    def compacted(self, allocate: Callable[[int], torch.Tensor]) -> CopyBatch:
-        """Return the same copies with their sources moved into memory of their own, so that the tensors can be freed.
+    def moved(self, allocate: Callable[[int], torch.Tensor], *, across: bool = False) -> CopyBatch:
+        """Return the same copies with their sources moved into memory of their own, in the order of their targets' memory.
 
         Args:
             allocate: returns a buffer of that many bytes on the tensors' device. The device may still be copying into it
                 when this method returns.
+            across: move only the sources that run across their targets, so that the commit need not turn them round.
+                Otherwise all, so that the tensors can be freed.
         """
-        sources = {id(source): source for _, source in self.pairs}
+        targets = {id(source): target for target, source in self.pairs}
+        sources = {id(source): source for _, source in (self.across if across else self.pairs)}
         buffer = allocate(sum(aligned(source.nbytes) for source in sources.values()))
         wholes: dict[torch.dtype, torch.Tensor] = {}
         moved: dict[int, torch.Tensor] = {}
@@ -182,12 +190,13 @@ class CopyBatch(NamedTuple):
         for key, source in sources.items():
             if (whole := wholes.get(source.dtype)) is None:
                 whole = wholes[source.dtype] = view_as(buffer, source.dtype)
-            moved[key] = tensor_at(whole, end, source.shape)
+            strides, start = dense_strides(targets[key]), whole.storage_offset() + end // whole.itemsize
+            moved[key] = whole.as_strided(source.shape, strides, start)
             end += aligned(source.nbytes)
         Copies((moved[key], source) for key, source in sources.items()).run()
-        pairs = [(target, moved[id(source)]) for target, source in self.pairs]
-        slices = [(name, target, moved[id(source)]) for name, target, source in self.slices]
-        return CopyBatch(self.plan, self.names, pairs, Copies(pairs), self.packed, slices)
+        pairs = [(target, moved.get(id(source), source)) for target, source in self.pairs]
+        slices = [(name, target, moved.get(id(source), source)) for name, target, source in self.slices]
+        return CopyBatch(self.plan, self.names, pairs, Copies(pairs), self.packed, slices, [])
 
 
 class PlanRun:

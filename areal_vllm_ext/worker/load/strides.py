@@ -79,6 +79,28 @@ def is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def runs_across(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors of one shape lie in memory along different dimensions, as a matrix and its transpose do."""
+    return _fastest(tensor) != _fastest(other)
+
+
+def _fastest(tensor: torch.Tensor) -> int:
+    """Return the dimension along which a tensor's elements are closest in memory; -1 if no dimension has two elements."""
+    steps = (
+        (step, place) for place, (step, size) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)) if size > 1
+    )
+    return min(steps, default=(0, -1))[1]
+
+
+def dense_strides(tensor: torch.Tensor) -> list[int]:
+    """Return the strides of a tensor of this shape that fills its memory, with the dimensions in the order of ``tensor``."""
+    strides, step = [1] * tensor.ndim, 1
+    for place in sorted(range(tensor.ndim), key=lambda one: (tensor.stride(one), tensor.shape[one])):
+        strides[place] = step
+        step *= tensor.shape[place]
+    return strides
+
+
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements of a dense tensor in the order of its memory; another tensor as it is.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...integrity import digest
+from .strides import in_memory_order, is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,13 +41,20 @@ def written_by(
         slices: name, live memory, and the slice that is copied or cast to it.
         digests: of these tensors, compared with their bytes before.
     """
-    slices = list(slices)
+    compared = [(name, *_as_they_lie(view, source)) for name, view, source in slices]
     # A tensor that is copied as it is keeps its digest. A slice, or a cast, has one of its own.
     written = {name: [WrittenRun(run, digests[name]) for run in whole.get(name, ())] for name in names}
-    values = digest.digests_of(source.to(view.dtype) for _, view, source in slices)
-    for (name, view, _), value in zip(slices, values, strict=True):
+    values = digest.digests_of(source.to(view.dtype) for _, view, source in compared)
+    for (name, view, _), value in zip(compared, values, strict=True):
         written[name].append(WrittenRun(view, value))
     return {name: tuple(runs) for name, runs in written.items()}
+
+
+def _as_they_lie(view: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both in the order of their memory where it is the same. A digest in another order takes a copy first."""
+    if view.stride() == source.stride() and view.dtype == source.dtype and is_dense(view):
+        return in_memory_order(view), in_memory_order(source)
+    return view, source
 
 
 def wrong_in(written: Mapping[str, Iterable[WrittenRun]]) -> list[str]:
