@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import uuid
@@ -16,6 +17,7 @@ import torch
 from .. import protocol
 from ..errors import ArealError, InvalidWeights, UpdateAborted
 from ..integrity import digest
+from ..process.collector import no_collection
 from ..protocol import EngineInfo, Sender, Staging, TensorMeta, Transfer, Weights
 from ..transport.buckets import tensor_bytes, total_bytes
 from ..transport.device import device_id
@@ -263,7 +265,9 @@ class Delivery:
                     return None
                 return coordinator.update, self._base(coordinator.base)
 
-            sending.split_shareable(sink, remaining, self.sharing.storages, ready)
+            # What can be shared is walked through in milliseconds. An iterator may take its time between two tensors.
+            with no_collection() if self.sharing.storages else contextlib.nullcontext():
+                sending.split_shareable(sink, remaining, self.sharing.storages, ready)
             remaining = sending.all_tensors
 
         sink = self._sink = self._connect(first[1].device, expected, split)

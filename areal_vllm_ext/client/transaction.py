@@ -17,6 +17,7 @@ from ..errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, W
 from ..integrity import digest
 from ..observability import trace
 from ..observability.spans import SpanRecorder
+from ..process.collector import no_collection
 from ..process.switch_interval import ShortSwitchInterval
 from ..protocol import Version
 from ..transport.base import Cancelled
@@ -157,7 +158,8 @@ class Transaction:
             return
         taken = delivery.taken()
         partial = self.options.partial
-        pairs = Checker(taken, delivery.dtype, cast).check_source(weights, gather, partial=partial)
+        with no_collection():
+            pairs = Checker(taken, delivery.dtype, cast).check_source(weights, gather, partial=partial)
         self.sharing.allow(weights, self.options.staging)
         with self.errors_of_sending():
             delivery.send(pairs, taken.required)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
+
+from ..process.collector import no_collection
 
 if TYPE_CHECKING:
     from .receiver import Receiver
@@ -109,7 +112,9 @@ def _commit_weights(receiver: Receiver, update: str) -> tuple[str, str]:
     shadow = staged.shadow if staged.shadow is not None and context.loader.fits_shadow(staged.shadow) else None
     if reason := context.residency.asleep_reason() if planned or shadow else context.residency.absent_reason():
         raise NotResident(f"worker {context.rank} applied nothing: {reason}")
-    with context.live_weights.committing(staged.manifest, update):
+    # A reload takes seconds and leaves much to collect; a copy takes milliseconds.
+    quiet = no_collection() if planned or shadow else contextlib.nullcontext()
+    with quiet, context.live_weights.committing(staged.manifest, update):
         if shadow is not None and not planned:
             with spans.span(track, "load"):
                 context.live_weights.set_written(context.loader.load_shadow(shadow, weights))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .. import errors
 from ..integrity import digest
+from ..process.collector import no_collection
 from ..protocol import Bucket, Prepare, TorchGroup
 from ..transport.base import Cancelled
 from ..transport.buckets import UnpackedBucket, first_corrupt, first_different, packed_layout, unpack
@@ -195,7 +196,8 @@ class SenderStream:
         if (sharing := source.sharing) is None:
             raise ValueError("memory of the trainer was announced over a transport that shares none")
         if sharing.in_place:
-            views = sharing.views(order)
+            with no_collection():
+                views = sharing.views(order)
             digests = digest.digests_of_async(list(views.tensors.values()))
             return InFlightBucket(order, order.segments, views, None, digests)
         segments, nbytes = packed_layout(order.segments)
@@ -240,7 +242,7 @@ class SenderStream:
                 raise RuntimeError(f"{wrong} arrived with other bytes than were sent: {errors.SEND_AGAIN}")
             if received is None and source.sharing is not None:
                 update.stamps[order.stamp] = source.sharing.stamp()
-            with spans.span(track, "take"):
+            with spans.span(track, "take"), no_collection():
                 announced = zip((segment.tensor for segment in order.segments), order.digests, strict=True)
                 contents = {meta.name: (meta, value) for meta, value in announced}
                 if order.adapter:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...process.collector import no_collection
 from ...transport.base import Cancelled
 from ...vllm_versions import forget_loading_layers
 from .cpu_packing import ATTRIBUTE
@@ -106,7 +107,8 @@ class Loader:
         )
         if taped is not None and taped.proven and not obstacle(self._worker, weights):
             try:
-                return taped.shadow(dict(weights), options), ""
+                with no_collection():
+                    return taped.shadow(dict(weights), options), ""
             except (Cancelled, TimeoutError):
                 raise
             except Exception:
