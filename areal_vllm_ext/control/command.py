@@ -380,6 +380,13 @@ class Commander:
             return await self.link.request(self.directory, message, timeout)
         except EngineUnreachable as error:
             raise EngineUnreachable(f"the directory {error}; is the head node's engine up?") from None
+        except RequestError as error:
+            if error.kind != "malformed":
+                raise
+            raise RequestError(
+                error.kind,
+                f"{self.directory} is no directory of this version, but perhaps an engine's own address: {error}",
+            ) from None
 
     def _disconnect_others(self, found: protocol.Engines) -> None:
         """Close the connections to engines that are not alive any more."""

@@ -38,7 +38,7 @@ _GONE_SECONDS = 5.0
 _READ_AT_ONCE = 64
 
 # What the events of a connection say about a server that does not answer.
-_REFUSED = "the key was refused: trainer and engines need the same key file"
+_REFUSED = "the key was refused (trainer and engines need the same key file), or another service listens there"
 _FROZEN = "it accepts connections but does not answer: is its process stopped or overloaded, or another service?"
 _REASONS = {
     zmq.Event.CONNECTED: _FROZEN,
@@ -106,7 +106,14 @@ class Connection:
         self._max_message_bytes = max_message_bytes
         self.loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
+        try:
+            self._socket = self._context.socket(zmq.ROUTER)
+            self._monitor = self._socket.get_monitor_socket()
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise EngineUnreachable(
+                f"this process cannot make a connection ({error}): close files, or raise its limit (ulimit -n)"
+            ) from None
         self._socket.routing_id = uuid.uuid4().bytes
         self._socket.linger = 0
         self._socket.router_mandatory = True
@@ -119,7 +126,6 @@ class Connection:
         # What the last event of each address says.
         self._reasons: dict[str, str] = {}
         self._unconnected_since: dict[str, float] = {}
-        self._monitor = self._socket.get_monitor_socket()
         # A loop that ends may drop a close that it was asked for. Without this, the garbage collector would then end the
         # context before its sockets, and wait for them for ever.
         self._free = weakref.finalize(self, _free, self._context, self._socket, self._monitor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import zmq
 from groups import OVERRUN, seconds, states, take_lease, update, versions
 from waiting import eventually, in_thread
 
@@ -45,7 +47,6 @@ from harness import simulated_engine
 from harness.simulated_engine import HOST, NEVER, Deployment, Shape, deployed
 
 if TYPE_CHECKING:
-    import zmq
     from raw_client import RawClient
 
 # Discovery
@@ -614,6 +615,30 @@ def test_a_closed_group_says_so(deployment: Deployment, key_file: Path) -> None:
     group.close()
     with pytest.raises(ArealError, match="this group is closed"):
         group.status()
+
+
+def test_an_engines_own_address_is_no_directory(group: EngineGroup, key_file: Path) -> None:
+    (engine, _) = group.engines()
+    wrong = pytest.raises(RequestError, match="is no directory of this version, but perhaps an engine's own address")
+    with EngineGroup.connect(engine.address, key_file=key_file) as lost, wrong:
+        lost.status()
+
+
+@pytest.mark.parametrize("failing", ["socket", "get_monitor_socket"])
+def test_a_process_that_can_open_no_socket_is_told_so(
+    key_file: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    owner = zmq.Context if failing == "socket" else zmq.Socket
+    none_left = pytest.raises(EngineUnreachable, match=r"Too many open files.*raise its limit")
+    with EngineGroup.connect("tcp://127.0.0.1:1", key_file=key_file) as group:
+        with monkeypatch.context() as patched, none_left:
+            patched.setattr(owner, failing, fail)
+            group.status(timeout=1.0)
+        with pytest.raises(EngineUnreachable, match="nothing listens there"):
+            group.status(timeout=1.0)
 
 
 def test_a_group_that_is_closed_inside_a_block_keeps_no_lease(
