@@ -30,7 +30,7 @@ test-deep: set-up ## Run the tests with many more hypothesis examples
 
 test-integrations: set-up ## Run the tests with other packages (trainers, AReaL), in .venv-integrations on top of .venv
 	@tools/set-up-integrations
-	@exec .venv-integrations/bin/python -m pytest -q $(ARGS) tests/with_packages
+	@exec .venv-integrations/bin/python -m pytest -q $(ARGS) tests/with_packages tests/unit/test_zero3.py
 
 matrix: set-up ## Test each vLLM that trainers pin, in an environment of its own (ARGS: versions; 3 to 9 GB at a time)
 	@exec $(BIN)/python tools/matrix $(ARGS)
