@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator,
 from typing import Literal
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ..errors import InvalidWeights
 from ..integrity import checkpoint
@@ -73,6 +74,8 @@ def _unsendable_reason(value: object) -> str | None:
         return f"is {_kind(value)}, not a tensor: leave it out, or give torch.as_tensor(...) of it"
     if getattr(value, "fake_mode", None) is not None:
         return "is a FakeTensor, so it has no values: give the real one"
+    if is_lazy(value):
+        return "is not initialized, so it has no values: call its module once"
     if value.is_meta:
         return "is on the meta device, so it has no values: load or gather it first"
     if value.layout != torch.strided:

@@ -248,6 +248,8 @@ NOT_TENSORS = {
     "none": ({"a": None}, "a is None, not a tensor"),
     "nested": ({"model": PLAIN}, "model is a mapping, not a tensor: give the state dict inside it"),
     "numpy": ({"a": np.zeros(3)}, "a is ndarray, not a tensor"),
+    "lazy": ({"a": torch.nn.LazyLinear(3).weight}, "a is not initialized, so it has no values"),
+    "lazy module": (torch.nn.LazyLinear(3), "weight is not initialized, so it has no values"),
     "fake": ({"a": FakeTensorMode().from_tensor(torch.zeros(2, 3))}, "a is a FakeTensor, so it has no values"),
     "meta": ({"a": torch.zeros(2, 3, device="meta")}, "a is on the meta device, so it has no values"),
     "sparse": ({"a": torch.eye(3).to_sparse()}, "a is sparse"),
