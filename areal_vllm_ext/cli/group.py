@@ -181,6 +181,8 @@ def _print_states(states: Sequence[EngineState]) -> None:
     if any(state.adapters for state in states):
         served = [sorted(state.adapters.items()) for state in states]
         sometimes["adapters"] = [", ".join(f"{name} ({version})" for name, version in one) for one in served]
+    if any(state.drafter for state in states):
+        sometimes["drafter"] = [_drafter(state) for state in states]
     if any(state.sleep not in ("awake", "") for state in states):
         sometimes["sleep"] = [state.sleep.replace("_", " ") for state in states]
     if any(state.free_memory is not None for state in states):
@@ -188,6 +190,13 @@ def _print_states(states: Sequence[EngineState]) -> None:
         sometimes["free memory"] = ["" if nbytes is None else f"{nbytes / 2**30:.1f} GiB" for nbytes in free]
     notes = [state.error for state in states]
     print_table({**always, **sometimes, **({"note": notes} if any(notes) else {})})
+
+
+def _drafter(state: EngineState) -> str:
+    """Return how an engine drafts, and which version its drafter has where that is not the engine's."""
+    if not state.drafter or state.draft_version == state.version:
+        return state.drafter
+    return f"{state.drafter} ({'as started' if state.draft_version is None else f'version {state.draft_version}'})"
 
 
 def _pause(options: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..protocol.security import ClusterKey
     from .blocking_update import Update
     from .calls import CallResult
+    from .drafts import DraftSource
     from .lora import AdapterSource
     from .options import UpdateOptions
     from .state import EngineState, UpdateResult
@@ -116,16 +117,21 @@ class EngineGroup:
         return result
 
     def verify(
-        self, checkpoint: str | os.PathLike[str] | None = None, *, timeout: float = VERIFY_SECONDS
+        self,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        draft: str | os.PathLike[str] | None = None,
+        timeout: float = VERIFY_SECONDS,
     ) -> Verification:
         """Compare what the engines serve. See ``AsyncEngineGroup.verify``."""
-        return self._thread.run(self._group.verify(checkpoint, timeout=timeout))
+        return self._thread.run(self._group.verify(checkpoint, draft=draft, timeout=timeout))
 
     def update_weights(
         self,
         weights: WeightSource | str | os.PathLike[str] | None = None,
         *,
         version: Version,
+        draft: DraftSource | None = None,
         adapters: Mapping[str, AdapterSource | None] | None = None,
         timeout: float = UPDATE_SECONDS,
         dtype: str | torch.dtype | None = None,
@@ -143,7 +149,7 @@ class EngineGroup:
             with opened as update:
                 update.change_adapters(adapters or {})
                 if weights is not None:
-                    update.send(weights, dtype=dtype)
+                    update.send(weights, dtype=dtype, draft=draft)
         return update.result
 
     def update(

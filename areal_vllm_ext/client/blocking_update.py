@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..protocol import Version
+    from .drafts import DraftSource
     from .loop_thread import LoopThread
     from .lora import AdapterSource
     from .state import UpdateResult
@@ -38,9 +39,15 @@ class Update:
         """What the update took; set once its block has been left."""
         return self._transaction.result
 
-    def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> None:
+    def send(
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        draft: DraftSource | None = None,
+    ) -> None:
         """See ``AsyncUpdate.send``. The tensors are handled in the caller's thread, on its current device and stream."""
-        self._transaction.send(weights, dtype)
+        self._transaction.send(weights, dtype, draft)
 
     def prepare(self) -> None:
         """See ``AsyncUpdate.prepare``."""

@@ -18,7 +18,7 @@ from .. import protocol
 from ..errors import ArealError, InvalidWeights, UpdateAborted
 from ..integrity import digest
 from ..process.collector import no_collection
-from ..protocol import EngineInfo, Sender, Staging, TensorMeta, Transfer, Weights
+from ..protocol import EngineInfo, Sender, Staging, TensorMeta, Transfer, Units, Weights
 from ..transport.buckets import tensor_bytes, total_bytes
 from ..transport.device import device_id
 from .driver import Driver
@@ -90,6 +90,7 @@ class Delivery:
         buckets: by sender, how many it has sent.
         kept: the tensors of a partial update that were not sent.
         complete: whether everything was sent.
+        draft_manifest: the digest of what was sent for the drafter; empty if nothing was.
     """
 
     def __init__(self, context: UpdateContext, targets: Mapping[str, Target], driver: Driver, sharing: Sharing) -> None:
@@ -100,6 +101,7 @@ class Delivery:
         self.buckets: dict[int, int] = {}
         self.kept: tuple[str, ...] = ()
         self.complete = False
+        self.draft_manifest = ""
         self._context = context
         self._targets = targets
         self._driver = driver
@@ -118,6 +120,13 @@ class Delivery:
     def manifest(self) -> str:
         """The digest of all that was sent; empty from disk, because then nothing passes through this process."""
         return digest.manifest(self.entries) if self.entries else ""
+
+    def units_manifest(self, units: Units) -> str:
+        """Return the digest of all units of the update; empty if this process does not know it."""
+        if units.weights and not self.manifest:
+            return ""
+        adapters = {one.name: one.manifest for one in units.adapters}
+        return digest.units_manifest(self.manifest, adapters, self.draft_manifest)
 
     @property
     def dtype(self) -> str:
@@ -192,15 +201,15 @@ class Delivery:
         self.unchanged += report.unchanged
         self.entries += report.entries
 
-    def send_path(self, path: str, *, with_adapters: bool = False) -> None:
+    def send_path(self, path: str, *, beside: bool = False) -> None:
         """Have every worker read the checkpoint directory at ``path``; returns when all have begun.
 
         Args:
             path: of the directory.
-            with_adapters: whether ``send_adapter`` follows.
+            beside: whether ``send_adapter`` or ``send_draft`` follows.
         """
         disk = Sender(transfer=protocol.Disk(path=path))
-        if with_adapters:
+        if beside:
             self._sink_number = 1
             self._sink = self._connect(
                 torch.device("cpu"), (), nothing, transport=self._host_transport, beside={0: disk}
@@ -227,21 +236,31 @@ class Delivery:
         Raises:
             InvalidWeights: these weights come in a way that takes no adapters with them.
         """
-        sink, number = self._sink, self._sink_number
-        if sink is None:
+        if self._sink is None:
             raise InvalidWeights(
                 f"adapter {adapter.unit.name} cannot go with these weights: with a checkpoint directory, call "
                 'update.send_adapter(...) before update.send(path); with senders="partitioned" or "colocated", send it in an '
                 "update of its own"
             )
-        coordinator = self._driver.coordinator
+        self._send_beside(self._sink, adapter.pairs, adapter=adapter.unit.name)
+
+    def send_draft(self, pairs: Tensors) -> None:
+        """Send the drafter's tensors, after the base model's; returns when every worker holds them."""
+        assert self._sink is not None
+        entries = self._send_beside(self._sink, pairs, draft=True).entries
+        self.draft_manifest = digest.manifest(entries)
+
+    def _send_beside(self, sink: Sink, pairs: Tensors, *, adapter: str = "", draft: bool = False) -> SendReport:
+        """Send what is beside the base weights over their connection. It is copied, never shared."""
+        coordinator, number = self._driver.coordinator, self._sink_number
         assert coordinator is not None
         first = self.buckets.get(number, 0)
-        sending = Sending(self._context, self.engines, number, first=first, adapter=adapter.unit.name)
-        sending.split_shareable(sink, adapter.pairs)
+        sending = Sending(self._context, self.engines, number, first=first, adapter=adapter, draft=draft)
+        sending.split_shareable(sink, pairs)
         sending.send(coordinator.update, sink, sink.bucket_bytes, keep_buffers=self._context.options.keep_buffers)
         self.buckets[number] = first + sending.report.buckets
         self.nbytes += sending.report.nbytes
+        return sending.report
 
     def send(self, pairs: Tensors, expected: Sequence[TensorMeta]) -> None:
         """Send all tensors from this process; returns when every worker holds them.

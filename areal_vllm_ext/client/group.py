@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ..integrity.verify import Verification
     from ..protocol import EngineInfo, SleepLevel, SleepTag, Version
     from .calls import CallResult
+    from .drafts import DraftSource
     from .lora import AdapterSource
     from .options import UpdateOptions
     from .state import UpdateResult
@@ -288,6 +289,7 @@ class AsyncEngineGroup:
         weights: WeightSource | str | os.PathLike[str] | None = None,
         *,
         version: Version,
+        draft: DraftSource | None = None,
         adapters: Mapping[str, AdapterSource | None] | None = None,
         timeout: float = UPDATE_SECONDS,
         dtype: str | torch.dtype | None = None,
@@ -299,6 +301,7 @@ class AsyncEngineGroup:
             weights: an ``nn.Module``, a state dict, an iterable of (name, tensor), or the path of a Hugging Face
                 checkpoint directory that every engine can read. None (the default) leaves the base weights as they are.
             version: names the new weights; any integer of 64 bits, or a string.
+            draft: the weights of the engines' drafter, see ``AsyncUpdate.send``.
             adapters: LoRA adapters by name, see ``AsyncUpdate.send_adapter``; None removes one. Others stay as they are.
             timeout: seconds for the whole update. After them, every engine keeps its old weights.
             dtype: the dtype in which floating-point tensors are sent, see ``AsyncUpdate.send``.
@@ -315,7 +318,7 @@ class AsyncEngineGroup:
             async with self.update(version, timeout=timeout, **options) as update:
                 await update.change_adapters(adapters or {})
                 if weights is not None:
-                    await update.send(weights, dtype=dtype)
+                    await update.send(weights, dtype=dtype, draft=draft)
         except Exception:
             if isinstance(weights, Walk):
                 await asyncio.to_thread(weights.drain)
@@ -342,7 +345,11 @@ class AsyncEngineGroup:
         return AsyncUpdate(Transaction(self._commander, self._sinks, checked_version(version), checked))
 
     async def verify(
-        self, checkpoint: str | os.PathLike[str] | None = None, *, timeout: float = VERIFY_SECONDS
+        self,
+        checkpoint: str | os.PathLike[str] | None = None,
+        *,
+        draft: str | os.PathLike[str] | None = None,
+        timeout: float = VERIFY_SECONDS,
     ) -> Verification:
         """Compare what the engines serve, while they generate.
 
@@ -352,17 +359,19 @@ class AsyncEngineGroup:
 
         Args:
             checkpoint: a Hugging Face checkpoint directory that this process can read.
+            draft: such a directory of the engines' drafter, beside ``checkpoint``; one that holds both needs none.
             timeout: seconds for all of it.
 
         Raises:
-            NotACheckpoint: ``checkpoint`` is not a checkpoint directory.
+            NotACheckpoint: ``checkpoint`` or ``draft`` is not a checkpoint directory.
             EngineUnreachable: an engine did not answer in time.
             RequestError: an engine refused.
         """
         from .verifying import verify
 
         path = None if checkpoint is None else checked_path("checkpoint", checkpoint)
-        return await verify(self._commander, path, checked_seconds(timeout))
+        drafter = None if draft is None else checked_path("draft", draft)
+        return await verify(self._commander, path, drafter, checked_seconds(timeout))
 
     async def call(self, method: str, *arguments: Any, timeout: float = CALL_SECONDS, lease: bool = True) -> CallResult:
         """Call a method of your own worker extension on every worker of every engine, headless ones too.

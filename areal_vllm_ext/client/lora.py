@@ -111,9 +111,9 @@ class AdapterChanges:
         if name in self.sent or name in self.removed:
             raise InvalidWeights(f"adapter {name} is in this update already: send or remove it once")
 
-    def units(self, *, weights: bool) -> Units:
-        """Return what the update consists of; ``weights``: whether it brings base weights."""
-        return Units(weights, tuple(one.unit for one in self.sent.values()), tuple(sorted(self.removed)))
+    def units(self, *, weights: bool, draft: bool = False) -> Units:
+        """Return what the update consists of; ``weights`` and ``draft``: whether it brings base weights, and a drafter."""
+        return Units(weights, tuple(one.unit for one in self.sent.values()), tuple(sorted(self.removed)), draft)
 
 
 def checked_name(name: object) -> str:

@@ -66,6 +66,7 @@ class Sending:
         *,
         first: int = 0,
         adapter: str = "",
+        draft: bool = False,
     ) -> None:
         """
         Args:
@@ -74,8 +75,9 @@ class Sending:
             sender: this sender's number in the update.
             first: how many buckets this sender has sent before.
             adapter: whose tensors these are; empty for base weights.
+            draft: whether they are the drafter's.
         """
-        self._first, self._adapter = first, adapter
+        self._first, self._adapter, self._draft = first, adapter, draft
         self.report = SendReport(0, 0, [], 0)
         self._context, self._engines, self._sender = context, engines, sender
         self._spans = context.spans
@@ -267,7 +269,9 @@ class Sending:
 
     def _numbered(self, bucket: Bucket) -> Bucket:
         """Return ``bucket`` with the next index, and count it."""
-        numbered = msgspec.structs.replace(bucket, index=self._first + self.report.buckets, adapter=self._adapter)
+        numbered = msgspec.structs.replace(
+            bucket, index=self._first + self.report.buckets, adapter=self._adapter, draft=self._draft
+        )
         self.report.buckets += 1
         self.report.nbytes += bucket.nbytes
         return numbered

@@ -30,6 +30,7 @@ class Sinks:
     Attributes:
         sent: digests sent by this group's last update. The next update skips tensors that have not changed.
         sent_manifest: the manifest of ``sent``.
+        said_kept: whether it was logged that updates leave the engines' drafter as it is.
         adapters: those that this group's updates brought, by name, for engines that come back without them.
         described: what an engine takes, the bytes of these tensors and of the largest, by the engine's incarnation.
         peer_ipc_failed: set after CUDA IPC to another GPU failed once; later updates use NCCL.
@@ -38,6 +39,7 @@ class Sinks:
     def __init__(self) -> None:
         self.sent: Contents = {}
         self.sent_manifest = ""
+        self.said_kept = False
         self.adapters: dict[str, SentAdapter] = {}
         self.described: dict[str, tuple[Weights, int, int]] = {}
         self.peer_ipc_failed = False

@@ -33,6 +33,8 @@ class EngineState:
         free_memory: bytes that were free on its device after it fell asleep or woke up last; None before that, or on a CPU.
         unproven: why those weights could not be compared with a fresh load; empty if they were.
         adapters: the LoRA adapters that updates brought, by name, with the version of the update.
+        drafter: how the engine drafts with a model (``eagle``, ``mtp``, ``draft_model``); empty if it does not.
+        draft_version: the version of the last update that moved the drafter; None if none has.
     """
 
     name: str
@@ -52,6 +54,8 @@ class EngineState:
     sleep: SleepState | Literal[""] = ""
     free_memory: int | None = None
     adapters: Mapping[str, Version] = dataclasses.field(default_factory=dict)
+    drafter: str = ""
+    draft_version: Version | None = None
 
     @classmethod
     def of(cls, engine: EngineInfo, status: Status | None, error: str = "") -> EngineState:
@@ -73,6 +77,8 @@ class EngineState:
             sleep=status.sleep if status else "",
             free_memory=status.free_memory if status else None,
             adapters={name: one.version for name, one in status.adapters.items()} if status else {},
+            drafter=engine.drafter,
+            draft_version=status.draft_version if status else None,
         )
 
 
@@ -90,6 +96,8 @@ class UpdateResult:
         pause_ms: from the first request to pause to the last engine's resume, as the trainer sees it.
         commit_ms: the longest commit of an engine, within the pause.
         adapters: the LoRA adapters that the engines serve now, by name, with the version of the update that brought each.
+        draft: ``sent`` if the update moved the engines' drafter too, ``kept`` if the drafter stays as it was; empty if they
+            have none, or if the update brought no base weights.
     """
 
     version: Version
@@ -101,3 +109,4 @@ class UpdateResult:
     pause_ms: float
     commit_ms: float
     adapters: Mapping[str, Version] = dataclasses.field(default_factory=dict)
+    draft: Literal["sent", "kept", ""] = ""

@@ -9,12 +9,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .. import protocol
 from ..errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, WeightsTainted, join
-from ..integrity import digest
 from ..observability import trace
 from ..observability.spans import SpanRecorder
 from ..process.collector import no_collection
@@ -23,9 +21,11 @@ from ..protocol import Version
 from ..transport.base import Cancelled
 from .context import UpdateContext
 from .delivery import Delivery, Sharing
+from .drafts import DraftPart, DraftSource, say_kept
 from .driver import Driver
 from .lora import AdapterChanges, AdapterSource, checked_name, copied
 from .modules import Named, gathered
+from .paths import checkpoint_path
 from .sleeping import wake_weights
 from .state import UpdateResult
 from .walk import drained_on_error, walk
@@ -75,6 +75,7 @@ class Transaction:
         self.sharing = Sharing()
         self.adapters = AdapterChanges()
         self._weights_given = False
+        self._draft = DraftPart()
         self._commander = commander
         self._sinks = sinks
         self._lease = contextlib.AsyncExitStack()
@@ -133,38 +134,66 @@ class Transaction:
         self.delivery = Delivery(context, self._targets, self.driver, self.sharing)
         context.spans.set_state("update", "")
 
-    def send(self, weights: WeightSource | str | os.PathLike[str], dtype: str | torch.dtype | None = None) -> None:
+    def send(
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        dtype: str | torch.dtype | None = None,
+        draft: DraftSource | None = None,
+    ) -> None:
         """Bring the weights to every engine's staging. See ``AsyncUpdate.send``. Not from the event loop's thread."""
         self.check_open()
         weights = walk(weights, self.options.timeout)
         with drained_on_error(weights):
-            self.deliver(weights, dtype)
+            self.deliver(weights, dtype, draft=draft)
 
     def deliver(
         self,
         weights: WeightSource | str | os.PathLike[str],
         dtype: str | torch.dtype | None,
         gather: Callable[[Iterable[Named]], Iterator[Named]] = gathered,
+        draft: DraftSource | None = None,
     ) -> None:
-        """Send ``weights``, whose tensors ``gather`` makes full."""
+        """Send ``weights``, whose tensors ``gather`` makes full, and ``draft``."""
         if self._weights_given:
             raise ArealError("update.send(...) was called twice: an update sends once; begin another update")
         self._weights_given = True
         delivery, cast = self.delivery, checked_cast(dtype)
+        if draft is not None or self._drafter:
+            self._draft = DraftPart(cast, draft)
+            self._draft.fit(delivery.taken(), delivery.dtype)
         if isinstance(weights, (str, os.PathLike)):
             if self.options.partial:
                 raise InvalidWeights("partial=True needs tensors, not a path: give what was trained as a state dict")
-            delivery.send_path(checkpoint_path(weights), with_adapters=bool(self.adapters.sent or self._differing))
+            path = checkpoint_path(weights)
+            delivery.send_path(path, beside=draft is not None or bool(self.adapters.sent or self._differing))
+            self._draft.look_into(path)
+            self._send_draft()
             return
         taken = delivery.taken()
         partial = self.options.partial
+        checker = Checker(taken, delivery.dtype, cast)
+        self._draft.watch(checker, weights)
         with no_collection():
-            pairs = Checker(taken, delivery.dtype, cast).check_source(weights, gather, partial=partial)
+            pairs = checker.check_source(weights, gather, partial=partial)
         self.sharing.allow(weights, self.options.staging)
         with self.errors_of_sending():
             delivery.send(pairs, taken.required)
             if partial:
                 delivery.keep_rest(taken)
+        self._send_draft()
+
+    def _send_draft(self) -> None:
+        """Send the drafter's tensors, if this update brings them; they come after the base model's."""
+        self.delivery.complete = False
+        with self.errors_of_sending():
+            if (pairs := self._draft.pairs()) is not None:
+                self.delivery.send_draft(pairs)
+        self.delivery.complete = True
+
+    @property
+    def _drafter(self) -> str:
+        """How the engines draft with a model; empty if they do not."""
+        return next((one.engine.drafter for one in self._targets.values() if one.engine.drafter), "")
 
     def add_adapter(
         self,
@@ -314,11 +343,9 @@ class Transaction:
             # From disk, or from a trainer's own process group, there is no manifest: then the engines' votes are only
             # compared with each other.
             base = coordinator.base if delivery.unchanged else ""
-            units, manifest = self.adapters.units(weights=delivery.complete), delivery.manifest
-            if any(one.is_relayed for one in self.adapters.sent.values()):
-                manifest = ""
-            elif manifest or not units.weights:
-                manifest = digest.units_manifest(manifest, {one.name: one.manifest for one in units.adapters})
+            units = self.adapters.units(weights=delivery.complete, draft=self._draft.outcome == "sent")
+            relayed = any(one.is_relayed for one in self.adapters.sent.values())
+            manifest = "" if relayed else delivery.units_manifest(units)
             kept = () if base else delivery.kept
             await run(coordinator.sent(delivery.buckets, manifest, base, kept, units, hold=hold))
 
@@ -346,7 +373,17 @@ class Transaction:
             pause_ms=(finished - self.driver.pause_started) * 1e3,
             commit_ms=self.driver.commit_seconds * 1e3,
             adapters=self._adapters_after(),
+            draft=self._draft_after(),
         )
+
+    def _draft_after(self) -> Literal["sent", "kept", ""]:
+        """Return what became of the drafter. That it is kept is logged once."""
+        if not self._drafter or not self._weights_given or self._draft.outcome == "sent":
+            return self._draft.outcome
+        if not self._sinks.said_kept:
+            self._sinks.said_kept = True
+            say_kept(self._drafter, next(iter(self._targets.values())).status.draft_version)
+        return "kept"
 
     def _adapters_after(self) -> dict[str, Version]:
         """Return the adapters that the engines serve after this update, with the version that brought each."""
@@ -404,21 +441,3 @@ class Transaction:
             problems.append(f"{type(error).__name__}: {error}")
         if problems:
             logger.warning("the trace %s of version %s is incomplete: %s", path, self.version, "; ".join(problems))
-
-
-def checkpoint_path(path: str | os.PathLike[str]) -> str:
-    """Return the path of a checkpoint directory, as engines can open it.
-
-    Raises:
-        InvalidWeights: it is no path that a message can carry.
-    """
-    text: str | bytes = os.fspath(path)
-    if isinstance(text, bytes) or not text or "\0" in text:
-        raise InvalidWeights(f"send(...) got the path {path!r}: give the path of a checkpoint directory as text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidWeights(
-            f"send(...) got the path {path!r}, which is no valid Unicode: rename the directory"
-        ) from None
-    return str(Path(text).absolute())

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..protocol import Version
+    from .drafts import DraftSource
     from .lora import AdapterSource
     from .state import UpdateResult
     from .transaction import Transaction
@@ -39,7 +40,11 @@ class AsyncUpdate:
         return self.transaction.result
 
     async def send(
-        self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | torch.dtype | None = None
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        draft: DraftSource | None = None,
     ) -> None:
         """Bring new weights to every engine's staging. The engines generate meanwhile.
 
@@ -51,12 +56,15 @@ class AsyncUpdate:
             dtype: the dtype in which floating-point tensors are sent. By default, a tensor that is wider than in the
                 engines' checkpoint is cast to the checkpoint's dtype. ``"auto"`` casts every tensor to its dtype in the
                 checkpoint. A dtype (``"bfloat16"``) casts all tensors to it, except those that the checkpoint keeps wider.
+            draft: the weights of the model with which the engines draft (EAGLE, a draft model), as ``weights``; a path is
+                read by this process. A drafter whose tensors are in the base model's checkpoint (MTP) moves with ``weights``
+                where they hold these tensors. Without either, the drafter stays as it is, which is logged once.
 
         Raises:
             InvalidWeights: the weights do not fit the engines' model; nothing changed.
             UpdateAborted: an engine failed or the time is over; nothing changed.
         """
-        self._sending = asyncio.ensure_future(asyncio.to_thread(self.transaction.send, weights, dtype))
+        self._sending = asyncio.ensure_future(asyncio.to_thread(self.transaction.send, weights, dtype, draft))
         # If this call is cancelled, its thread goes on until it notices. The end of the block waits for it.
         self._sending.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(self._sending)

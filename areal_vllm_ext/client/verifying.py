@@ -21,17 +21,24 @@ if TYPE_CHECKING:
     from ..integrity.verify import Verification
 
 
-async def verify(commander: Commander, checkpoint: str | os.PathLike[str] | None, timeout: float) -> Verification:
+async def verify(
+    commander: Commander,
+    checkpoint: str | os.PathLike[str] | None,
+    draft: str | os.PathLike[str] | None,
+    timeout: float,
+) -> Verification:
     """Compare what the engines serve. See ``AsyncEngineGroup.verify``."""
     ends = time.monotonic() + timeout
     expected = await asyncio.to_thread(contents, checkpoint) if checkpoint is not None else None
+    drafted = await asyncio.to_thread(contents, draft) if draft is not None else None
     async with commander.command("verify", max(ends - time.monotonic(), 0.1)) as targets:
         answers = await asyncio.gather(
             *(_digests(commander.link, name, target, expected is not None, ends) for name, target in targets.items())
         )
         statuses = {name: target.status for name, target in targets.items()}
         taken = await _taken(commander.link, next(iter(targets.values())), ends) if expected is not None else None
-        return await asyncio.to_thread(compare, dict(zip(targets, answers, strict=True)), statuses, expected, taken)
+        answered = dict(zip(targets, answers, strict=True))
+        return await asyncio.to_thread(compare, answered, statuses, expected, taken, drafted)
 
 
 async def _taken(link: Link, target: Target, ends: float) -> protocol.Weights | None:

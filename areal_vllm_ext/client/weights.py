@@ -112,6 +112,7 @@ class Checker:
 
     Attributes:
         second_names: compares what comes under two names of one tensor.
+        set_aside: called with each tensor that has an engines' name, also with those that are not sent.
     """
 
     def __init__(self, taken: Weights, engine_dtype: str, dtype: str | torch.dtype | None) -> None:
@@ -128,6 +129,7 @@ class Checker:
         self._dtypes = (engine_dtype,)
         self._cast = checked_cast(dtype)
         self._tied: set[str] = set()
+        self.set_aside: Callable[[str, torch.Tensor], None] = lambda _name, _tensor: None
 
     def check(self, weights: Iterable[Named], *, partial: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:
         """Yield the tensors to send.
@@ -155,8 +157,10 @@ class Checker:
     def renamed(self, weights: Iterable[Named]) -> Iterator[Named]:
         """Yield ``weights`` under the engines' names, without what is no part of what engines serve."""
         for name, tensor in weights:
-            known = self._names.find(name)
-            if known is not None and known not in self._optional and known not in self._ties:
+            if (known := self._names.find(name)) is None:
+                continue
+            self.set_aside(known, tensor)
+            if known not in self._optional and known not in self._ties:
                 yield known, tensor
 
     def _checked(self, weights: Iterable[Named], *, partial: bool = False) -> Iterator[tuple[TensorMeta, torch.Tensor]]:

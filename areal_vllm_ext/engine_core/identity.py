@@ -12,6 +12,9 @@ from ..control.directory import new_incarnation
 from ..protocol import EngineInfo
 from .launch_facts import launch_facts
 
+# Ways to draft that need no model.
+_WITHOUT_MODEL = ("ngram", "suffix", "custom", "extract_hidden_states")
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -68,4 +71,11 @@ def describe_engine(config: VllmConfig, settings: Settings, host: str) -> Engine
         lockstep=parallel.data_parallel_size > 1 or is_launched_externally(config),
         sleep_mode=bool(getattr(config.model_config, "enable_sleep_mode", False)),
         dtype=str(config.model_config.dtype).removeprefix("torch."),
+        drafter=_drafter(config),
     )
+
+
+def _drafter(config: VllmConfig) -> str:
+    """Return how this engine drafts with a model; empty if it does not."""
+    method = getattr(config.speculative_config, "method", None) or ""
+    return "" if str(method).startswith(_WITHOUT_MODEL) else str(method)

@@ -103,7 +103,12 @@ class Offers:
         offer.ends = now + _LONGEST_SECONDS
         workers = tuple(one for _, one in sorted(offer.workers.items()))
         answer = WeightsOffered(
-            version=p.version, update=p.last_update, weights=p.weights, unproven=p.unproven, workers=workers
+            version=p.version,
+            update=p.last_update,
+            weights=p.weights,
+            unproven=p.unproven,
+            workers=workers,
+            draft_version=p.draft_version,
         )
         return [Reply(caller, answer)]
 

@@ -73,6 +73,7 @@ class Participant:
         fetching: from which peer it fetches its group's weights, or why it cannot; empty if it is not stale.
         foreign: which call of another user has changed its weights or their version; empty if none has.
         adapters: the LoRA adapters that updates brought, by name.
+        draft_version: of the last update that moved the drafter; None if none has.
         sleep: what of it is on the device.
         joined: whether it has heard the group's committed epoch. Before that it serves nothing.
     """
@@ -103,12 +104,9 @@ class Participant:
         self.last_update = ""
         self.weights = ""
         self.loaded = self.unproven = ""
-        self.error = ""
-        self.tainted = ""
-        self.stale = ""
-        self.fetching = ""
-        self.foreign = ""
+        self.error = self.tainted = self.stale = self.fetching = self.foreign = ""
         self.adapters: dict[str, ServedAdapter] = {}
+        self.draft_version: Version | None = None
         self.sleep = SleepMachine()
         self.joined = joined
         self.committed_epoch = self.group_epoch = 0
@@ -372,6 +370,8 @@ class Participant:
             self.adapters, self.error = update.adapters_after(self.adapters), ""
             self.committed_epoch, self.version = update.begin.epoch, update.begin.version
             self.last_update = update.begin.update
+            if update.units.draft:
+                self.draft_version = self.version
             answer = Ack(seconds=seconds)
         callers, self._commit_waiting = self._commit_waiting, []
         return [Reply(caller, answer) for caller in callers]

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from ..protocol import DigestsTaken, DigestWeights, Error, WeightDigests, Weights, WeightsTaken, WorkerWeights
+from ..protocol import (
+    DigestsTaken,
+    DigestWeights,
+    DraftWeights,
+    Error,
+    WeightDigests,
+    Weights,
+    WeightsTaken,
+    WorkerWeights,
+)
 from .effects import Effect, Order, Reply
 
 if TYPE_CHECKING:
@@ -104,4 +113,13 @@ def together(parts: Iterable[Weights]) -> Weights:
         ties={second: first for second, first in ties.items() if second in optional or second not in tensors},
         prefixes=tuple(prefix for prefix in parts[0].prefixes if all(prefix in part.prefixes for part in parts)),
         config=parts[0].config,
+        draft=_drafts_together(parts),
     )
+
+
+def _drafts_together(parts: list[Weights]) -> DraftWeights | None:
+    """Return what a drafter takes that every worker has; None else: with pipeline stages, only the last one drafts."""
+    drafts = [part.draft for part in parts if part.draft is not None]
+    if len(drafts) < len(parts):
+        return None
+    return DraftWeights.of(together(draft.weights for draft in drafts), with_base=drafts[0].with_base)

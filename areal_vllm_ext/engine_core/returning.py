@@ -223,6 +223,7 @@ class Returning:
             p.committed_epoch, p.version, p.last_update = self._epoch, offer.version, offer.update
             p.adapters = self._adapters
             p.foreign = p.error = p.fetching = ""
+            p.draft_version = offer.draft_version
             p.stale = f"version {p.version} was fetched from {peer.name}, and waits until no client commits a newer one"
         self._offer = self._peer = None
         return p.fetch_committed()

@@ -61,6 +61,7 @@ def status_of(
         free_memory=participant.sleep.free_memory,
         runs_when_awake=participant.pauses.runs_when_awake,
         adapters=participant.adapters,
+        draft_version=participant.draft_version,
     )
 
 

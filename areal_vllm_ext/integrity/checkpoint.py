@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
 # A buffer that older models save, and that every model computes from its configuration.
 COMPUTED = "rotary_emb.inv_freq"
+# Before the names of a drafter's tensors, where they stand beside the base model's.
+DRAFT = "draft."
 _INDEX = "model.safetensors.index.json"
 _MISTRAL = "consolidated"  # vLLM loads files that begin with it instead of all others
 

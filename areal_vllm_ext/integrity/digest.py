@@ -165,14 +165,16 @@ def adapter_manifest(config: str, entries: Iterable[tuple[TensorMeta, int]]) -> 
     return _combined(config, manifest(entries))
 
 
-def units_manifest(weights: str, adapters: Mapping[str, str]) -> str:
+def units_manifest(weights: str, adapters: Mapping[str, str], draft: str = "") -> str:
     """Return the digest of all units of an update.
 
     Args:
         weights: the manifest of the base weights; empty if the update brings none.
         adapters: the manifest of each adapter, by name.
+        draft: the manifest of the drafter; empty if the update brings none.
     """
-    return _combined(weights, *(text for pair in sorted(adapters.items()) for text in pair)) if adapters else weights
+    units = sorted(({**adapters, "": draft} if draft else adapters).items())  # an adapter has a name
+    return _combined(weights, *(text for pair in units for text in pair)) if units else weights
 
 
 def _combined(*texts: str) -> str:

@@ -6,6 +6,8 @@ import collections
 import dataclasses
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from . import checkpoint as files
 from . import digest
 
@@ -56,6 +58,7 @@ def compare(
     statuses: Mapping[str, Status],
     checkpoint: Contents | None,
     taken: Weights | None = None,
+    draft: Contents | None = None,
 ) -> Verification:
     """Compare the workers of all engines.
 
@@ -64,6 +67,7 @@ def compare(
         statuses: each engine's status, by its name.
         checkpoint: the tensors that all engines should serve, with their digests; None to skip this comparison.
         taken: what the engines' model takes of a checkpoint, and under which names; None if that is not known.
+        draft: the tensors that the engines' drafter should serve. None: it is compared where ``checkpoint`` holds it too.
     """
     differences: list[Difference] = []
     workers = [(name, worker) for name, answer in answers.items() for worker in answer.workers]
@@ -86,9 +90,14 @@ def compare(
         found = _live(alike)
         differences += [one for one in found if (one.engine, one.worker, one.tensor) not in known]
     if checkpoint is not None:
+        drafted = _of_drafter(checkpoint, draft, taken)
         checkpoint, ignored = _as_taken(checkpoint, taken)
         for name, worker in workers:
-            differences += _against(name, worker, checkpoint, ignored)
+            served = {meta.name: (meta, value) for meta, value in worker.contents}
+            moved = {one: served.pop(one) for one in list(served) if one.startswith(files.DRAFT)}
+            differences += _against(name, worker, served, checkpoint, ignored)
+            if drafted and (moved or draft is not None):
+                differences += _against(name, worker, moved, drafted)
     return Verification(
         differences=tuple(differences),
         engines=len(answers),
@@ -148,13 +157,29 @@ def _as_taken(checkpoint: Contents, taken: Weights | None) -> tuple[Contents, fr
     return named, (frozenset(taken.optional) | frozenset(taken.ties) | computed) - untied
 
 
-def _against(name: str, worker: WorkerWeights, checkpoint: Contents, ignored: frozenset[str]) -> Iterator[Difference]:
-    """Compare what ``worker`` serves with ``checkpoint``. What cannot be compared is a difference, and says so."""
+def _of_drafter(checkpoint: Contents, draft: Contents | None, taken: Weights | None) -> Contents:
+    """Return what the drafter should serve, under the names that it has beside the base model's."""
+    if taken is None or taken.draft is None:
+        return {}
+    if draft is None:
+        draft = checkpoint if taken.draft.with_base else {}
+    drafter = taken.draft.weights
+    named, _ = _as_taken(draft, drafter)
+    found = {meta.name: named[meta.name] for meta in drafter.required if meta.name in named}
+    return {
+        files.DRAFT + name: (msgspec.structs.replace(meta, name=files.DRAFT + name), value)
+        for name, (meta, value) in found.items()
+    }
+
+
+def _against(
+    name: str, worker: WorkerWeights, served: Contents, checkpoint: Contents, ignored: frozenset[str] = frozenset()
+) -> Iterator[Difference]:
+    """Compare ``served``, which ``worker`` serves, with ``checkpoint``. What cannot be compared is a difference."""
     for tensor, reason in worker.uncompared.items():
         yield Difference(name, worker.rank, tensor, f"cannot be compared with the checkpoint: {reason}")
     if "" in worker.uncompared:
         return
-    served = {meta.name: (meta, value) for meta, value in worker.contents}
     if served and digest.manifest(served.values()) == digest.manifest(checkpoint.values()):
         return
     for tensor in sorted(served.keys() | checkpoint.keys()):

@@ -45,7 +45,7 @@ class Status(Message):
 
     ``sleep``: what vLLM's sleep mode has left on the device. ``free_memory``: bytes that were free on the device after the last
     step of it, the least of all workers; None where none was taken. ``runs_when_awake``: the engine ran when it was put to
-    sleep. ``adapters``: those that updates brought, by name.
+    sleep. ``adapters``: those that updates brought, by name. ``draft_version``: of the last update that moved the drafter.
     """
 
     engine: EngineInfo
@@ -70,6 +70,7 @@ class Status(Message):
     free_memory: int | None = None
     runs_when_awake: bool = False
     adapters: dict[str, ServedAdapter] = msgspec.field(default_factory=dict)
+    draft_version: Version | None = None
 
 
 class WeightDigests(Message):

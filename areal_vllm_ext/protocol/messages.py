@@ -30,6 +30,7 @@ from .types import (
     Message,
     Name,
     PauseMode,
+    Payload,
     Rank,
     Seconds,
     Segment,
@@ -132,8 +133,8 @@ class Bucket(Message):
     ``digests`` are those of the segments' bytes (``integrity/digest.py``), computed by the trainer when it filled the bucket.
     ``location`` is the bucket's offset in bytes in shared memory, of the host or the GPU; 0 for other transports. If there
     are ``allocations``, the tensors lie in the trainer's own memory. They may be read while the last 8 bytes of the shared
-    memory hold ``stamp``; the trainer overwrites them to revoke. ``adapter`` names the adapter whose tensors these are; empty
-    for base weights.
+    memory hold ``stamp``; the trainer overwrites them to revoke. ``adapter`` names the adapter whose tensors these are;
+    ``draft``: they are the drafter's. Else they are base weights.
     """
 
     epoch: Epoch
@@ -147,6 +148,7 @@ class Bucket(Message):
     allocations: tuple[Allocation, ...] = ()
     stamp: int = 0
     adapter: Name = ""
+    draft: bool = False
 
     @property
     def step(self) -> str:
@@ -269,8 +271,8 @@ class WorkerDone(Message):
     """A worker finished ``step`` of ``update``, or failed with ``error``. ``step`` names the request that asked.
 
     ``manifest`` (``integrity/digest.py``): in the vote, of all units: the base weights that the worker will hold after the
-    commit, and the adapters that came. In the
-    answer to Begin, the base of a delta update: of the live weights, if this worker accepts changed tensors only.
+    commit, the adapters and the drafter's weights that came. In the answer to Begin, the base of a delta update: of the live
+    weights, if this worker accepts changed tensors only.
     """
 
     update: str
@@ -298,6 +300,29 @@ class DigestsTaken(Message):
     busy: bool = False
 
 
+class DraftWeights(Payload):
+    """What an engine's drafter takes, as ``Weights`` says it. ``with_base``: it is in the base model's checkpoint."""
+
+    tensors: tuple[TensorMeta, ...]
+    optional: tuple[str, ...] = ()
+    ties: dict[str, str] = msgspec.field(default_factory=dict)
+    prefixes: tuple[str, ...] = ()
+    config: str = ""
+    with_base: bool = False
+
+    @classmethod
+    def of(cls, weights: Weights, *, with_base: bool) -> DraftWeights:
+        """Return what the drafter takes, given as of a base model."""
+        return cls(weights.tensors, weights.optional, weights.ties, weights.prefixes, weights.config, with_base)
+
+    @property
+    def weights(self) -> Weights:
+        """The same, as of a base model."""
+        return Weights(
+            tensors=self.tensors, optional=self.optional, ties=self.ties, prefixes=self.prefixes, config=self.config
+        )
+
+
 class Weights(Message):
     """What a model takes; ``tensors`` is empty with ``error`` if it is not known (quantised from other files, GGUF).
 
@@ -305,6 +330,7 @@ class Weights(Message):
     ``ties`` has the first name of a tensor by each second one, also by second names that are not among ``tensors``.
     ``prefixes``: with and without one of these, a name means the same tensor.
     ``config`` is the model's Hugging Face configuration, in JSON; empty if it has none.
+    ``draft`` is what the engine's drafter takes, beside this; None without one.
     """
 
     tensors: tuple[TensorMeta, ...]
@@ -313,6 +339,7 @@ class Weights(Message):
     ties: dict[str, str] = msgspec.field(default_factory=dict)
     prefixes: tuple[str, ...] = ()
     config: str = ""
+    draft: DraftWeights | None = None
 
     @property
     def required(self) -> tuple[TensorMeta, ...]:

@@ -84,7 +84,7 @@ class EndOffer(Message):
 class WeightsOffered(Message):
     """The answer to ``OfferWeights``: what the engine serves, and what each of its workers offers.
 
-    ``update``, ``weights``, ``unproven``: as in ``Status``.
+    ``update``, ``weights``, ``unproven``, ``draft_version``: as in ``Status``.
     """
 
     version: Version
@@ -92,6 +92,7 @@ class WeightsOffered(Message):
     weights: Name
     unproven: Name
     workers: tuple[WorkerOffer, ...]
+    draft_version: Version | None = None
 
 
 class OfferEnded(Message):

@@ -72,7 +72,8 @@ class EngineInfo(Payload):
     """One EngineCore: a DP rank of a replica.
 
     ``incarnation`` is new each time that the process starts. ``sleep_mode``: started with vLLM's ``--enable-sleep-mode``.
-    ``lockstep``: the ranks of this replica compute together (MoE), so they also resume together.
+    ``lockstep``: the ranks of this replica compute together (MoE), so they also resume together. ``drafter``: how it drafts
+    with a model (``eagle``, ``mtp``, ``draft_model``); empty if it does not.
     """
 
     replica: Name
@@ -87,6 +88,7 @@ class EngineInfo(Payload):
     workers: tuple[WorkerInfo, ...] = ()
     sleep_mode: bool = False
     lockstep: bool = False
+    drafter: Name = ""
 
     @property
     def name(self) -> str:
@@ -253,11 +255,15 @@ class Adapter(Payload):
 
 
 class Units(Payload):
-    """What an update consists of: base weights (or not), adapters that it brings, and names of adapters that it removes."""
+    """What an update consists of: base weights (or not), adapters that it brings, names of adapters that it removes.
+
+    ``draft``: whether it brings the drafter's weights too.
+    """
 
     weights: bool = True
     adapters: tuple[Adapter, ...] = ()
     removed: tuple[Name, ...] = ()
+    draft: bool = False
 
 
 WEIGHTS_ONLY = Units()

@@ -112,9 +112,12 @@ def _commit_weights(receiver: Receiver, update: str) -> tuple[str, str]:
     shadow = staged.shadow if staged.shadow is not None and context.loader.fits_shadow(staged.shadow) else None
     if reason := context.residency.asleep_reason() if planned or shadow else context.residency.absent_reason():
         raise NotResident(f"worker {context.rank} applied nothing: {reason}")
+    staged.draft.check_fits()
     # A reload takes seconds and leaves much to collect; a copy takes milliseconds.
     quiet = no_collection() if planned or shadow else contextlib.nullcontext()
-    with quiet, context.live_weights.committing(staged.manifest, update):
+    with quiet, context.live_weights.committing(staged.manifest, update, draft=bool(staged.draft)):
+        if staged.draft:
+            context.live_weights.set_draft(*staged.draft.commit())
         if shadow is not None and not planned:
             with spans.span(track, "load"):
                 context.live_weights.set_written(context.loader.load_shadow(shadow, weights))

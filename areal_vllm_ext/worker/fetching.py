@@ -21,6 +21,7 @@ from . import background
 from .adapters.staged import StagedAdapters
 from .load import kernel_format, proof
 from .load.cpu_packing import ATTRIBUTE
+from .load.drafter import is_prefixed
 from .memory import free_bytes
 
 if TYPE_CHECKING:
@@ -91,9 +92,11 @@ class Fetching:
         context, offer = self._context, self._offer
         if not self._complete or offer is None:
             raise RuntimeError(f"worker {context.rank} has not fetched all weights")
-        contents = None if offer.contents is None else {meta.name: (meta, value) for meta, value in offer.contents}
+        served = {meta.name: (meta, value) for meta, value in offer.contents or ()}
+        draft = {name: served.pop(name) for name in list(served) if is_prefixed(name)}
+        contents = None if offer.contents is None else served
         made = [held.tensor.name for held in offer.held if held.kind == "attribute"]
-        with context.residency.access(), context.live_weights.committing(contents, update):
+        with context.residency.access(), context.live_weights.committing(contents, update, draft=True):
             live = kernel_format.parts(context.model, made)
             if self._kinds(live) != self._kinds(self._parts):
                 raise RuntimeError(f"the model of worker {context.rank} has changed since the fetch began")
@@ -104,9 +107,10 @@ class Fetching:
                     assert part.tensor is not None
                     with torch.no_grad():
                         part.tensor.copy_(self._arrived[name])
-            context.loader.fetched(made)
+            context.fetched(made)
             self._compare(live)
             context.live_weights.set_written(None)
+            context.live_weights.set_draft(draft)
             context.live_weights.set_fetched(proof.digests_of_model(context.model), compared=offer.compared)
         context.adapters.commit(self._adapters.voted, numbers, kept)
 

@@ -18,13 +18,15 @@ from ..integrity.digest import Contents
 from ..protocol import WorkerWeights
 from . import background
 from .load import proof
+from .load.drafter import PREFIX, is_prefixed, together
 from .load.written import wrong_in
 from .residency import NotResident
 from .startup import StartupCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
+    from .load.drafter import DrafterWorker
     from .load.written import Written
     from .residency import Residency
 
@@ -68,14 +70,23 @@ class LiveWeights:
         is_busy: whether an update is in progress, which reading the weights would slow down.
     """
 
-    def __init__(self, worker: Any, residency: Residency, model: tuple[str, str | None]) -> None:
+    def __init__(
+        self,
+        worker: Any,
+        residency: Residency,
+        model: tuple[str, str | None],
+        drafter: DrafterWorker | None = None,
+    ) -> None:
         """
         Args:
             worker: vLLM's worker.
             residency: whether its live weights are in memory.
             model: path or hub name of the checkpoint that it was started from, and the revision.
+            drafter: the worker's drafter.
         """
-        self._worker, self._residency = worker, residency
+        self._worker, self._residency, self._drafter = worker, residency, drafter
+        # The drafter's tensors of the last commit that moved it. Their names begin with ``draft.``.
+        self._draft: Contents = {}
         self._startup = StartupCheckpoint(*model)
         self._contents: Contents | None = None
         self._after_commit: dict[str, int] = {}
@@ -83,7 +94,7 @@ class LiveWeights:
         self._written: Written = {}
         self._wrong: tuple[str, ...] = ()
         # The functions of layers whose weights are packed. A packed weight changes only with its function.
-        self._linears = proof.packed_functions(worker.get_model())
+        self._linears = proof.packed_functions(self.model)
         # Whether a fresh load proved what the last commit made, and the digests of it were taken in the same pause.
         self._compared_with_fresh = False
         self._update = ""
@@ -99,15 +110,27 @@ class LiveWeights:
         self._reading = threading.Lock()
         self._read_later(self._changes)  # of the weights that it starts with
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The live model, and its drafter."""
+        return together(self._worker.get_model(), self._drafter)
+
     # On the worker's own thread
 
     @contextlib.contextmanager
-    def committing(self, contents: Contents | None, update: str = "") -> Iterator[None]:
-        """Mark the body as the commit of ``update``, which makes weights with these digests live."""
+    def committing(self, contents: Contents | None, update: str = "", *, draft: bool = False) -> Iterator[None]:
+        """Mark the body as the commit of ``update``, which makes weights with these digests live.
+
+        Args:
+            contents: the digests of the base weights.
+            update: its id.
+            draft: whether it moves the drafter too.
+        """
         with self._state:
             self._changes += 1
             self._update = update
-            self._after_commit, self._wrong, self._manifest = {}, (), ""
+            self._after_commit, self._wrong, self._manifest = self._of_drafter(draft), (), ""
+            self._draft = {} if draft else self._draft
             self._contents = {}  # unknown, if the body fails
             self._compared_with_fresh = self._slept = False
         try:
@@ -116,7 +139,7 @@ class LiveWeights:
             if (
                 self._worker.device.type == "cpu"
             ):  # elsewhere no backend packs, and this walks over all modules in the pause
-                self._linears = proof.packed_functions(self._worker.get_model())
+                self._linears = proof.packed_functions(self.model)
         finally:
             self._changes += 1
         # Not now: for 16 GB it would lengthen the pause by 6 ms.
@@ -126,13 +149,13 @@ class LiveWeights:
         """Note that something else than a commit loads into the live model, until ``end_foreign_load``."""
         with self._state:
             self._changes += 1
-            self._update, self._contents, self._written = "", {}, {}
+            self._update, self._contents, self._draft, self._written = "", {}, {}, {}
             self._after_commit, self._wrong, self._manifest = {}, (), ""
             self._compared_with_fresh, self._proven = False, frozenset()
 
     def end_foreign_load(self) -> None:
         """Note that the live model is whole again."""
-        self._linears = proof.packed_functions(self._worker.get_model())
+        self._linears = proof.packed_functions(self.model)
         self._changes += 1
 
     def set_written(self, written: Written | None, kept: Iterable[str] = ()) -> None:
@@ -143,7 +166,33 @@ class LiveWeights:
             kept: the tensors that stay as they were.
         """
         before = self._written
-        self._written = {} if written is None else {name: before[name] for name in kept if name in before} | written
+        base = {} if written is None else {name: before[name] for name in kept if name in before} | written
+        self._written = base | {name: runs for name, runs in before.items() if name in self._draft}
+
+    def set_draft(
+        self, contents: Contents, digests: Mapping[str, int] | None = None, written: Written | None = None
+    ) -> None:
+        """Say, inside ``committing`` and before ``set_written``, what is live in the drafter. All names begin with ``draft.``.
+
+        Args:
+            contents: the checkpoint's tensors.
+            digests: of the live tensors, where they are known.
+            written: the live memory that was written, where a load plan knows it.
+        """
+        self._draft = contents
+        self._after_commit = self._after_commit | dict(digests or {})
+        self._written = {name: runs for name, runs in self._written.items() if not is_prefixed(name)} | (written or {})
+
+    def _of_drafter(self, moved: bool) -> dict[str, int]:
+        """Return the digests of the drafter's own tensors that the next commit leaves as they are."""
+        drafter = self._drafter
+        if moved or drafter is None:
+            return {}
+        return {
+            name: value
+            for name, value in self._after_commit.items()
+            if is_prefixed(name) and drafter.is_own(name.removeprefix(PREFIX))
+        }
 
     def forget_base(self, *, lost: bool) -> None:
         """Build no update on the live weights until a commit.
@@ -167,7 +216,8 @@ class LiveWeights:
             names: of the checkpoint tensors that were loaded.
             digests: of the fresh load's tensors, taken before the commit.
         """
-        self._proven, self._after_commit, self._compared_with_fresh = frozenset(names), digests, True
+        self._proven, self._compared_with_fresh = frozenset(names), True
+        self._after_commit = self._after_commit | digests
 
     def set_fetched(self, digests: dict[str, int], *, compared: bool) -> None:
         """Say, inside ``committing``, that the live tensors are those of a peer.
@@ -195,9 +245,9 @@ class LiveWeights:
             return "" if self._proven else "not all weights were staged, so they cannot be loaded afresh"
         names = frozenset(name for name, _ in weights)
         if names == self._proven:
-            if not self._written:
+            if self._written.keys() <= self._draft.keys():
                 # Reloaded layer by layer: nothing tells later what the live weights must be, unless it is read now.
-                self._after_commit = proof.digests_of_model(self._worker.get_model())
+                self._after_commit = self._after_commit | proof.digests_of_model(self._worker.get_model())
                 self._compared_with_fresh = True  # by the loader's proof
             return ""
         # Checked again with each update, so before anything that costs time in the pause.
@@ -209,7 +259,7 @@ class LiveWeights:
         else:
             self._proven = names
             self._compared_with_fresh = True
-        self._after_commit = live
+        self._after_commit = self._after_commit | live
         return unproven
 
     # On other threads
@@ -229,7 +279,7 @@ class LiveWeights:
         """
         if not self._after_commit:
             self._read()
-        parameters = frozenset(proof.parameter_names(self._worker.get_model()))
+        parameters = frozenset(proof.parameter_names(self.model))
         with self._state:
             contents, unread = self._contents, not (self._manifest or self._slept)
             if self._wrong or contents == {}:
@@ -238,7 +288,7 @@ class LiveWeights:
                 raise WeightsChanged("its live weights have not been read since its last commit")
             digests = {name: value for name, value in self._after_commit.items() if name in parameters}
             compared = contents is not None and not self._uncompared(contents)
-            return Served(self._changes, digests, None if contents is None else dict(contents), compared)
+            return Served(self._changes, digests, None if contents is None else contents | self._draft, compared)
 
     def unchanged(self, changes: int) -> bool:
         """Return whether no commit has begun since ``served`` gave ``changes``."""
@@ -297,7 +347,7 @@ class LiveWeights:
             manifest=manifest,
             live=live,
             changed=tuple(dict.fromkeys(changed)),
-            contents=tuple(committed.values()) if contents and committed else (),
+            contents=(*committed.values(), *self._draft.values()) if contents and committed else (),
             uncompared=uncompared,
         )
 
@@ -306,7 +356,8 @@ class LiveWeights:
         if self._compared_with_fresh:
             return {}
         reason = "no load plan, and no comparison with a fresh load, tells which live memory it is in"
-        return {name: reason for name in committed if name not in self._written}
+        # What the base model ignores is compared as the drafter's.
+        return {name: reason for name in committed if name not in self._written and PREFIX + name not in self._draft}
 
     def _read(self) -> _Reading:
         """Read the live weights, all of one commit.
@@ -318,9 +369,9 @@ class LiveWeights:
         changes, live, wrong = self._changes, dict[str, int](), list[str]()
         with self._reading, self._residency.access():
             try:
-                live = proof.digests_of_model(self._worker.get_model())
+                live = proof.digests_of_model(self.model)
                 wrong = wrong_in(self._written)
-                linears = proof.packed_functions(self._worker.get_model())
+                linears = proof.packed_functions(self.model)
                 wrong += [name for name, linear in linears.items() if self._linears.get(name) is not linear]
             except Exception:
                 if changes == self._changes and changes % 2 == 0:
@@ -328,7 +379,7 @@ class LiveWeights:
         with self._state:
             if changes != self._changes or changes % 2:
                 raise WeightsChanged("a commit changed the weights while they were read")
-            self._after_commit = self._after_commit or live
+            self._after_commit = live | self._after_commit
             return _Reading(live, self._after_commit, wrong, self._contents)
 
     def _read_later(self, changes: int) -> None:
@@ -352,7 +403,7 @@ class LiveWeights:
             if changes != self._changes or not reading.committed:
                 return
             # Only parameters: generation may change buffers, such as the scales of a KV cache.
-            weights = proof.parameter_names(self._worker.get_model())
+            weights = proof.parameter_names(self.model)
             differ = (name for name in weights if reading.live.get(name) != reading.after_commit.get(name))
             self._wrong = tuple(dict.fromkeys((*reading.wrong, *differ)))
             self._manifest = "" if self._wrong or self._slept else digest.manifest(reading.committed.values())
@@ -372,4 +423,6 @@ class LiveWeights:
         parts += [f"pp {parallel.pipeline_parallel_size}", kind, str(self._worker.vllm_config.model_config.dtype)]
         if parallel.enable_expert_parallel and parallel.data_parallel_size > 1:
             parts.append(f"ep {parallel.data_parallel_rank} of {parallel.data_parallel_size}")
+        if self._drafter is not None:
+            parts.append("with a drafter")
         return ", ".join(parts)

@@ -138,7 +138,7 @@ class Offering:
 
     def _listen(self, served: Served) -> WorkerOffer:
         context = self._context
-        model, made = context.model, context.loader.made
+        model, made = context.model, context.made
         with context.residency.access():
             self._parts = kernel_format.parts(model, made)
             attributes = kernel_format.elsewhere(model, made)

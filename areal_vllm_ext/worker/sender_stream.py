@@ -248,6 +248,9 @@ class SenderStream:
                 if order.adapter:
                     whole = False
                     update.adapters.add(order.adapter, unpacked.tensors, contents)
+                elif order.draft:
+                    whole = True
+                    update.draft.add(unpacked.tensors, contents, unchecked=source.unchecked)
                 else:
                     whole = update.add(unpacked, contents, unchecked=source.unchecked, shared=received is None)
             if whole and received is unpacked.memory and update.begin.staging.keep:

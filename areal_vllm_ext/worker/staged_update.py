@@ -21,6 +21,7 @@ from ..transport.base import Cancelled
 from ..transport.buckets import UnpackedBucket, first_non_finite, meta_of
 from . import staging
 from .adapters.staged import StagedAdapters
+from .drafts import StagedDraft
 from .load.shadow import BuildOptions, Refused
 from .pace import Pace
 from .residency import NotResident
@@ -53,6 +54,7 @@ class StagedUpdate:
         no_shadow: why there is no shadow, where one was wanted.
         buckets: unpacked buckets whose memory the next update may use, if this one asked to keep it.
         adapters: the LoRA adapters that arrived.
+        draft: what arrived for the drafter.
         received: how many buckets have arrived, by sender.
         stamps: where the trainer shows whether it still shares its memory, by the value that means yes.
         cancelled: set when the update is given up.
@@ -68,6 +70,7 @@ class StagedUpdate:
         self.no_shadow = ""
         self.buckets: Buckets = {}
         self.adapters = StagedAdapters()
+        self.draft = StagedDraft(context.drafter)
         self.received = dict.fromkeys(senders, 0)
         self.stamps: dict[int, torch.Tensor] = {}
         self.cancelled = threading.Event()
@@ -101,6 +104,8 @@ class StagedUpdate:
         self.adapters.free()
         shadow, self.shadow = self.shadow, None
         self.context.memory.give_back_later(shadow.free if shadow is not None else None)
+        if self.draft:
+            self.context.memory.give_back_later(self.draft.free)
 
     # Begin
 
@@ -233,8 +238,9 @@ class StagedUpdate:
         manifest = self._vote_weights(order) if order.units.weights else ""
         for number in self._sources:
             self._check_arrived(number, order)
+        draft = self.draft.vote(self._build_options, wanted=order.units.draft)
         adapters = self.adapters.vote(order.units, self.context.adapters, self.context.intake)
-        return digest.units_manifest(manifest, adapters)
+        return digest.units_manifest(manifest, adapters, draft)
 
     def _check_arrived(self, number: int, order: Prepare) -> None:
         if self.received[number] != (sent := order.buckets.get(number, 0)):
@@ -275,20 +281,25 @@ class StagedUpdate:
         """
         context = self.context
         context.memory.free_now()
-        options = BuildOptions(
-            step=Pace(context.loader.serves, self._check_time),
-            timeout=max(self.seconds_left, 0.0),
-            access=context.residency.access,
-            memory=context.memory.shadows.allocating,
-        )
         try:
             with self.spans.span(f"worker {context.rank}", "build shadow"):
-                shadow, self.no_shadow = context.loader.build_shadow(list(self.tensors.items()), self.manifest, options)
+                shadow, self.no_shadow = context.loader.build_shadow(
+                    list(self.tensors.items()), self.manifest, self._build_options()
+                )
         except Refused as refusal:
             raise ValueError(f"nothing was applied: {refusal}") from None
         self.shadow = shadow
         if shadow is not None:
             self.confirm_shared()
+
+    def _build_options(self) -> BuildOptions:
+        context = self.context
+        return BuildOptions(
+            step=Pace(context.loader.serves, self._check_time),
+            timeout=max(self.seconds_left, 0.0),
+            access=context.residency.access,
+            memory=context.memory.shadows.allocating,
+        )
 
     def _check_time(self) -> None:
         """Raise if the update is given up or its time is over."""
@@ -313,6 +324,12 @@ class StagedUpdate:
         metas = (meta_of(name, tensor) for name, tensor in staged.items())
         values = digest.digests_of(staged.values())
         contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}
+        if of_drafter := [name for name in staged if self.draft.takes(name)]:
+            own = {name: staged[name] for name in of_drafter}
+            self.draft.add(own, {name: contents[name] for name in of_drafter}, unchecked=unchecked)
+            for name in own.keys() - intake.required.keys():  # the base model ignores it
+                del staged[name]
+                self.manifest[name] = contents.pop(name)
         self.add(UnpackedBucket((), None, staged), contents, unchecked=unchecked)
 
     def _keep_unchanged(self, base: str) -> None:

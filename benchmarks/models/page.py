@@ -91,8 +91,7 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
     if "accepted_at_end" in row:
         (start, made), (end, made_then) = row["accepted_at_start"], row["accepted_at_end"]
         notes.append(
-            f"the drafter is not updated: {start} of its {made} tokens were accepted at the start, {end} of {made_then} at "
-            "the end"
+            f"{start} of the drafter's {made} tokens were accepted at the start, {end} of {made_then} at the end"
         )
     if reasons := {sent["way"] for sent in sends.values() if sent.get("way", "").startswith("reload:")}:
         notes += sorted(reasons)

@@ -64,8 +64,11 @@ def run(family: Family, folder: Path, sends: Iterable[str]) -> dict[str, Any]:
                 continue
             outcome["oracle"].setdefault(weights, trainer.says())
             sent: dict[str, Any] = {}
+            draft = None if not family.drafter else folder / weights / "drafter" if kind == "disk" else trainer.model
             try:
-                result = group.update_weights(source, version=kind, timeout=60, keep_buffers=kind.startswith("kept"))
+                result = group.update_weights(
+                    source, draft=draft, version=kind, timeout=60, keep_buffers=kind.startswith("kept")
+                )
                 serving = weights
                 sent |= {"pause_ms": round(result.pause_ms, 1), "kept": result.kept}
             except Exception as error:

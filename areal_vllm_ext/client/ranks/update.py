@@ -22,7 +22,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from ...errors import ArealError, UpdateAborted, UpdateInDoubt, WeightsTainted
+from ...errors import ArealError, InvalidWeights, UpdateAborted, UpdateInDoubt, WeightsTainted
 from ..blocking_update import Update
 from ..lora import adapter_parts
 from ..modules import Named, gathered, is_sharded
@@ -34,6 +34,7 @@ from .agreement import GRACE_SECONDS, Agreement
 from .senders import RankSends
 
 if TYPE_CHECKING:
+    from ..drafts import DraftSource
     from ..loop_thread import LoopThread
     from ..lora import AdapterSource
     from ..transaction import Transaction
@@ -105,7 +106,13 @@ class JointUpdate(Update):
             context.sinks.begin(context)
         return self
 
-    def send(self, weights: WeightSource | str | os.PathLike[str], *, dtype: str | torch.dtype | None = None) -> None:
+    def send(
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype | None = None,
+        draft: DraftSource | None = None,
+    ) -> None:
         """See ``AsyncUpdate.send``. Called on every rank; with ``senders="rank0"``, with equal names in one order.
 
         ``DTensor`` weights are gathered one bucket at a time. The caller's thread waits while another handles the tensors, on
@@ -117,21 +124,28 @@ class JointUpdate(Update):
         def work() -> None:
             # Tell the other ranks first, because they must walk on too.
             with drained_on_error(weights, self._fail):
-                self._send(weights, dtype)
+                self._send(weights, dtype, draft)
 
         with self._failing_all():
             self._in_time(work)
 
-    def _send(self, weights: WeightSource | str | os.PathLike[str], dtype: str | torch.dtype | None) -> None:
+    def _send(
+        self,
+        weights: WeightSource | str | os.PathLike[str],
+        dtype: str | torch.dtype | None,
+        draft: DraftSource | None,
+    ) -> None:
         checked_cast(dtype)
         if isinstance(weights, (str, os.PathLike)):
             if self._leads:
-                self._transaction.deliver(weights, dtype)
+                self._transaction.deliver(weights, dtype, draft=draft)
         elif self._senders != "rank0":
+            if draft is not None:
+                raise InvalidWeights(f"draft and senders={self._senders!r} do not go together: use senders='rank0'")
             with self._transaction.errors_of_sending():
                 RankSends(self._senders, self._transaction, self._agreement).send(weights, dtype)
         elif self._leads:
-            self._transaction.deliver(weights, dtype, self._gather)
+            self._transaction.deliver(weights, dtype, self._gather, draft)
         else:
             self._follow(weights)
 

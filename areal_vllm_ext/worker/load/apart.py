@@ -23,6 +23,9 @@ _building = threading.Lock()
 # The default dtype of the thread that builds.
 _own = threading.local()
 
+# What ``loading_of`` adds to a configuration: the model that is built with it, and its prefix.
+_MODEL, _PREFIX = "areal_model_config", "areal_prefix"
+
 _REGISTERS = ("static_forward_context", "static_all_moe_layers")
 
 # These make floating tensors of the default dtype, whatever their arguments are.
@@ -116,7 +119,7 @@ def apart(config: Any, step: Callable[[], None] = lambda: None, timeout: float =
     try:
         own = separate_config(config)
         with (
-            _thread_default_dtype(config.model_config.dtype),
+            _thread_default_dtype(model_config_of(config).dtype),
             set_current_vllm_config(own),
             torch.no_grad(),
             _DefaultDtype(step),
@@ -124,6 +127,18 @@ def apart(config: Any, step: Callable[[], None] = lambda: None, timeout: float =
             yield own
     finally:
         _building.release()
+
+
+def loading_of(config: Any, model_config: Any, prefix: str) -> Any:
+    """Return a copy of vLLM's configuration with which ``model_config`` is built: a drafter beside the base model."""
+    own = copy.copy(config)
+    vars(own).update({_MODEL: model_config, _PREFIX: prefix})
+    return own
+
+
+def model_config_of(config: Any) -> Any:
+    """Return vLLM's configuration of the model that is built with ``config``."""
+    return vars(config).get(_MODEL, config.model_config)
 
 
 def separate_config(config: Any) -> Any:
@@ -187,16 +202,24 @@ def load_into(model: Any, config: Any, device: torch.device, load: Callable[[Any
     if any(getattr(method, "uses_meta_device", False) for method in methods):  # quantised as it is loaded
         from vllm.model_executor.model_loader.reload import finalize_layerwise_processing
 
-        finalize_layerwise_processing(model, config.model_config)
-    process_weights_after_loading(model, config.model_config, device)
+        finalize_layerwise_processing(model, model_config_of(config))
+    process_weights_after_loading(model, model_config_of(config), device)
     model.eval()
 
 
 def new_model(config: Any, device: torch.device) -> torch.nn.Module:
     """Return a model of ``config`` without weights, on ``device`` or where the configuration has vLLM load it."""
+    load_device = config.load_config.device
+    return initialized(config, torch.device(load_device) if load_device else device)
+
+
+def initialized(config: Any, device: torch.device) -> torch.nn.Module:
+    """Return a model of ``config`` without weights, on ``device``."""
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    load_device = config.load_config.device
-    with on_device(torch.device(load_device) if load_device else device):
-        model: torch.nn.Module = initialize_model(vllm_config=config, model_config=config.model_config)
+    prefix = vars(config).get(_PREFIX, "")
+    with on_device(device):
+        model: torch.nn.Module = initialize_model(
+            vllm_config=config, model_config=model_config_of(config), prefix=prefix
+        )
     return model

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .apart import apart, on_device
+from .apart import apart, initialized, model_config_of
+from .drafter import DrafterWorker, OwnPart
 from .proof import tie_as
 from .unloaded import described, load_and_find_unloaded
 
@@ -46,17 +47,16 @@ class DryModel:
         To be called on the worker's own thread before it computes.
         """
         try:
-            from vllm.model_executor.model_loader.utils import initialize_model
-
-            with apart(worker.vllm_config) as config, on_device(torch.device("meta")):
-                model = initialize_model(vllm_config=config, model_config=config.model_config)
+            with apart(worker.vllm_config) as config:
+                model = initialized(config, torch.device("meta"))
             tie_as(model, worker.get_model())
+            loads: Any = OwnPart(model, worker) if isinstance(worker, DrafterWorker) else model
         except Exception:
             logger.warning(
                 "areal_vllm_ext: names of incoming weights cannot be checked by a load without memory", exc_info=True
             )
             return None
-        return cls(model, complete=config.model_config.quantization is None)
+        return cls(loads, complete=model_config_of(config).quantization is None)
 
     def refusal(self, weights: Mapping[str, torch.Tensor]) -> str | None:
         """Return why the model does not take ``weights`` as all of its weights; None if it does. Safe on any thread."""

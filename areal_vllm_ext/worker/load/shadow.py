@@ -21,6 +21,7 @@ from ...transport.base import Cancelled
 from ..memory import free_bytes
 from . import apart
 from .copying import Copies, view_of
+from .drafter import DrafterWorker
 from .pairing import BeforeLoad, Pairs
 from .plan import LoadPlan, ModelFingerprint
 from .proof import readable, tie_as
@@ -235,8 +236,9 @@ def obstacle(worker: Any, weights: Sequence[tuple[str, torch.Tensor]]) -> str:
         return "experts move between the ranks (EPLB), so a fresh load has others"
     if parallel.enable_expert_parallel and parallel.data_parallel_size > 1 and worker.device.type == "cuda":
         return "experts of several DP ranks set up their communication together while they are loaded"
-    if config.quant_config is not None and config.model_config.quantization in ("bitsandbytes", "gguf"):
-        return f"vLLM loads {config.model_config.quantization} by another loader"
+    quantization = apart.model_config_of(config).quantization
+    if config.quant_config is not None and quantization in ("bitsandbytes", "gguf"):
+        return f"vLLM loads {quantization} by another loader"
     if reason := _offloads(config):
         return reason
     needed = fault_points.reach("shadow", room(worker, weights))
@@ -278,7 +280,7 @@ def build(
                     if options.recorded
                     else None
                 )
-                _load(model, config, worker.device, weights, before, recorders)
+                _load(model, config, worker, weights, before, recorders)
                 with options.access():
                     pairs = Pairs(model, live, before)
                     shadow.set_work(pairs.copies, pairs.digests, pairs.assigned)
@@ -316,16 +318,19 @@ def _new_model(config: Any, device: torch.device) -> torch.nn.Module:
 def _load(
     model: torch.nn.Module,
     config: Any,
-    device: torch.device,
+    worker: Any,
     weights: Sequence[tuple[str, torch.Tensor]],
     before: BeforeLoad,
     recorders: tuple[ShadowRecorder, TapeRecorder] | None,
 ) -> None:
     """Load the weights, and refuse those that the model does not take, or that leave parameters without weights."""
     unloaded: list[str] = []
+    device, drafter = worker.device, worker if isinstance(worker, DrafterWorker) else None
 
     def load(one: Any) -> None:
         one.load_weights(_fed(weights))
+        if drafter is not None:
+            drafter.take_shared_off(one)
         unloaded.extend(before.writes.unloaded())
 
     try:
@@ -337,12 +342,14 @@ def _load(
             if recorders and device.type == "cpu":
                 watching.enter_context(observe_packing(recorders[0]))
             apart.load_into(model, config, device, load)
+        if drafter is not None:
+            drafter.put_shared_on(model)
     except Exception as error:
         _raise_again(error)
         logger.info("areal_vllm_ext: the new weights cannot be loaded", exc_info=True)
         raise Refused(f"the model does not take these weights: {type(error).__name__}: {error}") from None
     missing = [name for name in unloaded if name in readable(model)]
-    if missing and config.model_config.quantization is None:
+    if missing and apart.model_config_of(config).quantization is None:
         raise Refused(f"{described(missing)}; send all weights")
 
 
