@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 
 from areal_vllm_ext.client.drafts import DraftPart
 from areal_vllm_ext.client.weights import Checker
+from areal_vllm_ext.engine_core.in_flight import UpdateInFlight
 from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.engine_core.queries import together
 from areal_vllm_ext.engine_core.status import status_of
 from areal_vllm_ext.errors import InvalidWeights
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.integrity.verify import compare
-from areal_vllm_ext.protocol import DraftWeights, TensorMeta, WeightDigests, Weights
+from areal_vllm_ext.protocol import Begin, DraftWeights, TensorMeta, Units, WeightDigests, Weights
 from areal_vllm_ext.protocol.types import WorkerWeights
 from areal_vllm_ext.worker.drafts import StagedDraft
 from areal_vllm_ext.worker.load import drafter
@@ -191,3 +192,14 @@ def test_a_drafter_that_no_update_moved_is_not_what_its_checkpoint_says() -> Non
     base = dict(zip(BASE, zip(metas(BASE), digest.digests_of(BASE.values()), strict=True), strict=True))
     found = compare({"e": served(BASE)}, {"e": STATUS}, base, taken(), draft)
     assert [one.reason for one in found.differences] == ["is in the checkpoint but was never applied"] * len(DRAFT)
+
+
+def test_an_engine_knows_which_version_its_drafter_has() -> None:
+    participant, versions = Participant(0, frozenset({0})), []
+    for version, units in ((1, Units()), (2, Units(draft=True)), (3, Units())):
+        begin = Begin(epoch=version, update=str(version), version=version, senders={}, timeout=9.0)
+        participant.update, participant.update_phase = UpdateInFlight(begin, 9.0, frozenset({0})), "committing"
+        participant.update.units = units
+        participant.commit_done("", 0.0)
+        versions.append(status_of(participant, engine_info()).draft_version)
+    assert versions == [None, 2, 2]

@@ -54,13 +54,16 @@ class Worker:
     """A worker with a real model, whose reports are answered here as by an engine."""
 
     def __init__(self, folder: Any, transposed: tuple[str, ...] = (), *, lora: bool = False) -> None:
-        self.loaded = lora_worker(folder=folder) if lora else LoadedWorker(folder)
+        self.loaded = self.load(folder, lora=lora)
         for name in transposed:
             weight = self.loaded.get_model().get_parameter(name)
             weight.data = weight.data.t().contiguous().t()
         self.reports: queue.Queue[Any] = queue.Queue()
         self.context = WorkerContext(self.loaded, self.reports.put)
         self.peers = Peers(self.context, "127.0.0.1", self.reports.put)
+
+    def load(self, folder: Any, *, lora: bool) -> LoadedWorker:
+        return lora_worker(folder=folder) if lora else LoadedWorker(folder)
 
     def expect(self, kind: type[Any], seconds: float = 60.0) -> Any:
         """Return the next report of a kind; meanwhile read packed weights, as calls on the engine's loop do."""

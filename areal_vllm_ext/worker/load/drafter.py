@@ -41,6 +41,10 @@ class DrafterWorker:
             model: its drafter.
         """
         proposer = worker.model_runner.drafter
+        if getattr(proposer, "parallel_drafting_hidden_state_tensor", None) is not None:
+            raise RuntimeError(
+                "vLLM keeps a tensor that it has made of this drafter's weights at its start (parallel drafting)"
+            )
         speculative = worker.vllm_config.speculative_config
         make_config = getattr(proposer, "_create_draft_vllm_config", None)
         config = make_config() if make_config is not None else worker.vllm_config

@@ -1,0 +1,179 @@
+"""A worker's drafter, with real models of vLLM: what an update stages, builds and makes live, and what a peer hands over."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from test_kernel_format import FETCH, Worker, fetch
+from vllm_models import LoadedWorker, checkpoint, saved, trained, weights_of
+
+from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.protocol.peer_messages import EndOffer
+from areal_vllm_ext.worker.drafts import Drafter, StagedDraft
+from areal_vllm_ext.worker.load import proof
+from areal_vllm_ext.worker.load.drafter import shared_paths
+from areal_vllm_ext.worker.load.shadow import BuildOptions
+from areal_vllm_ext.worker.staged_update import meta_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from areal_vllm_ext.integrity.digest import Contents
+
+pytestmark = pytest.mark.timeout(300)
+
+
+class DraftingWorker(LoadedWorker):
+    """A worker with a draft model that vLLM's own proposer has loaded."""
+
+    def __init__(self, folder: Path, drafter: Path) -> None:
+        speculative = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 2}
+        super().__init__(folder, speculative_config=speculative)
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+        proposer: Any = DraftModelProposer.__new__(DraftModelProposer)
+        proposer.vllm_config = self.vllm_config
+        proposer.speculative_config = self.vllm_config.speculative_config
+        with set_current_vllm_config(self.vllm_config):
+            proposer.model = proposer._get_model()
+        self.model_runner = SimpleNamespace(drafter=proposer)
+
+    def get_draft_model(self) -> torch.nn.Module:
+        model: torch.nn.Module = self.model_runner.drafter.model
+        return model
+
+    def drafts_with(self) -> dict[str, int]:
+        """What the drafter computes with."""
+        model = self.get_draft_model()
+        return proof.digests_of_model(model) | proof.packed_digests(model)
+
+
+@pytest.fixture(scope="module")
+def folders() -> Iterator[list[Path]]:
+    """Checkpoints of one model with three sets of weights."""
+    folder = checkpoint("dense")
+    with saved(trained(weights_of(folder), 1), folder) as one, saved(trained(weights_of(folder), 2), folder) as two:
+        yield [folder, one, two]
+
+
+def contents_of(tensors: dict[str, torch.Tensor]) -> Contents:
+    values = digest.digests_of(tensors.values())
+    return {name: (meta_of(name, tensor), value) for (name, tensor), value in zip(tensors.items(), values, strict=True)}
+
+
+def staged(drafter: Drafter, tensors: dict[str, torch.Tensor]) -> StagedDraft:
+    update = StagedDraft(drafter)
+    update.add(tensors, contents_of(tensors), unchecked=True)
+    return update
+
+
+def test_new_weights_are_built_beside_the_drafter_then_copied_by_a_plan(folders: list[Path]) -> None:
+    base, *others = folders
+    worker = DraftingWorker(base, others[1])
+    fresh = [DraftingWorker(base, folder).drafts_with() for folder in others]
+    before, of_base = worker.drafts_with(), proof.digests_of_model(worker.get_model())
+    drafter = Drafter.of(worker)
+    assert drafter is not None
+    assert not list(shared_paths(worker.get_draft_model(), worker.get_model()))
+    weights = drafter.learn()
+    assert weights is not None
+    assert not weights.with_base
+    for number, folder in enumerate(others):
+        update = staged(drafter, dict(weights_of(folder)))
+        assert update.vote(BuildOptions, wanted=True) == digest.manifest(contents_of(dict(weights_of(folder))).values())
+        assert worker.drafts_with() == before, "the vote changed what is live"
+        update.check_fits()
+        committed = update.commit()
+        before = worker.drafts_with()
+        assert before == fresh[number]
+        # The first one was built, and what it recorded copies the second.
+        assert bool(committed.digests) == (number == 0)
+        assert all(name.startswith("draft.") for name in (*committed.contents, *committed.written, *committed.digests))
+    assert proof.digests_of_model(worker.get_model()) == of_base
+
+
+def test_wrong_weights_for_the_drafter_change_nothing(folders: list[Path]) -> None:
+    worker = DraftingWorker(folders[0], folders[0])
+    drafter = Drafter.of(worker)
+    assert drafter is not None
+    drafter.learn()
+    before, tensors = worker.drafts_with(), dict(weights_of(folders[1]))
+    first = next(iter(tensors))
+    for wrong, message in (
+        ({first: tensors[first][:1]}, "draft: .* has shape"),
+        ({"other": tensors[first]}, "draft: other is not a weight"),
+        ({first: torch.full_like(tensors[first], torch.nan)}, "draft: .* NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            staged(drafter, tensors | wrong)
+    without = staged(drafter, {name: one for name, one in tensors.items() if name != first})
+    with pytest.raises(ValueError, match=r"draft: 1 of .* tensors are missing"):
+        without.vote(BuildOptions, wanted=True)
+    assert not without
+    drafter.discarded = "vLLM's sleep level 2 discarded the drafter's weights"
+    with pytest.raises(RuntimeError, match="send the drafter too"):
+        StagedDraft(drafter).vote(BuildOptions, wanted=False)
+    assert worker.drafts_with() == before
+
+
+def test_a_drafter_that_has_moved_since_the_vote_is_not_written_to(folders: list[Path]) -> None:
+    worker = DraftingWorker(folders[0], folders[0])
+    drafter = Drafter.of(worker)
+    assert drafter is not None
+    drafter.learn()
+    update = staged(drafter, dict(weights_of(folders[1])))
+    update.vote(BuildOptions, wanted=True)
+    norm = worker.get_draft_model().get_parameter("model.norm.weight")
+    norm.data = norm.data.clone()
+    with pytest.raises(RuntimeError, match="moved since the vote: nothing was applied"):
+        update.check_fits()
+
+
+class Drafting(Worker):
+    loaded: DraftingWorker
+
+    def load(self, folder: Path, *, lora: bool) -> DraftingWorker:
+        return DraftingWorker(folder, folder)
+
+
+def test_a_worker_that_returns_gets_its_peers_drafter(folders: list[Path]) -> None:
+    peer, stale = Drafting(folders[1]), Drafting(folders[0])
+    expected = peer.served(), peer.loaded.drafts_with()
+    fetched = fetch(peer, stale, peer.offer())
+    assert not fetched.error
+    peer.peers.order(EndOffer(fetch=FETCH))
+    stale.commit()
+    assert (stale.served(), stale.loaded.drafts_with()) == expected
+
+
+def test_a_peer_without_a_drafter_is_refused(folders: list[Path]) -> None:
+    fetched = fetch(peer := Worker(folders[1]), Drafting(folders[0]), peer.offer())
+    assert fetched.unlike
+    assert "drafter" in fetched.error
+
+
+def test_a_drafter_is_compared_with_what_the_last_commit_left(folders: list[Path]) -> None:
+    worker = Drafting(folders[0])
+    live, drafter = worker.context.live_weights, worker.context.drafter
+    assert drafter is not None
+    drafter.learn()
+    update = staged(drafter, dict(weights_of(folders[1])))
+    update.vote(BuildOptions, wanted=True)
+    base = contents_of(dict(weights_of(folders[0])))
+    with live.committing(base, "one", draft=True):
+        live.set_draft(*update.commit())
+        live.set_written(None)
+    assert not live.describe(contents=False).changed
+    assert {meta.name for meta, _ in live.describe(contents=True).contents if meta.name.startswith("draft.")}
+    with torch.no_grad():
+        worker.loaded.get_model().get_parameter("model.norm.weight").add_(1)
+    with live.committing(base, "two"):  # leaves the drafter as it is
+        live.set_written(None)
+    with torch.no_grad():
+        worker.loaded.get_draft_model().get_parameter("model.norm.weight").add_(1)
+    assert live.describe(contents=False).changed == ("draft.model.norm.weight",)
