@@ -20,6 +20,7 @@ from lazily import Lazily
 from real_receivers import Served, checkpoint, group, send, served, shared_engines, weights  # noqa: F401 - fixtures
 from safetensors.torch import load_file, save_file
 from test_weights import metas, sent, takes
+from vllm_models import reload_weights, skipped_without_mla
 
 from areal_vllm_ext import EngineGroup, InvalidWeights, UpdateAborted
 from areal_vllm_ext.client.weights import Checker
@@ -41,7 +42,6 @@ vllm_config = Lazily("vllm.config")
 vllm_utils = Lazily("vllm.model_executor.model_loader.utils")
 VLLM_TIES = "vllm.model_executor.model_loader.weight_tying"
 vllm_loader = Lazily("vllm.model_executor.model_loader")
-vllm_reload = Lazily("vllm.model_executor.model_loader.reload.inplace")
 vllm_args = Lazily("vllm.engine.arg_utils")
 
 Tensors = dict[str, torch.Tensor]
@@ -169,7 +169,7 @@ class Kind:
 
     def built(self) -> Any:
         """vLLM's model without weights, on the CPU and not packed."""
-        with apart(self.config) as config:
+        with apart(self.config) as config, skipped_without_mla():
             return vllm_utils.initialize_model(vllm_config=config)
 
     def loaded(self, tensors: Tensors) -> Tensors:
@@ -401,8 +401,7 @@ class RealWorker:
         return self.model
 
     def reload_weights(self, weights_iterator: Any) -> None:
-        with vllm_config.set_current_vllm_config(self.vllm_config):
-            vllm_reload.reload_weights(self.vllm_config, self.model, weights_iterator, None, True)
+        reload_weights(self.vllm_config, self.model, weights_iterator)
 
     def digests(self) -> dict[str, int]:
         return digests_of_model(self.model) | packed_digests(self.model)

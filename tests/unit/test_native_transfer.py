@@ -257,7 +257,7 @@ def test_sources_of_both_versions_are_read() -> None:
 def test_vllm_knows_the_backend_by_name() -> None:
     factory = pytest.importorskip("vllm.distributed.weight_transfer.factory")
     if not hasattr(factory, "WeightTransferTrainerFactory"):
-        pytest.skip("this vLLM has no trainer engines")
+        pytest.skip("it has no trainer engines")
 
     plugin.register_backends()
     plugin.register_backends()

@@ -391,7 +391,7 @@ def test_a_bias_with_another_write_between_two_equal_ones_is_not_planned() -> No
             param.data[:HEADS].fill_(0)
 
     for between, reason in (
-        (over_the_first, "the live bias is copied"),
+        (over_the_first, "the live bias is copied|q is loaded by way of another layout"),  # the second: torch 2.10
         (zero_first, "q is overwritten by a constant"),
     ):
         with pytest.raises(NotPlanned, match=reason):

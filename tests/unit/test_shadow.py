@@ -25,6 +25,7 @@ from areal_vllm_ext.worker.load.plan import PlanRun
 from areal_vllm_ext.worker.load.shadow import BuildOptions, Refused, Shadow
 from areal_vllm_ext.worker.load.written import wrong_in
 from areal_vllm_ext.worker.residency import Residency
+from harness.vllm_release import older_than
 
 Weights = dict[str, torch.Tensor]
 PLANNED = {"dense", "tied", "biases"}
@@ -94,7 +95,7 @@ def test_the_first_update_gives_what_a_fresh_load_gives(family: str, dtype: torc
     assert worker.vllm_config.compilation_config.static_forward_context == registers
     run = loader.begin_run()
     assert (run is not None) == (family in PLANNED)
-    if run is None:
+    if run is None or (family == "tied" and older_than(0, 24)):  # there the tied head is packed a second time
         updated(worker, loader, trained(base, 2))
     else:
         copied(loader, run, trained(base, 2))
