@@ -1,9 +1,9 @@
 """AReaL's own trainer and client, driven line by line: its FSDP engine on a CPU, and its client of vLLM servers.
 
-    python areal_trainer.py MODEL ADDRESSES BACKEND FOLDER FD     commands on standard input, answers on the descriptor
+    python areal_trainer.py MODEL ADDRESSES BACKEND FOLDER FD [lora]    commands on standard input, answers on the descriptor
 
 Commands are lists of JSON: ["train", seed], ["update", "xccl" or "disk", version], ["bad bucket"], ["generate", tokens],
-["call", method of the client].
+["call", method of the client], ["save adapter", path]. With ``lora`` it trains an adapter, and updates bring that.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from areal.engine import fsdp_engine
 from areal.engine.fsdp_engine import FSDPEngine
 from areal.engine.vllm_remote import RemotevLLMEngine
 from areal.utils import name_resolve
+from safetensors.torch import save_file
 
 # Small, so that an update has several buckets.
 _BUCKET_MIB = 1
@@ -31,7 +32,7 @@ _BUCKET_MIB = 1
 class Trainer:
     """One rank of a trainer, and the client that it commands."""
 
-    def __init__(self, model: str, addresses: list[str], backend: str, folder: str) -> None:
+    def __init__(self, model: str, addresses: list[str], backend: str, folder: str, *, lora: bool) -> None:
         names = {"experiment_name": "areal_vllm_ext", "trial_name": str(os.getpid())}
         name_resolve.reconfigure(NameResolveConfig(nfs_record_root=f"{folder}/names"))
         config = InferenceEngineConfig(
@@ -39,11 +40,17 @@ class Trainer:
         )
         self.client = RemotevLLMEngine(config)
         self.client.initialize(addr=addresses, train_data_parallel_size=1)
-        self.engine = FSDPEngine.from_pretrained(model, dtype="float32", attn_impl="sdpa", **names)
+        adapter = {"use_lora": True, "lora_rank": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"]}
+        self.engine = FSDPEngine.from_pretrained(
+            model, dtype="float32", attn_impl="sdpa", **names, **(adapter if lora else {})
+        )
         self.engine.create_process_group()
         self.engine.initialize(None, FinetuneSpec(1, 1, 1))
         self.xccl = WeightUpdateMeta.from_fsdp_xccl(
-            gen_allocation=ModelAllocation.from_str(backend, name="rollout"), weight_chunked_mem_mb=_BUCKET_MIB
+            gen_allocation=ModelAllocation.from_str(backend, name="rollout"),
+            weight_chunked_mem_mb=_BUCKET_MIB,
+            use_lora=lora,
+            lora_name="lora" if lora else "",
         )
         self.disk = WeightUpdateMeta.from_disk(file_root=folder, **names)
         if host := os.environ.get("AREAL_TEST_HOST"):  # AReaL asks for this host's name, which no namespace has
@@ -58,12 +65,12 @@ class Trainer:
         """Move the weights as ``Cluster.train`` does."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in self.engine.model.parameters():
+            for parameter in filter(lambda one: one.requires_grad, self.engine.model.parameters()):
                 local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
                 local.add_(torch.randn(local.shape, generator=generator) * 0.05)
 
     def update(self, kind: str, version: int) -> None:
-        meta = self.xccl if kind == "xccl" else self.disk.with_version(version)
+        meta = (self.xccl if kind == "xccl" else self.disk).with_version(version)
         self.client.pause()
         self.engine.set_version(version)
         self.client.set_version(version)
@@ -80,6 +87,10 @@ class Trainer:
         dist.broadcast(torch.zeros(3, 5), src=0, group=self.engine.weight_update_groups[0], async_op=True)
         future.result()
 
+    def save_adapter(self, path: str) -> None:
+        named = ((name, one) for name, one in self.engine.model.named_parameters() if one.requires_grad)
+        save_file({name: one.full_tensor() if hasattr(one, "full_tensor") else one.data for name, one in named}, path)
+
     def call(self, method: str) -> None:
         getattr(self.client, method)()
 
@@ -92,14 +103,14 @@ class Trainer:
 
 
 def main() -> None:
-    model, addresses, backend, folder, descriptor = sys.argv[1:]
+    model, addresses, backend, folder, descriptor, *kinds = sys.argv[1:]
     with os.fdopen(int(descriptor), "w") as answers:
 
         def answer(value: Any = None, error: str = "") -> None:
             answers.write(json.dumps({"value": value, "error": error}) + "\n")
             answers.flush()
 
-        trainer = Trainer(model, addresses.split(","), backend, folder)
+        trainer = Trainer(model, addresses.split(","), backend, folder, lora="lora" in kinds)
         answer()
         for line in sys.stdin:
             try:

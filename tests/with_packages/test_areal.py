@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("areal", reason="AReaL is in .venv-integrations: make test-integrations")
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -22,6 +23,7 @@ from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import make_model
 from areal_vllm_ext.protocol import security, timing
+from areal_vllm_ext.worker.adapters.store import AdapterStore
 from harness.areal_server import Server, serving
 
 pytestmark = pytest.mark.timeout(400)
@@ -30,10 +32,10 @@ pytestmark = pytest.mark.timeout(400)
 class Trainer:
     """``areal_trainer.py`` in a process of its own."""
 
-    def __init__(self, model: Path, server: Server, folder: Path) -> None:
+    def __init__(self, model: Path, server: Server, folder: Path, *kinds: str) -> None:
         reader, writer = os.pipe()
         command = [sys.executable, str(Path(__file__).with_name("areal_trainer.py")), str(model)]
-        command += [f"127.0.0.1:{server.port}", f"vllm:d{2 * WORKERS}", str(folder / "out"), str(writer)]
+        command += [f"127.0.0.1:{server.port}", f"vllm:d{2 * WORKERS}", str(folder / "out"), str(writer), *kinds]
         environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {
             "MASTER_ADDR": "127.0.0.1",
@@ -106,9 +108,14 @@ def assert_serve(served: Served, model: torch.nn.Module, group: EngineGroup, ver
     assert {(state.version, state.generation) for state in group.status()} == {(version, "running")}
 
 
+def first_engine(served: Served) -> tuple[str, int]:
+    """The engine that a server of this deployment belongs to."""
+    infos = [engine.endpoint.info for engine in served.deployment.engines.values()]
+    return min((info.replica, info.dp_rank) for info in infos)
+
+
 def test_every_worker_gets_what_areal_trained(engines: Served, model: torch.nn.Module, tmp_path: Path) -> None:
-    key_file = tmp_path / "cluster.key"
-    first = min((one.endpoint.info.replica, one.endpoint.info.dp_rank) for one in engines.deployment.engines.values())
+    key_file, first = tmp_path / "cluster.key", first_engine(engines)
     with (
         serving(engines.deployment.directory, key_file, first) as server,
         connected(engines.deployment, key_file) as group,
@@ -133,5 +140,32 @@ def test_every_worker_gets_what_areal_trained(engines: Served, model: torch.nn.M
             assert {state.generation for state in group.status()} == {"paused"}
             trainer.do("call", "continue_generation")
             assert_serve(engines, model, group, 7)
+        finally:
+            trainer.close()
+
+
+def test_every_worker_gets_the_adapter_that_areal_trained(
+    engines: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdapterStore, "load", lambda _, __, given, ___: dict(given))  # without vLLM's LoRA
+    key_file, first = tmp_path / "cluster.key", first_engine(engines)
+    with (
+        serving(engines.deployment.directory, key_file, first) as server,
+        connected(engines.deployment, key_file) as group,
+    ):
+        trainer = Trainer(tmp_path / "model", server, tmp_path, "lora")
+        try:
+            for version in (1, 2, 3):
+                trainer.do("train", version)
+                trainer.do("update", "xccl", version)
+                trainer.do("save adapter", str(tmp_path / "adapter.safetensors"))
+                trained = load_file(tmp_path / "adapter.safetensors")
+                expected = {name.replace(".default", ""): tensor for name, tensor in trained.items()}
+                assert len(engines.adapters) == 2 * WORKERS
+                for held in engines.adapters.values():
+                    assert sorted(held[f"lora-v{version}"]) == sorted(expected)
+                    assert all(torch.equal(held[f"lora-v{version}"][name], one) for name, one in expected.items())
+                assert {(state.version, state.generation) for state in group.status()} == {(version, "running")}
+            assert {name for state in group.status() for name in state.adapters} == {"lora-v2", "lora-v3"}
         finally:
             trainer.close()
