@@ -224,6 +224,9 @@ def _receive(group: Any, memory: int, order: dict[str, Any]) -> None:
 def main() -> None:
     """Join a group, and receive what is ordered."""
     torch.set_num_threads(1)
+    # gloo of torch 2.10 prints to standard output; that goes to the log, so that answers are alone in their pipe.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     memory = int(sys.argv[1])
     orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read_orders, args=(orders,), name="areal-orders", daemon=True).start()
@@ -237,8 +240,8 @@ def main() -> None:
                 _receive(group, memory, order)
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
