@@ -71,6 +71,9 @@ def add_to(commands: Commands) -> None:
         "--from", dest="source", metavar="DIR", required=True, help="a Hugging Face checkpoint (safetensors)"
     )
     parser.add_argument(
+        "--draft", metavar="DIR", help="the checkpoint of the engines' drafter, which this host can read"
+    )
+    parser.add_argument(
         "--to-version",
         metavar="VERSION",
         type=_version,
@@ -86,6 +89,7 @@ def add_to(commands: Commands) -> None:
         code_3=VERIFY_CODE,
     )
     parser.add_argument("--against", metavar="DIR", help="a Hugging Face checkpoint that the engines should serve")
+    parser.add_argument("--draft", metavar="DIR", help="beside it, the checkpoint that their drafter should serve")
     _add_connection(parser, "%(default)g", 300.0)
 
     parser = commands.add(
@@ -226,7 +230,7 @@ def _on_all(options: argparse.Namespace, command: Callable[[EngineGroup, float],
 def _update(options: argparse.Namespace) -> int:
     with _connect(options) as group:
         with group.update(options.to_version, timeout=options.timeout) as update:
-            update.send(options.source)
+            update.send(options.source, draft=options.draft)
         result = update.result
     facts = {
         "version": result.version,
@@ -234,6 +238,7 @@ def _update(options: argparse.Namespace) -> int:
         "lost": dict(result.lost),
         "total_ms": round(result.total_ms, 1),
         "pause_ms": round(result.pause_ms, 1),
+        "draft": result.draft,
     }
     sentence = "{engines} engines serve version {version} (took {total_ms} ms, paused for {pause_ms} ms)"
     print_report(options.json, facts, sentence)
@@ -260,7 +265,7 @@ def _forget(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     with _connect(options) as group:
-        found = group.verify(options.against, timeout=options.timeout)
+        found = group.verify(options.against, draft=options.draft, timeout=options.timeout)
     if options.json:
         print(json.dumps({"equal": found.equal, **dataclasses.asdict(found)}))
     else:

@@ -103,6 +103,7 @@ class EngineGroup:
         weights: WeightSource | str | os.PathLike[str],
         *,
         version: Version,
+        draft: DraftSource | None = None,
         timeout: float = UPDATE_SECONDS,
         dtype: str | torch.dtype | None = None,
         **options: Unpack[UpdateOptions],
@@ -112,7 +113,7 @@ class EngineGroup:
         A trainer of several ranks makes the two calls itself: all ranks update, and rank 0 wakes engines up.
         """
         ends = time.monotonic() + checked_seconds(timeout)
-        result = self.update_weights(weights, version=version, timeout=timeout, dtype=dtype, **options)
+        result = self.update_weights(weights, version=version, draft=draft, timeout=timeout, dtype=dtype, **options)
         self.wake_up(timeout=max(ends - time.monotonic(), 0.05))
         return result
 

@@ -268,6 +268,7 @@ class AsyncEngineGroup:
         weights: WeightSource | str | os.PathLike[str],
         *,
         version: Version,
+        draft: DraftSource | None = None,
         timeout: float = UPDATE_SECONDS,
         dtype: str | torch.dtype | None = None,
         **options: Unpack[UpdateOptions],
@@ -278,7 +279,9 @@ class AsyncEngineGroup:
         again goes on from there. Arguments and results are those of ``update_weights``.
         """
         ends = time.monotonic() + checked_seconds(timeout)
-        result = await self.update_weights(weights, version=version, timeout=timeout, dtype=dtype, **options)
+        result = await self.update_weights(
+            weights, version=version, draft=draft, timeout=timeout, dtype=dtype, **options
+        )
         await self.wake_up(timeout=max(ends - time.monotonic(), 0.05))
         return result
 

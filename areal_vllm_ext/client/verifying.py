@@ -28,6 +28,8 @@ async def verify(
     timeout: float,
 ) -> Verification:
     """Compare what the engines serve. See ``AsyncEngineGroup.verify``."""
+    if draft is not None and checkpoint is None:
+        raise ValueError("verify(draft=...) compares beside a checkpoint: give the base model's directory too")
     ends = time.monotonic() + timeout
     expected = await asyncio.to_thread(contents, checkpoint) if checkpoint is not None else None
     drafted = await asyncio.to_thread(contents, draft) if draft is not None else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -177,3 +179,69 @@ def test_a_drafter_is_compared_with_what_the_last_commit_left(folders: list[Path
     with torch.no_grad():
         worker.loaded.get_draft_model().get_parameter("model.norm.weight").add_(1)
     assert live.describe(contents=False).changed == ("draft.model.norm.weight",)
+
+
+class MtpWorker(DraftingWorker):
+    """A worker whose drafter is in the base model's checkpoint, and shares its embedding and head."""
+
+    def __init__(self, folder: Path) -> None:
+        LoadedWorker.__init__(self, folder, speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.spec_decode.eagle import EagleProposer
+
+        proposer: Any = EagleProposer.__new__(EagleProposer)
+        proposer.vllm_config = self.vllm_config
+        proposer.speculative_config = self.vllm_config.speculative_config
+        proposer.use_local_argmax_reduction = False
+        with set_current_vllm_config(self.vllm_config):
+            proposer.model = proposer._get_model()
+            proposer._maybe_share_embeddings(self.get_model())
+            proposer._maybe_share_lm_head(self.get_model())
+        self.model_runner = SimpleNamespace(drafter=proposer)
+
+
+def with_mtp_layer(folder: Path, seed: int) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's tensors, and those of a layer that drafts."""
+    weights, at = weights_of(folder), "model.mtp_layers.0."
+    layer = {name.replace("model.layers.0.", at): one for name, one in weights.items() if ".layers.0." in name}
+    width = weights["model.norm.weight"].shape[0]
+    norms = {
+        f"{at}{name}.weight": torch.ones(width) for name in ("token_layernorm", "hidden_layernorm", "final_layernorm")
+    }
+    return weights | trained(layer | norms | {f"{at}input_proj.weight": torch.zeros(width, 2 * width)}, seed)
+
+
+@pytest.fixture(scope="module")
+def with_mtp() -> Iterator[list[Path]]:
+    """Checkpoints of one model with a layer that drafts, in three sets of weights."""
+    folder = checkpoint("biases")
+    with contextlib.ExitStack() as stack:
+        found = [stack.enter_context(saved(with_mtp_layer(folder, seed), folder)) for seed in (1, 2, 3)]
+        for one in found:
+            config = json.loads((one / "config.json").read_text())
+            config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+            (one / "config.json").write_text(json.dumps(config))
+        yield found
+
+
+def test_a_drafter_in_the_base_models_checkpoint_takes_its_own_part_of_it(with_mtp: list[Path]) -> None:
+    worker, *fresh = map(MtpWorker, with_mtp)
+    assert sorted(shared_paths(worker.get_draft_model(), worker.get_model())) == ["lm_head", "model.embed_tokens"]
+    drafter = Drafter.of(worker)
+    assert drafter is not None
+    weights = drafter.learn()
+    assert weights is not None
+    assert weights.with_base
+    own = {meta.name for meta in weights.tensors}
+    assert own == {name for name in weights_of(with_mtp[0]) if "mtp_layers" in name}
+    of_base = proof.digests_of_model(worker.get_model())
+    for number, one in enumerate(fresh):
+        tensors = {name: tensor for name, tensor in weights_of(with_mtp[number + 1]).items() if name in own}
+        update = staged(drafter, tensors)
+        update.vote(BuildOptions, wanted=True)
+        committed = update.commit()
+        assert worker.drafts_with() == one.drafts_with()
+        # The base model's commit changes what is shared, so the drafter's says nothing of it.
+        assert not {"draft.lm_head.weight", "draft.model.embed_tokens.weight"} & committed.digests.keys()
+        assert bool(committed.digests) == (number == 0), "the second one is copied by a plan"
+    assert proof.digests_of_model(worker.get_model()) == of_base
