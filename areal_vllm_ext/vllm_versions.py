@@ -40,6 +40,23 @@ def set_device(worker: Any) -> None:
         worker.device = worker.model_runner.device
 
 
+def drop_keys_and_values(engine: Any) -> bool:
+    """Have an engine drop cached keys and values, those of running requests too; return whether it did.
+
+    0.19 calls it a failure if there is no connector whose cache could be dropped. And its asynchronous scheduler throws the
+    next token of each running request away, because it takes that for one of before. In an engine that has paused, none is
+    in flight, so a token would be missing in the answer.
+    """
+    scheduler = engine.scheduler
+    settled = [one for one in getattr(scheduler, "running", ()) if not getattr(one, "num_output_placeholders", 0)]
+    connected = getattr(scheduler, "connector", None) is not None
+    done = bool(engine.reset_prefix_cache(reset_running_requests=True, reset_connector=connected))
+    for request in settled:
+        if hasattr(request, "discard_latest_async_tokens"):
+            request.discard_latest_async_tokens = False
+    return done
+
+
 def load_endpoint_plugins() -> None:
     """Have the API server of this process load plugins of the group ``vllm.endpoint_plugins``; vLLM 0.19 knows none.
 

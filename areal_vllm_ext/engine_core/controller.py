@@ -21,6 +21,7 @@ from ..control.directory_server import DirectoryServer
 from ..errors import HookError, SettingsError
 from ..process.host_slot import HostSlot
 from ..protocol import NO_SLEEP_MODE, CallAnswer, Version, security, timing, transfer_steps
+from ..vllm_versions import drop_keys_and_values
 from .adapters import Adapters
 from .effects import CallPause, CallSleep
 from .endpoint import Endpoint
@@ -366,7 +367,7 @@ class Controller:
 
     def _drop_caches(self, *, values: bool, encoders: bool, root: str) -> None:
         """Drop what was computed from old weights: keys and values, encoder outputs, and by ``root`` the way to find any."""
-        if values and not self._engine.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
+        if values and not drop_keys_and_values(self._engine):
             raise RuntimeError("vLLM did not drop its cached keys and values")
         if encoders:
             # vLLM's ``reset_encoder_cache`` does the same, but warns at each update that has frozen requests.

@@ -123,3 +123,27 @@ def test_kernels_are_found_beside_an_object_whose_dict_is_none(monkeypatch: pyte
     monkeypatch.setattr(dispatcher, "sys", SimpleNamespace(modules={"odd": binding, "kernels": module}))
     dispatcher._rebind_kernels([(kernel, override)])
     assert module.kernel is override
+
+
+class Engine:
+    """As 0.19 drops its keys and values: without a connector to reset it fails, and requests lose their next token."""
+
+    def __init__(self, connector: str | None) -> None:
+        requests = [SimpleNamespace(num_output_placeholders=one, discard_latest_async_tokens=False) for one in (0, 1)]
+        self.requests, self.scheduler = requests, SimpleNamespace(connector=connector, running=list(requests))
+
+    def reset_prefix_cache(self, *, reset_running_requests: bool, reset_connector: bool) -> bool:
+        self.scheduler.running.clear()
+        for request in self.requests:
+            request.discard_latest_async_tokens = True
+        return reset_running_requests and (not reset_connector or self.scheduler.connector is not None)
+
+
+@pytest.mark.parametrize("connector", [None, "a connector"])
+def test_a_connector_is_reset_where_there_is_one(connector: str | None) -> None:
+    assert vllm_versions.drop_keys_and_values(Engine(connector))
+
+
+def test_only_a_token_in_flight_is_thrown_away() -> None:
+    vllm_versions.drop_keys_and_values(engine := Engine(None))
+    assert [request.discard_latest_async_tokens for request in engine.requests] == [False, True]
