@@ -17,6 +17,9 @@ import torch
 from cluster import PROMPTS, start_cluster
 
 from areal_vllm_ext import InvalidWeights, UpdateAborted
+from areal_vllm_ext.process.serving import interface_of
+from harness.areal_server import serving
+from harness.torch_trainer import torch_trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -263,3 +266,60 @@ def test_other_users_change_no_adapter_of_the_group(cluster: Cluster, group: Eng
     post(cluster, "/v1/load_lora_adapter", **loads)
     assert_serves(cluster, "math", adapted(cluster, 15))
     post(cluster, "/v1/unload_lora_adapter", lora_name="math")
+
+
+def test_adapters_of_areals_trainer_come_by_its_process_group(
+    cluster: Cluster, group: EngineGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AReaL's calls, in their order; its trainer's tensors reach both nodes by a torch process group."""
+    address = cluster.deployment.nodes[0].address
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface_of(address))
+    own = min((state.replica, state.dp_rank) for state in group.status())
+    with (
+        serving(cluster.deployment.directory, cluster.key_file, own) as server,
+        torch_trainer(3, "update_weight_group", address) as trainer,
+    ):
+        server.ok(*server.init(trainer))
+        trainer.joined.result(60)
+
+        def announce(number: int, tensors: dict[str, torch.Tensor], rank: int) -> dict[str, Any]:
+            body = {
+                "names": list(tensors),
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+                "shapes": [list(tensor.shape) for tensor in tensors.values()],
+                "group_name": trainer.name,
+                "lora_name": f"areal-v{number}",
+                "lora_int_id": 1,
+                "lora_target_modules": "all-linear",
+                "lora_rank": rank,
+                "lora_alpha": 16,
+                "lora_bias": "none",
+                "base_model_name": None,
+            }
+            server.ok("/areal_set_update_weight_meta_lora", body)
+            return body
+
+        def send(number: int, model: Any, rank: int = 4) -> None:
+            named = [(name, one.detach()) for name, one in model.named_parameters() if "lora_" in name]
+            server.ok("/areal_pause_generation")
+            for bucket in (dict(named[::2]), dict(named[1::2])):
+                sent = trainer.broadcast(list(bucket.values()))
+                server.ok("/areal_update_weights_lora_xccl", announce(number, bucket, rank))
+                sent.result(30)
+
+        for number in (101, 102, 103):
+            send(number, adapted(cluster, number))
+            assert f"areal-v{number}" not in group.status()[0].adapters
+            server.ok("/areal_continue_generation")
+            assert_serves(cluster, f"areal-v{number}", adapted(cluster, number))
+            assert {state.version for state in group.status()} == {number}
+        assert {name for name in models(cluster) if name.startswith("areal-v")} == {"areal-v102", "areal-v103"}
+        cluster.assert_serves_trainers_weights()
+
+        send(104, adapted(cluster, 104, r=16), rank=16)
+        for _ in range(3):  # as often as AReaL tries
+            assert "greater than max_lora_rank 8" in server.refused("/areal_continue_generation")
+        for number in (102, 103):
+            assert_serves(cluster, f"areal-v{number}", adapted(cluster, number))
+        assert {state.version for state in group.status()} == {103}
+    group.update_weights(version=104, adapters={"areal-v102": None, "areal-v103": None})
