@@ -30,7 +30,7 @@ CONFIG = {
 
 
 class GatheredParameters:
-    """As ``deepspeed.zero.GatheredParameters``."""
+    """As ``deepspeed.zero.GatheredParameters``, which waits for the last of several collectives only."""
 
     def __init__(self, params: list[Any]) -> None:
         self.params = sorted(
@@ -40,6 +40,8 @@ class GatheredParameters:
     def __enter__(self) -> None:
         for parameter in self.params:
             parameter.data = parameter.ds_tensor.view(parameter.ds_shape)
+        for parameter in self.params[:-1]:
+            parameter.data = torch.full_like(parameter.data, torch.nan)  # its collective has not ended
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
