@@ -9,6 +9,7 @@ import errno
 import itertools
 import math
 import os
+import threading
 import time
 import uuid
 import weakref
@@ -20,7 +21,7 @@ from zmq.utils.monitor import parse_monitor_message
 from .. import protocol
 from ..errors import EngineUnreachable
 from ..protocol import security
-from ..protocol.server import tune_client
+from ..protocol.server import IO_THREADS, looks_up, set_io_thread, tune_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -105,7 +106,7 @@ class Connection:
         self._key_for = key_for
         self._max_message_bytes = max_message_bytes
         self.loop = asyncio.get_running_loop()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(IO_THREADS)
         try:
             self._socket = self._context.socket(zmq.ROUTER)
             self._monitor = self._socket.get_monitor_socket()
@@ -126,9 +127,10 @@ class Connection:
         # What the last event of each address says.
         self._reasons: dict[str, str] = {}
         self._unconnected_since: dict[str, float] = {}
+        self._names: list[str] = []  # addresses for which libzmq asks a name server
         # A loop that ends may drop a close that it was asked for. Without this, the garbage collector would then end the
         # context before its sockets, and wait for them for ever.
-        self._free = weakref.finalize(self, _free, self._context, self._socket, self._monitor)
+        self._free = weakref.finalize(self, _free, self._context, self._socket, self._monitor, self._names)
         self._free.atexit = False
         self._reading = False
         self.loop.add_reader(self._socket.fileno(), self._read)
@@ -250,6 +252,10 @@ class Connection:
             self._socket.ipv6 = "[" in address
             self._socket.setsockopt(zmq.CONNECT_ROUTING_ID, peer)
             self._unconnected_since[address] = time.monotonic()
+            set_io_thread(self._context, self._socket, address)
+            if looks_up(address):
+                self._reasons[address] = "its name is being looked up: does the name server answer?"
+                self._names.append(address)
             self._socket.connect(address)
         return peer
 
@@ -310,8 +316,13 @@ class Connection:
             self._reasons[address] = reason
 
 
-def _free(context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+def _free(
+    context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], names: list[str]
+) -> None:
     socket.disable_monitor()
     monitor.close(linger=0)
     socket.close(linger=0)
-    context.destroy(linger=0)
+    if names:  # one of them may still be looked up, which this thread must not wait for
+        threading.Thread(target=context.term, name="areal-closing", daemon=True).start()
+    else:
+        context.destroy(linger=0)

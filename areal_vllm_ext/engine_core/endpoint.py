@@ -50,7 +50,7 @@ from ..protocol.peer_messages import (
     WorkerOffered,
     WorkerOfferEnded,
 )
-from ..protocol.server import ReplyTo, Server, connect
+from ..protocol.server import IO_THREADS, ReplyTo, Server, connect
 from .effects import (
     CallCancelPause,
     CallCommit,
@@ -120,7 +120,7 @@ class Endpoint:
         Raises:
             SettingsError: if the address cannot be bound.
         """
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(IO_THREADS)
         self._authenticator = security.ZapAuthenticator(self._context, key)
         self._server = Server(
             self._context, host, settings.port, key, protocol.engine_decoder, settings.max_message_mib << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import ipaddress
 import time
 from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
@@ -26,6 +27,8 @@ _ROUND = 32
 _REST_SECONDS = 0.002
 # Queue length per peer and direction, in messages of any allowed length.
 _QUEUE = 64
+# I/O threads of a context with clients: the second one looks up names (``set_io_thread``).
+IO_THREADS = 2
 # Bytes that encryption adds to a frame.
 _CURVE_OVERHEAD = 33
 
@@ -102,6 +105,7 @@ class Server(Generic[T]):
         self.socket.linger = 0
         self.socket.rcvhwm = self.socket.sndhwm = _QUEUE
         self.socket.ipv6 = ":" in host
+        self.socket.affinity = 1  # not the thread that looks up names
         # A peer that reconnects after a cut link takes over the routing id of its dead connection.
         self.socket.router_handover = True
         self.socket.maxmsgsize = max_message_bytes + _CURVE_OVERHEAD
@@ -178,6 +182,25 @@ class Server(Generic[T]):
             pass  # the peer does not read; it can repeat its request under the same id
 
 
+def looks_up(address: str) -> bool:
+    """Return whether a connection to ``tcp://host:port`` asks a name server, each time it is made."""
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
+def set_io_thread(context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[Any], address: str) -> None:
+    """Choose the I/O thread of ``context`` for the next ``connect``.
+
+    While libzmq looks up a name, its thread does nothing else: for ten seconds and more where no name server answers. So
+    connections to names have a thread of their own, where there is one.
+    """
+    socket.affinity = 2 if looks_up(address) and context.get(zmq.IO_THREADS) > 1 else 1
+
+
 def connect(
     context: zmq.Context[zmq.Socket[bytes]], address: str, key: security.ClusterKey, identity: bytes
 ) -> zmq.Socket[Any]:
@@ -188,6 +211,7 @@ def connect(
     socket.routing_id = identity
     tune_client(socket)
     security.join_curve(socket, key)
+    set_io_thread(context, socket, address)
     socket.connect(address)
     return socket
 
