@@ -217,6 +217,7 @@ MUTANTS = {
 
 # Mutants that random rounds seldom reveal, and the test that does.
 TESTS = {
+    "every worker votes": "test_participant.py::test_every_worker_must_finish_a_step",
     "an engine pauses only for a prepared update": "test_participant.py::test_a_pause_for_an_update_is_a_second_vote",
     "if none has committed, none does": "test_recovery.py::test_an_update_that_nobody_committed_is_aborted_everywhere",
     "if one has committed, all do": "test_recovery.py::test_an_update_that_one_engine_committed_is_committed_everywhere",
