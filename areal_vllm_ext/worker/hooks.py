@@ -121,6 +121,31 @@ def keep_scales_of_int8_weights_on_cpu() -> None:
     vllm_patching.patch_once(_custom_ops, "create_onednn_scaled_mm", make)
 
 
+def choose_cpu_experts_beside_lora() -> None:
+    """Let MoE models run on CPU where LoRA is enabled for other layers than the experts.
+
+    Bug: with ``--enable-lora`` vLLM always chooses Triton's experts, which need a GPU, so the first request ends the engine.
+    Cure: on CPU, choose as without LoRA. CPU experts have no LoRA, so vLLM refuses to start unless
+    ``--lora-target-modules`` leaves them out.
+    Checked on: 0.32.0.
+    """
+    from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def select_unquantized_moe_backend(moe_config: Any, *args: Any, **kwargs: Any) -> Any:
+            moe_config.is_lora_enabled = False
+            return original(moe_config, *args, **kwargs)
+
+        return select_unquantized_moe_backend
+
+    vllm_patching.patch_once(unquantized_fused_moe_method, "select_unquantized_moe_backend", make)
+
+
 def gather_variable_sizes_on_cpu() -> None:
     """Let MoE models run on several DP ranks on CPU.
 
@@ -163,6 +188,7 @@ WORKER_PATCHES: tuple[Callable[[], None], ...] = (
     repack_cpu_experts_on_reload,
     keep_scales_of_int8_weights_on_cpu,
     gather_variable_sizes_on_cpu,
+    choose_cpu_experts_beside_lora,
 )
 
 

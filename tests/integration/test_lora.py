@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import random
 import shutil
 import time
 import urllib.error
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
+from adapters import LONG, TOKENS, adapted, assert_serves, tokens_of
 from cluster import PROMPTS, start_cluster
 
 from areal_vllm_ext import InvalidWeights, UpdateAborted
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
     from areal_vllm_ext import EngineGroup
 
-TOKENS = 8
-LONG = random.Random(1).choices(range(3, 100), k=305)  # many blocks of the prefix cache
 LORA = ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "2", "--max-cpu-loras", "2", "--max-model-len", "512")
 SPANS = ("--enable-scale-out",)  # a route whose answers say which version they are of
 
@@ -40,33 +37,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}  # for the routes of other users
     with start_cluster(tmp_path_factory.mktemp("lora"), moe=False, vllm_args=(*LORA, *SPANS), env=env) as running:
         yield running
-
-
-def adapted(cluster: Cluster, seed: int, **options: Any) -> Any:
-    """The trainer's model with an adapter that changes its tokens."""
-    import peft
-
-    settings = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]} | options
-    model = peft.get_peft_model(copy.deepcopy(cluster.model), peft.LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return model
-
-
-def tokens_of(model: Any, prompt: list[int], tokens: int = TOKENS) -> list[int]:
-    generated = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
-    return generated[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
-
-
-def assert_serves(cluster: Cluster, name: str, model: Any) -> None:
-    for prompt in (PROMPTS[0], LONG):
-        expected = tokens_of(model, prompt)
-        for rank in (0, 1):
-            served = cluster.complete(rank, prompt, TOKENS, name)["token_ids"]
-            assert served == expected, (name, rank, len(prompt))
 
 
 def models(cluster: Cluster) -> set[str]:

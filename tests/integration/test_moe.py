@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+from adapters import adapted, assert_serves
 from cluster import Cluster, start_cluster
 
-from areal_vllm_ext import EngineGroup, PauseFailed
+from areal_vllm_ext import EngineGroup, PauseFailed, UpdateAborted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +22,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.netns, pytest.mark.timeout(400)]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with start_cluster(tmp_path_factory.mktemp("moe"), moe=True) as running:
+    # CPU experts have no LoRA.
+    lora = ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj", "v_proj", "o_proj")
+    with start_cluster(tmp_path_factory.mktemp("moe"), moe=True, vllm_args=lora) as running:
         yield running
 
 
@@ -33,6 +36,30 @@ def test_three_updates_are_token_exact(cluster: Cluster, group: EngineGroup) -> 
             update.send(cluster.model)
         assert {state.version for state in group.status()} == {version}
         cluster.assert_serves_trainers_weights()
+
+
+def test_adapters_with_a_name_that_stays_and_names_of_each_version(cluster: Cluster, group: EngineGroup) -> None:
+    def served() -> list[dict[str, object]]:
+        return [dict(state.adapters) for state in group.status()]
+
+    targets = {"target_modules": ["q_proj", "v_proj", "o_proj"]}
+    first, second, third = (adapted(cluster, seed, **targets) for seed in (1, 2, 3))
+    group.update_weights(version="a", adapters={"math": first, "agent-v1": second})
+    assert_serves(cluster, "math", first)
+    assert_serves(cluster, "agent-v1", second)
+    cluster.train()
+    group.update_weights(cluster.model, version="b", adapters={"math": second, "agent-v1": None, "agent-v2": third})
+    assert served() == [{"math": "b", "agent-v2": "b"}] * 2
+    assert_serves(cluster, "math", adapted(cluster, 2, **targets))
+    assert_serves(cluster, "agent-v2", adapted(cluster, 3, **targets))
+    cluster.assert_serves_trainers_weights()
+    experts = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    with pytest.raises(
+        UpdateAborted, match=r"adapter math: it changes .*experts, which .*--lora-target-modules leave out"
+    ):
+        group.update_weights(version="c", adapters={"math": adapted(cluster, 4, **experts)})
+    assert served() == [{"math": "b", "agent-v2": "b"}] * 2
+    assert_serves(cluster, "math", adapted(cluster, 2, **targets))
 
 
 def test_update_with_requests_on_one_rank_only(cluster: Cluster, group: EngineGroup) -> None:

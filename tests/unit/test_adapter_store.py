@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lazily import Lazily
+from safetensors.torch import save_file
 from vllm_models import adapted, checkpoint, lora_slots, lora_worker, same_slots
 
 from areal_vllm_ext import InvalidWeights
@@ -22,6 +24,7 @@ from areal_vllm_ext.protocol import TensorMeta, Units, Weights
 from areal_vllm_ext.worker.adapters.loading import Unusable
 from areal_vllm_ext.worker.adapters.staged import StagedAdapters
 from areal_vllm_ext.worker.adapters.store import AdapterStore
+from areal_vllm_ext.worker.hooks import choose_cpu_experts_beside_lora
 from areal_vllm_ext.worker.load.intake import Intake
 
 peft = Lazily("peft")
@@ -133,7 +136,7 @@ def test_an_adapter_of_another_user_that_requests_wait_for_outlasts_its_director
         wanted = LoRARequest(f"n{number}", number, str(tmp_path / str(number)), load_inplace=inplace)
         return set(store.load_other(runner.add_lora, wanted, (number, *needed)))
 
-    for number in (1, 2, 3):
+    for number in (1, 2, 3, 4):
         adapted(number).save_pretrained(tmp_path / str(number))
     assert load(1) == {1}
     expected = lora_slots(runner)
@@ -156,7 +159,8 @@ def test_an_adapter_of_another_user_that_requests_wait_for_outlasts_its_director
     shutil.rmtree(tmp_path / "3")
     with pytest.raises(Exception, match=str(tmp_path)):
         load(3, inplace=True)
-    load(2)
+    for number in (2, 4):  # a request runs on what was there before
+        assert 3 in load(number, 3)
     runner.add_lora(request(3, str(tmp_path / "3")))
     with pytest.raises(Exception, match=str(tmp_path)):
         load(1)
@@ -300,3 +304,79 @@ def test_a_name_is_one_that_a_request_can_give(name: Any) -> None:
 
 def test_unusable_is_a_value_error() -> None:
     assert issubclass(Unusable, ValueError)
+
+
+# MoE
+
+
+def experts_adapter(seed: int, without: int | None = None) -> dict[str, torch.Tensor]:
+    """Peft's tensors of an adapter of each expert, or of all but one."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"gate_proj": (64, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+    tensors = {}
+    for layer, expert in itertools.product(range(2), range(4)):
+        for name, (inputs, outputs) in shapes.items() if expert != without else ():
+            path = f"base_model.model.model.layers.{layer}.mlp.experts.{expert}.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.randn(4, inputs, generator=generator)
+            tensors[f"{path}.lora_B.weight"] = torch.randn(outputs, 4, generator=generator)
+    return tensors
+
+
+EXPERTS = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def moe_worker() -> Any:
+    """A worker whose experts serve LoRA, as on a GPU: they are Triton's, which a CPU cannot run."""
+    with pytest.MonkeyPatch.context() as patch:
+        from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
+        from vllm.model_executor.layers.fused_moe.oracle import unquantized
+
+        name = "select_unquantized_moe_backend"
+        patch.setattr(unquantized_fused_moe_method, name, getattr(unquantized, name))
+        return lora_worker("moe")
+
+
+def expert_slots(worker: Any) -> list[torch.Tensor]:
+    modules = worker.model_runner.lora_manager._adapter_manager.modules
+    names = ("w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked", "w2_lora_b_stacked")
+    return [one[0].clone() for name in names for one in getattr(modules["model.layers.1.mlp.experts"], name)]
+
+
+def test_an_adapter_of_experts_is_what_vllm_reads_from_disk(moe_worker: Any, tmp_path: Path) -> None:
+    store, runner = AdapterStore(moe_worker), moe_worker.model_runner
+    tensors = experts_adapter(1)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(EXPERTS))
+    runner.add_lora(request(1, str(tmp_path)))
+    expected = expert_slots(moe_worker)
+    assert all(one.any() for one in expected)
+    store.commit(
+        {"math": staged(copied("math", (tensors, EXPERTS)), store, Intake(Weights(())))}, {"math": NUMBER}, (NUMBER,)
+    )
+    for _ in range(2):
+        runner.add_lora(request(NUMBER))
+        assert all(map(torch.equal, expert_slots(moe_worker), expected))
+        runner.add_lora(request(1, str(tmp_path)))  # in its place, and from memory now
+        assert all(map(torch.equal, expert_slots(moe_worker), expected))
+
+
+def test_an_adapter_of_some_experts_is_a_no(moe_worker: Any) -> None:
+    store = AdapterStore(moe_worker)
+    with pytest.raises(ValueError, match="adapter math: vLLM does not take it: AssertionError: in pack_moe"):
+        staged(copied("math", (experts_adapter(1, without=3), EXPERTS)), store, Intake(Weights(())))
+
+
+def test_a_moe_model_on_a_cpu_serves_adapters_of_other_layers_than_its_experts() -> None:
+    choose_cpu_experts_beside_lora()
+    worker: Any = lora_worker("moe", lora_target_modules=["q_proj", "v_proj", "o_proj"])
+    store = AdapterStore(worker)
+    assert (
+        "CPU"
+        in type(
+            worker.get_model().model.layers[0].mlp.experts.routed_experts.quant_method.moe_kernel.fused_experts
+        ).__name__
+    )
+    staged(copied("math", adapted(1, "moe", target_modules=["q_proj", "v_proj", "o_proj"])), store, Intake(Weights(())))
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj, which this engine's --lora-target-modules leave out"):
+        staged(copied("math", (experts_adapter(1), EXPERTS)), store, Intake(Weights(())))

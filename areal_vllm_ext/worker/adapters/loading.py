@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import traceback
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +72,9 @@ def load(
             layer.optimize()  # scales lora_b here, so that no later step writes to the tensors
         _try(adapters, lora)
     except (ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
-        raise Unusable(f"vLLM does not take it: {type(error).__name__}: {error}") from error
+        # vLLM asserts some things without a word.
+        cause = str(error) or f"in {traceback.extract_tb(error.__traceback__)[-1].name}"
+        raise Unusable(f"vLLM does not take it: {type(error).__name__}: {cause}") from error
     return lora
 
 
@@ -110,7 +113,7 @@ def _check_modules(manager: Any, helper: Any, names: list[str], rename: Any, ski
     served = known
     if getattr(manager.lora_config, "target_modules", None) is not None:
         wrapped = {name.rpartition(".")[2] for name in adapters.modules}
-        served = {part for name in wrapped for part in adapters.packed_modules_mapping.get(name, [name])}
+        served = {part for name in wrapped for part in (*adapters.packed_modules_mapping.get(name, ()), name)}
     for name in names:
         if is_base_embedding_weights(name) or "base_layer" in name:
             continue
@@ -122,9 +125,9 @@ def _check_modules(manager: Any, helper: Any, names: list[str], rename: Any, ski
             raise Unusable(str(error)) from None
         last = module.rpartition(".")[2]
         expert = module[module.find(".experts") + 1 :] if ".experts" in module else ""
-        if expert in known or (not expert and (last in served or last in (helper.modules_to_save or ()))):
+        if (expert or last) in served or (not expert and last in (helper.modules_to_save or ())):
             continue
-        if last in known:
+        if (expert or last) in known:
             raise Unusable(f"it changes {module}, which this engine's --lora-target-modules leave out")
         raise Unusable(
             f"it changes {module}, for which vLLM has no LoRA in this model; target {', '.join(sorted(served))}"
