@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,7 +18,6 @@ from served import assert_serve, connected, serving_model, train, worker_path
 from verl.checkpoint_engine import CheckpointEngineManager, CheckpointEngineWorker
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.utils.config import omega_conf_to_dataclass
-from verl.utils.import_utils import load_class_from_fqn
 from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
 from verl_workers import Actor
@@ -79,30 +79,30 @@ def test_every_engine_gets_what_verl_trained(cluster: None, tmp_path: Path) -> N
             actors.train(seed, breaks)
             train(model, seed)
 
-        # verl's own manager, as its trainers v1 make it: it aborts requests, and no loader of verl is called.
+        # As verl's trainers make it. It aborts no request, and no loader of verl is called.
         manager = CheckpointEngineManager(config, actors, [replica])
-        trained(1)
-        metrics = manager.update_weights(global_steps=7)
-        assert set(metrics) == {"timing_s/areal_update", "timing_s/areal_pause"}
-        assert_serve(served, model, group, 7)
-        before, after = (
-            ["wait_for_requests_to_drain", "release_kv_cache"],
-            ["resume_kv_cache", "resume_engine_generation"],
-        )
-        assert calls() == (["abort_all_requests", *before, "set_global_steps", *after, "open_submission_gate"], 7)
-        # Ours aborts none.
-        ours = load_class_from_fqn("areal_vllm_ext.integrations.verl.ArealCheckpointEngineManager")
-        manager = ours(config, actors, [replica])
-        trained(2)
-        manager.update_weights(global_steps=8)
-        assert_serve(served, model, group, 8)
-        assert calls() == (["set_global_steps", "resume_kv_cache"], 8)
+        for version in (7, 8):
+            trained(version)
+            metrics = manager.update_weights(global_steps=version)
+            assert set(metrics) == {"timing_s/areal_update", "timing_s/areal_pause"}
+            assert_serve(served, model, group, version)
+            assert calls() == (["set_global_steps", "resume_kv_cache"], version)
         # A tensor that does not fit: refused on both ranks, old weights serve, and no rank is left in a collective.
-        actors.train(3, breaks=True)
+        actors.train(9, breaks=True)
         with pytest.raises(ray.exceptions.RayTaskError, match=r"has shape|shape"):
             manager.update_weights(global_steps=9)
         assert_serve(served, model, group, 8)
-        train(model, 3)
-        trained(4)
+        train(model, 9)
+        trained(10)
         manager.update_weights()  # without a step, as verl does before a validation: the next number
         assert_serve(served, model, group, 10)
+        # Any other way to receive finds an empty stream, of which verl's rollout worker makes a new step and nothing else.
+        ray.get(rollouts.update_weights(global_steps=11))
+        assert calls() == (["resume_kv_cache", "set_global_steps"], 11)
+        # Other backends go verl's way.
+        asked: list[Any] = []
+        other = SimpleNamespace(
+            backend="naive", actor_wg=SimpleNamespace(update_weights=lambda **how: asked.append(how) or [])
+        )
+        assert CheckpointEngineManager.update_weights(other) == {}
+        assert asked == [{"global_steps": None, "mode": "naive"}]

@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
-from .engine import ArealCheckpointEngine
-from .manager import ArealCheckpointEngineManager
+from verl.checkpoint_engine import CheckpointEngineManager
 
-__all__ = ["ArealCheckpointEngine", "ArealCheckpointEngineManager"]
+from . import manager
+from .engine import BACKEND, ArealCheckpointEngine
+
+__all__ = ["ArealCheckpointEngine"]
+
+manager.replace(CheckpointEngineManager, BACKEND)

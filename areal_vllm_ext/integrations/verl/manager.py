@@ -1,23 +1,30 @@
-"""``ArealCheckpointEngineManager``: a sync that aborts no request."""
+"""A sync of verl's ``CheckpointEngineManager`` that aborts no request, for the backend ``areal``."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from verl.checkpoint_engine import CheckpointEngineManager
 from verl.utils.ray_utils import auto_await
 
-from .engine import BACKEND
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 
-class ArealCheckpointEngineManager(CheckpointEngineManager):  # type: ignore[misc]
-    """For ``rollout.checkpoint_manager_class``: engines generate while weights travel, and go on after the commit."""
+def replace(manager: Any, backend: str) -> None:
+    """Replace ``update_weights`` of the class ``manager``, for one backend.
 
-    @auto_await  # type: ignore[untyped-decorator]
-    async def update_weights(self, global_steps: int | None = None) -> dict[str, Any]:
-        """Have the actor update every engine.
+    verl imports this package when it makes a manager, and its trainers of today take no manager class from their configuration.
+
+    Args:
+        manager: verl's ``CheckpointEngineManager``.
+        backend: of whom; all others go verl's way.
+    """
+    theirs: Callable[..., Awaitable[Any]] = manager.update_weights
+
+    async def update_weights(self: Any, global_steps: int | None = None) -> Any:
+        """Have the actor update every engine. They generate while weights travel, and go on after the commit.
 
         Args:
             global_steps: the version (default: the next number).
@@ -28,8 +35,8 @@ class ArealCheckpointEngineManager(CheckpointEngineManager):  # type: ignore[mis
         Raises:
             ray.exceptions.RayTaskError: with the ArealError of the actor's rank 0, see docs/transactions.md.
         """
-        if self.backend != BACKEND:
-            return dict(await super().update_weights(global_steps) or {})
+        if self.backend != backend:
+            return await theirs(self, global_steps)
         metrics: dict[str, Any] = {}
         for found in ray.get(self.actor_wg.update_weights(global_steps=global_steps, mode=self.backend)):
             metrics |= found or {}
@@ -39,3 +46,5 @@ class ArealCheckpointEngineManager(CheckpointEngineManager):  # type: ignore[mis
         # Engines that slept have their weights back. Of the others this asks nothing that they do not have.
         await self.resume_kv_cache_replicas()
         return metrics
+
+    manager.update_weights = auto_await(update_weights)
