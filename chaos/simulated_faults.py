@@ -350,7 +350,8 @@ class Round:
             require(
                 engine.version == p.version, "wrong tokens", f"engine {rank} says {p.version}, has {engine.version}"
             )
-            require(engine.tells_the_truth, "wrong tokens", f"engine {rank} says {p.adapters}, has {engine.adapters}")
+            claimed, held = (p.adapters, p.draft_version), (engine.adapters, engine.drafted)
+            require(engine.tells_the_truth, "wrong tokens", f"engine {rank} says {claimed}, has {held}")
             require(p.update is None, "leftover", f"engine {rank} still has an update, {p.update_phase}")
             require(engine.running, "hang", f"engine {rank} is {p.generation} and nobody will resume it")
             require(not any(engine.orders), "leftover", f"engine {rank}'s workers have orders left")

@@ -61,6 +61,7 @@ class Transaction:
         options: as the user gave them.
         sharing: zero-copy sharing of this process' tensors.
         adapters: what the update does to the engines' adapters.
+        draft: what it does to their drafter.
         context: what all parts of the update use; set by ``start``.
         driver, delivery: set by ``open``.
     """
@@ -75,7 +76,7 @@ class Transaction:
         self.sharing = Sharing()
         self.adapters = AdapterChanges()
         self._weights_given = False
-        self._draft = DraftPart()
+        self.draft = DraftPart()
         self._commander = commander
         self._sinks = sinks
         self._lease = contextlib.AsyncExitStack()
@@ -159,20 +160,20 @@ class Transaction:
         self._weights_given = True
         delivery, cast = self.delivery, checked_cast(dtype)
         if draft is not None or self._drafter:
-            self._draft = DraftPart(cast, draft)
-            self._draft.fit(delivery.taken(), delivery.dtype)
+            self.draft = DraftPart(cast, draft)
+            self.draft.fit(delivery.taken(), delivery.dtype)
         if isinstance(weights, (str, os.PathLike)):
             if self.options.partial:
                 raise InvalidWeights("partial=True needs tensors, not a path: give what was trained as a state dict")
             path = checkpoint_path(weights)
             delivery.send_path(path, beside=draft is not None or bool(self.adapters.sent or self._differing))
-            self._draft.look_into(path)
+            self.draft.look_into(path)
             self._send_draft()
             return
         taken = delivery.taken()
         partial = self.options.partial
         checker = Checker(taken, delivery.dtype, cast)
-        self._draft.watch(checker, weights)
+        self.draft.watch(checker, weights)
         with no_collection():
             pairs = checker.check_source(weights, gather, partial=partial)
         self.sharing.allow(weights, self.options.staging)
@@ -186,7 +187,7 @@ class Transaction:
         """Send the drafter's tensors, if this update brings them; they come after the base model's."""
         self.delivery.complete = False
         with self.errors_of_sending():
-            if (pairs := self._draft.pairs()) is not None:
+            if (pairs := self.draft.pairs()) is not None:
                 self.delivery.send_draft(pairs)
         self.delivery.complete = True
 
@@ -343,7 +344,7 @@ class Transaction:
             # From disk, or from a trainer's own process group, there is no manifest: then the engines' votes are only
             # compared with each other.
             base = coordinator.base if delivery.unchanged else ""
-            units = self.adapters.units(weights=delivery.complete, draft=self._draft.outcome == "sent")
+            units = self.adapters.units(weights=delivery.complete, draft=self.draft.outcome == "sent")
             relayed = any(one.is_relayed for one in self.adapters.sent.values())
             manifest = "" if relayed else delivery.units_manifest(units)
             kept = () if base else delivery.kept
@@ -378,8 +379,8 @@ class Transaction:
 
     def _draft_after(self) -> Literal["sent", "kept", ""]:
         """Return what became of the drafter. That it is kept is logged once."""
-        if not self._drafter or not self._weights_given or self._draft.outcome == "sent":
-            return self._draft.outcome
+        if not self._drafter or not self._weights_given or self.draft.outcome == "sent":
+            return self.draft.outcome
         if not self._sinks.said_kept:
             self._sinks.said_kept = True
             say_kept(self._drafter, next(iter(self._targets.values())).status.draft_version)

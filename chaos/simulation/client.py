@@ -31,9 +31,9 @@ from chaos.history import Write
 from .base import BUCKETS, DIRECTORY, GONE_SECONDS, REPEAT_SECONDS, nothing
 from .process import Process, new_caller
 
-# Of seven updates, one each brings an adapter beside weights, brings only an adapter, and removes it. The name of the version
-# decides, so that dice fall as without adapters.
-WITH_ADAPTER, ADAPTER_ONLY, WITHOUT_ADAPTER = range(3)
+# Of seven updates, one each brings an adapter beside weights, brings only an adapter, removes it, and brings a drafter. The
+# name of the version decides, so that dice fall as without these.
+WITH_ADAPTER, ADAPTER_ONLY, WITHOUT_ADAPTER, WITH_DRAFTER = range(4)
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -284,6 +284,8 @@ class Trainer(Asking):
                     changes.add("a", SentAdapter(Adapter("a", "{}", str(call.version)), {}, []))
                 elif kind == WITHOUT_ADAPTER:
                     changes.remove("a")
+                elif kind == WITH_DRAFTER:
+                    transaction.draft.outcome = "sent"
                 targets = {engine.address for engine, _ in delivery.engines.values()}
                 self.world.begins(targets, drop_lost=options.get("drop_lost", False))
                 senders = {name: {0: Sender(transfer=Disk(path="/"))} for name in delivery.engines}

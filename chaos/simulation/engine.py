@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import zlib
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -105,6 +106,7 @@ class Engine:
         version: the units that the engine really holds; ``participant.version`` is what it claims.
         weights: the update that brought its base weights.
         adapters: the manifests of its adapters, by name.
+        drafted: stands for the drafter's weights: a digest of the update that brought them, 0 for the first ones.
         running: whether the engine generates.
         begun: the ids of all updates whose Begin has come.
         voted: the workers' votes, as pairs of rank and update.
@@ -135,6 +137,7 @@ class Engine:
         self.version: Version = version
         self.weights: Version = version
         self.adapters: dict[str, str] = {}
+        self.drafted = 0
         self.running = True
         self.participant = Participant(version, frozenset(range(workers)), resume_orphans=resume_orphans, joined=joined)
         self.highest_epoch = 0
@@ -357,6 +360,7 @@ class Engine:
             self.version = call.version if one else self.weights
             # All workers have all adapters: each compares them with what the peer says that it serves.
             self.adapters = dict(self.fetched[0].adapters or {}) if self.fetched[0] is not None else {}
+            self.drafted = self.fetched[0].drafted if self.fetched[0] is not None else 0
             self.reloaded, self.foreign.discarded = False, ""
         self.fetched = [None] * len(self.fetched)
         self.outcomes.append(lambda: self.returning.committed("did not fit" if fails else "", self.clock()))
@@ -365,6 +369,8 @@ class Engine:
         self.version = call.version
         if call.units.weights:
             self.weights, self.reloaded, self.foreign.discarded = call.version, False, ""
+        if call.units.draft:
+            self.drafted = _digest_of(call.version)
         for name in call.units.removed:
             self.adapters.pop(name, None)
         self.adapters |= {unit.name: unit.manifest for unit in call.units.adapters}
@@ -376,7 +382,10 @@ class Engine:
 
     @property
     def tells_the_truth(self) -> bool:
-        """Whether the adapters that it claims to serve are those that it has."""
+        """Whether the adapters and the drafter that it claims to serve are those that it has."""
+        claimed = self.participant.draft_version
+        if self.drafted != (0 if claimed is None else _digest_of(claimed)):
+            return False
         return {name: one.manifest for name, one in self.participant.adapters.items()} == self.adapters
 
     def start(self) -> None:
@@ -454,7 +463,14 @@ class Engine:
                 digest = str(self.weights)
                 found = {name: one for name, one in order.adapters.items() if self.adapters.get(name) == one}
                 adapters = tuple(HeldAdapter(Adapter(name, "{}", one), ()) for name, one in found.items())
-                offer = WorkerOffer(rank=rank, layout=digest, address=self.info.address, held=(), adapters=adapters)
+                offer = WorkerOffer(
+                    rank=rank,
+                    layout=digest,
+                    address=self.info.address,
+                    held=(),
+                    attributes={"draft": self.drafted},
+                    adapters=adapters,
+                )
                 self.offered[order.fetch, rank] = []
                 error = "out of memory" if fails else ""
                 self.reports.append(
@@ -539,3 +555,7 @@ def engine_info(rank: int, engines: int, incarnation: int, replicas: int = 1) ->
         dtype="float32",
         sleep_mode=True,
     )
+
+
+def _digest_of(version: Version) -> int:
+    return zlib.crc32(str(version).encode())

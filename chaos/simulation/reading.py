@@ -19,6 +19,7 @@ class Reading:
     """What one worker has read of a peer.
 
     Attributes:
+        drafted: the peer's drafter.
         pieces: the version of the peer's weights at the moment when each was read.
         adapters: the manifests of the peer's adapters, by name, at the moment when they were read.
     """
@@ -27,6 +28,7 @@ class Reading:
         (offer,) = (offer for offer in order.offers if offer.rank == rank)
         self.fetch, self.rank, self.address, self.digest = order.fetch, rank, offer.address, offer.layout
         self.offered = {one.unit.name: one.unit.manifest for one in offer.adapters}
+        self.drafted = offer.attributes["draft"]
         self.pieces: list[Version] = []
         self.adapters: dict[str, str] | None = None
         self.started = now
