@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import ItemsView, Iterator, Mapping
+from collections.abc import Collection, ItemsView, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -113,9 +113,10 @@ class DraftPart:
             raise InvalidWeights(f"draft: {error}") from None
 
 
-def say_kept(method: str, version: object) -> None:
-    """Log that updates leave the engines' drafter as it is."""
-    since = "the weights that it was started with" if version is None else f"version {version}"
+def say_kept(method: str, versions: Collection[object]) -> None:
+    """Log that updates leave the engines' drafter as it is. ``versions``: what engines have, which differs after a restart."""
+    named = ("the weights that it was started with" if one is None else f"version {one}" for one in versions)
+    since = " or, on other engines, ".join(sorted(named))
     logger.warning(
         "the engines draft with a model (%s) that this update does not bring: it keeps %s, so fewer of its tokens will be "
         "accepted; send(..., draft=...) moves it too",

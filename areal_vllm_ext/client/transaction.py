@@ -383,7 +383,7 @@ class Transaction:
             return self.draft.outcome
         if not self._sinks.said_kept:
             self._sinks.said_kept = True
-            say_kept(self._drafter, next(iter(self._targets.values())).status.draft_version)
+            say_kept(self._drafter, {target.status.draft_version for target in self._targets.values()})
         return "kept"
 
     def _adapters_after(self) -> dict[str, Version]:

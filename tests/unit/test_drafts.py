@@ -9,7 +9,7 @@ import torch
 from engine_infos import engine_info
 from safetensors.torch import save_file
 
-from areal_vllm_ext.client.drafts import DraftPart
+from areal_vllm_ext.client.drafts import DraftPart, say_kept
 from areal_vllm_ext.client.weights import Checker
 from areal_vllm_ext.engine_core.in_flight import UpdateInFlight
 from areal_vllm_ext.engine_core.participant import Participant
@@ -203,3 +203,11 @@ def test_an_engine_knows_which_version_its_drafter_has() -> None:
         participant.commit_done("", 0.0)
         versions.append(status_of(participant, engine_info()).draft_version)
     assert versions == [None, 2, 2]
+
+
+def test_the_log_names_each_version_that_drafters_keep(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "vllm.areal_vllm_ext"):
+        say_kept("eagle", {3})
+        say_kept("eagle", {None, 3})
+    assert "(eagle) that this update does not bring: it keeps version 3, so" in caplog.messages[0]
+    assert "keeps the weights that it was started with or, on other engines, version 3, so" in caplog.messages[1]
