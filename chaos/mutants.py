@@ -165,10 +165,13 @@ MUTANTS = {
     "a user's pause that ended while weights were stale ends with the update": [
         (
             "engine_core/generation.py",
-            "CallResume(self._call, lifts or self._hold_ended)",
-            "CallResume(self._call, lifts)",
+            "CallResume(self._call, lifts or self._hold_ended, asked=lifts)",
+            "CallResume(self._call, lifts, asked=lifts)",
         ),
-        ("engine_core/generation.py", "self._hold_ended or any(", "any("),
+        ("engine_core/generation.py", " or (self._hold_ended and not last.lifts)", ""),
+    ],
+    "an update's resume leaves an engine asleep": [
+        ("engine_core/generation.py", "asked=lifts)", "asked=lifts or self._hold_ended)")
     ],
     "a client that was stopped asks for its lease before it commits": [
         (DRIVER, "return await self._commander.holds_lease(min(max(self._context.left, 0.05), 1.0))", "return True")

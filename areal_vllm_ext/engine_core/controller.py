@@ -198,7 +198,7 @@ class Controller:
             if self._foreign.discarded:  # since this resume was decided
                 raise RuntimeError(f"not resumed: {self._foreign.discarded}; send an update")
             asleep = bool(getattr(self._engine.model_executor, "sleeping_tags", ()))
-            if asleep and effect.lifts:
+            if asleep and effect.asked:
                 raise RuntimeError("this engine sleeps (vLLM's sleep mode): wake it up instead")
             stays = self._foreign.paused or asleep
             with self._foreign.ours():

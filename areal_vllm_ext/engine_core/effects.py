@@ -59,11 +59,13 @@ class CallPause:
 class CallResume:
     """Resume the engine, also from a pause that has not completed; report to ``resume_done`` with ``call``.
 
-    ``lifts``: a user's own pause ends too; otherwise it stands, and the report says so.
+    ``lifts``: a user's own pause ends too; otherwise it stands, and the report says so. ``asked``: a user asks for it, so it
+    fails where the engine sleeps; otherwise the engine sleeps on, and the report says so.
     """
 
     call: int
     lifts: bool = False
+    asked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

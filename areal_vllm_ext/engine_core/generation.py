@@ -49,6 +49,7 @@ class GenerationMachine:
         self._called_for = ""  # the update of the last call to pause
         self._pause_waiting: dict[ReplyTo, str] = {}  # and the update that each one pauses for
         self._resume_waiting: dict[ReplyTo, bool] = {}  # and whether each one lifts a user's own pause
+        self._last_resume = CallResume(0)
 
     # Requests that the participant allowed
 
@@ -100,7 +101,8 @@ class GenerationMachine:
         """Resume although no client asks for it."""
         self._call += 1
         self.state = "resuming"
-        return CallResume(self._call, lifts or self._hold_ended)
+        self._last_resume = CallResume(self._call, lifts or self._hold_ended, asked=lifts)
+        return self._last_resume
 
     def pause_for_weights(self) -> CallPause:
         """Pause until an update commits, because these weights must not be served."""
@@ -134,14 +136,16 @@ class GenerationMachine:
         return self._answer_pauses(_outcome(error))
 
     def resume_done(self, call: int, error: str, *, paused: bool = False) -> list[Effect]:
-        """The engine runs again, or failed to resume, or stays ``paused`` for a user."""
+        """The engine runs again, or failed to resume, or stays ``paused`` for a user or because it sleeps."""
         if call != self._call or self.state != "resuming":
             return []
-        if paused and (self._hold_ended or any(self._resume_waiting.values())):
-            return [self.resume_unasked(lifts=True)]
+        asked, last = any(self._resume_waiting.values()), self._last_resume
+        if paused and ((asked and not last.asked) or (self._hold_ended and not last.lifts)):
+            return [self.resume_unasked(lifts=asked)]
         if error or paused:
             self.state = "paused"
-            self.paused_for = self.paused_for if error else ""
+            if not error:
+                self.paused_for, self._hold_ended = "", False
         else:
             self._runs()
         return self._answer_resumes(_outcome(error))

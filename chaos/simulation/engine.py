@@ -294,7 +294,7 @@ class Engine:
 
     def _resume(self, call: CallResume, fails: bool) -> None:
         participant = self.participant
-        fails = fails or (bool(self.asleep) and call.lifts) or bool(self.foreign.discarded)
+        fails = fails or (bool(self.asleep) and call.asked) or bool(self.foreign.discarded)
         if not fails and call.lifts:
             self.foreign.paused = False
         stays = (self.foreign.paused or bool(self.asleep)) and not fails

@@ -962,6 +962,31 @@ def test_a_users_pause_that_ended_while_the_weights_were_stale_ends_with_the_nex
     assert rig.calls[-1] == CallResume(rig.calls[-1].call, lifts=True)  # type: ignore[union-attr]
 
 
+def test_the_end_of_such_a_pause_leaves_an_engine_asleep() -> None:
+    """An error would be one of every later recovery, so that nobody could wake the engine up any more."""
+    rig = Rig()
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    rig.paused()
+    rig.pause()
+    rig.paused()
+    rig.resume()
+    switched(rig)
+    done = rig.participant.pauses.resume_done
+    rig.take(rig.participant.handle(ReplyTo(b"trainer", b"r"), Resume(epoch=1, update="u"), rig.now))
+    first = rig.calls[-1]
+    assert first == CallResume(first.call, lifts=True, asked=False)  # type: ignore[union-attr]
+    rig.take(done(first.call, "", paused=True))  # type: ignore[union-attr]
+    assert rig.answers[ReplyTo(b"trainer", b"r")] == Ack()
+    assert rig.state == ("idle", "paused")
+    # A user who resumes while such a call runs has one of their own, which says that the engine sleeps.
+    rig.take([rig.participant.pauses.resume_unasked()])
+    own = rig.resume()
+    rig.take(done(rig.calls[-1].call, "", paused=True))  # type: ignore[union-attr]
+    assert rig.calls[-1].asked  # type: ignore[union-attr]
+    rig.take(done(rig.calls[-1].call, "this engine sleeps"))  # type: ignore[union-attr]
+    assert isinstance(rig.answers[own], Error)
+
+
 def test_a_users_pause_outlasts_an_update_that_resumes_while_the_weights_are_stale() -> None:
     rig = Rig()
     rig.pause()
