@@ -4,7 +4,8 @@ It reads one line of JSON for each update: ``version``, ``timeout``, and ``stop_
 waits for another line. It prints one line of JSON for each phase, and one for the end: ``outcome`` and ``seconds``. A line with
 ``call`` puts the engines to sleep or wakes them up instead.
 
-The weights follow from the version alone, so any process can make the model of a version.
+The weights follow from the version alone, so any process can make the model of a version. If an adapter is named, each update
+brings a version of it, and no base weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -39,6 +41,26 @@ class Weights:
         return self.model
 
 
+class Adapters:
+    """Makes the model with the adapter of any version, on the weights of the checkpoint."""
+
+    def __init__(self, model_dir: str) -> None:
+        import peft
+
+        base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "o_proj"])
+        self.model: Any = peft.get_peft_model(base, config).eval()
+        self._parts = [one for name, one in self.model.named_parameters() if "lora_" in name]
+
+    @torch.no_grad()
+    def set(self, version: int) -> Any:
+        """Return the model with the adapter of ``version``; that of version 0 changes nothing."""
+        generator = torch.Generator().manual_seed(version)
+        for parameter in self._parts:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.15 if version else 0.0))
+        return self.model
+
+
 def report(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
@@ -57,8 +79,8 @@ def call(group: EngineGroup, name: str, timeout: float, level: SleepLevel = 1) -
 
 
 def main() -> None:
-    directory, key_file, model_dir = sys.argv[1:]
-    weights = Weights(model_dir)
+    directory, key_file, model_dir, adapter = sys.argv[1:]
+    weights = Adapters(model_dir) if adapter else Weights(model_dir)
     group = EngineGroup.connect(directory, key_file=key_file)
     report(ready=True)
     for line in sys.stdin:
@@ -86,7 +108,11 @@ def main() -> None:
         started = time.monotonic()
         try:
             with group.update(order["version"], timeout=order["timeout"], bucket_mib=1, on_phase=on_phase) as update:
-                update.send(tensors(model))
+                if adapter:
+                    on_phase("receiving")
+                    update.send_adapter(adapter, model)
+                else:
+                    update.send(tensors(model))
             outcome, lost = "committed", list(update.result.lost)
         except UpdateAborted as error:
             outcome, lost = f"aborted: {error}", []

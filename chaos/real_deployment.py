@@ -25,20 +25,32 @@ from areal_vllm_ext.protocol import EngineInfo, Status, security
 from harness import cpu_sleep
 
 from .bad_wire import BadNamespaces
-from .fault_trainer import Weights
+from .fault_trainer import Adapters, Weights
 from .real_history import Observer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
 TOKENS = 16
+# Two versions in a batch, and CPU experts without LoRA.
+LORA = (
+    "--enable-lora",
+    "--max-lora-rank",
+    "8",
+    "--max-loras",
+    "2",
+    "--lora-target-modules",
+    "q_proj",
+    "v_proj",
+    "o_proj",
+)
 
 
 class TrainerProcess:
     """A trainer process in the head's namespace."""
 
-    def __init__(self, prefix: list[str], directory: str, key_file: str, model_dir: Path) -> None:
+    def __init__(self, prefix: list[str], directory: str, key_file: str, model_dir: Path, adapter: str) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "chaos.fault_trainer", directory, key_file, str(model_dir)],
+            [*prefix, sys.executable, "-m", "chaos.fault_trainer", directory, key_file, str(model_dir), adapter],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -86,6 +98,7 @@ class RealDeployment:
 
     Attributes:
         sleeps: whether the engines have a sleep mode.
+        adapter: which updates bring, and requests ask for; empty for base weights.
         trainers: the trainer whose update meets the fault, and the trainer that updates afterwards.
         observer: asks the engines all the time, and knows every update.
     """
@@ -93,11 +106,19 @@ class RealDeployment:
     observer: Observer
 
     def __init__(
-        self, folder: Path, namespaces: BadNamespaces, key_file: str, *, moe: bool = False, sleeps: bool = False
+        self,
+        folder: Path,
+        namespaces: BadNamespaces,
+        key_file: str,
+        *,
+        moe: bool = False,
+        sleeps: bool = False,
+        adapter: str = "",
     ) -> None:
         self.model_dir = folder / "model"
         make_model(self.model_dir, moe=moe)
-        self.weights = Weights(str(self.model_dir))
+        self.adapter = adapter
+        self.weights = Adapters(str(self.model_dir)) if adapter else Weights(str(self.model_dir))
         self.namespaces = namespaces
         self.key_file = key_file
         self.sleeps = sleeps
@@ -116,7 +137,7 @@ class RealDeployment:
             self.model_dir,
             nodes,
             log_dir=folder / "logs",
-            vllm_args=["--enable-scale-out", *(cpu_sleep.ARGUMENTS if sleeps else ())],
+            vllm_args=["--enable-scale-out", *(cpu_sleep.ARGUMENTS if sleeps else ()), *(LORA if adapter else ())],
             env=cpu_sleep.environment(folder / "plugin") if sleeps else {},
         )
 
@@ -128,7 +149,7 @@ class RealDeployment:
             try:
                 self.engines = asyncio.run(self._discover())
                 ranks = [engine.dp_rank for engine in self.engines]
-                self.observer = Observer(self.deployment.url, ranks, self.weights)
+                self.observer = Observer(self.deployment.url, ranks, self.weights, self.adapter)
                 while len(self.trainers) < 2:
                     self.trainers.append(self._start_trainer())
                 for _ in range(2):
@@ -207,7 +228,7 @@ class RealDeployment:
 
     def wrong_tokens(self, statuses: dict[int, Status | None]) -> str:
         """Return which engine generates other tokens than its version's; empty if all are right."""
-        completions = Completions(self.deployment.url, timeout=30)
+        completions = Completions(self.deployment.url, timeout=30, adapter=self.adapter)
         for rank, status in statuses.items():
             if status is None or status.generation != "running":
                 continue
@@ -225,7 +246,8 @@ class RealDeployment:
     # Trainers
 
     def _start_trainer(self) -> TrainerProcess:
-        return TrainerProcess(self.namespaces.prefix("a"), self.deployment.directory, self.key_file, self.model_dir)
+        prefix = self.namespaces.prefix("a")
+        return TrainerProcess(prefix, self.deployment.directory, self.key_file, self.model_dir, self.adapter)
 
     def replace_trainer(self) -> None:
         """Replace the first trainer, which was killed, by the second."""

@@ -5,7 +5,8 @@ engines that are left answer, serve one version, and generate that version's tok
 another trainer works. Nothing is left behind. Meanwhile every engine is asked without a break, and the history of all updates
 and answers of a deployment must be that of one register. Rounds share a deployment until a fault kills an engine.
 
-With ``--update asleep`` the engines sleep when the update comes, and wake up when the fault has ended.
+With ``--update asleep`` the engines sleep when the update comes, and wake up when the fault has ended. With
+``--update adapter`` each update brings a version of a LoRA adapter and no base weights, and requests ask for the adapter.
 """
 
 from __future__ import annotations
@@ -273,7 +274,12 @@ def play(options: argparse.Namespace) -> dict[str, object]:
         while waiting and time.monotonic() - started < options.seconds:
             deployments += 1
             deployment = RealDeployment(
-                folder / str(deployments), namespaces, key_file, moe=options.moe, sleeps=options.update == "asleep"
+                folder / str(deployments),
+                namespaces,
+                key_file,
+                moe=options.moe,
+                sleeps=options.update == "asleep",
+                adapter="math" if options.update == "adapter" else "",
             )
             with deployment.up():
                 while waiting and time.monotonic() - started < options.seconds:

@@ -21,7 +21,7 @@ from areal_vllm_ext.errors import ArealError
 from .history import Outcome, Read, Write, problems
 
 if TYPE_CHECKING:
-    from .fault_trainer import Weights
+    from .fault_trainer import Adapters, Weights
 
 # Two prompts of different length, the longer of which fills blocks of the prefix cache.
 PROMPTS = ([10, 20, 30], [7 + index % 200 for index in range(64)])
@@ -57,7 +57,7 @@ def parts_of(engine: str, prompt: Sequence[int], answer: Sequence[Span], started
 class Prover:
     """Finds out which version's weights made the tokens of a part."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights | Adapters) -> None:
         self._weights = weights
 
     def reads(self, parts: Iterable[Part], versions: Sequence[object]) -> list[Read]:
@@ -96,9 +96,9 @@ class Observer:
         count: how many parts of answers were checked.
     """
 
-    def __init__(self, url: str, ranks: Sequence[int], weights: Weights) -> None:
+    def __init__(self, url: str, ranks: Sequence[int], weights: Weights | Adapters, adapter: str = "") -> None:
         self.count = 0
-        self._completions = Completions(url, timeout=_ANSWER_SECONDS)
+        self._completions = Completions(url, timeout=_ANSWER_SECONDS, adapter=adapter)
         self._prover = Prover(weights)
         self._writes = [Write(0, -math.inf, -math.inf, "committed")]
         self._reads: list[Read] = []

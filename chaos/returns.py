@@ -1,12 +1,13 @@
 """Kill -9 of a headless engine, again and again: it must be back, and serve its group's version.
 
-    python -m chaos.returns [--rounds 10] [--updates] [--out FILE]
+    python -m chaos.returns [--rounds 10] [--updates] [--adapter] [--out FILE]
 
 One replica stays. Another one, of a head and a headless node, loses its headless engine in each round. vLLM takes no single
 engine back, so the replica is restarted, as a supervisor would do. Both of its engines start with the weights of the
 checkpoint, fetch the group's from a peer, and must then generate Hugging Face's tokens. They are asked from the first moment
 on: no answer may come from the checkpoint's weights. With ``--updates`` a trainer comes in every second round as soon as the
-directory knows both engines again, and updates the group while they fetch. The last line is JSON. Exits with 1 if a promise
+directory knows both engines again, and updates the group while they fetch. With ``--adapter`` updates bring a version of a LoRA
+adapter, and requests ask for it: engines that return must have that too. The last line is JSON. Exits with 1 if a promise
 was broken. Needs root and ``ip``.
 """
 
@@ -30,7 +31,8 @@ from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from harness.network import Namespaces
 from harness.report import described
 
-from .fault_trainer import Weights
+from .fault_trainer import Adapters, Weights
+from .real_deployment import LORA
 from .real_history import Observer
 
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
@@ -65,18 +67,23 @@ class Trainer:
 
     Attributes:
         version: of its last update.
+        adapter: which its updates bring; empty for base weights.
         writes: its updates, for the histories: version, begin and end.
     """
 
-    def __init__(self, group: EngineGroup, weights: Weights) -> None:
-        self.version = 0
+    def __init__(self, group: EngineGroup, weights: Weights | Adapters, adapter: str = "") -> None:
+        self.version, self.adapter = 0, adapter
         self.writes: list[tuple[int, float, float]] = []
         self._group, self._weights = group, weights
 
     def update(self) -> None:
         self.version += 1
         started = time.monotonic()
-        self._group.update_weights(self._weights.set(self.version), version=self.version, timeout=60)
+        model = self._weights.set(self.version)
+        if self.adapter:
+            self._group.update_weights(version=self.version, adapters={self.adapter: model}, timeout=60)
+        else:
+            self._group.update_weights(model, version=self.version, timeout=60)
         self.writes.append((self.version, started, time.monotonic()))
 
     def tokens(self) -> list[list[int]]:
@@ -118,7 +125,7 @@ def play_round(
     if not trains:
         outcome.violations += [f"untrue_outcomes: loaded by {one}" for one in outcome.loaded if "peer: " not in one]
     deployment.wait(timeout=400, report=lambda _: None)
-    completions, expected = Completions(deployment.url, timeout=60), trainer.tokens()
+    completions, expected = Completions(deployment.url, timeout=60, adapter=trainer.adapter), trainer.tokens()
     for rank in (0, 1):
         if completions.greedy(PROMPTS, tokens=TOKENS, engine=rank) != expected:
             outcome.violations.append(f"wrong_tokens: DP rank {rank}")
@@ -138,23 +145,27 @@ def play(options: argparse.Namespace) -> dict[str, object]:
         key_file = stack.enter_context(namespaces.secured(folder))
         model = folder / "model"
         make_model(model)
-        weights = Weights(str(model))
+        adapter = "math" if options.adapter else ""
+        weights = Adapters(str(model)) if adapter else Weights(str(model))
+        arguments = (*ARGUMENTS, *(LORA if adapter else ()))
         stays = Deployment(
             model,
             [node(namespaces, "a", key_file, AREAL_VLLM_REPLICA=STAYS)],
             log_dir=folder / STAYS,
-            vllm_args=ARGUMENTS,
+            vllm_args=arguments,
         )
         stack.enter_context(stays)
         stays.wait(timeout=400, report=lambda _: None)
-        trainer = Trainer(stack.enter_context(EngineGroup.connect(stays.directory, key_file=key_file)), weights)
+        trainer = Trainer(
+            stack.enter_context(EngineGroup.connect(stays.directory, key_file=key_file)), weights, adapter
+        )
         trainer.update()
         env = {"AREAL_VLLM_REPLICA": RETURNS, "AREAL_VLLM_DIRECTORY": stays.directory}
         nodes = [node(namespaces, name, key_file, **env) for name in ("b", "a")]
         answers = 0
         for number in range(options.rounds):
-            deployment = Deployment(model, nodes, log_dir=folder / str(number), vllm_args=ARGUMENTS)
-            observer = Observer(deployment.url, (0, 1), weights)
+            deployment = Deployment(model, nodes, log_dir=folder / str(number), vllm_args=arguments)
+            observer = Observer(deployment.url, (0, 1), weights, adapter)
             for write in trainer.writes:
                 observer.wrote(*write, "committed")
             with deployment, observer, EngineGroup.connect(stays.directory, key_file=key_file) as watching:
@@ -180,6 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a headless engine again and again; a peer brings it back.")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--updates", action="store_true", help="let a trainer update in every second round")
+    parser.add_argument("--adapter", action="store_true", help="let updates bring a LoRA adapter")
     parser.add_argument("--out", type=Path, help="write the table of rounds here")
     totals = play(parser.parse_args())
     print(json.dumps(totals))

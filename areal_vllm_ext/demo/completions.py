@@ -39,9 +39,11 @@ class Span:
 class Completions:
     """A client of the server at ``url``; ``engine`` is the DP rank that must answer (None: vLLM chooses one)."""
 
-    def __init__(self, url: str, timeout: float = 120.0) -> None:
+    def __init__(self, url: str, timeout: float = 120.0, adapter: str = "") -> None:
+        """Ask the base model, or ``adapter``."""
         self._server = urlsplit(url).netloc
         self._timeout = timeout
+        self._model = {"model": adapter} if adapter else {}
 
     def sample(
         self, prompts: Sequence[Sequence[int]], *, tokens: int, n: int = 1, engine: int | None = None
@@ -84,7 +86,7 @@ class Completions:
             headers["X-data-parallel-rank"] = str(engine)
         with closing(http.client.HTTPConnection(self._server, timeout=self._timeout)) as connection:
             try:
-                connection.request("POST", path, json.dumps(body), headers)
+                connection.request("POST", path, json.dumps(body | self._model), headers)
                 response = connection.getresponse()
                 text = response.read()
             except (OSError, http.client.HTTPException) as error:

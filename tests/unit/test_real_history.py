@@ -62,6 +62,15 @@ def test_tokens_of_another_version_are_told_from_those_of_none(weights: Weights)
     assert [(read.version, read.proven) for read in reads] == [(2, 1), (1, None)]
 
 
+def test_versions_of_an_adapter_are_told_from_each_other_and_from_the_base_model(tmp_path: Path) -> None:
+    demo_model.make_model(tmp_path)
+    adapters = fault_trainer.Adapters(str(tmp_path))
+    made = {version: tuple(continued(adapters, version, PROMPT, 6)) for version in (0, 1, 2)}
+    assert made[0] == tuple(continued(fault_trainer.Weights(str(tmp_path)), 0, PROMPT, 6))
+    parts = [real_history.Part("engine 0", 1, tuple(PROMPT), made[version], 1.0, 2.0) for version in made]
+    assert [read.proven for read in real_history.Prover(adapters).reads(parts, [0, 1, 2])] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("said", "claimed", "problem"),
     [
