@@ -10,6 +10,8 @@ import pytest
 from cluster import start_cluster
 from left_on_disk import nothing_left
 
+from harness.vllm_release import older_than
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -37,8 +39,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     path = os.pathsep.join(filter(None, (str(_FOLDER), os.environ.get("PYTHONPATH"))))
     env = {"PYTHONPATH": path, "AREAL_TEST_DAMAGE": str(damage), "VLLM_PLUGINS": "areal_vllm_ext,areal_routes"}
     extension = "corruptible.CorruptibleWorker"
+    # For the route whose answers say which version made which token; older ones have it without this.
+    arguments = () if older_than(0, 32) else ("--enable-scale-out",)
     # The check of each file sees nothing of a deployment that ends after the last of them.
-    with nothing_left(), start_cluster(folder, moe=False, worker_extension=extension, env=env) as running:
+    with (
+        nothing_left(),
+        start_cluster(folder, moe=False, worker_extension=extension, env=env, vllm_args=arguments) as running,
+    ):
         yield running
 
 
