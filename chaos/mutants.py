@@ -220,6 +220,7 @@ MUTANTS = {
 
 # Mutants that random rounds seldom reveal, and the test that does.
 TESTS = {
+    "a group does not go on without an engine that was back": "test_command.py",
     "every worker votes": "test_participant.py::test_every_worker_must_finish_a_step",
     "an engine pauses only for a prepared update": "test_participant.py::test_a_pause_for_an_update_is_a_second_vote",
     "if none has committed, none does": "test_recovery.py::test_an_update_that_nobody_committed_is_aborted_everywhere",
@@ -273,7 +274,6 @@ SWARM = {
     "the group's adapters are fetched",
     "a stale engine asks for its group's weights",
     "an engine that lacks an adapter gets it",
-    "a group does not go on without an engine that was back",
     "an update that is committed does not begin again",
 }
 

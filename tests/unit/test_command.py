@@ -126,6 +126,23 @@ def test_a_command_does_not_go_on_without_a_dropped_engine_that_the_directory_he
         commanded(link, dropped=(SECOND,))
 
 
+def test_a_command_does_not_go_on_without_a_dropped_engine_that_was_back() -> None:
+    """A directory that has restarted since does not know of it, so it cannot say when it was heard."""
+    link = Played(Engines(alive=(FIRST, SECOND)))
+
+    async def run() -> None:
+        commander = Commander(link, DIRECTORY)
+        commander.drop((SECOND,))
+        async with commander.command("update", 10.0) as targets:
+            assert len(targets) == 2
+        link.engines = [Engines(alive=(FIRST,))]
+        async with commander.command("update", 0.5):
+            pass
+
+    with pytest.raises(EnginesMissing, match="DP rank 1"):
+        asyncio.run(run())
+
+
 @pytest.mark.parametrize(("paused_for", "resumes"), [("", False), ("u", True), ("stale", True)])
 def test_what_was_paused_for_an_update_or_its_weights_runs_after_an_update(paused_for: str, resumes: bool) -> None:
     assert Target(FIRST, 2, status(FIRST, generation="paused", paused_for=paused_for)).resumes == resumes
