@@ -163,7 +163,7 @@ def test_a_drafter_is_compared_with_what_the_last_commit_left(folders: list[Path
     worker = Drafting(folders[0])
     live, drafter = worker.context.live_weights, worker.context.drafter
     assert drafter is not None
-    drafter.learn()
+    worker.context.learned.result(60)
     update = staged(drafter, dict(weights_of(folders[1])))
     update.vote(BuildOptions, wanted=True)
     base = contents_of(dict(weights_of(folders[0])))
