@@ -142,11 +142,20 @@ def test_a_colocated_trainer_is_the_sender(tmp_path: Path) -> None:
         assert not generation._llm_weights_sleeping
 
 
+def test_a_colocated_engine_is_exact_after_each_sync(tmp_path: Path) -> None:
+    """TRL's generation with its own in-process ``LLM``, whose raw loading a CPU would refuse."""
+    assert run(Path(__file__).with_name("trl_colocated.py"), str(tmp_path)).splitlines().count("exact") == 3
+
+
 def test_the_example_trains_until_the_reward_rises() -> None:
-    root = str(EXAMPLE.parents[1])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    assert "syncs exact on both engines" in run(EXAMPLE)
+
+
+def run(program: Path, *arguments: str) -> str:
+    """Run a program to its end, and return what it wrote."""
+    path = os.pathsep.join(filter(None, (str(EXAMPLE.parents[1]), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE)],
+        [sys.executable, str(program), *arguments],
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -154,4 +163,4 @@ def test_the_example_trains_until_the_reward_rises() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "syncs exact on both engines" in done.stdout
+    return done.stdout
