@@ -18,6 +18,7 @@ from cluster import PROMPTS, start_cluster
 from areal_vllm_ext import InvalidWeights, UpdateAborted
 from areal_vllm_ext.process.serving import interface_of
 from harness.areal_server import serving
+from harness.cpu_vllm import ONE_PROCESS
 from harness.torch_trainer import torch_trainer
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ SPANS = ("--enable-scale-out",)  # a route whose answers say which version they 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     env = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}  # for the routes of other users
-    with start_cluster(tmp_path_factory.mktemp("lora"), moe=False, vllm_args=(*LORA, *SPANS), env=env) as running:
+    with start_cluster(
+        tmp_path_factory.mktemp("lora"), moe=False, vllm_args=(*LORA, *SPANS, *ONE_PROCESS), env=env
+    ) as running:
         yield running
 
 

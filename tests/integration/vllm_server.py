@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from areal_vllm_ext.process.leftovers import SCRATCH_PREFIX
 from areal_vllm_ext.process.supervised import Supervised
+from harness.cpu_vllm import ONE_PROCESS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,7 @@ def vllm_server(model: Path, port: int, directory: str, *arguments: str) -> Iter
     }
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "m"]
     command += ["--enforce-eager", "--max-model-len", "512", "--dtype", "float32", "--enable-prefix-caching"]
-    command += ["--kv-cache-memory-bytes", str(1 << 27)]
+    command += ["--kv-cache-memory-bytes", str(1 << 27), *ONE_PROCESS]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-extension-cls", "areal_vllm_ext.worker.WorkerExtension", *arguments]
     path = model.parent / f"log-{port}"

@@ -10,6 +10,8 @@ import pytest
 from cluster import start_cluster
 from left_on_disk import nothing_left
 
+from harness.cpu_vllm import ONE_PROCESS
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     env = {"PYTHONPATH": path, "AREAL_VLLM_ENABLE": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    arguments = ["--weight-transfer-config", '{"backend": "areal"}']
+    arguments = ["--weight-transfer-config", '{"backend": "areal"}', *ONE_PROCESS]
     folder = tmp_path_factory.mktemp("trainer_api")
     extension = "theirs.Theirs"
     with (
