@@ -21,7 +21,8 @@ def offering(report: Any) -> Offering:
         rank=0,
         device=torch.device("cpu"),
         model=torch.nn.Linear(2, 2),
-        loader=SimpleNamespace(made=[]),
+        made=(),
+        adapters=SimpleNamespace(find=lambda _: ()),
         live_weights=SimpleNamespace(served=lambda: served, layout="one"),
         residency=SimpleNamespace(access=contextlib.nullcontext),
     )
