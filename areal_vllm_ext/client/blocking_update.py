@@ -75,7 +75,10 @@ class Update:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._thread.run(self._transaction.close(error))
+        try:
+            self._thread.run(self._transaction.close(error))
+        finally:
+            self._transaction.abandon()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(CANNOT_PICKLE)

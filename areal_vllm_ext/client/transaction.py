@@ -80,6 +80,7 @@ class Transaction:
         self._commander = commander
         self._sinks = sinks
         self._lease = contextlib.AsyncExitStack()
+        self._interval = ShortSwitchInterval()
         self._targets: dict[str, Target] = {}
         self._result: UpdateResult | None = None
         self._state: Literal["new", "open", "closed"] = "new"
@@ -119,7 +120,7 @@ class Transaction:
         context = self.context
         context.spans.set_state("update", "lease")
         # The event loop needs the interpreter while another thread handles tensor after tensor.
-        self._lease.enter_context(ShortSwitchInterval())
+        self._lease.enter_context(self._interval)
         try:
             command = self._commander.command(
                 f"update to version {self.version}", context.left, without_lost=self.options.drop_lost
@@ -290,6 +291,11 @@ class Transaction:
             await self._lease.aclose()
             if self.options.trace:
                 await self._write_trace(self.options.trace)
+
+    def abandon(self) -> None:
+        """Let go of what this process holds, where ``close`` cannot run: the group was closed within the block."""
+        self._interval.end()
+        self.sharing.revoke()
 
     async def _send_adapters(self) -> None:
         """Send the adapters of the update, and those that engines lack which came back without them. Once."""

@@ -139,7 +139,9 @@ class GlooGroup:
     def _answered(self) -> bool:
         stdout = self._process.stdout
         assert stdout is not None
-        if b"\n" not in self._answers and select.select([stdout], [], [], 0)[0]:
+        ready = select.poll()  # select.select takes no descriptor above 1023
+        ready.register(stdout, select.POLLIN)
+        if b"\n" not in self._answers and ready.poll(0):
             read = os.read(stdout.fileno(), 1 << 16)
             if not read:
                 raise PeerLost(self._ended())

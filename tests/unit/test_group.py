@@ -645,8 +645,10 @@ def test_a_group_that_is_closed_inside_a_block_keeps_no_lease(
     deployment: Deployment, group: EngineGroup, key_file: Path
 ) -> None:
     other = EngineGroup.connect(deployment.directory, key_file=key_file)
+    usual = sys.getswitchinterval()
     with pytest.raises(ArealError, match="this group is closed"), other.update(1, timeout=30):
         other.close()
+    assert sys.getswitchinterval() == usual
     assert seconds(lambda: update(group, 2, timeout=20)) < 4
     assert versions(deployment) == [2, 2]
 

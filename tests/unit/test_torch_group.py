@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from areal_vllm_ext.process.file_limit import raise_file_limit
 from areal_vllm_ext.protocol import Bucket, TensorMeta, TorchGroup
 from areal_vllm_ext.transport.base import Cancelled, PeerLost, WorkerSite
 from areal_vllm_ext.transport.buckets import packed_layout, unpack
@@ -68,7 +70,12 @@ def trainer() -> Iterator[TorchTrainer]:
 
 @pytest.fixture(scope="module")
 def source(trainer: TorchTrainer) -> Iterator[TorchGroupSource]:
+    """In a process of many open files: its descriptors are above 1023."""
+    raise_file_limit()
+    taken = [os.dup(0) for _ in range(1100)]
     made = TorchGroupSource(transfer(trainer), SITE, 60.0, threading.Event())
+    for one in taken:
+        os.close(one)
     trainer.joined.result(60)
     yield made
     made.close()
