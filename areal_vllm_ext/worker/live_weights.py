@@ -397,7 +397,8 @@ class LiveWeights:
         except (WeightsChanged, NotResident):
             return  # a commit is to come, and its weights are read then
         except Exception:
-            logger.warning("areal_vllm_ext: no digests of the live weights could be taken", exc_info=True)
+            if self._worker.get_model() is not None:  # else vLLM has shut the worker down
+                logger.warning("areal_vllm_ext: no digests of the live weights could be taken", exc_info=True)
             return
         with self._state:
             if changes != self._changes or not reading.committed:

@@ -224,6 +224,16 @@ def live(monkeypatch: pytest.MonkeyPatch) -> tuple[LiveWeights, Model]:
     return LiveWeights(stand_in, Residency(stand_in), ("/nowhere", None)), model
 
 
+@pytest.mark.parametrize(("model", "warned"), [(object(), True), (None, False)])
+def test_the_end_of_vllms_worker_is_no_reason_to_warn(
+    live: tuple[LiveWeights, Model], caplog: pytest.LogCaptureFixture, model: object, warned: bool
+) -> None:
+    weights, _ = live
+    weights._worker.get_model = lambda: model
+    weights._read_after_commit(weights._changes)
+    assert ("no digests of the live weights could be taken" in caplog.text) == warned
+
+
 def test_a_weight_that_changes_without_a_commit_is_damage(live: tuple[LiveWeights, Model]) -> None:
     weights, model = live
     with weights.committing(dict(CHECKPOINT)):
