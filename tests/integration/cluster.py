@@ -14,7 +14,7 @@ import torch
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.demo.deployment import WORKER_EXTENSION, Deployment, Node
-from areal_vllm_ext.demo.model import make_model
+from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from harness.network import Namespaces, missing
 
 Pending = Future[dict[str, Any]]
@@ -52,12 +52,7 @@ class Cluster:
 
     def oracle(self, prompts: Any = PROMPTS, tokens: int = TOKENS) -> list[list[int]]:
         """The tokens that the trainer's model would generate."""
-        return [
-            self.model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)[
-                0, len(prompt) :
-            ].tolist()
-            for prompt in prompts
-        ]
+        return greedy_tokens(self.model, prompts, tokens)
 
     def generated(self, rank: int, prompts: Any = PROMPTS, tokens: int = TOKENS) -> list[list[int]]:
         """The tokens that the engine of DP rank ``rank`` generates."""
