@@ -121,6 +121,11 @@ class Delivery:
         """The digest of all that was sent; empty from disk, because then nothing passes through this process."""
         return digest.manifest(self.entries) if self.entries else ""
 
+    @property
+    def contents(self) -> Contents:
+        """Each tensor with its digest, by name."""
+        return digest.by_name(self.entries)
+
     def units_manifest(self, units: Units) -> str:
         """Return the digest of all units of the update; empty if this process does not know it."""
         if units.weights and not self.manifest:
@@ -333,7 +338,7 @@ class Delivery:
                     f"a partial update needs to know what the engines have: {reason}; send all weights once"
                 )
             )
-        return {meta.name: (meta, value) for meta, value in worker.contents}
+        return digest.by_name(worker.contents)
 
     async def _ask_contents(self) -> protocol.WeightDigests:
         engine, left = next(iter(self._targets.values())).engine, max(self._context.left, 0.1)

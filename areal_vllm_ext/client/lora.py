@@ -17,6 +17,7 @@ from ..errors import InvalidWeights, NotACheckpoint
 from ..integrity import digest
 from ..integrity.safetensors_file import SafetensorsFile, read_file
 from ..protocol import Adapter, TensorMeta, Units
+from ..transport.buckets import contents_of
 from .modules import Named, gathered
 from .names import without_wrappers
 from .zero3 import Gathering
@@ -149,8 +150,7 @@ def copied(
             raise InvalidWeights(f"adapter {name}: {key} holds NaN or infinite values")
     if not tensors:
         raise InvalidWeights(f"adapter {name} has no tensors")
-    metas = [TensorMeta(key, str(one.dtype).removeprefix("torch."), tuple(one.shape)) for key, one in tensors.items()]
-    entries = list(zip(metas, digest.digests_of(tensors.values()), strict=True))
+    entries = list(contents_of(tensors).values())
     return SentAdapter(Adapter(name, config, digest.adapter_manifest(config, entries)), tensors, entries)
 
 

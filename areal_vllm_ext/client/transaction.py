@@ -423,7 +423,7 @@ class Transaction:
             self._sinks.drop(self.context)
             return
         if self.delivery.complete:
-            self._sinks.sent = {meta.name: (meta, value) for meta, value in self.delivery.entries}
+            self._sinks.sent = self.delivery.contents
             self._sinks.sent_manifest = self.delivery.manifest
         known = self._sinks.adapters | self.adapters.sent
         self._sinks.adapters = {

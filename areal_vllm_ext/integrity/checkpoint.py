@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..protocol import TensorMeta
+    from .digest import Contents
 
 # Dtypes in which an engine may compute, and so may take a tensor instead of the checkpoint's dtype.
 FLOATS = frozenset({"float64", "float32", "bfloat16", "float16"})
@@ -219,6 +220,20 @@ def contents(directory: str | os.PathLike[str], *, check_ambiguity: bool = True)
 
     with Checkpoint(directory, check_ambiguity=check_ambiguity) as checkpoint:
         return {name: (checkpoint.tensors[name], digest.digests_of([tensor])[0]) for name, tensor in checkpoint.read()}
+
+
+def as_drafters(contents: Contents) -> Contents:
+    """Return a drafter's tensors under the names that they have beside the base model's."""
+    return {
+        DRAFT + name: (msgspec.structs.replace(meta, name=DRAFT + name), value)
+        for name, (meta, value) in contents.items()
+    }
+
+
+def without_drafters(contents: Contents) -> tuple[Contents, Contents]:
+    """Return the base model's tensors, and those of its drafter, which keep their names."""
+    drafters = {name: one for name, one in contents.items() if name.startswith(DRAFT)}
+    return {name: one for name, one in contents.items() if name not in drafters}, drafters
 
 
 def mismatch_reason(tensor: TensorMeta, expected: Mapping[str, TensorMeta], dtypes: Iterable[str]) -> str | None:

@@ -154,6 +154,11 @@ def _started(
     return finish
 
 
+def by_name(entries: Iterable[tuple[TensorMeta, int]]) -> Contents:
+    """Return tensors and their digests by the tensors' names."""
+    return {meta.name: (meta, value) for meta, value in entries}
+
+
 def manifest(entries: Iterable[tuple[TensorMeta, int]]) -> str:
     """Return one digest (32 hexadecimal digits) of a set of tensors: their names, dtypes, shapes and digests in any order."""
     ordered = sorted(entries, key=lambda entry: entry[0].name)

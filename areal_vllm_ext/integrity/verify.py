@@ -6,8 +6,6 @@ import collections
 import dataclasses
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from . import checkpoint as files
 from . import digest
 
@@ -93,8 +91,7 @@ def compare(
         drafted = _of_drafter(checkpoint, draft, taken)
         checkpoint, ignored = _as_taken(checkpoint, taken)
         for name, worker in workers:
-            served = {meta.name: (meta, value) for meta, value in worker.contents}
-            moved = {one: served.pop(one) for one in list(served) if one.startswith(files.DRAFT)}
+            served, moved = files.without_drafters(digest.by_name(worker.contents))
             differences += _against(name, worker, served, checkpoint, ignored)
             if drafted and (moved or draft is not None):
                 differences += _against(name, worker, moved, drafted)
@@ -165,11 +162,7 @@ def _of_drafter(checkpoint: Contents, draft: Contents | None, taken: Weights | N
         draft = checkpoint if taken.draft.with_base else {}
     drafter = taken.draft.weights
     named, _ = _as_taken(draft, drafter)
-    found = {meta.name: named[meta.name] for meta in drafter.required if meta.name in named}
-    return {
-        files.DRAFT + name: (msgspec.structs.replace(meta, name=files.DRAFT + name), value)
-        for name, (meta, value) in found.items()
-    }
+    return files.as_drafters({meta.name: named[meta.name] for meta in drafter.required if meta.name in named})
 
 
 def _against(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -234,6 +234,12 @@ def filled_buckets(
 def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
     """Return a tensor's name, dtype and shape."""
     return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+
+
+def contents_of(tensors: Mapping[str, torch.Tensor]) -> digest.Contents:
+    """Return what each tensor is, and its digest, by name."""
+    metas = (meta_of(name, tensor) for name, tensor in tensors.items())
+    return digest.by_name(zip(metas, digest.digests_of(tensors.values()), strict=True))
 
 
 def nbytes_of(meta: TensorMeta) -> int:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..integrity.digest import Contents
-    from ..protocol import TensorMeta
     from .load.plan import PlanRun
     from .load.shadow import BuildOptions, Shadow
     from .load.written import Written
@@ -193,7 +192,7 @@ class StagedDraft:
             made = self._shadow.digests.items()  # what is shared moves with the base weights
             digests = {PREFIX + name: value for name, value in made if drafter.worker.is_own(name)}
         drafter.discarded = ""
-        contents = {PREFIX + name: (renamed(meta), value) for name, (meta, value) in self._contents.items()}
+        contents = checkpoint.as_drafters(self._contents)
         return CommittedDraft(contents, digests, {PREFIX + name: runs for name, runs in (written or {}).items()})
 
     def free(self) -> None:
@@ -201,11 +200,6 @@ class StagedDraft:
         shadow, self._shadow, self._run, self._tensors = self._shadow, None, None, {}
         if shadow is not None:
             shadow.free()
-
-
-def renamed(meta: TensorMeta) -> TensorMeta:
-    """Return a drafter's tensor under the name that it has beside the base model's."""
-    return msgspec.structs.replace(meta, name=PREFIX + meta.name)
 
 
 def _dtypes(drafter: Drafter) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..integrity import digest
+from ..integrity.checkpoint import without_drafters
 from ..protocol import Units
 from ..protocol.peer_messages import FetchWeights, WeightsFetched
 from ..transport import host_memory
@@ -21,7 +22,6 @@ from . import background
 from .adapters.staged import StagedAdapters
 from .load import kernel_format, proof
 from .load.cpu_packing import ATTRIBUTE
-from .load.drafter import is_prefixed
 from .memory import free_bytes
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ class Fetching:
         context, offer = self._context, self._offer
         if not self._complete or offer is None:
             raise RuntimeError(f"worker {context.rank} has not fetched all weights")
-        served = {meta.name: (meta, value) for meta, value in offer.contents or ()}
-        draft = {name: served.pop(name) for name in list(served) if is_prefixed(name)}
+        served, draft = without_drafters(digest.by_name(offer.contents or ()))
         contents = None if offer.contents is None else served
         made = [held.tensor.name for held in offer.held if held.kind == "attribute"]
         with context.residency.access(), context.live_weights.committing(contents, update, draft=True):

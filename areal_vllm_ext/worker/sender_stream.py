@@ -244,7 +244,7 @@ class SenderStream:
                 update.stamps[order.stamp] = source.sharing.stamp()
             with spans.span(track, "take"), no_collection():
                 announced = zip((segment.tensor for segment in order.segments), order.digests, strict=True)
-                contents = {meta.name: (meta, value) for meta, value in announced}
+                contents = digest.by_name(announced)
                 if order.adapter:
                     whole = False
                     update.adapters.add(order.adapter, unpacked.tensors, contents)

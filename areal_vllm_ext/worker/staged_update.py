@@ -18,7 +18,7 @@ from ..observability.spans import SpanRecorder
 from ..protocol import WorkerDone
 from ..transport import host_memory
 from ..transport.base import Cancelled
-from ..transport.buckets import UnpackedBucket, first_non_finite, meta_of
+from ..transport.buckets import UnpackedBucket, contents_of, first_non_finite
 from . import staging
 from .adapters.staged import StagedAdapters
 from .drafts import StagedDraft
@@ -321,9 +321,7 @@ class StagedUpdate:
         ignored = {name: named.pop(name) for name in tensors if intake.ignores(name)}
         self._second_names |= zip(ignored, digest.digests_of(ignored.values()), strict=True)
         staged = {name: self.put(tensor) for name, tensor in named.items()}
-        metas = (meta_of(name, tensor) for name, tensor in staged.items())
-        values = digest.digests_of(staged.values())
-        contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}
+        contents = contents_of(staged)
         if of_drafter := [name for name in staged if self.draft.takes(name)]:
             own = {name: staged[name] for name in of_drafter}
             self.draft.add(own, {name: contents[name] for name in of_drafter}, unchecked=unchecked)

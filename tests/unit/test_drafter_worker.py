@@ -14,17 +14,16 @@ from vllm_models import LoadedWorker, checkpoint, saved, trained, weights_of
 
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.protocol.peer_messages import EndOffer
+from areal_vllm_ext.transport.buckets import contents_of
 from areal_vllm_ext.worker.drafts import Drafter, StagedDraft
 from areal_vllm_ext.worker.load import proof
 from areal_vllm_ext.worker.load.drafter import shared_paths
 from areal_vllm_ext.worker.load.shadow import BuildOptions
-from areal_vllm_ext.worker.staged_update import meta_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from areal_vllm_ext.integrity.digest import Contents
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -61,11 +60,6 @@ def folders() -> Iterator[list[Path]]:
     folder = checkpoint("dense")
     with saved(trained(weights_of(folder), 1), folder) as one, saved(trained(weights_of(folder), 2), folder) as two:
         yield [folder, one, two]
-
-
-def contents_of(tensors: dict[str, torch.Tensor]) -> Contents:
-    values = digest.digests_of(tensors.values())
-    return {name: (meta_of(name, tensor), value) for (name, tensor), value in zip(tensors.items(), values, strict=True)}
 
 
 def staged(drafter: Drafter, tensors: dict[str, torch.Tensor]) -> StagedDraft:

@@ -25,10 +25,10 @@ from areal_vllm_ext.client.sending import Sending
 from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.integrity.digest import Contents
 from areal_vllm_ext.observability.spans import SpanRecorder
-from areal_vllm_ext.protocol import Bucket, CudaIpc, Prepare, TensorMeta
+from areal_vllm_ext.protocol import Bucket, CudaIpc, Prepare
 from areal_vllm_ext.transport import cuda_runtime, ipc, ipc_memory, ipc_sharing
 from areal_vllm_ext.transport.base import WorkerSite
-from areal_vllm_ext.transport.buckets import packed_layout, unpack
+from areal_vllm_ext.transport.buckets import meta_of, packed_layout, unpack
 from areal_vllm_ext.transport.cuda_runtime import CudaRuntime, Memory
 from areal_vllm_ext.transport.device import host_id
 from areal_vllm_ext.transport.ipc import CudaIpcSink, CudaIpcSource
@@ -180,10 +180,6 @@ def simulated(runtime: CudaRuntime, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(cuda_runtime, "load", lambda: runtime)
     yield runtime
     ipc_memory.own.clear()
-
-
-def meta_of(name: str, tensor: torch.Tensor) -> TensorMeta:
-    return TensorMeta(name, str(tensor.dtype)[6:], tuple(tensor.shape))
 
 
 def bucket_of(sink: CudaIpcSink, weights: dict[str, torch.Tensor]) -> Bucket:

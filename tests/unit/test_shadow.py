@@ -11,11 +11,9 @@ import pytest
 import torch
 from vllm_models import FAMILIES, LoadedWorker, checkpoint, saved, trained, weights_of
 
-from areal_vllm_ext.integrity import digest
-from areal_vllm_ext.integrity.digest import Contents
 from areal_vllm_ext.observability import fault_points
 from areal_vllm_ext.transport.base import Cancelled
-from areal_vllm_ext.transport.buckets import meta_of
+from areal_vllm_ext.transport.buckets import contents_of
 from areal_vllm_ext.worker import hooks
 from areal_vllm_ext.worker.live_weights import LiveWeights
 from areal_vllm_ext.worker.load import apart, proof
@@ -34,11 +32,6 @@ PLANNED = {"dense", "tied", "biases"}
 @pytest.fixture(scope="module", autouse=True)
 def patched() -> None:
     hooks.repack_cpu_experts_on_reload()
-
-
-def contents_of(weights: Weights) -> Contents:
-    values = digest.digests_of(weights.values())
-    return {name: (meta_of(name, tensor), value) for (name, tensor), value in zip(weights.items(), values, strict=True)}
 
 
 def build(loader: Loader, weights: Weights, **options: Any) -> tuple[Shadow | None, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ... import errors
 from ...integrity import digest
-from ...transport.buckets import first_non_finite, meta_of
+from ...transport.buckets import contents_of, first_non_finite
 from .loading import Unusable
 from .store import StoredAdapter
 
@@ -49,9 +49,7 @@ class StagedAdapters:
             raise ValueError(f"adapter {adapter}: {name} holds NaN or infinite values")
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         if contents is None:
-            metas = [meta_of(name, tensor) for name, tensor in copied.items()]
-            values = digest.digests_of(copied.values())
-            contents = {meta.name: (meta, value) for meta, value in zip(metas, values, strict=True)}
+            contents = contents_of(copied)
             self._unannounced.add(adapter)
         with self._lock:
             self._tensors.setdefault(adapter, {}).update(copied)

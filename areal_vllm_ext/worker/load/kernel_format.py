@@ -19,6 +19,7 @@ import torch
 from ...integrity import digest
 from ...integrity.digest_torch import as_bytes
 from ...protocol import TensorMeta
+from ...transport.buckets import meta_of
 from . import twins
 from .cpu_packing import ATTRIBUTE, pack
 from .proof import is_handed_over, readable
@@ -74,7 +75,7 @@ def parts(model: torch.nn.Module, made: Collection[str]) -> dict[str, Part]:
         place = (storage_key(tensor), int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and place not in places:
             places.add(place)
-            found[name] = Part("tensor", _meta(name, tensor), tensor)
+            found[name] = Part("tensor", meta_of(name, tensor), tensor)
     layers = {
         id(layer): name for name, layer in reversed(twins.modules_by_name(model).items())
     }  # of two names, the first
@@ -87,7 +88,7 @@ def parts(model: torch.nn.Module, made: Collection[str]) -> dict[str, Part]:
             found[meta.name] = Part("packed", meta, None, layer)
     for path, value in _attributes(model):
         if isinstance(value, torch.Tensor) and path in made:
-            found[path] = Part("attribute", _meta(path, value), value)
+            found[path] = Part("attribute", meta_of(path, value), value)
     return found
 
 
@@ -115,10 +116,6 @@ def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor | fl
                 yield leaf.path, leaf.value
         elif isinstance(leaf.value, float):
             yield leaf.path, leaf.value
-
-
-def _meta(name: str, tensor: torch.Tensor) -> TensorMeta:
-    return TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
