@@ -7,11 +7,13 @@ import importlib.metadata
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from ..client.blocking import EngineGroup
 from ..client.options import READY_SECONDS, UPDATE_SECONDS, UpdateOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch.distributed import ProcessGroup
 
@@ -62,6 +64,12 @@ class Syncs:
         numbers = [state.version for state in self.group.status() if isinstance(state.version, int)]
         self.version = max(numbers, default=0)
 
+    @classmethod
+    def of_all_ranks(cls, settings: SyncSettings) -> Syncs:
+        """Return those of all ranks of torch.distributed, or of this process alone where it is not initialized."""
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        return cls(settings, dist.group.WORLD if several else None)
+
     def send(self, weights: Any, version: Version | None = None, **options: Any) -> UpdateResult:
         """Move every engine to ``weights``, or none.
 
@@ -96,15 +104,27 @@ class Syncs:
         self.group.close()
 
 
+def check_has(owner: type, names: Iterable[str], package: str, tested: str) -> None:
+    """Raise ImportError if the class ``owner`` of ``package`` lacks methods of these names, which are replaced."""
+    if missing := [name for name in names if not hasattr(owner, name)]:
+        raise ImportError(
+            f"{package} {_installed(package)}: its {owner.__name__} has no {', '.join(missing)}; use {tested}, which was tested"
+        )
+
+
 def warn_unless_tested(package: str, tested: str) -> None:
     """Say in one line that ``package`` is installed in another version than was tested. A patch release is not another."""
-    try:
-        found = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from its sources
-        found = "of unknown version"
+    found = _installed(package)
     if found.split(".")[:2] != tested.split(".")[:2]:
         warnings.warn(
             f"{package} {found}: the integration was tested on {tested} only; install that version, or check the weights of "
             "the first updates",
             stacklevel=3,
         )
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        return "of unknown version"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ...errors import SettingsError
-from ..syncs import Syncs, SyncSettings, warn_unless_tested
+from ..syncs import Syncs, SyncSettings, check_has, warn_unless_tested
 
+_TESTED = ("openrlhf", "0.11.2")
 _REPLACED = ("_init_vllm_sync_group", "broadcast_to_vllm")
 
 
@@ -23,11 +23,8 @@ def replace(trainer: Any, settings: dict[str, Any]) -> None:
     Raises:
         ImportError: this OpenRLHF has no such methods.
     """
-    warn_unless_tested("openrlhf", "0.11.2")
-    if missing := [name for name in _REPLACED if not hasattr(trainer, name)]:
-        raise ImportError(
-            f"OpenRLHF: its ActorPPOTrainer has no {', '.join(missing)}; use OpenRLHF 0.11, which was tested"
-        )
+    warn_unless_tested(*_TESTED)
+    check_has(trainer, _REPLACED, *_TESTED)
 
     def _init_vllm_sync_group(self: Any, backend: str) -> None:
         """Do nothing: the trainer and the engines need no group."""
@@ -43,8 +40,7 @@ def replace(trainer: Any, settings: dict[str, Any]) -> None:
                 "ds.tensor_parallel_size is above 1: areal-vllm-ext does not gather DeepSpeed's tensor parallelism; use ZeRO"
             )
         if (syncs := getattr(self, "_areal_syncs", None)) is None:
-            several = dist.is_initialized() and dist.get_world_size() > 1
-            syncs = self._areal_syncs = Syncs(SyncSettings(**settings), dist.group.WORLD if several else None)
+            syncs = self._areal_syncs = Syncs.of_all_ranks(SyncSettings(**settings))
         torch.cuda.empty_cache()
         syncs.send(self.actor.model)
         torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
 from ...errors import RequestError
-from ..syncs import Syncs, SyncSettings, warn_unless_tested
+from ..syncs import Syncs, SyncSettings, check_has, warn_unless_tested
 from . import colocated
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
+_TESTED = ("trl", "1.16.0")
 _REPLACED = ("init_communicator", "update_named_params", "update_model_params", "reset_prefix_cache")
 
 
@@ -104,13 +105,8 @@ def use_areal(directory: str = "", **settings: Any) -> type[ArealVLLMClient]:
     Raises:
         ImportError: this TRL has no such client.
     """
-    warn_unless_tested("trl", "1.16.0")
-    if missing := [name for name in _REPLACED if not hasattr(VLLMClient, name)]:
-        from trl import __version__ as trl_version
-
-        raise ImportError(
-            f"TRL {trl_version}: its VLLMClient has no {', '.join(missing)}; use TRL 1.16, which this was checked on"
-        )
+    warn_unless_tested(*_TESTED)
+    check_has(VLLMClient, _REPLACED, *_TESTED)
 
     class Client(ArealVLLMClient):
         """With the settings of this call."""

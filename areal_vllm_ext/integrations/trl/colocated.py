@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch.distributed as dist
-
 from ..syncs import Syncs, SyncSettings
 
 _THEIRS = "_areal_theirs"
@@ -35,8 +33,7 @@ def replace(generation: Any, settings: SyncSettings) -> None:
             self._llm_weights_sleeping = False
         if (syncs := getattr(self, "_areal_syncs", None)) is None:
             count = self.accelerator.num_processes // self.tensor_parallel_size
-            ranks = dist.group.WORLD if self.accelerator.num_processes > 1 else None
-            syncs = Syncs(dataclasses.replace(settings, engines=settings.engines or count), ranks)
+            syncs = Syncs.of_all_ranks(dataclasses.replace(settings, engines=settings.engines or count))
             self._areal_syncs = syncs
         syncs.send(self._iter_named_params())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
 
 from ..syncs import Syncs, SyncSettings, warn_unless_tested
@@ -72,8 +71,7 @@ class ArealCheckpointEngine(CheckpointEngine):  # type: ignore[misc]
             ArealError: see docs/transactions.md.
         """
         if self._syncs is None:
-            several = dist.is_initialized() and dist.get_world_size() > 1
-            self._syncs = Syncs(self._settings, dist.group.WORLD if several else None)
+            self._syncs = Syncs.of_all_ranks(self._settings)
         result = self._syncs.send(weights, version=global_steps)
         return {
             "timing_s/areal_update": result.total_ms / 1000,
