@@ -65,13 +65,13 @@ def load_endpoint_plugins() -> None:
     from vllm import plugins
 
     server: Any = sys.modules.get("vllm.entrypoints.openai.api_server")
+    # Engines and workers do not import the API server.
+    if hasattr(plugins, "load_endpoint_plugins") or server is None:
+        return
     wanted = os.environ.get("VLLM_PLUGINS", "").split(",")
     found = [one for one in entry_points(group="vllm.endpoint_plugins") if one.name in wanted]
-    # Engines and workers do not import the API server.
-    if hasattr(plugins, "load_endpoint_plugins") or not found or server is None:
-        return
     build, initialize = server.build_app, server.init_app_state
-    if hasattr(build, "__wrapped__"):
+    if not found or hasattr(build, "__wrapped__"):
         return
 
     @functools.wraps(build)
