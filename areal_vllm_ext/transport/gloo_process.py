@@ -69,6 +69,9 @@ class GlooGroup:
             start_new_session=True,  # a Ctrl-C is this worker's to handle
         )
         self._answers = b""
+        assert self._process.stdout is not None
+        self._readable = select.poll()  # select.select takes no descriptor above 1023
+        self._readable.register(self._process.stdout, select.POLLIN)
         self._waiting: collections.deque[tuple[GlooWork, dict[str, Any]]] = collections.deque()
         order = {
             "rendezvous": transfer.rendezvous,
@@ -139,9 +142,7 @@ class GlooGroup:
     def _answered(self) -> bool:
         stdout = self._process.stdout
         assert stdout is not None
-        ready = select.poll()  # select.select takes no descriptor above 1023
-        ready.register(stdout, select.POLLIN)
-        if b"\n" not in self._answers and ready.poll(0):
+        if b"\n" not in self._answers and self._readable.poll(0):
             read = os.read(stdout.fileno(), 1 << 16)
             if not read:
                 raise PeerLost(self._ended())
