@@ -266,7 +266,7 @@ class Round:
         paused_by_user = any(state.generation != "running" and not state.pauses.paused_for for state in states)
         slowest = min(process.clock.rate for process in (*world.engines, world.directory))
         seconds = PAUSE_SECONDS if paused_by_user else SERVES_AGAIN_SECONDS
-        # An engine that has restarted may learn that it is stale only after a lease that nobody uses any more.
+        # A restarted engine may hear of newer weights only when the lease of a lost client has ended. Then it fetches them.
         fetches = any(state.stale or not state.joined for state in states)
         seconds = (seconds + FETCH_SECONDS * fetches) / min(slowest, 1.0)
         world.run(until=world.now + seconds, done=self.serve)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, ItemsView, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Literal
-
-import torch
 
 from ..errors import InvalidWeights, NotACheckpoint
 from ..integrity.checkpoint import Checkpoint, describe
 from .modules import is_sharded
-from .weights import Cast, Checker, WeightSource, named_parts
+from .weights import Cast, Checker, WeightSource, is_lasting, named_parts
 
 if TYPE_CHECKING:
+    import torch
+
     from ..protocol import TensorMeta, Weights
 
 logger = logging.getLogger("vllm.areal_vllm_ext")
@@ -72,7 +72,7 @@ class DraftPart:
         """Set aside what ``checker`` sees of ``weights`` that is the drafter's, in one checkpoint with the base model."""
         if not self._with_base:
             return
-        lasting = isinstance(weights, (torch.nn.Module, Mapping, ItemsView, list, tuple))
+        lasting = is_lasting(weights)
 
         def set_aside(name: str, tensor: torch.Tensor) -> None:
             if name in self._names:

@@ -244,7 +244,8 @@ class AsyncEngineGroup:
         """
         check_choice("level", level, protocol.SleepLevel)
         check_choice("mode", mode, PauseMode)
-        await sleeping.sleep(self._commander, 1 if level == 1 else 2, mode, checked_seconds(timeout))
+        plain: protocol.SleepLevel = 1 if level == 1 else 2  # numpy's integers cannot be sent
+        await sleeping.sleep(self._commander, plain, mode, checked_seconds(timeout))
 
     async def wake_up(self, tags: Sequence[SleepTag] | None = None, *, timeout: float = PAUSE_SECONDS) -> None:
         """Bring weights and KV cache of every engine back to its device.

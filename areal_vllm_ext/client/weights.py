@@ -41,6 +41,11 @@ def named_weights(source: WeightSource) -> Iterator[tuple[str, torch.Tensor]]:
     return gathered(named_parts(source))
 
 
+def is_lasting(source: object) -> bool:
+    """Return whether the tensors of a source stay as they are while it is walked. An iterator's may be freed."""
+    return isinstance(source, (torch.nn.Module, Mapping, ItemsView, list, tuple))
+
+
 def named_parts(source: WeightSource) -> Iterable[Named]:
     """Return the checkpoint tensors as this rank holds them: a ``DTensor`` is not gathered."""
     if isinstance(source, torch.nn.Module):
@@ -216,7 +221,7 @@ class Checker:
         ``partial``: tensors may be missing.
         """
         parts = named_parts(source)
-        if isinstance(source, (torch.nn.Module, Mapping, ItemsView, list, tuple)):
+        if is_lasting(source):
             parts = list(parts)
             saved = self.as_saved(parts)
             self.second_names.compare(saved)

@@ -32,11 +32,12 @@ from .prefix_root import PrefixRoot
 from .sleep import ALL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from vllm.config import VllmConfig
     from vllm.v1.engine.core import EngineCore
 
+    from ..protocol import Units
     from ..protocol.peer_messages import ReadPacked
     from .effects import CallCommit, CallCommitFetched, CallMethod, CallResume, CallWakeUp, Guard
 
@@ -244,10 +245,9 @@ class Controller:
 
         def on_loop() -> None:
             self._check_paused()
-            units, numbers = effect.units, self._adapters.numbers_of(effect.units)
-            kept = self._adapters.in_use_after(units, numbers)
-            answers = self._engine.collective_rpc("areal_commit", args=(effect.update, units.weights, numbers, kept))
-            self._adapters.commit(units, numbers, kept, {name: str(effect.version) for name in numbers})
+            units = effect.units
+            versions = {one.name: str(effect.version) for one in units.adapters}
+            answers = self._commit_on_workers("areal_commit", (effect.update, units.weights), units, versions)
             if units.weights:
                 self._foreign.discarded = ""
             loaded, unproven = ("; ".join(filter(None, dict.fromkeys(each))) for each in zip(*answers, strict=True))
@@ -263,11 +263,8 @@ class Controller:
         def on_loop() -> None:
             self._check_paused()
             units = self._adapters.units_of(effect.adapters)
-            numbers = self._adapters.numbers_of(units)
-            kept = self._adapters.in_use_after(units, numbers)
-            self._engine.collective_rpc("areal_commit_fetched", args=(effect.fetch, effect.update, numbers, kept))
             versions = {name: str(one.version) for name, one in effect.adapters.items()}
-            self._adapters.commit(units, numbers, kept, versions)
+            self._commit_on_workers("areal_commit_fetched", (effect.fetch, effect.update), units, versions)
             self._drop_caches(values=True, encoders=True, root=effect.update)
             self._foreign.discarded = ""
             self._set_version(effect.version)
@@ -353,6 +350,16 @@ class Controller:
     def _check_paused(self) -> None:
         if not self.is_paused():
             raise RuntimeError("the engine runs: another user has resumed it, past vLLM's own interfaces")
+
+    def _commit_on_workers(
+        self, method: str, arguments: tuple[object, ...], units: Units, versions: Mapping[str, str]
+    ) -> list[Any]:
+        """Have every worker make units live, and requests use their adapters from here on; ``versions``: the adapters'."""
+        numbers = self._adapters.numbers_of(units)
+        kept = self._adapters.in_use_after(units, numbers)
+        answers: list[Any] = self._engine.collective_rpc(method, args=(*arguments, numbers, kept))
+        self._adapters.commit(units, numbers, kept, versions)
+        return answers
 
     def _set_version(self, version: Version) -> None:
         """Let outputs carry this version from here on; vLLM 0.28 to 0.31 have no such call."""

@@ -181,19 +181,18 @@ class CopyBatch(NamedTuple):
             across: move only the sources that run across their targets, so that the commit need not turn them round.
                 Otherwise all, so that the tensors can be freed.
         """
-        targets = {id(source): target for target, source in self.pairs}
-        sources = {id(source): source for _, source in (self.across if across else self.pairs)}
-        buffer = allocate(sum(aligned(source.nbytes) for source in sources.values()))
+        chosen = {id(source): (target, source) for target, source in (self.across if across else self.pairs)}
+        buffer = allocate(sum(aligned(source.nbytes) for _, source in chosen.values()))
         wholes: dict[torch.dtype, torch.Tensor] = {}
         moved: dict[int, torch.Tensor] = {}
         end = 0
-        for key, source in sources.items():
+        for key, (target, source) in chosen.items():
             if (whole := wholes.get(source.dtype)) is None:
                 whole = wholes[source.dtype] = view_as(buffer, source.dtype)
-            strides, start = dense_strides(targets[key]), whole.storage_offset() + end // whole.itemsize
+            strides, start = dense_strides(target), whole.storage_offset() + end // whole.itemsize
             moved[key] = whole.as_strided(source.shape, strides, start)
             end += aligned(source.nbytes)
-        Copies((moved[key], source) for key, source in sources.items()).run()
+        Copies((moved[key], source) for key, (_, source) in chosen.items()).run()
         pairs = [(target, moved.get(id(source), source)) for target, source in self.pairs]
         slices = [(name, target, moved.get(id(source), source)) for name, target, source in self.slices]
         return CopyBatch(self.plan, self.names, pairs, Copies(pairs), self.packed, slices, [])
