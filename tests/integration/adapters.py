@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from cluster import PROMPTS
 
+from harness.peft_models import with_adapter
+
 if TYPE_CHECKING:
     from cluster import Cluster
 
@@ -18,16 +20,8 @@ LONG = random.Random(1).choices(range(3, 100), k=305)  # many blocks of the pref
 
 def adapted(cluster: Cluster, seed: int, **options: Any) -> Any:
     """The trainer's model with an adapter that changes its tokens."""
-    import peft
-
     settings = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]} | options
-    model = peft.get_peft_model(copy.deepcopy(cluster.model), peft.LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
-    return model
+    return with_adapter(copy.deepcopy(cluster.model), seed, 0.15, **settings)
 
 
 def tokens_of(model: Any, prompt: list[int], tokens: int = TOKENS) -> list[int]:

@@ -18,6 +18,8 @@ import torch
 from lazily import imported
 from safetensors.torch import load_file, save_file
 
+from harness.peft_models import with_adapter
+
 _COMMON = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -178,18 +180,11 @@ def lora_worker(family: str = "dense", folder: Path | None = None, **options: An
 
 def adapted(seed: int = 0, family: str = "dense", **options: Any) -> Any:
     """Return a PeftModel whose adapter changes the model."""
-    import peft
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32)
     settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj"]} | options
-    with_adapter = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in with_adapter.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return with_adapter
+    return with_adapter(model, seed, 0.1, **settings)
 
 
 def lora_slots(runner: Any) -> dict[str, list[torch.Tensor]]:
