@@ -9,10 +9,10 @@ and shape are not part of it: compare them too, or use ``manifest``.
 ``torch.hash_tensor`` is no alternative: it XORs the values, so their order does not count and two equal rows cancel out.
 
 Three implementations give the same digests. On GPUs one Triton kernel reads any number of tensors where they lie
-(``digest_triton.py``: 4.5 TB/s on an H200, 3.5 with the check for NaN). On CPUs Numba compiles a loop (``digest_numba.py``:
-5.9 GB/s on one core of a 2.5 GHz Xeon). Torch's operators (``digest_torch.py``: 0.09 TB/s and 0.9 GB/s) are the definition
-that kernels are compared with before they are used. They are also the fallback: a trainer may have no Numba, a container may
-have no C compiler for Triton's launchers, and Numba compiles for seconds while the first update is already sent.
+(``digest_triton.py``: 2.7 TB/s on an H200). On CPUs Numba compiles a loop (``digest_numba.py``: 5.9 GB/s on one core of a
+2.5 GHz Xeon). Torch's operators (``digest_torch.py``: 0.09 TB/s and 0.9 GB/s) are the definition that kernels are compared
+with before they are used. They are also the fallback: a trainer may have no Numba, a container may have no C compiler for
+Triton's launchers, and Numba compiles for seconds while the first update is already sent.
 """
 
 from __future__ import annotations
