@@ -226,10 +226,15 @@ def test_parts_are_kept_without_the_tensors_that_they_are_of() -> None:
     assert not recorded(all_of_it, staged({"w": (4, 4)}, 1)).of_a_shard
 
 
-def test_what_runs_across_its_target_is_turned_round_before_the_commit() -> None:
-    def turned(param: torch.Tensor, loaded: torch.Tensor) -> None:
-        param.data.copy_(loaded.transpose(0, 1))
-
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda param, loaded: param.data.copy_(loaded.transpose(0, 1)),
+        lambda param, loaded: param.data.transpose(0, 1).copy_(loaded),
+    ],
+    ids=["source", "target"],
+)
+def test_what_runs_across_its_target_is_turned_round_before_the_commit(turned: Callable[..., None]) -> None:
     def build() -> torch.nn.Module:
         loaders = {"turned": turned}
         return of(turned=Layer(HIDDEN, FFN, loaders=loaders), plain=Layer(FFN, HIDDEN, loaders={"plain": whole}))

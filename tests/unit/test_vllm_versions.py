@@ -102,6 +102,10 @@ def test_a_vllm_without_endpoint_plugins_loads_those_that_are_named(monkeypatch:
     vllm_versions.load_endpoint_plugins()
     assert server.build_app is build_app, "VLLM_PLUGINS names none"
     monkeypatch.setenv("VLLM_PLUGINS", "areal_vllm_ext,one")
+    with monkeypatch.context() as later:
+        later.setattr(plugins, "load_endpoint_plugins", None, raising=False)
+        vllm_versions.load_endpoint_plugins()
+        assert server.build_app is build_app, "a later vLLM does it itself"
     vllm_versions.load_endpoint_plugins()
     vllm_versions.load_endpoint_plugins()
     app = server.build_app()
