@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument(
         "--swarm", action="store_true", help="in memory: many updates, with faults and rates of the seed"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="processes for the simulation")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes for the simulation; 0: one for each core (default: 1)"
+    )
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more rounds after this time")
     parser.add_argument(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import gc
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -80,12 +82,21 @@ def round_of(options: argparse.Namespace, seed: int, coverage: Coverage | None =
     return Round(kinds[seed % len(kinds)], seed, options.engines or 3, options.trace, coverage)
 
 
+@functools.cache
+def collect_seldom() -> None:
+    """Collect garbage in this process only when asked, and never look at what it has imported.
+
+    The rounds' worlds are cycles, so a collection for several rounds is cheaper. Once in a process, because freezing again
+    would keep the worlds of the last rounds for ever.
+    """
+    gc.disable()
+    gc.freeze()
+
+
 def play_some(options: argparse.Namespace, seeds: range) -> Tally:
     """Play the rounds of some seeds."""
     tally = Tally()
-    # The rounds' worlds are cycles. A collection for several rounds is cheaper, and need not look at what was imported.
-    gc.disable()
-    gc.freeze()
+    collect_seldom()
     with simulated_time():
         for number, seed in enumerate(seeds):
             if number % 20 == 0:
@@ -114,11 +125,12 @@ def play_some(options: argparse.Namespace, seeds: range) -> Tally:
 def _tallies(options: argparse.Namespace) -> Iterator[Tally]:
     seeds = range(options.seed, options.seed + options.rounds)
     chunks = [seeds[i : i + CHUNK] for i in range(0, len(seeds), CHUNK)]
-    if options.jobs == 1:
+    jobs = options.jobs or len(os.sched_getaffinity(0))
+    if jobs == 1:
         for chunk in chunks:
             yield play_some(options, chunk)
     else:
-        with ProcessPoolExecutor(options.jobs) as pool:
+        with ProcessPoolExecutor(jobs) as pool:
             yield from pool.map(play_some, [options] * len(chunks), chunks)
 
 
