@@ -91,6 +91,7 @@ class Delivery:
         kept: the tensors of a partial update that were not sent.
         complete: whether everything was sent.
         draft_manifest: the digest of what was sent for the drafter; empty if nothing was.
+        draft_bytes: the most bytes that come for it.
     """
 
     def __init__(self, context: UpdateContext, targets: Mapping[str, Target], driver: Driver, sharing: Sharing) -> None:
@@ -102,6 +103,7 @@ class Delivery:
         self.kept: tuple[str, ...] = ()
         self.complete = False
         self.draft_manifest = ""
+        self.draft_bytes = 0
         self._context = context
         self._targets = targets
         self._driver = driver
@@ -172,7 +174,7 @@ class Delivery:
         return {
             name: Staging(
                 kind=options.staging,
-                nbytes=self._expected_bytes,
+                nbytes=self._expected_bytes + self.draft_bytes,
                 on_device=max((devices[worker.device_id] for worker in target.engine.workers), default=1),
                 on_host=max((hosts[worker.node] for worker in target.engine.workers), default=1),
                 keep=options.keep_buffers,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..errors import InvalidWeights, NotACheckpoint
 from ..integrity.checkpoint import Checkpoint, describe
+from ..transport.buckets import total_bytes
 from .modules import is_sharded
 from .weights import Cast, Checker, WeightSource, is_lasting, named_parts
 
@@ -46,12 +47,15 @@ class DraftPart:
         self._aside: dict[str, torch.Tensor] = {}
         self._with_base = False
 
-    def fit(self, taken: Weights, engine_dtype: str) -> None:
+    def fit(self, taken: Weights, engine_dtype: str) -> int:
         """Check the weights that were given for the drafter.
 
         Args:
             taken: what the engines take.
             engine_dtype: the dtype in which they compute.
+
+        Returns:
+            the most bytes that the update brings for the drafter, also where the base model's weights may hold it (MTP).
 
         Raises:
             InvalidWeights: the engines have no drafter, or it does not take these weights.
@@ -60,13 +64,15 @@ class DraftPart:
         if taken.draft is None:
             if given is not None:
                 raise InvalidWeights(_NO_DRAFTER)
-            return
+            return 0
         self.outcome = "kept"
         self._checker = Checker(taken.draft.weights, engine_dtype, self._dtype)
         self._names = frozenset(meta.name for meta in taken.draft.weights.required)
         self._with_base = taken.draft.with_base and given is None
         if given is not None:
             self._pairs = self._checked(_from_path(given) if isinstance(given, (str, os.PathLike)) else given)
+        may_come = given is not None or self._with_base
+        return total_bytes(taken.draft.weights.required, engine_dtype) if may_come else 0
 
     def watch(self, checker: Checker, weights: WeightSource) -> None:
         """Set aside what ``checker`` sees of ``weights`` that is the drafter's, in one checkpoint with the base model."""

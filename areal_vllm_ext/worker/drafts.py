@@ -9,7 +9,7 @@ import msgspec
 
 from ..integrity import checkpoint, digest
 from ..protocol import DraftWeights, Weights
-from ..transport.buckets import first_non_finite
+from ..transport.buckets import first_non_finite, total_bytes
 from .load.drafter import PREFIX, DrafterWorker
 from .load.dry_load import DryModel
 from .load.intake import Intake
@@ -119,6 +119,19 @@ class StagedDraft:
         with self._lock:
             self._tensors.update(tensors)
             self._contents.update(contents)
+
+    def announced_bytes(self, nbytes: int, base: Intake, dtype: str) -> int:
+        """Return how many of the announced ``nbytes`` come for the drafter: what is more than the base model takes.
+
+        Args:
+            nbytes: most bytes that the update brings.
+            base: what the base model takes.
+            dtype: in which it computes.
+        """
+        if self._drafter is None:
+            return 0
+        own = total_bytes(self._drafter.intake.required.values(), dtype)
+        return min(own, max(nbytes - total_bytes(base.required.values(), dtype), 0))
 
     def takes(self, name: str) -> bool:
         """Return whether a tensor of the base model's checkpoint is the drafter's too."""

@@ -141,13 +141,15 @@ class StagedUpdate:
     def _needed(self) -> tuple[int, int]:
         """Return the bytes that staging still lacks: for all that arrives, and for what stays on the worker's device."""
         sources = self._sources.values()
-        if all(source.sharing is not None and source.sharing.in_place for source in sources):
-            return 0, 0
         asked = self.begin.staging
+        of_draft = self.draft.announced_bytes(asked.nbytes, self.context.intake, self.context.dtype)
         nbytes = of_shard = asked.nbytes or max(source.nbytes for source in sources)
-        if self._slices_only and self.run and asked.bucket:
-            # The buckets in flight, and one that is checked.
-            of_shard = min(nbytes, self.run.plan.slices_nbytes + len(sources) * (IN_FLIGHT + 1) * asked.bucket)
+        if all(source.sharing is not None and source.sharing.in_place for source in sources):
+            nbytes = of_shard = of_draft
+        elif self._slices_only and self.run and asked.bucket:
+            # The buckets in flight, and one that is checked. The drafter's are kept whole.
+            in_flight = len(sources) * (IN_FLIGHT + 1) * asked.bucket
+            of_shard = min(nbytes, self.run.plan.slices_nbytes + in_flight + of_draft)
         kept = sum(piece.memory.numel() for piece in self._kept.values())
         return max(nbytes - kept, 0), max(of_shard - kept, 0)
 

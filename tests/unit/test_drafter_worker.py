@@ -13,12 +13,14 @@ from test_kernel_format import FETCH, Worker, fetch
 from vllm_models import LoadedWorker, checkpoint, saved, trained, weights_of
 
 from areal_vllm_ext.integrity import digest
+from areal_vllm_ext.protocol import Begin, Staging
 from areal_vllm_ext.protocol.peer_messages import EndOffer
-from areal_vllm_ext.transport.buckets import contents_of
+from areal_vllm_ext.transport.buckets import contents_of, total_bytes
 from areal_vllm_ext.worker.drafts import Drafter, StagedDraft
 from areal_vllm_ext.worker.load import proof
 from areal_vllm_ext.worker.load.drafter import shared_paths
 from areal_vllm_ext.worker.load.shadow import BuildOptions
+from areal_vllm_ext.worker.staged_update import StagedUpdate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,6 +137,27 @@ class Drafting(Worker):
 
     def load(self, folder: Path, *, lora: bool) -> DraftingWorker:
         return DraftingWorker(folder, folder)
+
+
+def test_a_drafter_must_have_room_beside_the_base_weights(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Drafting(folders[0])
+    worker.context.learned.result(60)
+    base = total_bytes(metas := worker.context.intake.required.values())
+
+    def begin(source: Any, *, brings: bool) -> bool:
+        staging = Staging(nbytes=base + brings * total_bytes(metas))  # the drafter is as large
+        order = Begin(epoch=1, update="u", version=1, senders={}, timeout=9.0, staging=staging)
+        return StagedUpdate(worker.context, order, [0]).add_source(0, source)
+
+    streamed = SimpleNamespace(nbytes=0, sharing=None)
+    in_place = SimpleNamespace(nbytes=0, sharing=SimpleNamespace(in_place=True))  # base weights need no room
+    for source, free in ((streamed, base), (in_place, 0)):
+        monkeypatch.setattr("areal_vllm_ext.worker.staging.free_bytes", lambda _, free=free: free)
+        assert begin(source, brings=False)
+        with pytest.raises(RuntimeError, match=r"needs .* of host memory for 1 workers"):
+            begin(source, brings=True)
+        monkeypatch.setattr("areal_vllm_ext.worker.staging.free_bytes", lambda _, free=free: free + total_bytes(metas))
+        assert begin(source, brings=True)
 
 
 def test_a_worker_that_returns_gets_its_peers_drafter(folders: list[Path]) -> None:

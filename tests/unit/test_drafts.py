@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from engine_infos import engine_info
 from safetensors.torch import save_file
 
+from areal_vllm_ext.client.delivery import Delivery, Sharing
 from areal_vllm_ext.client.drafts import DraftPart, say_kept
+from areal_vllm_ext.client.options import Options
 from areal_vllm_ext.client.weights import Checker
 from areal_vllm_ext.engine_core.in_flight import UpdateInFlight
 from areal_vllm_ext.engine_core.participant import Participant
@@ -20,6 +23,7 @@ from areal_vllm_ext.integrity import digest
 from areal_vllm_ext.integrity.verify import compare
 from areal_vllm_ext.protocol import Begin, DraftWeights, TensorMeta, Units, WeightDigests, Weights
 from areal_vllm_ext.protocol.types import WorkerWeights
+from areal_vllm_ext.transport.buckets import total_bytes
 from areal_vllm_ext.worker.drafts import StagedDraft
 from areal_vllm_ext.worker.load import drafter
 from areal_vllm_ext.worker.load.proof import readable
@@ -41,6 +45,21 @@ def taken(*, with_base: bool = False) -> Weights:
     known = metas(BASE | DRAFT) if with_base else metas(BASE)
     optional = tuple(DRAFT) if with_base else ()
     return Weights(tensors=known, optional=optional, draft=DraftWeights(metas(DRAFT), with_base=with_base))
+
+
+def test_what_comes_for_the_drafter_is_announced_so_that_engines_ask_for_its_room() -> None:
+    def announced(given: object, takes: Weights) -> int:
+        return DraftPart(None, given).fit(takes, "float32")  # type: ignore[arg-type]
+
+    own = total_bytes(metas(DRAFT))
+    assert announced(DRAFT, taken()) == announced(DRAFT, taken(with_base=True)) == own
+    assert announced(None, taken(with_base=True)) == own, "the base model's weights may hold it"
+    assert announced(None, taken()) == announced(None, Weights(tensors=metas(BASE))) == 0
+    context = SimpleNamespace(options=Options(), bucket_bytes=lambda *_: 1)
+    targets = {"e": SimpleNamespace(engine=engine_info())}
+    delivery = Delivery(context, targets, None, Sharing())  # type: ignore[arg-type]
+    delivery.draft_bytes = own
+    assert delivery.stagings()["e"].nbytes == own
 
 
 def part(given: object, takes: Weights) -> DraftPart:
