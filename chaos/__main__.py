@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no more rounds after this time")
     parser.add_argument(
         "--update",
-        choices=("weights", "adapter", "asleep"),
+        choices=("weights", "adapter", "draft", "asleep"),
         default="weights",
         help="a real vLLM: what updates are, or when they come: while the engines sleep (default: %(default)s)",
     )

@@ -4,8 +4,8 @@ It reads one line of JSON for each update: ``version``, ``timeout``, and ``stop_
 waits for another line. It prints one line of JSON for each phase, and one for the end: ``outcome`` and ``seconds``. A line with
 ``call`` puts the engines to sleep or wakes them up instead.
 
-The weights follow from the version alone, so any process can make the model of a version. If an adapter is named, each update
-brings a version of it, and no base weights.
+The weights follow from the version alone, so any process can make the model of a version. If updates are adapters, each brings
+a version of ``ADAPTER``, and no base weights. If they bring a drafter too, it has the base model's weights of that version.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from areal_vllm_ext import EngineGroup, UpdateAborted
 from areal_vllm_ext.client.weights import named_weights
 from areal_vllm_ext.protocol import SleepLevel
+
+# The adapter that updates bring, and requests ask for.
+ADAPTER = "math"
 
 
 class Weights:
@@ -61,6 +65,11 @@ class Adapters:
         return self.model
 
 
+def weights_of(kind: str, model_dir: Path | str) -> Weights | Adapters:
+    """Return what makes the versions that updates of this kind bring, as ``--update`` names it."""
+    return Adapters(str(model_dir)) if kind == "adapter" else Weights(str(model_dir))
+
+
 def report(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
@@ -79,8 +88,8 @@ def call(group: EngineGroup, name: str, timeout: float, level: SleepLevel = 1) -
 
 
 def main() -> None:
-    directory, key_file, model_dir, adapter = sys.argv[1:]
-    weights = Adapters(model_dir) if adapter else Weights(model_dir)
+    directory, key_file, model_dir, kind = sys.argv[1:]
+    weights = weights_of(kind, model_dir)
     group = EngineGroup.connect(directory, key_file=key_file)
     report(ready=True)
     for line in sys.stdin:
@@ -108,11 +117,11 @@ def main() -> None:
         started = time.monotonic()
         try:
             with group.update(order["version"], timeout=order["timeout"], bucket_mib=1, on_phase=on_phase) as update:
-                if adapter:
+                if kind == "adapter":
                     on_phase("receiving")
-                    update.send_adapter(adapter, model)
+                    update.send_adapter(ADAPTER, model)
                 else:
-                    update.send(tensors(model))
+                    update.send(tensors(model), draft=model if kind == "draft" else None)
             outcome, lost = "committed", list(update.result.lost)
         except UpdateAborted as error:
             outcome, lost = f"aborted: {error}", []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ from areal_vllm_ext.errors import ArealError
 from areal_vllm_ext.protocol import EngineInfo, Status, security
 from harness import cpu_sleep
 
+from . import drafters
 from .bad_wire import BadNamespaces
-from .fault_trainer import Adapters, Weights
+from .fault_trainer import ADAPTER, weights_of
 from .real_history import Observer
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
 TOKENS = 16
+# So many that requests which an update has met count little.
+DRAFTED_TOKENS = 32
 # Two versions in a batch, and CPU experts without LoRA.
 LORA = (
     "--enable-lora",
@@ -48,9 +52,9 @@ LORA = (
 class TrainerProcess:
     """A trainer process in the head's namespace."""
 
-    def __init__(self, prefix: list[str], directory: str, key_file: str, model_dir: Path, adapter: str) -> None:
+    def __init__(self, prefix: list[str], directory: str, key_file: str, model_dir: Path, update: str) -> None:
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "chaos.fault_trainer", directory, key_file, str(model_dir), adapter],
+            [*prefix, sys.executable, "-m", "chaos.fault_trainer", directory, key_file, str(model_dir), update],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -97,8 +101,7 @@ class RealDeployment:
     """A deployment of two nodes, two trainers, and the oracle.
 
     Attributes:
-        sleeps: whether the engines have a sleep mode.
-        adapter: which updates bring, and requests ask for; empty for base weights.
+        update: what updates are, or when they come, as ``--update`` names it.
         trainers: the trainer whose update meets the fault, and the trainer that updates afterwards.
         observer: asks the engines all the time, and knows every update.
     """
@@ -112,16 +115,15 @@ class RealDeployment:
         key_file: str,
         *,
         moe: bool = False,
-        sleeps: bool = False,
-        adapter: str = "",
+        update: str = "weights",
     ) -> None:
         self.model_dir = folder / "model"
         make_model(self.model_dir, moe=moe)
-        self.adapter = adapter
-        self.weights = Adapters(str(self.model_dir)) if adapter else Weights(str(self.model_dir))
+        self.update = update
+        self.adapter = ADAPTER if update == "adapter" else ""
+        self.weights = weights_of(update, self.model_dir)
         self.namespaces = namespaces
         self.key_file = key_file
-        self.sleeps = sleeps
         self.version = 0
         self.trainers: list[TrainerProcess] = []
         self._expected: dict[int, list[list[int]]] = {}
@@ -137,9 +139,20 @@ class RealDeployment:
             self.model_dir,
             nodes,
             log_dir=folder / "logs",
-            vllm_args=["--enable-scale-out", *(cpu_sleep.ARGUMENTS if sleeps else ()), *(LORA if adapter else ())],
-            env=cpu_sleep.environment(folder / "plugin") if sleeps else {},
+            vllm_args=["--enable-scale-out", *self._arguments(folder, moe=moe)],
+            env=cpu_sleep.environment(folder / "plugin") if update == "asleep" else {},
         )
+
+    def _arguments(self, folder: Path, *, moe: bool) -> Sequence[str]:
+        """Return vLLM's arguments for this kind of update."""
+        if self.update == "asleep":
+            return cpu_sleep.ARGUMENTS
+        if self.update == "adapter":
+            return LORA
+        if self.update == "draft":
+            make_model(folder / "drafter", moe=moe)
+            return drafters.arguments(folder / "drafter")
+        return ()
 
     @contextlib.contextmanager
     def up(self) -> Iterator[None]:
@@ -227,7 +240,7 @@ class RealDeployment:
             time.sleep(0.1)
 
     def wrong_tokens(self, statuses: dict[int, Status | None]) -> str:
-        """Return which engine generates other tokens than its version's; empty if all are right."""
+        """Return which engine generates other tokens than its version's, or drafts others; empty if all are right."""
         completions = Completions(self.deployment.url, timeout=30, adapter=self.adapter)
         for rank, status in statuses.items():
             if status is None or status.generation != "running":
@@ -236,18 +249,26 @@ class RealDeployment:
             if claimed not in self._expected:
                 self._expected[claimed] = greedy_tokens(self.weights.set(claimed), PROMPTS, TOKENS)
             try:
-                tokens = completions.greedy(PROMPTS, tokens=TOKENS, engine=rank)
-            except ArealError as error:
+                if completions.greedy(PROMPTS, tokens=TOKENS, engine=rank) != self._expected[claimed]:
+                    return f"DP rank {rank} does not generate the tokens of version {claimed}"
+                if problem := self._drafts_rejected(completions, rank):
+                    return f"DP rank {rank} drafts with other weights than those of version {claimed}: {problem}"
+            except (ArealError, OSError) as error:
                 return f"DP rank {rank} does not generate: {error}"
-            if tokens != self._expected[claimed]:
-                return f"DP rank {rank} does not generate the tokens of version {claimed}"
         return ""
+
+    def _drafts_rejected(self, completions: Completions, rank: int) -> str:
+        """Return how few tokens of an engine's drafter are accepted; empty if all are, or there is none."""
+        if self.update != "draft":
+            return ""
+        metrics = functools.partial(drafters.metrics_of, self.deployment.url)
+        return drafters.rejected(metrics, lambda: completions.greedy(PROMPTS, tokens=DRAFTED_TOKENS, engine=rank), rank)
 
     # Trainers
 
     def _start_trainer(self) -> TrainerProcess:
         prefix = self.namespaces.prefix("a")
-        return TrainerProcess(prefix, self.deployment.directory, self.key_file, self.model_dir, self.adapter)
+        return TrainerProcess(prefix, self.deployment.directory, self.key_file, self.model_dir, self.update)
 
     def replace_trainer(self) -> None:
         """Replace the first trainer, which was killed, by the second."""

@@ -6,7 +6,8 @@ another trainer works. Nothing is left behind. Meanwhile every engine is asked w
 and answers of a deployment must be that of one register. Rounds share a deployment until a fault kills an engine.
 
 With ``--update asleep`` the engines sleep when the update comes, and wake up when the fault has ended. With
-``--update adapter`` each update brings a version of a LoRA adapter and no base weights, and requests ask for the adapter.
+``--update adapter`` each update brings a version of a LoRA adapter and no base weights, and requests ask for the adapter. With
+``--update draft`` each brings a draft model too, and an engine must draft with the version that it claims.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Round:
             self.deployment.namespaces.set_quality()
 
     def run(self) -> Outcome:
-        if self.deployment.sleeps:
+        if self.deployment.update == "asleep":
             self.sleep()
         outcome, started = self.outcome, time.monotonic()
         end = self.update_under_fault()
@@ -278,8 +279,7 @@ def play(options: argparse.Namespace) -> dict[str, object]:
                 namespaces,
                 key_file,
                 moe=options.moe,
-                sleeps=options.update == "asleep",
-                adapter="math" if options.update == "adapter" else "",
+                update=options.update,
             )
             with deployment.up():
                 while waiting and time.monotonic() - started < options.seconds:
