@@ -19,7 +19,7 @@ from typing import Any
 from areal_vllm_ext import AsyncEngineGroup, protocol
 from areal_vllm_ext.control.link import Link
 from areal_vllm_ext.demo.completions import Completions
-from areal_vllm_ext.demo.deployment import Deployment, Node
+from areal_vllm_ext.demo.deployment import Deployment, Node, gpu_count
 from areal_vllm_ext.demo.model import greedy_tokens, make_model
 from areal_vllm_ext.errors import ArealError
 from areal_vllm_ext.protocol import EngineInfo, Status, security
@@ -140,7 +140,7 @@ class RealDeployment:
             nodes,
             log_dir=folder / "logs",
             vllm_args=["--enable-scale-out", *self._arguments(folder, moe=moe)],
-            env=cpu_sleep.environment(folder / "plugin") if update == "asleep" else {},
+            env=cpu_sleep.environment(folder / "plugin") if update == "asleep" and not gpu_count() else {},
         )
 
     def _arguments(self, folder: Path, *, moe: bool) -> Sequence[str]:

@@ -241,8 +241,8 @@ class Participant:
             return self._refuse(caller, "busy", "the engine is committing an update")
         if self.update and self.update.begin.update == message.update:
             return self.update.wait(caller, "begin", [])
-        if message.update == self.last_update:  # a copy that came late
-            return self._refuse(caller, "state", f"update {message.update} is committed here")
+        if message.update in (self.last_update, self._given_up):  # a copy that came late
+            return self._refuse(caller, "state", f"update {message.update} has ended here")
         if self.in_doubt:
             return self._refuse(caller, "state", "an update is in doubt on this engine: commit or abort it first")
         if self.sleep.reason:
@@ -368,8 +368,8 @@ class Participant:
                 self.weights, self.loaded, self.unproven = update.manifest, loaded, unproven
                 self.tainted, self.stale, self.foreign = "", "", ""
             self.adapters, self.error = update.adapters_after(self.adapters), ""
-            self.committed_epoch, self.version = update.begin.epoch, update.begin.version
-            self.last_update = update.begin.update
+            self.committed_epoch = self.group_epoch = update.begin.epoch
+            self.version, self.last_update = update.begin.version, update.begin.update
             if update.units.draft:
                 self.draft_version = self.version
             answer = Ack(seconds=seconds)
@@ -414,8 +414,9 @@ class Participant:
             settled: whether no newer one can have been committed.
         """
         pauses, self.joined = self.pauses, True
-        self.group_epoch = committed_epoch
-        if self.update_phase == "committing" or self.in_doubt:
+        self.group_epoch = max(self.group_epoch, committed_epoch)
+        # A directory that has restarted may not have heard of the newest one.
+        if committed_epoch < self.group_epoch or self.update_phase == "committing" or self.in_doubt:
             return []
         if committed_epoch > self.committed_epoch:
             self.stale = f"the group is at version {version}, this engine at {self.version}"
@@ -426,8 +427,7 @@ class Participant:
             return []
         if not self.stale or not settled or self.update_phase != "idle" or pauses.state == "resuming":
             return []
-        # It has fetched the group's weights, or all other engines were restarted as well.
-        self.stale = ""
+        self.stale = ""  # it has fetched the group's weights
         return [pauses.resume_unasked()] if pauses.paused_for == STALE and not self.tainted else []
 
     # Time

@@ -85,7 +85,7 @@ def beat_of(participant: Participant, engine: EngineInfo) -> Register:
     """Return what an engine tells the directory every second."""
     return Register(
         engine=engine,
-        epoch=participant.epoch,
+        epoch=max(participant.epoch, participant.group_epoch),
         version=participant.version,
         committed_epoch=participant.committed_epoch,
         needs_recovery=participant.needs_recovery,

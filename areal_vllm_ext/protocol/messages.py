@@ -374,7 +374,7 @@ WorkerOrder = Begin | Bucket | Prepare | Abort | DigestWeights | GetTrace | Peer
 
 
 class Register(Message):
-    """An engine is alive: who it is, and the highest epoch that it has seen. Repeated every second.
+    """An engine is alive: who it is, and the highest epoch that it has seen or heard of. Repeated every second.
 
     ``committed_epoch`` is the epoch of the update that brought ``version``; 0 for the weights that the engine started with.
     ``needs_recovery``: a client has left an update or a pause on it. ``stale``: it serves nothing until the answer says that

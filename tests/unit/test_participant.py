@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import pytest
+from engine_infos import engine_info
 
 from areal_vllm_ext.engine_core.effects import (
     CallCancelPause,
@@ -17,6 +18,7 @@ from areal_vllm_ext.engine_core.effects import (
     Reply,
 )
 from areal_vllm_ext.engine_core.participant import Participant, ParticipantRequest
+from areal_vllm_ext.engine_core.status import beat_of
 from areal_vllm_ext.protocol import (
     Abort,
     Ack,
@@ -811,7 +813,7 @@ def test_a_copy_of_begin_that_comes_after_the_commit_begins_nothing() -> None:
     rig.committed()
     refusal = rig.answers[rig.begin()]
     assert isinstance(refusal, Error)
-    assert "is committed here" in refusal.message
+    assert "has ended here" in refusal.message
     assert rig.participant.update_phase == "idle", "its commit would be answered as a repeated one, and never happen"
 
 
@@ -872,9 +874,10 @@ def test_an_engine_that_resumes_when_it_hears_that_it_is_behind_pauses_again() -
     rig.resume()
     rig.take(rig.participant.on_group_epoch(NEW, 5))
     assert rig.participant.stale
-    rig.take(rig.participant.on_group_epoch(OLD, 0))
-    assert rig.participant.generation == "resuming", "no second resume"
+    rig.participant.committed_epoch = 5  # it has fetched them
     rig.take(rig.participant.on_group_epoch(NEW, 5))
+    assert rig.participant.generation == "resuming", "no second resume"
+    rig.take(rig.participant.on_group_epoch("newer", 6))
     rig.resumed()
     rig.pass_time(0.0)
     assert rig.participant.generation == "pausing"
@@ -1016,20 +1019,41 @@ def test_an_engine_that_has_the_newest_runs() -> None:
     assert rig.state == ("idle", "running")
 
 
-def test_when_nobody_is_ahead_any_more_a_stale_engine_runs_again() -> None:
+def test_a_stale_engine_stays_paused_when_a_restarted_directory_knows_less() -> None:
     rig = Rig()
     rig.take(rig.participant.on_group_epoch(NEW, 5))
     rig.take(rig.participant.on_group_epoch(OLD, 0))
-    assert isinstance(rig.calls[-1], CallResume)
-    assert rig.participant.stale == ""
+    assert not any(isinstance(call, CallResume) for call in rig.calls)
+    assert rig.participant.stale
+    assert beat_of(rig.participant, engine_info(0)).epoch == 5, "the next lease is above what was committed"
 
 
-def test_a_tainted_engine_does_not_run_again_when_nobody_is_ahead_any_more() -> None:
+def test_an_engine_that_commits_below_what_it_has_heard_is_stale_when_it_misses_the_next_update() -> None:
+    rig = Rig()
+    rig.take(rig.participant.on_group_epoch(NEW, 50))
+    rig.paused()
+    switched(rig)
+    assert (rig.participant.stale, rig.participant.committed_epoch) == ("", 1)
+    rig.take(rig.participant.on_group_epoch("v9", 2))
+    assert rig.participant.stale
+
+
+def test_a_copy_of_begin_that_comes_after_the_commit_has_failed_begins_nothing() -> None:
+    rig = in_state("committing", "paused")
+    rig.committed("did not fit")
+    refusal = rig.answers[rig.begin()]
+    assert isinstance(refusal, Error)
+    assert "has ended here" in refusal.message
+    assert rig.participant.update is None
+
+
+def test_a_tainted_engine_does_not_run_again_when_no_engine_is_ahead_any_more() -> None:
     rig = Rig()
     rig.take(rig.participant.on_group_epoch(NEW, 5))
     rig.paused()
     rig.participant.tainted = "the commit failed"
-    rig.take(rig.participant.on_group_epoch(OLD, 0))
+    rig.participant.committed_epoch = 5
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
     assert not any(isinstance(call, CallResume) for call in rig.calls)
 
 
@@ -1037,7 +1061,9 @@ def test_a_user_keeps_a_stale_engine_paused() -> None:
     rig = Rig()
     rig.take(rig.participant.on_group_epoch(NEW, 5))
     rig.ask(Pause(epoch=6, mode="keep", kv="keep", timeout=9))
-    rig.take(rig.participant.on_group_epoch(OLD, 0))
+    rig.participant.committed_epoch = 5
+    rig.take(rig.participant.on_group_epoch(NEW, 5))
+    assert rig.participant.stale == ""
     assert not any(isinstance(call, CallResume) for call in rig.calls)
 
 
