@@ -36,6 +36,9 @@ class DraftingWorker(LoadedWorker):
     def __init__(self, folder: Path, drafter: Path) -> None:
         speculative = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": 2}
         super().__init__(folder, speculative_config=speculative)
+        self.start_drafter()
+
+    def start_drafter(self) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
@@ -43,17 +46,32 @@ class DraftingWorker(LoadedWorker):
         proposer.vllm_config = self.vllm_config
         proposer.speculative_config = self.vllm_config.speculative_config
         with set_current_vllm_config(self.vllm_config):
-            proposer.model = proposer._get_model()
+            self.drafter = proposer.model = proposer._get_model()
         self.model_runner = SimpleNamespace(drafter=proposer)
 
     def get_draft_model(self) -> torch.nn.Module:
-        model: torch.nn.Module = self.model_runner.drafter.model
-        return model
+        return self.drafter
 
     def drafts_with(self) -> dict[str, int]:
         """What the drafter computes with."""
         model = self.get_draft_model()
         return proof.digests_of_model(model) | proof.packed_digests(model)
+
+
+class SpeculatingWorker(DraftingWorker):
+    """Its draft model was loaded by the speculator of vLLM's model runner V2, which GPUs have by default."""
+
+    def start_drafter(self) -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import StandaloneARSpeculator
+
+        speculator: Any = StandaloneARSpeculator.__new__(StandaloneARSpeculator)
+        speculator.vllm_config = self.vllm_config
+        speculator.speculative_config = self.vllm_config.speculative_config
+        speculator.draft_model_config = speculator.speculative_config.draft_model_config
+        with set_current_vllm_config(self.vllm_config):
+            self.drafter = speculator.model = speculator.load_draft_model(self.get_model(), set())
+        self.model_runner = SimpleNamespace(speculator=speculator)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +88,12 @@ def staged(drafter: Drafter, tensors: dict[str, torch.Tensor]) -> StagedDraft:
     return update
 
 
-def test_new_weights_are_built_beside_the_drafter_then_copied_by_a_plan(folders: list[Path]) -> None:
+@pytest.mark.parametrize("kind", [DraftingWorker, SpeculatingWorker])
+def test_new_weights_are_built_beside_the_drafter_then_copied_by_a_plan(
+    folders: list[Path], kind: type[DraftingWorker]
+) -> None:
     base, *others = folders
-    worker = DraftingWorker(base, others[1])
+    worker = kind(base, others[1])
     fresh = [DraftingWorker(base, folder).drafts_with() for folder in others]
     before, of_base = worker.drafts_with(), proof.digests_of_model(worker.get_model())
     drafter = Drafter.of(worker)
@@ -215,6 +236,7 @@ class MtpWorker(DraftingWorker):
             proposer.model = proposer._get_model()
             proposer._maybe_share_embeddings(self.get_model())
             proposer._maybe_share_lm_head(self.get_model())
+        self.drafter = proposer.model
         self.model_runner = SimpleNamespace(drafter=proposer)
 
 

@@ -40,14 +40,8 @@ class DrafterWorker:
             worker: vLLM's worker.
             model: its drafter.
         """
-        proposer = worker.model_runner.drafter
-        if getattr(proposer, "parallel_drafting_hidden_state_tensor", None) is not None:
-            raise RuntimeError(
-                "vLLM keeps a tensor that it has made of this drafter's weights at its start (parallel drafting)"
-            )
         speculative = worker.vllm_config.speculative_config
-        make_config = getattr(proposer, "_create_draft_vllm_config", None)
-        config = make_config() if make_config is not None else worker.vllm_config
+        config = _config_of(worker)
         self.model_config = speculative.draft_model_config
         # vLLM's own prefix: layers register by name, and a draft model can have the base model's.
         prefix = "draft_model" if speculative.method == "draft_model" else ""
@@ -92,6 +86,23 @@ class DrafterWorker:
             owner, name = _owner(model, path)
             if owner is not None:
                 owner._modules[name] = self._model.get_submodule(path)  # noqa: SLF001
+
+
+def _config_of(worker: Any) -> Any:
+    """Return vLLM's configuration with which it has built the drafter. Its two model runners make that in different ways."""
+    runner = worker.model_runner
+    proposer = runner.speculator if hasattr(runner, "speculator") else runner.drafter
+    if getattr(proposer, "parallel_drafting_hidden_state_tensor", None) is not None:
+        raise RuntimeError(
+            "vLLM keeps a tensor that it has made of this drafter's weights at its start (parallel drafting)"
+        )
+    make_config = getattr(proposer, "_create_draft_vllm_config", None)
+    if make_config is not None:
+        return make_config()
+    # The model runner V2, which GPUs have by default: of a draft model, and of EAGLE and MTP.
+    if (made := getattr(proposer, "_draft_vllm_config", None)) is not None:
+        return made
+    return worker.vllm_config.speculative_config.apply_draft_overrides(worker.vllm_config)
 
 
 def drafter_of(worker: Any) -> torch.nn.Module | None:
