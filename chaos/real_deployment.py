@@ -20,7 +20,7 @@ from areal_vllm_ext import AsyncEngineGroup, protocol
 from areal_vllm_ext.control.link import Link
 from areal_vllm_ext.demo.completions import Completions
 from areal_vllm_ext.demo.deployment import Deployment, Node, gpu_count
-from areal_vllm_ext.demo.model import greedy_tokens, make_model
+from areal_vllm_ext.demo.model import make_model
 from areal_vllm_ext.errors import ArealError
 from areal_vllm_ext.protocol import EngineInfo, Status, security
 from harness import cpu_sleep
@@ -28,7 +28,7 @@ from harness import cpu_sleep
 from . import drafters
 from .bad_wire import BadNamespaces
 from .fault_trainer import ADAPTER, weights_of
-from .real_history import Observer
+from .real_history import Observer, continues
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
@@ -126,7 +126,6 @@ class RealDeployment:
         self.key_file = key_file
         self.version = 0
         self.trainers: list[TrainerProcess] = []
-        self._expected: dict[int, list[list[int]]] = {}
         nodes = [
             Node(
                 address=namespaces.addresses[node],
@@ -246,10 +245,10 @@ class RealDeployment:
             if status is None or status.generation != "running":
                 continue
             claimed = status.version if isinstance(status.version, int) else 0
-            if claimed not in self._expected:
-                self._expected[claimed] = greedy_tokens(self.weights.set(claimed), PROMPTS, TOKENS)
+            model = self.weights.set(claimed)
             try:
-                if completions.greedy(PROMPTS, tokens=TOKENS, engine=rank) != self._expected[claimed]:
+                answers = completions.greedy(PROMPTS, tokens=TOKENS, engine=rank)
+                if not all(continues(model, *one) for one in zip(PROMPTS, answers, strict=True)):
                     return f"DP rank {rank} does not generate the tokens of version {claimed}"
                 if problem := self._drafts_rejected(completions, rank):
                     return f"DP rank {rank} drafts with other weights than those of version {claimed}: {problem}"
@@ -305,3 +304,12 @@ def problem_of(statuses: dict[int, Status | None]) -> str:
 
 def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208, half as slow
+
+
+def command_of(pid: int) -> str:
+    """Return a process's id and command."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return f"{pid} (ended)"
+    return f"{pid} {' '.join(words)[:200]}"

@@ -29,7 +29,7 @@ from typing import Any
 from harness.report import described
 
 from .bad_wire import BadNamespaces
-from .real_deployment import RealDeployment, descriptors
+from .real_deployment import RealDeployment, command_of, descriptors
 
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 # "shadow": while workers build the new weights beside generation, which those of a MoE model on a CPU do in each update.
@@ -232,7 +232,7 @@ class Round:
         if files := list(Path("/dev/shm").glob("areal-*")):  # noqa: S108, that is where shared memory is
             outcome.violated("leftovers", f"{files}")
         if pids := deployment.namespaces_pids() - deployment.processes:
-            outcome.violated("leftovers", f"processes {pids}")
+            outcome.violated("leftovers", f"processes {[command_of(pid) for pid in pids]}")
         for pid, baseline in deployment.descriptors.items():
             if not Path(f"/proc/{pid}").exists():
                 outcome.violated("hangs", f"process {pid} has ended\n{deployment.log_ends()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -60,6 +61,18 @@ def test_tokens_of_another_version_are_told_from_those_of_none(weights: Weights)
     none = real_history.Part("engine 0", 1, before, (*second.tokens[:-1], second.tokens[-1] ^ 1), 1.0, 2.0)
     reads = real_history.Prover(weights).reads([claimed, none], [0, 1, 2])
     assert [(read.version, read.proven) for read in reads] == [(2, 1), (1, None)]
+
+
+@pytest.mark.parametrize(("behind", "fits"), [(0.0005, True), (0.005, False)])
+def test_a_token_that_ties_with_the_most_probable_one_continues(behind: float, fits: bool) -> None:
+    logits = torch.zeros(1, 3, 8)
+    logits[0, :, 5] = 1.0
+    logits[0, 2, 6] = 1.0 - behind
+
+    def model(_: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=logits)
+
+    assert real_history.continues(model, [1, 2], [5, 6]) is fits
 
 
 def test_versions_of_an_adapter_are_told_from_each_other_and_from_the_base_model(tmp_path: Path) -> None:
