@@ -23,8 +23,12 @@ logger = logging.getLogger("vllm.areal_vllm_ext")
 DraftSource = WeightSource | str | os.PathLike[str]
 
 _NO_DRAFTER = (
-    "send(..., draft=...) needs engines that draft with a model, and these have none whose weights can be updated: leave draft "
-    "out, or start the engines with --speculative-config"
+    "send(..., draft=...) needs engines that draft with a model, and these do not: leave draft out, or start the engines with "
+    "--speculative-config"
+)
+_NOT_UPDATABLE = (
+    "send(..., draft=...) cannot update these engines' drafter (%s): parallel drafting, pipeline stages, or a drafter that "
+    "vLLM cannot load twice, as their logs say; leave draft out, so that it keeps its weights, or start the engines without"
 )
 
 
@@ -47,23 +51,24 @@ class DraftPart:
         self._aside: dict[str, torch.Tensor] = {}
         self._with_base = False
 
-    def fit(self, taken: Weights, engine_dtype: str) -> int:
+    def fit(self, taken: Weights, engine_dtype: str, method: str) -> int:
         """Check the weights that were given for the drafter.
 
         Args:
             taken: what the engines take.
             engine_dtype: the dtype in which they compute.
+            method: how they draft with a model; empty if they do not.
 
         Returns:
             the most bytes that the update brings for the drafter, also where the base model's weights may hold it (MTP).
 
         Raises:
-            InvalidWeights: the engines have no drafter, or it does not take these weights.
+            InvalidWeights: the engines have no drafter that can be updated, or it does not take these weights.
         """
         given = self._given
         if taken.draft is None:
             if given is not None:
-                raise InvalidWeights(_NO_DRAFTER)
+                raise InvalidWeights(_NOT_UPDATABLE % method if method else _NO_DRAFTER)
             return 0
         self.outcome = "kept"
         self._checker = Checker(taken.draft.weights, engine_dtype, self._dtype)

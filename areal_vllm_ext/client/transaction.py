@@ -162,7 +162,7 @@ class Transaction:
         delivery, cast = self.delivery, checked_cast(dtype)
         if draft is not None or self._drafter:
             self.draft = DraftPart(cast, draft)
-            delivery.draft_bytes = self.draft.fit(delivery.taken(), delivery.dtype)
+            delivery.draft_bytes = self.draft.fit(delivery.taken(), delivery.dtype, self._drafter)
         if isinstance(weights, (str, os.PathLike)):
             if self.options.partial:
                 raise InvalidWeights("partial=True needs tensors, not a path: give what was trained as a state dict")

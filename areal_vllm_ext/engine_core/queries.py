@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import TYPE_CHECKING
 
 from ..protocol import (
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from ..protocol import ErrorKind, TensorMeta
     from ..protocol.server import ReplyTo
+
+logger = logging.getLogger("vllm.areal_vllm_ext")
 
 
 @dataclasses.dataclass
@@ -121,5 +124,11 @@ def _drafts_together(parts: list[Weights]) -> DraftWeights | None:
     """Return what a drafter takes that every worker has; None else: with pipeline stages, only the last one drafts."""
     drafts = [part.draft for part in parts if part.draft is not None]
     if len(drafts) < len(parts):
+        if drafts:
+            logger.warning(
+                "areal_vllm_ext: this engine's drafter cannot be updated: only %d of %d workers have it (pipeline stages)",
+                len(drafts),
+                len(parts),
+            )
         return None
     return DraftWeights.of(together(draft.weights for draft in drafts), with_base=drafts[0].with_base)

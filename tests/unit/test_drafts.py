@@ -49,7 +49,7 @@ def taken(*, with_base: bool = False) -> Weights:
 
 def test_what_comes_for_the_drafter_is_announced_so_that_engines_ask_for_its_room() -> None:
     def announced(given: object, takes: Weights) -> int:
-        return DraftPart(None, given).fit(takes, "float32")  # type: ignore[arg-type]
+        return DraftPart(None, given).fit(takes, "float32", "eagle")  # type: ignore[arg-type]
 
     own = total_bytes(metas(DRAFT))
     assert announced(DRAFT, taken()) == announced(DRAFT, taken(with_base=True)) == own
@@ -62,14 +62,16 @@ def test_what_comes_for_the_drafter_is_announced_so_that_engines_ask_for_its_roo
     assert delivery.stagings()["e"].nbytes == own
 
 
-def part(given: object, takes: Weights) -> DraftPart:
+def part(given: object, takes: Weights, method: str = "eagle") -> DraftPart:
     made = DraftPart(None, given)  # type: ignore[arg-type]
-    made.fit(takes, "float32")
+    made.fit(takes, "float32", method)
     return made
 
 
 def test_a_drafter_for_engines_without_one_is_refused() -> None:
-    with pytest.raises(InvalidWeights, match="these have none"):
+    with pytest.raises(InvalidWeights, match="and these do not: leave draft out, or start"):
+        part(DRAFT, Weights(tensors=metas(BASE)), method="")
+    with pytest.raises(InvalidWeights, match=r"\(eagle\): parallel drafting, .*pipeline stages.* leave draft out"):
         part(DRAFT, Weights(tensors=metas(BASE)))
     assert part(None, Weights(tensors=metas(BASE))).outcome == ""
 
@@ -162,9 +164,13 @@ def test_a_worker_without_a_drafter_says_no() -> None:
     assert not staged
 
 
-def test_an_engine_has_a_drafter_only_if_each_worker_has() -> None:
-    assert together([taken(), taken()]).draft == taken().draft
-    assert together([taken(), Weights(tensors=metas(BASE))]).draft is None
+def test_an_engine_has_a_drafter_only_if_each_worker_has(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "vllm.areal_vllm_ext"):
+        assert together([taken(), taken()]).draft == taken().draft
+        assert together([Weights(tensors=metas(BASE))]).draft is None
+        assert not caplog.messages
+        assert together([Weights(tensors=metas(BASE)), taken()]).draft is None
+    assert "only 1 of 2 workers have it (pipeline stages)" in caplog.text
 
 
 class Module(torch.nn.Module):
