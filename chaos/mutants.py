@@ -3,7 +3,7 @@
     python -m chaos.mutants [--rounds 6000] [--ignore overrun] [--check]
 
 Each mutant must break a promise within ``--rounds`` rounds. Where random rounds seldom meet its guard, it must fail the test
-that ``TESTS`` names. ``--check`` only says whether each guard is found in the code.
+that ``TESTS`` names; so must each of ``guards.txt``. ``--check`` only says whether each guard is found in the code.
 Exits with 1 where a mutant survives.
 """
 
@@ -42,7 +42,7 @@ COMMIT_ANYWHERE = (PARTICIPANT, 'if self.update_phase != "prepared" or self.gene
 PAUSE_ANYWHERE = (PARTICIPANT, "if message.update and message.update != prepared:", "if False:")
 
 # By guard, the edits that remove it: file, text, replacement. There are several edits where one guard backs another.
-MUTANTS = {
+MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "a lower epoch is refused": [("engine_core/epochs.py", "if epoch < highest:", "if False:")],
     "commit comes after every pause": [FIRST_PAUSE],
     "commit comes after every pause, on either side": [FIRST_PAUSE, COMMIT_ANYWHERE],
@@ -265,7 +265,28 @@ TESTS = {
     "a client that was stopped asks for its lease before it commits": "test_scenarios.py",
     "an engine that has fetched serves only when nothing newer can be committed": "test_scenarios.py",
     "what is fetched does not become live within an update": "test_returning.py::test_an_update_ends_a_fetch",
+    "an update's resume leaves an engine asleep": (
+        "test_participant.py::test_a_users_pause_that_ended_while_the_weights_were_stale_ends_with_the_next_update"
+    ),
+    "a heartbeat brings the epoch back": "test_directory.py::test_the_epoch_exceeds_what_the_engines_have_seen",
 }
+GUARDS = Path(__file__).with_name("guards.txt")
+
+
+def read_guards() -> None:
+    """Add the mutants of ``guards.txt``, each with its test."""
+    file = ""
+    for block in GUARDS.read_text().split("\n\n"):
+        name, *lines = block.strip("\n").split("\n")
+        if name.startswith("== "):
+            file = name.removeprefix("== ")
+        elif not name.startswith("#"):
+            test, guard, *added = lines
+            replacement = "\n".join(line.removeprefix("+ ") for line in added)
+            TESTS[name], MUTANTS[name] = test.strip(), [(file, guard.removeprefix("- "), replacement)]
+
+
+read_guards()
 # Mutants that take many updates, or faults of the swarm.
 SWARM = {
     "an engine says why it gave an update up",

@@ -223,9 +223,7 @@ class Directory:
 
     def recovery_due(self, now: float) -> bool:
         """Whether a client that is gone has left engines in an update, or paused."""
-        if now < self._leases.ends:
-            return False
-        # Ignore heartbeats sent before the lease ended: their holder may have cleaned up since.
+        # Ignore heartbeats sent before the lease ended: its holder is at work, or may have cleaned up since.
         needs_recovery = any(
             self._heartbeats[key].needs_recovery
             for key, (_, heard) in self._engines.items()

@@ -15,8 +15,10 @@ from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.engine_core.status import status_of
 from areal_vllm_ext.errors import EnginesMissing, EngineUnreachable
 from areal_vllm_ext.protocol import (
+    Abort,
     Ack,
     AcquireLease,
+    AdoptEpoch,
     Answer,
     Commit,
     Discover,
@@ -72,6 +74,8 @@ class Played(Link):
         if isinstance(message, Commit):
             changes = {"version": "new", "last_update": "u", "committed_epoch": 1}
             self.statuses[address] = msgspec.structs.replace(before, update_phase="idle", update="", **changes)
+        elif isinstance(message, Abort):
+            self.statuses[address] = msgspec.structs.replace(before, update_phase="idle", update="")
         elif isinstance(message, Resume):
             self.statuses[address] = msgspec.structs.replace(before, generation="running", paused_for="")
         return Ack()
@@ -105,6 +109,17 @@ def test_recovery_waits_for_engines_that_are_joining() -> None:
     decided = [(rank, type(message)) for rank, message in link.sent if not isinstance(message, Fence)]
     assert decided == [(0, Commit), (0, Resume)]
     assert {rank for rank, _ in link.sent} == {0, 1}, "both were fenced"
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_a_forgotten_engine_may_have_committed_what_the_others_abort(forgotten: bool) -> None:
+    """So they adopt the new epoch, and it is stale should it come back."""
+    gone = ((SECOND.replica, SECOND.dp_rank),) if forgotten else ()
+    link = Played(Engines(alive=(FIRST,) if forgotten else (FIRST, SECOND), forgotten=gone))
+    for engine in (FIRST, SECOND):
+        link.statuses[engine.address] = status(engine, update_phase="prepared", generation="paused", update="u")
+    asyncio.run(Commander(link, DIRECTORY).recover(10, resume=True))
+    assert any(isinstance(message, AdoptEpoch) for _, message in link.sent) == forgotten
 
 
 def test_a_command_does_not_go_on_without_a_lost_engine() -> None:

@@ -17,6 +17,7 @@ from areal_vllm_ext.engine_core.controller import Controller
 from areal_vllm_ext.engine_core.effects import (
     CallCommit,
     CallCommitFetched,
+    CallMethod,
     CallPause,
     CallResume,
     CallSleep,
@@ -278,6 +279,25 @@ def test_a_sleep_that_the_loop_came_to_too_late_does_nothing() -> None:
     rig.step()
     assert "its time was over when the engine's loop came to it" in rig.refusal(asked)
     assert rig.engine.model_executor.done == []
+
+
+def test_a_method_whose_caller_has_given_up_is_not_called() -> None:
+    rig = Rig()
+    late = time.monotonic() - 1.0
+    rig.controller.call_method(CallMethod(call="c", method="m", arguments=b"", ends=late, longest_answer=9))
+    rig.step()
+    assert rig.engine.model_executor.done == []
+
+
+def test_a_late_pause_is_not_taken_back_where_another_user_has_paused() -> None:
+    rig = Rig()
+    rig.engine.scheduler.set_pause_state = lambda state: pytest.fail(f"the engine is {state}")
+    rig.controller._idle_callback = callback = lambda: None
+    rig.engine._idle_state_callbacks = [callback]  # type: ignore[attr-defined]
+    rig.controller._foreign.paused = True
+    rig.controller.cancel_pause(1)
+    rig.step()
+    assert rig.engine._idle_state_callbacks == [callback]  # type: ignore[attr-defined]
 
 
 def test_a_sleep_that_failed_on_a_worker_is_woken_up() -> None:

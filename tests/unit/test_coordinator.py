@@ -189,6 +189,23 @@ def test_only_those_run_again_that_ran_before(aborted: bool) -> None:
     assert sorted(trainer.requests(Resume)) == ["a", "c"]
 
 
+def test_an_update_whose_time_is_over_when_all_have_paused_is_given_up() -> None:
+    trainer = Trainer().to("pause")
+    for name in NAMES[:-1]:
+        trainer.answer(name)
+    trainer.take(trainer.coordinator.answered(NAMES[-1], Ack(), 0.0))
+    assert "its timeout was over" in trainer.coordinator.reason
+    assert {type(request) for request in trainer.asked.values()} == {Abort}
+
+
+@pytest.mark.parametrize(("manifests", "base"), [("mmm", "m"), ("mmn", ""), (("m", "m", ""), "")])
+def test_changes_need_one_base_on_all_engines(manifests: str, base: str) -> None:
+    trainer = Trainer()
+    for name, manifest in zip(NAMES, manifests, strict=True):
+        trainer.answer(name, Ack(manifest=manifest))
+    assert trainer.coordinator.base == base
+
+
 @pytest.mark.parametrize("aborted", [False, True])
 def test_an_engine_that_is_behind_runs_only_after_a_commit(aborted: bool) -> None:
     coordinator = Coordinator("u", "v1", {"a": Member(5), "b": Member(5, behind=True)})

@@ -386,6 +386,8 @@ def test_a_directory_that_has_just_started_first_listens() -> None:
 
 def test_recovery_is_due_when_no_lease_is_in_force_and_an_engine_says_so_since() -> None:
     directory = Directory()
+    for rank in (0, 1):
+        told(directory, rank, 1.0, needs_recovery=False)  # both have joined
     granted(directory, "trainer", 10.0, seconds=10.0)
     for rank in (0, 1):
         told(directory, rank, 19.0, needs_recovery=True)

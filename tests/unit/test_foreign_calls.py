@@ -385,6 +385,14 @@ def test_weights_that_sleep_discarded_are_not_served_before_the_participant_has_
     assert not vllm.paused
 
 
+def test_nobody_resumes_an_engine_that_sleeps() -> None:
+    rig = Rig()
+    rig.vllm.sleep(1)
+    with pytest.raises(RuntimeError, match="this engine sleeps"):
+        rig.vllm.resume_scheduler()
+    assert rig.vllm.paused
+
+
 def test_weights_that_sleep_discarded_are_not_served_before_an_update() -> None:
     rig = Rig()
     rig.vllm.sleep(2)

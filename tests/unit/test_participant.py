@@ -563,6 +563,30 @@ def test_a_late_vote_after_a_failure_does_not_count() -> None:
     assert "broken" in rig.refusal(rig.prepare()).message
 
 
+def test_the_first_failure_of_several_is_the_cause() -> None:
+    rig = Rig(workers=2)
+    rig.begin()
+    rig.done("begin", 0, error="out of memory")
+    rig.done("begin", 1, error="the other worker is gone")
+    assert rig.refusal(rig.prepare()).message == "worker 0: out of memory"
+
+
+def test_a_step_of_another_update_reaches_no_worker() -> None:
+    rig = in_state("receiving", "running")
+    for asked in (rig.bucket(update="another"), rig.prepare(update="another")):
+        assert rig.refusal(asked) == Error(kind="state", message="update another is not in flight here", epoch=1)
+    assert rig.orders == []
+
+
+@pytest.mark.parametrize(("manifests", "base"), [("aa", "a"), ("ab", "")])
+def test_changes_need_one_base_on_all_workers(manifests: str, base: str) -> None:
+    rig = Rig(workers=2)
+    begin = rig.begin()
+    for rank, manifest in enumerate(manifests):
+        rig.take(rig.participant.worker_done(WorkerDone(update="u", rank=rank, step="begin", manifest=manifest)))
+    assert rig.answers[begin] == Ack(manifest=base)
+
+
 @pytest.mark.parametrize("error", ["", "late"])
 @pytest.mark.parametrize("state", REACHABLE, ids=" ".join)
 def test_what_workers_say_of_another_update_is_ignored(state: tuple[str, str], error: str) -> None:
@@ -622,6 +646,15 @@ def test_the_outcome_of_an_older_pause_does_not_answer_a_newer_one() -> None:
     rig.take(rig.participant.pauses.pause_done(1, ""))
     assert newer not in rig.answers
     assert rig.participant.generation == "pausing"
+
+
+def test_the_outcome_of_another_call_does_not_end_a_resume() -> None:
+    rig = in_state("idle", "paused")
+    caller = rig.resume()
+    for done in (rig.participant.pauses.resume_done(1, ""), rig.participant.pauses.cancel_done(1, True)):
+        assert done == []
+    assert caller not in rig.answers
+    assert rig.participant.generation == "resuming"
 
 
 def test_a_pause_that_fails_says_why_and_the_engine_runs() -> None:
@@ -1131,6 +1164,14 @@ def test_agreeing_makes_the_weights_the_groups() -> None:
     rig.begin(epoch=9)
     assert isinstance(rig.answers[rig.ask(AdoptEpoch(epoch=10))], Error), "in the midst of an update"
     assert rig.participant.committed_epoch == 9
+
+
+@pytest.mark.parametrize("unfit", ["tainted", "stale"])
+def test_unfit_weights_do_not_become_the_groups(unfit: str) -> None:
+    rig = Rig()
+    setattr(rig.participant, unfit, "the cause")
+    assert rig.refusal(rig.ask(AdoptEpoch(epoch=9))).message == "the cause"
+    assert rig.participant.committed_epoch == 0
 
 
 def test_a_pause_is_orphaned_when_its_holder_is_silent() -> None:

@@ -105,6 +105,11 @@ def test_what_recovery_resumes_after_an_update_leaves_a_users_own_pause_alone() 
     assert plan(a=status(generation="paused", paused_for="u")).resume == {"a": Resume(epoch=3, update="u")}
 
 
+def test_a_replica_in_which_one_sleeps_is_not_resumed() -> None:
+    orphan = status(generation="paused", orphaned=True)
+    assert plan(a=orphan, b=status(generation="paused", sleep="asleep_1")).resume == {}
+
+
 def test_one_orphan_resumes_its_whole_replica() -> None:
     orphan = status(generation="paused", orphaned=True)
     paused = status(generation="paused")

@@ -11,7 +11,7 @@ from waiting import eventually
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.config import Settings
-from areal_vllm_ext.engine_core.effects import AskDirectory, AskPeer, CallCommitFetched, Order, Reply
+from areal_vllm_ext.engine_core.effects import AskDirectory, AskPeer, CallCommitFetched, CallReadPacked, Order, Reply
 from areal_vllm_ext.engine_core.offers import Offers
 from areal_vllm_ext.engine_core.participant import Participant
 from areal_vllm_ext.engine_core.returning import Returning
@@ -24,16 +24,19 @@ from areal_vllm_ext.protocol.peer_messages import (
     HeldAdapter,
     OfferEnded,
     OfferWeights,
+    ReadPacked,
     WeightsFetched,
     WeightsOffered,
     WorkerOffer,
     WorkerOffered,
+    WorkerOfferEnded,
 )
 from areal_vllm_ext.protocol.server import ReplyTo
 from chaos.simulation import engine_info
 from harness.simulated_engine import Deployment, Shape, deployed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from areal_vllm_ext.engine_core.effects import Effect
@@ -333,6 +336,137 @@ def test_a_failed_commit_taints() -> None:
     rig.returning.committed("RuntimeError: no memory", rig.now)
     assert "could not be made live: RuntimeError: no memory" in rig.participant.tainted
     assert rig.tick(60.0) == []
+
+
+def test_what_is_late_or_of_another_fetch_is_not_counted() -> None:
+    rig = Rig()
+    rig.up_to_reading()
+    assert rig.fetched(0, fetch="another") == []
+    assert rig.fetched(1) == [], "worker 0 has not fetched"
+
+
+def test_a_peer_whose_weights_changed_is_not_read() -> None:
+    rig = Rig()
+    rig.tick()
+    asks = rig.returning.engines(Engines(alive=(rig.me, *rig.peers)), rig.now)
+    (offer,) = rig.statuses(asks, weights="another manifest")
+    assert isinstance(offer, AskPeer)
+    assert orders(rig.returning.answered(offer.number, OFFER, rig.now), FetchWeights) == []
+    assert "its weights changed while it was asked" in rig.participant.fetching
+
+
+def test_a_fetch_ends_when_the_group_goes_on() -> None:
+    rig = Rig()
+    rig.up_to_reading()
+    rig.participant.on_group_epoch("v2", EPOCH + 1)
+    assert orders(rig.tick(), EndFetch)
+    assert "the group has committed another update" in rig.participant.fetching
+
+
+def test_an_engine_that_is_not_paused_yet_fetches_nothing() -> None:
+    rig = Rig()
+    rig.participant.pauses.state = "pausing"
+    assert rig.tick() == []
+
+
+class Offering:
+    """A peer of two workers, whose offer ``a`` is asked for."""
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self.participant = Participant("v1", frozenset((0, 1)))
+        self.participant.committed_epoch = EPOCH
+        self.offers = Offers(self.participant, enabled=enabled)
+        self.answers: list[Message] = []
+        self.ask("a")
+
+    def ask(self, fetch: str) -> None:
+        self.take(
+            self.offers.ask(ReplyTo(b"peer", b"1"), OfferWeights(fetch=fetch, committed_epoch=EPOCH, timeout=10.0), NOW)
+        )
+
+    def end(self) -> None:
+        self.take(self.offers.end(ReplyTo(b"peer", b"2"), EndOffer(fetch="a"), NOW))
+
+    def take(self, effects: list[Effect]) -> None:
+        self.answers += [one.answer for one in effects if isinstance(one, Reply)]
+
+    def offered(self) -> Offering:
+        for rank in (0, 1):
+            offer = WorkerOffer(rank=rank, layout="l", address="a:1", held=())
+            self.take(self.offers.worker_offered(WorkerOffered(fetch="a", rank=rank, offer=offer), NOW))
+        return self
+
+    def ended(self) -> None:
+        for rank in (0, 1):
+            self.take(self.offers.worker_ended(WorkerOfferEnded(fetch="a", rank=rank, manifest=f"m{rank}"), NOW))
+
+    def refusal(self) -> str:
+        answer = self.answers[-1]
+        assert isinstance(answer, Error), answer
+        return answer.message
+
+
+def test_an_engine_offers_what_it_serves_until_the_end() -> None:
+    rig = Offering().offered()
+    assert isinstance(rig.answers[-1], WeightsOffered)
+    rig.end()
+    rig.ended()
+    assert rig.answers[-1] == OfferEnded(manifests={0: "m0", 1: "m1"})
+    assert not rig.offers.waiting
+
+
+CHANGES: dict[str, tuple[Callable[[Participant], object], str]] = {
+    "tainted": (lambda p: setattr(p, "tainted", "a cause"), "tainted, stale or foreign"),
+    "stale": (lambda p: setattr(p, "stale", "a cause"), "tainted, stale or foreign"),
+    "foreign": (lambda p: setattr(p, "foreign", "a cause"), "tainted, stale or foreign"),
+    "asleep": (lambda p: p.sleep.moved_elsewhere(("weights",), 1), "it sleeps"),
+    "in an update": (lambda p: setattr(p, "update_phase", "receiving"), "an update has begun there"),
+    "after another": (lambda p: setattr(p, "committed_epoch", EPOCH + 1), "it serves another update"),
+    "not joined": (lambda p: setattr(p, "joined", False), "it serves another update"),
+}
+
+
+@pytest.mark.parametrize("moment", ["asked", "read", "ended"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_engine_offers_nothing_that_it_may_not_serve(change: str, moment: str) -> None:
+    rig = Offering().offered()
+    makes, cause = CHANGES[change]
+    if moment == "ended":
+        rig.end()
+    makes(rig.participant)
+    match moment:
+        case "asked":
+            rig.ask("b")
+        case "read":
+            (order,) = rig.offers.tick(NOW)
+            assert isinstance(order, Order)
+            rig.end()
+        case _:
+            rig.ended()
+    assert cause in rig.refusal()
+
+
+def test_an_offer_is_made_once_and_has_an_end() -> None:
+    rig = Offering()
+    rig.ask("a")
+    assert rig.refusal() == "this offer is made already"
+    rig.take(rig.offers.tick(NOW + 9.9))
+    assert len(rig.answers) == 1
+    rig.take(rig.offers.tick(NOW + 10.0))
+    assert rig.refusal() == "its time was over"
+    assert not rig.offers.waiting
+
+
+def test_an_offer_that_a_worker_could_not_make_says_so_at_its_end() -> None:
+    rig = Offering().offered()
+    order = ReadPacked(fetch="a", rank=0, layer="l", start=0, count=1)
+    assert rig.offers.read_packed(order) == [CallReadPacked(order)]
+    rig.end()
+    rig.take(rig.offers.worker_ended(WorkerOfferEnded(fetch="a", rank=0, error="the link is down"), NOW))
+    assert rig.refusal() == "worker 0: the link is down"
+    assert rig.offers.read_packed(order) == []
+    rig.end()
+    assert rig.refusal() == "worker 0: the link is down"
 
 
 def test_an_offer_that_failed_leaves_its_place_to_others() -> None:

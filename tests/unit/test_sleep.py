@@ -376,6 +376,27 @@ def test_a_repeated_sleep_or_wake_up_is_done_once() -> None:
     assert (rig.status.sleep, rig.status.free_memory) == ("awake", 7)
 
 
+def test_the_outcome_of_another_call_ends_no_sleep() -> None:
+    rig = Rig()
+    rig.pause()
+    asked = rig.ask(sleep())
+    rig.take(rig.participant.sleep_done(99, "", 7))
+    assert asked not in rig.answers
+    rig.done()
+    assert rig.status.sleep == "asleep_1"
+
+
+def test_the_weights_wake_up_before_the_kv_cache() -> None:
+    rig = asleep()
+    assert rig.kind(rig.ask(wake("kv_cache"))) == "state"
+    assert rig.calls == []
+    rig.ask(wake("weights"))
+    rig.done()
+    rig.ask(wake("kv_cache"))
+    rig.done()
+    assert rig.status.sleep == "awake"
+
+
 def test_a_late_command_of_an_earlier_client_does_nothing() -> None:
     rig = asleep()
     rig.ask(wake(epoch=3))
