@@ -33,8 +33,6 @@ from .real_history import Observer, continues
 ROOT = Path(__file__).parent.parent
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
 TOKENS = 16
-# So many that requests which an update has met count little.
-DRAFTED_TOKENS = 32
 # Two versions in a batch, and CPU experts without LoRA.
 LORA = (
     "--enable-lora",
@@ -261,7 +259,7 @@ class RealDeployment:
         if self.update != "draft":
             return ""
         metrics = functools.partial(drafters.metrics_of, self.deployment.url)
-        return drafters.rejected(metrics, lambda: completions.greedy(PROMPTS, tokens=DRAFTED_TOKENS, engine=rank), rank)
+        return drafters.rejected(metrics, lambda: completions.greedy(PROMPTS, tokens=TOKENS, engine=rank), rank)
 
     # Trainers
 
