@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -41,7 +41,7 @@ from areal_vllm_ext.engine_core.effects import (
 )
 from areal_vllm_ext.engine_core.endpoint import Endpoint
 from areal_vllm_ext.errors import NotACheckpoint
-from areal_vllm_ext.integrity import checkpoint, digest
+from areal_vllm_ext.integrity import checkpoint
 from areal_vllm_ext.protocol import (
     Attach,
     Begin,
@@ -429,9 +429,18 @@ class Workers:
         done = WorkerDone(update=message.update, rank=rank, step=step, error=engine.errors.get(kind, ""))
         if step == "prepare":
             entries = self._manifests.pop((worker, message.update), {}).values()
-            manifest = engine.manifest or (digest.manifest(entries) if entries else "")
+            manifest = engine.manifest or _manifest(entries)
             done = msgspec.structs.replace(done, manifest=manifest)
         self._later.call(engine.seconds[kind], lambda: self._do(lambda: self._send(worker, done)))
+
+
+def _manifest(entries: Collection[tuple[protocol.TensorMeta, int]]) -> str:
+    """Return the digest of what was announced, if anything was."""
+    if not entries:
+        return ""
+    from areal_vllm_ext.integrity.digest import manifest  # imports torch, which most tests' engines do not need
+
+    return manifest(entries)
 
 
 @functools.cache

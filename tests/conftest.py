@@ -32,7 +32,7 @@ _SCOPES = {
     ),
     "transformers": ("adapters", "real_history", "trainer_models", "weights"),
     # They fork processes from a server, which imports torch's distributed tensors.
-    "forked": ("broadcast", "interrupt", "joint", "senders", "shared_memory"),
+    "forked": ("areal_routes", "broadcast", "interrupt", "joint", "senders", "shared_memory", "torch_group"),
 }
 # The other files that take longest: one of them that began last would run alone in the end.
 _LONG = (

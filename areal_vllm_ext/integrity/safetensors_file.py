@@ -12,13 +12,14 @@ import struct
 from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
 from ..errors import NotACheckpoint
 from ..protocol import TensorMeta
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import torch
 
 # safetensors' names of dtypes (its README, "Format") and torch's.
 DTYPES = {
@@ -55,6 +56,13 @@ def read_file(path: Path) -> bytes:
             return file.read(_LONGEST_HEADER)
     finally:
         os.close(descriptor)
+
+
+def _dtype(meta: TensorMeta) -> torch.dtype:
+    import torch  # late: an engine core asks for directories that may not exist, and needs no tensor
+
+    dtype: torch.dtype = getattr(torch, meta.dtype)
+    return dtype
 
 
 class _Entry(msgspec.Struct):
@@ -109,8 +117,7 @@ class SafetensorsFile:
                 raise NotACheckpoint(f"{self.path}: {name} has dtype {entry.dtype}, which is not supported")
             meta = TensorMeta(name, DTYPES[entry.dtype], entry.shape)
             start, end = entry.data_offsets
-            dtype: torch.dtype = getattr(torch, meta.dtype)
-            if min(start, end, *entry.shape) < 0 or end - start != math.prod(entry.shape) * dtype.itemsize:
+            if min(start, end, *entry.shape) < 0 or end - start != math.prod(entry.shape) * _dtype(meta).itemsize:
                 raise NotACheckpoint(f"{self.path}: {name} does not have the size of its shape and dtype")
             if 8 + length + end > found.st_size:
                 raise NotACheckpoint(
@@ -126,7 +133,9 @@ class SafetensorsFile:
             NotACheckpoint: the file has become shorter, or cannot be read.
         """
         meta, position = self._entries[name]
-        dtype: torch.dtype = getattr(torch, meta.dtype)
+        import torch
+
+        dtype = _dtype(meta)
         tensor = torch.empty(math.prod(meta.shape) * dtype.itemsize, dtype=torch.uint8)
         left = memoryview(tensor.numpy())  # type: ignore[arg-type]
         while left:

@@ -59,15 +59,7 @@ class GlooGroup:
         self._group = transfer.group
         self._memory = os.memfd_create("areal-gloo")
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        command = [sys.executable, "-m", __name__, str(self._memory)]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            pass_fds=[self._memory],
-            start_new_session=True,  # a Ctrl-C is this worker's to handle
-        )
+        self._process = _start(self._memory, self._log.fileno())
         self._answers = b""
         assert self._process.stdout is not None
         self._readable = select.poll()  # select.select takes no descriptor above 1023
@@ -181,6 +173,18 @@ class GlooWork:
             self._group.close()
 
 
+def _start(memory: int, log: int) -> subprocess.Popen[bytes]:
+    """Start the process, with pipes for orders and answers."""
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, str(memory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        pass_fds=[memory],
+        start_new_session=True,  # a Ctrl-C is this worker's to handle
+    )
+
+
 def split_rendezvous(address: str) -> tuple[str, int]:
     """Return host and port of ``host:port``; an IPv6 host is in brackets."""
     host, _, port = address.rpartition(":")
@@ -224,13 +228,12 @@ def _receive(group: Any, memory: int, order: dict[str, Any]) -> None:
         del buffer, works
 
 
-def main() -> None:
-    """Join a group, and receive what is ordered."""
+def main(memory: int) -> None:
+    """Join a group, and receive into ``memory`` what is ordered."""
     torch.set_num_threads(1)
     # gloo of torch 2.10 prints to standard output; that goes to the log, so that answers are alone in their pipe.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    memory = int(sys.argv[1])
     orders: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read_orders, args=(orders,), name="areal-orders", daemon=True).start()
     group: Any = None
@@ -248,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

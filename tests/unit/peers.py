@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
+import os
 import signal
+import sys
 import threading
 from concurrent.futures import Future
+from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 
 from areal_vllm_ext import EngineGroup
 from areal_vllm_ext.protocol import Broadcast, SharedMemory
-from areal_vllm_ext.transport import shared_memory
+from areal_vllm_ext.transport import gloo_process, shared_memory
 from areal_vllm_ext.transport.base import WorkerSite
 from areal_vllm_ext.transport.broadcast import BroadcastSource
 from areal_vllm_ext.transport.shared_memory import SharedMemorySink
@@ -30,6 +35,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "areal_vllm_ext.transport.broadcast",
+        "areal_vllm_ext.transport.gloo_process",
         "areal_vllm_ext.client.group",
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
@@ -62,7 +68,37 @@ def join(transfer: Broadcast, rank: int, timeout: float) -> BroadcastSource:
     return BroadcastSource(transfer, WorkerSite(rank, CPU), timeout, threading.Event())
 
 
+class ForkedGloo:
+    """The process of a gloo group: what ``gloo_process`` uses of a Popen."""
+
+    def __init__(self, memory: int, log: int) -> None:
+        orders, ordering = os.pipe()
+        answering, answers = os.pipe()
+        given = [DupFd(one) for one in (orders, answers, log, memory)]
+        self._process = _context.Process(target=run_gloo, args=given, daemon=True)
+        self._process.start()
+        os.close(orders)
+        os.close(answers)
+        self.stdin, self.stdout = os.fdopen(ordering, "wb"), os.fdopen(answering, "rb")
+        self.pid, self.kill, self.wait = self._process.pid, self._process.kill, self._process.join
+
+
+@pytest.fixture
+def forked_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the processes of gloo groups, as each would import torch; ``test_torch_group.py`` starts real ones, too."""
+    monkeypatch.setattr(gloo_process, "_start", ForkedGloo)
+
+
 # What they do
+
+
+def run_gloo(orders: Any, answers: Any, log: Any, memory: Any) -> None:
+    """Be the process in which gloo runs, with the same descriptors."""
+    os.setsid()
+    for descriptor, given in enumerate((orders, answers, log)):
+        os.dup2(given.detach(), descriptor)
+    sys.stdin = io.TextIOWrapper(os.fdopen(0, "rb", closefd=False))
+    gloo_process.main(memory.detach())
 
 
 def command(connection: Connection, directory: str, key_file: str, what: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peers import forked_gloo  # noqa: F401 - a fixture
 from real_receivers import Served, checkpoint, group, served, shared_engines, weights  # noqa: F401 - fixtures
 from safetensors.torch import save_file
 
@@ -24,6 +25,8 @@ from areal_vllm_ext.worker.adapters.store import AdapterStore
 from harness.areal_server import LIMITS, Server
 from harness.areal_server import serving as serving_for
 from harness.torch_trainer import TorchTrainer, torch_trainer
+
+pytestmark = pytest.mark.usefixtures("forked_gloo")
 
 WORKERS = 4  # of two engines
 GROUP = "update_weight_group"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from peers import forked_gloo  # noqa: F401 - a fixture
 
 from areal_vllm_ext.process.file_limit import raise_file_limit
 from areal_vllm_ext.protocol import Bucket, TensorMeta, TorchGroup
@@ -112,6 +113,7 @@ def test_a_tensor_of_another_size_costs_the_group_and_not_this_process() -> None
         source.close()
 
 
+@pytest.mark.usefixtures("forked_gloo")
 @pytest.mark.parametrize("way", ["time", "cancel"])
 def test_a_trainer_that_sends_nothing_is_given_up(way: str) -> None:
     with torch_trainer(2, f"silent {way}") as trainer:
@@ -133,6 +135,7 @@ def test_a_trainer_that_sends_nothing_is_given_up(way: str) -> None:
         source.close()
 
 
+@pytest.mark.usefixtures("forked_gloo")
 def test_a_group_that_never_comes_ends_at_the_deadline() -> None:
     with torch_trainer(3, "one rank too few") as trainer:
         started = time.monotonic()
@@ -146,6 +149,7 @@ def test_a_group_that_never_comes_ends_at_the_deadline() -> None:
             TorchGroupSource(received_by, SITE, 2.0, threading.Event())
 
 
+@pytest.mark.usefixtures("forked_gloo")
 def test_a_name_is_joined_again_and_a_lost_group_is_named() -> None:
     sources, cancelled = Sources(SITE), threading.Event()
     opened = []
