@@ -268,8 +268,8 @@ class RealDeployment:
         return TrainerProcess(prefix, self.deployment.directory, self.key_file, self.model_dir, self.update)
 
     def replace_trainer(self) -> None:
-        """Replace the first trainer, which was killed, by the second."""
-        self.trainers.pop(0)
+        """Replace the first trainer, which was killed unless its update ended before, by the second."""
+        self.trainers.pop(0).close()
         self.trainers.append(self._start_trainer())
 
     def call(self, name: str, **options: object) -> dict[str, Any]:

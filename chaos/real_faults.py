@@ -202,7 +202,8 @@ class Round:
         outcome.serves_again_s = round(time.monotonic() - healed, 2)
         versions = {status.version for status in statuses.values() if status}
         outcome.version = sorted(map(str, versions))
-        if outcome.outcome == "committed" and not self.rival and self.version not in versions:
+        # When no engine answers, vLLM has ended the deployment, or the engines hang: see below.
+        if outcome.outcome == "committed" and not self.rival and versions and self.version not in versions:
             outcome.violated("untrue_outcomes", f"committed, but engines are on {outcome.version}")
         if outcome.outcome.startswith("aborted") and self.version in versions:
             outcome.violated("untrue_outcomes", f"aborted, but engines are on {outcome.version}")
