@@ -94,6 +94,7 @@ def test_an_engine_is_not_registered_before_all_its_workers_are_there(key: secur
     with deployed(key, 1, shape=Shape(workers=2), simulate_workers=False) as one:
         one.workers.attach(one.engines[0], 0)
         assert not one.engines[0].endpoint.wait_attached(0.3)
+        assert not one.engines[0].endpoint.wait_registered(0.01)
         one.workers.attach(one.engines[0], 1)
         assert one.engines[0].endpoint.wait_attached(5.0)
 

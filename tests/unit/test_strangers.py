@@ -251,6 +251,27 @@ def test_a_noisy_peer_pushes_out_its_own_answers_only(server: wire.Server[protoc
     assert quiet.receive() == first
 
 
+def test_a_request_that_is_being_handled_is_not_read_again(
+    server: wire.Server[protocol.DirectoryRequest], raw: Raw
+) -> None:
+    client, same = raw(server.address), os.urandom(16)
+    for _ in range(3):
+        client.send(same, HELLO)
+    assert server.socket.poll(5000)
+    read = []
+    while server.socket.poll(200):
+        read += list(server.requests())
+    assert len(read) == 1
+
+
+def test_a_peers_answers_are_bounded_in_number() -> None:
+    answers = wire.ReplyCache()
+    for number in range(1000):
+        answers[wire.ReplyTo(b"peer", number.to_bytes(16, "big"))] = b"short"
+    assert len(answers) == wire._KEPT_ANSWERS
+    assert wire.ReplyTo(b"peer", (999).to_bytes(16, "big")) in answers
+
+
 def test_peers_without_number_are_forgotten_the_longest_silent_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "_KEPT_BYTES", 100_000)
     answers = wire.ReplyCache()
