@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,32 +240,40 @@ def test_what_does_not_fit_is_refused_by_name(source: list[tuple[str, torch.Tens
         Checker(takes(metas(PLAIN)), "float32", None).check_ahead(source)
 
 
-NOT_TENSORS = {
+# Made in the test: a FakeTensorMode imports torch._dynamo, 1.1 s of CPU for each process that collects the tests.
+NOT_TENSORS: dict[str, tuple[Callable[[], Any], str]] = {
     "extra state": (
-        {"layer._extra_state": io.BytesIO()},
+        lambda: {"layer._extra_state": io.BytesIO()},
         r"layer\._extra_state is BytesIO, not a tensor: leave it out",
     ),
-    "none": ({"a": None}, "a is None, not a tensor"),
-    "nested": ({"model": PLAIN}, "model is a mapping, not a tensor: give the state dict inside it"),
-    "numpy": ({"a": np.zeros(3)}, "a is ndarray, not a tensor"),
-    "lazy": ({"a": torch.nn.LazyLinear(3).weight}, "a is not initialized, so it has no values"),
-    "lazy module": (torch.nn.LazyLinear(3), "weight is not initialized, so it has no values"),
-    "fake": ({"a": FakeTensorMode().from_tensor(torch.zeros(2, 3))}, "a is a FakeTensor, so it has no values"),
-    "meta": ({"a": torch.zeros(2, 3, device="meta")}, "a is on the meta device, so it has no values"),
-    "sparse": ({"a": torch.eye(3).to_sparse()}, "a is sparse"),
-    "csr": ({"a": torch.eye(3).to_sparse_csr()}, "a is sparse"),
-    "quantized": ({"a": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)}, "a is nested or quantized"),
-    "a name that is none": ({0: torch.zeros(1)}, r"got \(int, Tensor\) where it needs \(name, tensor\)"),
-    "parameters": ([torch.zeros(2)], r"got Tensor where it needs \(name, tensor\): give model\.named_parameters"),
-    "a tensor": (torch.zeros(2), "got Tensor: give a module"),
-    "a number": (5, "got int: give a module"),
-    "nothing": (None, "got None: give a module"),
+    "none": (lambda: {"a": None}, "a is None, not a tensor"),
+    "nested": (lambda: {"model": PLAIN}, "model is a mapping, not a tensor: give the state dict inside it"),
+    "numpy": (lambda: {"a": np.zeros(3)}, "a is ndarray, not a tensor"),
+    "lazy": (lambda: {"a": torch.nn.LazyLinear(3).weight}, "a is not initialized, so it has no values"),
+    "lazy module": (lambda: torch.nn.LazyLinear(3), "weight is not initialized, so it has no values"),
+    "fake": (lambda: {"a": FakeTensorMode().from_tensor(torch.zeros(2, 3))}, "a is a FakeTensor, so it has no values"),
+    "meta": (lambda: {"a": torch.zeros(2, 3, device="meta")}, "a is on the meta device, so it has no values"),
+    "sparse": (lambda: {"a": torch.eye(3).to_sparse()}, "a is sparse"),
+    "csr": (lambda: {"a": torch.eye(3).to_sparse_csr()}, "a is sparse"),
+    "quantized": (
+        lambda: {"a": torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)},
+        "a is nested or quantized",
+    ),
+    "a name that is none": (lambda: {0: torch.zeros(1)}, r"got \(int, Tensor\) where it needs \(name, tensor\)"),
+    "parameters": (
+        lambda: [torch.zeros(2)],
+        r"got Tensor where it needs \(name, tensor\): give model\.named_parameters",
+    ),
+    "a tensor": (lambda: torch.zeros(2), "got Tensor: give a module"),
+    "a number": (lambda: 5, "got int: give a module"),
+    "nothing": (lambda: None, "got None: give a module"),
 }
 
 
 @pytest.mark.parametrize("case", NOT_TENSORS)
 def test_a_value_that_is_no_tensor_with_values_is_refused_by_name(case: str) -> None:
-    source, message = NOT_TENSORS[case]
+    make, message = NOT_TENSORS[case]
+    source = make()
     for given in (source, iter(source.items())) if isinstance(source, dict) else (source,):
         with pytest.raises(InvalidWeights, match=message):
             sent(given, metas(PLAIN))
