@@ -111,8 +111,8 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
     "an engine that is behind pauses within an update, too": [
         (
             PARTICIPANT,
-            'if self.update_phase == "committing" or self.in_doubt: return []\n        if committed_epoch',
-            'if self.update_phase != "idle":\n            return []\n        if committed_epoch',
+            'if committed_epoch < self.group_epoch or self.update_phase == "committing" or self.in_doubt:',
+            'if committed_epoch < self.group_epoch or self.update_phase != "idle":',
         )
     ],
     "no engine that is behind is resumed by a user": [
@@ -141,7 +141,11 @@ MUTANTS: dict[str, list[tuple[str, str, str]]] = {
         ("control/awake_clock.py", "min(read - self._read, LONGEST_STEP_SECONDS)", "read - self._read")
     ],
     "an update that is committed does not begin again": [
-        (PARTICIPANT, "if message.update == self.last_update:  # a copy that came late", "if False:")
+        (
+            PARTICIPANT,
+            "if message.update in (self.last_update, self._given_up):",
+            "if message.update == self._given_up:",
+        )
     ],
     "an engine that has not joined takes part in no update": [
         (PARTICIPANT, "if not self.joined and isinstance(message, Begin | Pause):", "if False:")
@@ -254,7 +258,7 @@ TESTS = {
         "test_participant.py::test_a_pause_that_times_out_does_not_set_stale_weights_running"
     ),
     "a tainted engine does not run when no engine is ahead": (
-        "test_participant.py::test_a_tainted_engine_does_not_run_again_when_nobody_is_ahead_any_more"
+        "test_participant.py::test_a_tainted_engine_does_not_run_again_when_no_engine_is_ahead_any_more"
     ),
     "a late renewal does not bring a released lease back": (
         "test_lease.py::test_a_renewal_that_comes_after_the_release_does_not_bring_the_lease_back"
