@@ -99,6 +99,7 @@ class RealDeployment:
     """A deployment of two nodes, two trainers, and the oracle.
 
     Attributes:
+        moe: whether the model is a mixture of experts, whose engines compute together.
         update: what updates are, or when they come, as ``--update`` names it.
         trainers: the trainer whose update meets the fault, and the trainer that updates afterwards.
         observer: asks the engines all the time, and knows every update.
@@ -116,6 +117,7 @@ class RealDeployment:
         update: str = "weights",
     ) -> None:
         self.model_dir = folder / "model"
+        self.moe = moe
         make_model(self.model_dir, moe=moe)
         self.update = update
         self.adapter = ADAPTER if update == "adapter" else ""

@@ -208,8 +208,10 @@ class Round:
         if outcome.outcome.startswith("aborted") and self.version in versions:
             outcome.violated("untrue_outcomes", f"aborted, but engines are on {outcome.version}")
         wrong = deployment.wrong_tokens(statuses) if self.left[0].dp_rank == 0 and not problem else ""
-        # When a worker dies, its EngineCore reports that, and vLLM's front end ends itself and every engine.
-        if self.kind == "kill worker" and (problem or wrong) and deployment.ended(ENDED_SECONDS):
+        # When a worker dies, its EngineCore reports that, and vLLM's front end ends itself and every engine. The engines of a
+        # MoE model compute together: when one dies, vLLM ends the others.
+        ends_all = self.kind == "kill worker" or (deployment.moe and kills_engine(self.kind))
+        if ends_all and (problem or wrong) and deployment.ended(ENDED_SECONDS):
             outcome.outcome += "; vLLM ended the deployment"
             return
         if problem:

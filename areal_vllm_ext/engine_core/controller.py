@@ -232,7 +232,7 @@ class Controller:
 
         self._call(
             "cancel",
-            lambda: report(not self._foreign.paused and self._cancel_pending_pause()),
+            lambda: report(not (self._foreign.paused or self._foreign.discarded) and self._cancel_pending_pause()),
             failed=lambda _: report(False),
         )
 
@@ -257,11 +257,18 @@ class Controller:
         self._call("commit", on_loop, failed=report)
 
     def commit_fetched(self, effect: CallCommitFetched) -> None:
+        touched = False
+
         def report(error: str) -> None:
-            self.endpoint.post(lambda: self.endpoint.peering.returning.committed(error, time.monotonic()))
+            committed = self.endpoint.peering.returning.committed
+            self.endpoint.post(lambda: committed(error, time.monotonic(), touched=touched))
 
         def on_loop() -> None:
+            nonlocal touched
             self._check_paused()
+            if "weights" in self._foreign.asleep:  # another user's call that came to the loop before the guard
+                raise RuntimeError("another user has put this engine to sleep")
+            touched = True
             units = self._adapters.units_of(effect.adapters)
             versions = {name: str(one.version) for name, one in effect.adapters.items()}
             self._commit_on_workers("areal_commit_fetched", (effect.fetch, effect.update), units, versions)

@@ -210,11 +210,20 @@ class Returning:
         self._participant.update_phase = "committing"
         return [CallCommitFetched(self._fetch, self._offer.version, self._offer.update, self._adapters)]
 
-    def committed(self, error: str, now: float) -> list[Effect]:
-        """Every worker has made the fetched weights live, or one failed and left a partly loaded set of weights."""
+    def committed(self, error: str, now: float, *, touched: bool = True) -> list[Effect]:
+        """Every worker has made the fetched weights live, or one failed and left a partly loaded set of weights.
+
+        Args:
+            error: why not; empty if they are live.
+            now: the clock's reading.
+            touched: whether a worker was asked at all; if not, what is live is as before.
+        """
         p, offer, peer = self._participant, self._offer, self._peer
         assert offer is not None
         assert peer is not None
+        if not touched:
+            self.phase = "ending"  # the workers still hold what they have read
+            return [*self._give_up(error, now), *p.fetch_committed()]
         self._go_on("waiting", now)
         if error:
             p.tainted = f"what was fetched from {peer.name} could not be made live: {error}"

@@ -323,7 +323,7 @@ class Engine:
             case Guard():
                 self.foreign.guard(call)
             case CallCancelPause():
-                pending = self.pausing is not None and not self.foreign.paused
+                pending = self.pausing is not None and not (self.foreign.paused or self.foreign.discarded)
                 if pending:
                     self.pausing, self.running = None, True
                 self.outcomes.append(lambda: participant.pauses.cancel_done(call.call, pending))
@@ -348,7 +348,9 @@ class Engine:
 
     def _commit_fetched(self, call: CallCommitFetched, fails: bool) -> None:
         """Make what every worker has read of a peer live."""
-        require("weights" not in self.asleep, "wrong tokens", "fetched weights were applied to weights that sleep")
+        if "weights" in self.asleep:  # as ``Controller.commit_fetched`` finds
+            self.outcomes.append(lambda: self.returning.committed("it sleeps", self.clock(), touched=False))
+            return
         require(not self.running, "wrong tokens", "fetched weights were applied on an engine that runs")
         whole = all(one is not None and one.fetch == call.fetch and one.complete for one in self.fetched)
         require(whole, "wrong tokens", f"{call} was applied to {self.fetched}, which is not all of it")

@@ -289,12 +289,13 @@ def test_a_method_whose_caller_has_given_up_is_not_called() -> None:
     assert rig.engine.model_executor.done == []
 
 
-def test_a_late_pause_is_not_taken_back_where_another_user_has_paused() -> None:
+@pytest.mark.parametrize(("paused", "discarded"), [(True, ""), (False, "vLLM's sleep level 2 discarded its weights")])
+def test_a_late_pause_is_not_taken_back_where_another_user_needs_it(paused: bool, discarded: str) -> None:
     rig = Rig()
     rig.engine.scheduler.set_pause_state = lambda state: pytest.fail(f"the engine is {state}")
     rig.controller._idle_callback = callback = lambda: None
     rig.engine._idle_state_callbacks = [callback]  # type: ignore[attr-defined]
-    rig.controller._foreign.paused = True
+    rig.controller._foreign.paused, rig.controller._foreign.discarded = paused, discarded
     rig.controller.cancel_pause(1)
     rig.step()
     assert rig.engine._idle_state_callbacks == [callback]  # type: ignore[attr-defined]
@@ -322,7 +323,7 @@ def test_what_was_fetched_becomes_live_on_a_paused_engine_only(paused: bool) -> 
     rig = Rig()
     errors: list[str] = []
     rig.controller.endpoint.peering = SimpleNamespace(  # type: ignore[assignment]
-        returning=SimpleNamespace(committed=lambda error, _: errors.append(error) or [])
+        returning=SimpleNamespace(committed=lambda error, _, **__: errors.append(error) or [])
     )
     versions: list[str] = []
     rig.engine.set_weight_version = versions.append  # type: ignore[attr-defined]
@@ -339,6 +340,20 @@ def test_what_was_fetched_becomes_live_on_a_paused_engine_only(paused: bool) -> 
     else:
         assert "the engine runs" in errors[0]
         assert rig.engine.model_executor.done == []
+
+
+def test_fetched_weights_touch_no_engine_that_another_user_has_put_to_sleep() -> None:
+    rig = Rig()
+    said: list[tuple[str, bool]] = []
+    rig.controller.endpoint.peering = SimpleNamespace(  # type: ignore[assignment]
+        returning=SimpleNamespace(committed=lambda error, _, *, touched: said.append((error, touched)) or [])
+    )
+    rig.engine.paused = True
+    rig.engine.model_executor.sleeping_tags = {"weights"}
+    rig.controller.commit_fetched(CallCommitFetched("fetch", "v7", "u7", {}))
+    rig.step()
+    assert said == [("RuntimeError: another user has put this engine to sleep", False)]
+    assert rig.engine.model_executor.done == []
 
 
 def test_a_packed_weight_is_read_on_the_loop() -> None:

@@ -338,6 +338,16 @@ def test_a_failed_commit_taints() -> None:
     assert rig.tick(60.0) == []
 
 
+def test_a_commit_that_touched_nothing_is_tried_again() -> None:
+    rig = Rig()
+    rig.up_to_commit()
+    effects = rig.returning.committed("another user has put this engine to sleep", rig.now, touched=False)
+    assert orders(effects, EndFetch), "the workers let go of what they have read"
+    assert (rig.participant.tainted, rig.participant.update_phase) == ("", "idle")
+    assert "has put this engine to sleep" in rig.participant.fetching
+    assert any(isinstance(one, AskDirectory) for one in rig.tick(60.0))
+
+
 def test_what_is_late_or_of_another_fetch_is_not_counted() -> None:
     rig = Rig()
     rig.up_to_reading()
