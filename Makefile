@@ -2,7 +2,7 @@
 SHELL := bash
 # Processes that run tests side by side, because most tests wait more than they compute. Two of them run the tests with real
 # engines (tests/conftest.py). 0: one process, which shows what tests print.
-JOBS := 4
+JOBS := 6
 BIN := .venv/bin
 # Many images set it; each engine would then compile all of vLLM's modules again at its start, 25 seconds.
 unexport PYTHONDONTWRITEBYTECODE

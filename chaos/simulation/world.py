@@ -75,6 +75,8 @@ class World:
         self.coverage = coverage or Coverage()
         self._epochs: dict[Version, int] = {}
         self._begun: set[str] = set()
+        # When the network last lost what a process has sent to the directory.
+        self._unheard: dict[str, float] = {}
         self.account = Account()
         self._incarnations = itertools.count(1)
         self.drift = 0.0
@@ -186,6 +188,8 @@ class World:
         if self.sent is not None and isinstance(message, EngineRequest | DirectoryRequest):
             self.sent.append((receiver, caller.peer, message))
         delays = self.network.delays(self.now)
+        if not delays and receiver is self.directory:
+            self._unheard[source.name] = self.now
         self.on_send(source, receiver, caller, message, bool(delays) and receiver.alive)
         for delay in delays:
             heapq.heappush(self._heap, (self.now + delay, next(self._order), receiver, arrive))
@@ -320,13 +324,14 @@ class World:
         """Note that an engine joins, or is no longer stale, at the group's committed epoch as far as the directory knows it.
 
         A directory that has restarted knows what it hears. The documentation does not promise one version if every engine
-        that knows a newer epoch is out of its reach.
+        that knows a newer epoch is out of its reach, or its heartbeats are lost.
         """
         for process in self.engines:
             if process.alive and process.engine.participant.committed_epoch > epoch:
                 network, recently = self.network, self.now - 2.0
                 reached = network.passes(process, self.directory) and network.passes(self.directory, process)
-                reached = reached and max(network.joined, process.woke) < recently
+                unheard = self._unheard.get(process.name, 0.0)
+                reached = reached and max(network.joined, process.woke, unheard) < recently
                 if process.asleep or not reached:
                     self.not_promised = self.not_promised or "a restarted directory did not hear of the newest version"
 
