@@ -28,7 +28,7 @@ from harness import cpu_sleep
 from . import drafters
 from .bad_wire import BadNamespaces
 from .fault_trainer import ADAPTER, weights_of
-from .real_history import Observer, continues
+from .real_history import TIE, TIE_16_BITS, Observer, continues
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
@@ -102,6 +102,7 @@ class RealDeployment:
         moe: whether the model is a mixture of experts, whose engines compute together.
         update: what updates are, or when they come, as ``--update`` names it.
         trainers: the trainer whose update meets the fault, and the trainer that updates afterwards.
+        tie: by how much the logits of two tokens may differ from the oracle's.
         observer: asks the engines all the time, and knows every update.
     """
 
@@ -118,6 +119,9 @@ class RealDeployment:
     ) -> None:
         self.model_dir = folder / "model"
         self.moe = moe
+        # vLLM's kernels for adapters on GPUs take 16 bits only.
+        self._in_16_bits = update == "adapter" and gpu_count() > 0
+        self.tie = TIE_16_BITS if self._in_16_bits else TIE
         make_model(self.model_dir, moe=moe)
         self.update = update
         self.adapter = ADAPTER if update == "adapter" else ""
@@ -147,7 +151,7 @@ class RealDeployment:
         if self.update == "asleep":
             return cpu_sleep.ARGUMENTS
         if self.update == "adapter":
-            return LORA
+            return (*LORA, "--dtype", "bfloat16") if self._in_16_bits else LORA
         if self.update == "draft":
             make_model(folder / "drafter", moe=moe)
             return drafters.arguments(folder / "drafter")
@@ -161,7 +165,7 @@ class RealDeployment:
             try:
                 self.engines = asyncio.run(self._discover())
                 ranks = [engine.dp_rank for engine in self.engines]
-                self.observer = Observer(self.deployment.url, ranks, self.weights, self.adapter)
+                self.observer = Observer(self.deployment.url, ranks, self.weights, self.adapter, self.tie)
                 while len(self.trainers) < 2:
                     self.trainers.append(self._start_trainer())
                 for _ in range(2):
@@ -248,7 +252,7 @@ class RealDeployment:
             model = self.weights.set(claimed)
             try:
                 answers = completions.greedy(PROMPTS, tokens=TOKENS, engine=rank)
-                if not all(continues(model, *one) for one in zip(PROMPTS, answers, strict=True)):
+                if not all(continues(model, *one, self.tie) for one in zip(PROMPTS, answers, strict=True)):
                     return f"DP rank {rank} does not generate the tokens of version {claimed}"
                 if problem := self._drafts_rejected(completions, rank):
                     return f"DP rank {rank} drafts with other weights than those of version {claimed}: {problem}"

@@ -31,6 +31,8 @@ FIRST = "default"
 # Two tokens whose logits differ by less tie: a GPU computes otherwise than the oracle's CPU, by up to 0.003. Other weights
 # differ by nats.
 TIE = 0.01
+# The same where the engines compute in bfloat16.
+TIE_16_BITS = 0.15
 _PAUSE_SECONDS = 0.1
 _ANSWER_SECONDS = 60.0
 
@@ -60,8 +62,8 @@ def parts_of(engine: str, prompt: Sequence[int], answer: Sequence[Span], started
 class Prover:
     """Finds out which version's weights made the tokens of a part."""
 
-    def __init__(self, weights: Weights | Adapters) -> None:
-        self._weights = weights
+    def __init__(self, weights: Weights | Adapters, tie: float = TIE) -> None:
+        self._weights, self._tie = weights, tie
 
     def reads(self, parts: Iterable[Part], versions: Sequence[object]) -> list[Read]:
         """Return the parts as reads; ``versions`` are those to try where tokens do not fit the claimed version."""
@@ -82,14 +84,14 @@ class Prover:
     def _fit(self, version: object, parts: Sequence[Part]) -> list[bool]:
         assert isinstance(version, int)
         model = self._weights.set(version)
-        return [continues(model, part.before, part.tokens) for part in parts]
+        return [continues(model, part.before, part.tokens, self._tie) for part in parts]
 
 
-def continues(model: Callable[..., object], before: Sequence[int], tokens: Sequence[int]) -> bool:
-    """Return whether a model greedily continues ``before`` with ``tokens``."""
+def continues(model: Callable[..., object], before: Sequence[int], tokens: Sequence[int], tie: float = TIE) -> bool:
+    """Return whether a model greedily continues ``before`` with ``tokens``, where logits that differ by ``tie`` are equal."""
     logits = model(torch.tensor([[*before, *tokens][:-1]])).logits[0, len(before) - 1 :]  # type: ignore[attr-defined]
     chosen = logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-    return bool((logits.max(-1).values - chosen <= TIE).all())
+    return bool((logits.max(-1).values - chosen <= tie).all())
 
 
 class Observer:
@@ -99,10 +101,12 @@ class Observer:
         count: how many parts of answers were checked.
     """
 
-    def __init__(self, url: str, ranks: Sequence[int], weights: Weights | Adapters, adapter: str = "") -> None:
+    def __init__(
+        self, url: str, ranks: Sequence[int], weights: Weights | Adapters, adapter: str = "", tie: float = TIE
+    ) -> None:
         self.count = 0
         self._completions = Completions(url, timeout=_ANSWER_SECONDS, adapter=adapter)
-        self._prover = Prover(weights)
+        self._prover = Prover(weights, tie)
         self._writes = [Write(0, -math.inf, -math.inf, "committed")]
         self._reads: list[Read] = []
         self._unproven: list[Part] = []
