@@ -121,7 +121,7 @@ def partition(world: World, dice: random.Random) -> Fault:
     names = {world.engines[rank].place for rank in ranks}
     if dice.random() < 0.3:
         names.add("directory")
-    return Fault(lambda: world.network.cut.update(names), world.join_links)
+    return Fault(lambda: world.cut_off(names), world.join_links)
 
 
 def clock_drift(world: World, dice: random.Random) -> Fault:

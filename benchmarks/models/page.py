@@ -70,12 +70,9 @@ def text(result: dict[str, Any]) -> str:
     parts.append("| family | model in vLLM | sends | way | pause, ms | oracle, and what is not right |")
     parts.append("| --- | --- | --- | --- | --- | --- |")
     parts += [f"| {' | '.join(_cells(name, row))} |" for name, row in rows.items() if is_served(row)]
-    parts.append("\n## Not served\n\n| family | architecture | why |\n| --- | --- | --- |")
-    parts += [
-        f"| {name} | {row['architecture']} | {_short(row['error'])} |"
-        for name, row in rows.items()
-        if not is_served(row)
-    ]
+    if not_served := {name: row for name, row in rows.items() if not is_served(row)}:
+        parts.append("\n## Not served\n\n| family | architecture | why |\n| --- | --- | --- |")
+        parts += [f"| {name} | {row['architecture']} | {_short(row['error'])} |" for name, row in not_served.items()]
     if missing := [name for name in FAMILIES if name not in rows]:
         parts.append(f"\n## Not tried in this run\n\n{', '.join(missing)}")
     return "\n".join(parts) + "\n"

@@ -216,6 +216,12 @@ class World:
         passes = self.network.passes
         return bool(receiver and receiver.alive and passes(source, receiver) and passes(receiver, source))
 
+    def cut_off(self, places: set[str]) -> None:
+        """Cut some places off from the others. What an earlier cut had separated can be on one side then."""
+        if self.network.cut:
+            self.network.joined = self.now
+        self.network.cut |= places
+
     def join_links(self) -> None:
         """End every cut."""
         self.network.joined = self.now
