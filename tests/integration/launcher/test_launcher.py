@@ -124,7 +124,8 @@ def test_killed_node_is_named_and_the_others_end(cluster: RayCluster) -> None:
         os.kill(replica.nodes[1].pid, signal.SIGKILL)
         wait_for(lambda: replica.status().phase == "failed", 15)
         assert "headless-1 on 10.77.0." in replica.status().error
-        assert not processes(replica.name)
+        # The supervisor of the node that was killed ends its process tree by itself, after SIGTERM within 5 s.
+        wait_for(lambda: not processes(replica.name), 10)
     assert_free(cluster)
 
 
