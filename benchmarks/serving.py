@@ -195,13 +195,15 @@ def serving(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="areal-bench-", dir=within)))
         trainer.save(folder / "model", weights=place.fresh)
         key_file, host, node = None, "127.0.0.1", Node(engines=place.engines)
+        # On a CPU half a GiB, for the model with hundreds of layers.
+        arguments += ["--kv-cache-memory-bytes", str(4 << 30 if place.device == "cuda" else 1 << 29)]
         if place.device == "cuda":
             gpus = place.engines * place.tp
             first = 0 if place.colocated else place.trainers
             own = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(first + gpus)))).split(",")
             node = dataclasses.replace(node, env={"CUDA_VISIBLE_DEVICES": ",".join(own[first : first + gpus])})
             # Memory for the trainer, as much again for an optimizer, and staging; the rest is for keys and values.
-            arguments += ["--kv-cache-memory-bytes", str(4 << 30), "--gpu-memory-utilization", "0.4"]
+            arguments += ["--gpu-memory-utilization", "0.4"]
         elif place.two_nodes:
             if problem := missing():
                 raise RuntimeError(problem)
