@@ -22,7 +22,7 @@ demo: set-up ## Train a model while a head and a headless engine generate (ARGS=
 test: set-up ## Run all tests, some on real vLLM engines (ARGS="-k pause": some of them)
 	@exec $(BIN)/pytest -q -n $(JOBS) $(ARGS)
 
-test-unit: set-up ## Run the tests that start no vLLM: a first answer within 2 minutes
+test-unit: set-up ## Run the tests that start no vLLM: a first answer in about 2 minutes
 	@exec $(BIN)/pytest -q -n $(JOBS) tests/unit $(ARGS)
 
 test-deep: set-up ## Run the tests with many more hypothesis examples

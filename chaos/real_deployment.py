@@ -28,7 +28,7 @@ from harness import cpu_sleep
 from . import drafters
 from .bad_wire import BadNamespaces
 from .fault_trainer import ADAPTER, weights_of
-from .real_history import TIE, TIE_16_BITS, Observer, continues
+from .real_history import TIE_16_BITS, TIE_ON_GPU, Observer, continues
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ([10, 20, 30], [5, 6, 7, 8, 9], [100, 3, 50, 7])
@@ -119,9 +119,10 @@ class RealDeployment:
     ) -> None:
         self.model_dir = folder / "model"
         self.moe = moe
+        on_gpu = gpu_count() > 0
         # vLLM's kernels for adapters on GPUs take 16 bits only.
-        self._in_16_bits = update == "adapter" and gpu_count() > 0
-        self.tie = TIE_16_BITS if self._in_16_bits else TIE
+        self._in_16_bits = on_gpu and update == "adapter"
+        self.tie = TIE_16_BITS if self._in_16_bits else TIE_ON_GPU if on_gpu else 0.0
         make_model(self.model_dir, moe=moe)
         self.update = update
         self.adapter = ADAPTER if update == "adapter" else ""
@@ -143,7 +144,7 @@ class RealDeployment:
             nodes,
             log_dir=folder / "logs",
             vllm_args=["--enable-scale-out", *self._arguments(folder, moe=moe)],
-            env=cpu_sleep.environment(folder / "plugin") if update == "asleep" and not gpu_count() else {},
+            env=cpu_sleep.environment(folder / "plugin") if update == "asleep" and not on_gpu else {},
         )
 
     def _arguments(self, folder: Path, *, moe: bool) -> Sequence[str]:

@@ -28,9 +28,9 @@ PROMPTS = ([10, 20, 30], [7 + index % 200 for index in range(64)])
 TOKENS = 24
 # vLLM's name of the weights with which an engine starts; here they are version 0.
 FIRST = "default"
-# Two tokens whose logits differ by less tie: a GPU computes otherwise than the oracle's CPU, by up to 0.003. Other weights
-# differ by nats.
-TIE = 0.01
+# Two tokens whose logits differ by no more tie on a GPU, which computes otherwise than the oracle's CPU, by up to 0.003. Other
+# weights differ by nats.
+TIE_ON_GPU = 0.01
 # The same where the engines compute in bfloat16.
 TIE_16_BITS = 0.15
 _PAUSE_SECONDS = 0.1
@@ -62,7 +62,7 @@ def parts_of(engine: str, prompt: Sequence[int], answer: Sequence[Span], started
 class Prover:
     """Finds out which version's weights made the tokens of a part."""
 
-    def __init__(self, weights: Weights | Adapters, tie: float = TIE) -> None:
+    def __init__(self, weights: Weights | Adapters, tie: float = 0.0) -> None:
         self._weights, self._tie = weights, tie
 
     def reads(self, parts: Iterable[Part], versions: Sequence[object]) -> list[Read]:
@@ -87,7 +87,7 @@ class Prover:
         return [continues(model, part.before, part.tokens, self._tie) for part in parts]
 
 
-def continues(model: Callable[..., object], before: Sequence[int], tokens: Sequence[int], tie: float = TIE) -> bool:
+def continues(model: Callable[..., object], before: Sequence[int], tokens: Sequence[int], tie: float = 0.0) -> bool:
     """Return whether a model greedily continues ``before`` with ``tokens``, where logits that differ by ``tie`` are equal."""
     logits = model(torch.tensor([[*before, *tokens][:-1]])).logits[0, len(before) - 1 :]  # type: ignore[attr-defined]
     chosen = logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
@@ -102,7 +102,7 @@ class Observer:
     """
 
     def __init__(
-        self, url: str, ranks: Sequence[int], weights: Weights | Adapters, adapter: str = "", tie: float = TIE
+        self, url: str, ranks: Sequence[int], weights: Weights | Adapters, adapter: str = "", tie: float = 0.0
     ) -> None:
         self.count = 0
         self._completions = Completions(url, timeout=_ANSWER_SECONDS, adapter=adapter)

@@ -63,8 +63,8 @@ def test_tokens_of_another_version_are_told_from_those_of_none(weights: Weights)
     assert [(read.version, read.proven) for read in reads] == [(2, 1), (1, None)]
 
 
-@pytest.mark.parametrize(("behind", "fits"), [(0.005, True), (0.05, False)])
-def test_a_token_that_ties_with_the_most_probable_one_continues(behind: float, fits: bool) -> None:
+@pytest.mark.parametrize(("behind", "tie", "fits"), [(0.005, 0.01, True), (0.05, 0.01, False), (0.005, 0.0, False)])
+def test_a_token_that_ties_with_the_most_probable_one_continues(behind: float, tie: float, fits: bool) -> None:
     logits = torch.zeros(1, 3, 8)
     logits[0, :, 5] = 1.0
     logits[0, 2, 6] = 1.0 - behind
@@ -72,7 +72,7 @@ def test_a_token_that_ties_with_the_most_probable_one_continues(behind: float, f
     def model(_: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=logits)
 
-    assert real_history.continues(model, [1, 2], [5, 6]) is fits
+    assert real_history.continues(model, [1, 2], [5, 6], tie) is fits
 
 
 def test_versions_of_an_adapter_are_told_from_each_other_and_from_the_base_model(tmp_path: Path) -> None:
