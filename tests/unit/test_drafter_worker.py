@@ -18,7 +18,7 @@ from areal_vllm_ext.protocol.peer_messages import EndOffer
 from areal_vllm_ext.transport.buckets import contents_of, total_bytes
 from areal_vllm_ext.worker.drafts import Drafter, StagedDraft
 from areal_vllm_ext.worker.load import proof
-from areal_vllm_ext.worker.load.drafter import shared_paths
+from areal_vllm_ext.worker.load.drafter import DrafterWorker, shared_paths
 from areal_vllm_ext.worker.load.shadow import BuildOptions
 from areal_vllm_ext.worker.staged_update import StagedUpdate
 
@@ -114,6 +114,14 @@ def test_new_weights_are_built_beside_the_drafter_then_copied_by_a_plan(
         assert bool(committed.digests) == (number == 0)
         assert all(name.startswith("draft.") for name in (*committed.contents, *committed.written, *committed.digests))
     assert proof.digests_of_model(worker.get_model()) == of_base
+
+
+def test_a_drafter_is_built_with_the_configuration_that_its_speculator_has_made(folders: list[Path]) -> None:
+    """It holds what differs from the base model's, as quantisation and parallel ranks."""
+    worker = SpeculatingWorker(folders[0], folders[1])
+    built = DrafterWorker.of(worker)
+    assert built is not None
+    assert built.vllm_config.parallel_config is worker.model_runner.speculator._draft_vllm_config.parallel_config
 
 
 def test_wrong_weights_for_the_drafter_change_nothing(folders: list[Path]) -> None:
