@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +22,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from areal_vllm_ext.demo.deployment import free_ports
 from areal_vllm_ext.demo.model import make_tokenizer
 from harness import report
+
+from .apart import ENVIRONMENT, apart, import_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,16 +37,6 @@ WIDTH, VOCABULARY = 128, 256
 NOISE = 0.1
 PROMPTS = [[(7 * index + place) % VOCABULARY for place in range(4)] for index in range(64)]
 TOKENS = 16
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 class Trainer:
@@ -183,27 +172,14 @@ def fresh(method: str, folder: Path) -> dict[str, Any]:
     return answered(engine(method, folder / "last"))
 
 
-def apart(function: Callable[..., dict[str, Any]], *arguments: Any, timeout: float) -> dict[str, Any]:
-    """Call ``function`` in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    answers: Any = context.SimpleQueue()
-    process = context.Process(target=_answer, args=(function, arguments, answers))
-    process.start()
-    ends = time.monotonic() + timeout
-    while answers.empty() and process.is_alive() and time.monotonic() < ends:
-        time.sleep(0.2)
-    try:
-        if answers.empty():
-            raise SystemExit(f"{function.__name__}: no answer in {timeout:.0f} s, or it failed: see above")
-        answer: dict[str, Any] = answers.get()
-        return answer
-    finally:
-        process.kill()
-        process.join()
-
-
-def _answer(function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], answers: Any) -> None:
-    answers.put(function(*arguments))
+def succeeded(
+    function: Callable[[str, Path], dict[str, Any]], method: str, folder: Path, timeout: float
+) -> dict[str, Any]:
+    """Call ``function`` in a process of its own, which must answer."""
+    answer = apart(lambda: function(method, folder), folder, timeout)
+    if "error" in answer:
+        raise SystemExit(f"{method}, {function.__name__}: {answer['error']}")
+    return answer
 
 
 def main() -> int:
@@ -213,13 +189,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the results here")
     options = parser.parse_args()
     os.environ |= ENVIRONMENT
+    import_once()
     rows: dict[str, Any] = {}
     for method in options.methods.split(","):
         with tempfile.TemporaryDirectory(prefix="drafters-") as scratch:
-            os.environ["AREAL_VLLM_DIRECTORY"] = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-            os.environ["VLLM_RPC_BASE_PATH"] = scratch
-            found = apart(updated, method, Path(scratch), timeout=options.timeout)
-            new = apart(fresh, method, Path(scratch), timeout=options.timeout)
+            folder = Path(scratch)
+            found = succeeded(updated, method, folder, options.timeout)
+            new = succeeded(fresh, method, folder, options.timeout)
         equal = found["updated"][-1] == new
         for one in (*found["updated"], found["stale"], new):
             del one["said"]

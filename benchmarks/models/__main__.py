@@ -11,10 +11,8 @@ Writes ``results/models_cpu.json`` and ``docs/models.md``. Names of families try
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -22,16 +20,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from areal_vllm_ext.demo.deployment import free_ports
 from harness import report
 
+from ..apart import ENVIRONMENT, apart, import_once
 from . import page, trial
 from .engine import distance
 from .families import FAMILIES
 from .trainer import SENDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from .families import Family
 
@@ -39,17 +37,6 @@ ROOT = Path(__file__).parent.parent.parent
 RESULT = ROOT / "benchmarks/results/models_cpu.json"
 PAGE = ROOT / "docs/models.md"
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 # A process that hangs is ended after this time.
 TIMEOUT = 150.0
 # How far log-probabilities of vLLM and of Hugging Face may be apart in float32.
@@ -71,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in given.families if name not in FAMILIES]:
         parser.error(f"unknown families {', '.join(unknown)}; known: {', '.join(FAMILIES)}")
     os.environ.update(ENVIRONMENT)
-    _import_once()
+    import_once()
     rows: dict[str, Any] = {}
     if given.families and given.out.exists():
         rows = json.loads(given.out.read_text())["families"]
@@ -93,7 +80,7 @@ def tried(family: Family, sends: Sequence[str], timeout: float) -> dict[str, Any
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="models-") as scratch:
         folder = Path(scratch)
-        outcome = _apart(lambda: trial.run(family, folder, sends), folder, timeout)
+        outcome = apart(lambda: trial.run(family, folder, sends), folder, timeout)
         row = outcome if "error" in outcome else _judged(family, outcome, folder, timeout)
     row["wall_s"] = round(time.perf_counter() - start, 1)
     return {"architecture": family.architecture} | row
@@ -105,65 +92,17 @@ def _judged(family: Family, outcome: dict[str, Any], folder: Path, timeout: floa
         return trial.judged(outcome, outcome["oracle"], BOUND) | {"oracle": "Hugging Face"}
     fresh: dict[str, Any] = {}
     for weights in outcome["oracle"]:
-        answer = _apart(lambda weights=weights: trial.fresh(family, folder / weights), folder, timeout)
+        answer = apart(lambda weights=weights: trial.fresh(family, folder / weights), folder, timeout)
         if "error" in answer:
             return answer
         fresh[weights] = answer["said"]
-    again = _apart(lambda: trial.fresh(family, folder / "zero"), folder, timeout)
+    again = apart(lambda: trial.fresh(family, folder / "zero"), folder, timeout)
     if "error" in again:
         return again
     bound = distance(fresh["zero"], again["said"])
     if bound == math.inf or distance(outcome["start"]["said"], fresh["zero"]) > bound:
         return {"error": "two engines that start from the same weights say other things"}
     return trial.judged(outcome, fresh, bound) | {"oracle": "fresh engine"}
-
-
-def _import_once() -> None:
-    """Import what every process needs, once: the processes are forked, and importing takes ten seconds."""
-    import transformers  # noqa: F401
-    import vllm.entrypoints.llm
-    import vllm.v1.engine.core
-    import vllm.v1.engine.llm_engine  # noqa: F401
-
-
-def _apart(function: Callable[[], dict[str, Any]], folder: Path, timeout: float) -> dict[str, Any]:
-    """Call ``function`` in a process of its own. Returns what it returns, or ``{"error": why not}``."""
-    answer, log = folder / "answer.json", folder / "log.txt"
-    answer.unlink(missing_ok=True)
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(function, answer, log))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return {"error": f"it took more than {timeout:.0f} s", "stage": "hang"}
-    if answer.exists():
-        found: dict[str, Any] = json.loads(answer.read_text())
-        return found
-    last = log.read_text(errors="replace").strip().splitlines()[-1:]
-    return {"error": f"the process ended with {process.exitcode}: {' '.join(last)}", "stage": "crash"}
-
-
-def _answer(function: Callable[[], dict[str, Any]], answer: Path, log: Path) -> None:
-    os.setpgrp()
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ["VLLM_RPC_BASE_PATH"] = str(answer.parent)  # vLLM leaves the sockets of a process that ends
-    os.environ["AREAL_VLLM_DIRECTORY"] = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    try:
-        found = function()
-    except BaseException as error:
-        found = {"error": f"{type(error).__name__}: {error}"[:2000], "stage": getattr(error, "stage", "trial")}
-        import traceback
-
-        traceback.print_exc()
-    partial = answer.with_suffix(".part")
-    partial.write_text(json.dumps(found))
-    partial.rename(answer)
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    os._exit(0)  # vLLM's end takes seconds, and nothing is left to lose
 
 
 if __name__ == "__main__":
